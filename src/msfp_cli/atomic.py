@@ -1,0 +1,54 @@
+"""Write so that a file or directory is there whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from msfp_cli.errors import RunError
+
+
+def refuse_existing(directory: Path, *, overwrite: bool) -> None:
+    """Refuse an output that is already there, before any work is done for it.
+
+    Raises:
+        RunError: it exists and `overwrite` is not set.
+
+    """
+    if directory.exists() and not overwrite:
+        raise RunError(f"{directory} exists already; use --overwrite to replace it, or choose another place")
+
+
+@contextmanager
+def replace_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory beside `directory` that takes its place when the block ends well.
+
+    Raises:
+        RunError: `directory` exists and `overwrite` is not set.
+
+    """
+    refuse_existing(directory, overwrite=overwrite)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        if directory.exists():
+            old = temporary.with_name(f"{temporary.name}-old")
+            os.replace(directory, old)
+            os.replace(temporary, directory)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)

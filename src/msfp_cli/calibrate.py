@@ -1,0 +1,201 @@
+"""Choose a format, maximum and zero point for every layer of a denoiser: the workflow behind `msfp calibrate`.
+
+1. `observe` replays the recorded calls through the float denoiser and samples every layer's input.
+2. `search` finds the best grid for each weight (per output channel) and each input (per tensor).
+3. Each layer is quantized alone on a few calls; how much that moves the denoiser's output is its sensitivity. The
+   worst layers per multiply-add are lifted to 8 bits until the budget is spent. A handful of layers makes most of the
+   error, so a few per cent of the arithmetic buys back more than half of it (ours).
+4. The whole is quantized and measured on held-out calls.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msfp_cli.calibration import Calibration, LayerChoice, Score, quantize_
+from msfp_cli.denoiser import DenoiserCall, find_denoisers
+from msfp_cli.errors import CalibrationError
+from msfp_cli.layers import LayerParameters
+from msfp_cli.observe import LayerObservation, observe
+from msfp_cli.progress import SILENT, Progress
+from msfp_cli.recipe import CalibrateRecipe, ModelSource, RecordRecipe
+from msfp_cli.recording import Recording
+from msfp_cli.rounding import Grid
+from msfp_cli.search import SearchResult, SearchSpace, search_rows, search_tensor
+from msfp_cli.sensitivity import choose_lifted, quantized_alone, relative_error, spread_calls
+from msfp_cli.surgery import find_layers
+
+LIFTED_BITS = 8
+_SPACE = SearchSpace()
+
+
+@dataclass(frozen=True)
+class _Searched:
+    """One layer's choice and the scales of its weight."""
+
+    choice: LayerChoice
+    scale: Tensor | None
+
+
+def calibrate_(
+    pipe: Any,  # noqa: ANN401 (a pipeline's class is the user's)
+    recording: Recording,
+    held_out: Recording,
+    recipe: CalibrateRecipe,
+    *,
+    progress: Progress = SILENT,
+) -> Calibration:
+    """Calibrate every denoiser of a pipeline, and leave them quantized in place.
+
+    Arguments:
+        recording: calls to choose on.
+        held_out: calls to measure on.
+
+    Raises:
+        CalibrationError: a weight or an activation holds a NaN or infinity.
+
+    """
+    denoisers = find_denoisers(pipe)
+    searched = {name: _calibrate_one(name, module, recording, recipe, progress) for name, module in denoisers.items()}
+    used = {component: layers for component, layers in searched.items() if layers}
+    calibration = Calibration(
+        source=ModelSource.from_json(recording.recipe["source"]),
+        record=RecordRecipe.from_json(recording.recipe["record"]),
+        recipe=recipe,
+        layers={component: {name: s.choice for name, s in layers.items()} for component, layers in used.items()},
+        scales={
+            component: {name: s.scale for name, s in layers.items() if s.scale is not None}
+            for component, layers in used.items()
+        },
+        unused={
+            component: tuple(name for name in find_layers(denoisers[component]) if name not in layers)
+            for component, layers in used.items()
+        },
+    )
+    errors = {}
+    for component in used:
+        quantize_(denoisers[component], calibration, component)
+        errors[component] = output_error(denoisers[component], held_out, component, progress)
+    return replace(calibration, held_out_error=errors)
+
+
+def _calibrate_one(
+    component: str, denoiser: nn.Module, recording: Recording, recipe: CalibrateRecipe, progress: Progress
+) -> dict[str, _Searched]:
+    """Observe, search, measure and lift one denoiser."""
+    num_calls = recording.num_calls(component)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    with progress.task(f"Observing {component}", num_calls) as advance:
+        seen = observe(
+            denoiser,
+            recording.calls(component),
+            num_calls,
+            max_samples=recipe.max_samples,
+            generator=generator,
+            advance=advance,
+        )
+    layers = {name: layer for name, layer in find_layers(denoiser).items() if name in seen}
+    searched: dict[str, _Searched] = {}
+    with progress.task(f"Searching {component}", len(layers)) as advance:
+        for name, layer in layers.items():
+            searched[name] = _search_layer(name, layer, seen[name], recipe)
+            advance(1)
+    if recipe.lift == 0:
+        return searched
+    return _lift(component, denoiser, recording, recipe, seen, searched, progress)
+
+
+def _search_layer(
+    name: str, layer: nn.Linear | nn.Conv2d, seen: LayerObservation, recipe: CalibrateRecipe, *, lifted: bool = False
+) -> _Searched:
+    """Search one layer at the bits that the recipe gives it."""
+    kept, bits = recipe.kept_bits(name)
+    if lifted:
+        kept, bits = False, LIFTED_BITS
+    weight_bits = recipe.weights if not (kept or lifted) or recipe.weights is None else bits
+    input_bits = recipe.activations if not (kept or lifted) or recipe.activations is None else bits
+    weight = _search_weight(name, layer, weight_bits, recipe) if weight_bits is not None else None
+    inputs = None
+    if input_bits is not None:
+        inputs = search_tensor(seen.values(), recipe.input_formats(input_bits), _SPACE.for_bits(input_bits))
+    best = inputs.winner if inputs else None
+    grid = Grid.with_maximum(best.format, best.max_value[0], best.zero_point) if best else None
+    choice = LayerChoice(
+        kind="linear" if isinstance(layer, nn.Linear) else "conv2d",
+        reason="lifted" if lifted else "kept" if kept else "default",
+        num_weights=layer.weight.numel(),
+        multiply_adds=seen.multiply_adds,
+        minimum=seen.minimum,
+        maximum=seen.maximum,
+        parameters=LayerParameters(weight=weight.winner.format if weight else None, input=grid),
+        weight_scores=_scores(weight),
+        input_scores=_scores(inputs),
+    )
+    scale = weight.winner.max_value.cpu() / weight.winner.format.largest if weight else None
+    return _Searched(choice, scale)
+
+
+def _search_weight(name: str, layer: nn.Module, bits: int, recipe: CalibrateRecipe) -> SearchResult:
+    """Search a weight, refusing one that is not finite."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if not torch.isfinite(weight).all():
+        raise CalibrationError(f"the weight of layer {name!r} holds a NaN or infinity; the model's file is damaged")
+    return search_rows(weight, recipe.weight_formats(bits), _SPACE.for_bits(bits))
+
+
+def _scores(result: SearchResult | None) -> tuple[Score, ...]:
+    """Return the scores of a search as plain numbers."""
+    if result is None:
+        return ()
+    return tuple(
+        Score(
+            format=score.format.name,
+            error=score.error,
+            max_value=float(score.max_value[0]) if score.max_value.numel() == 1 else None,
+            zero_point=score.zero_point,
+        )
+        for score in result.scores
+    )
+
+
+def _lift(
+    component: str,
+    denoiser: nn.Module,
+    recording: Recording,
+    recipe: CalibrateRecipe,
+    seen: Mapping[str, LayerObservation],
+    searched: Mapping[str, _Searched],
+    progress: Progress,
+) -> dict[str, _Searched]:
+    """Measure the sensitivity of every layer left at the default bits, and lift the worst within the budget."""
+    layers = find_layers(denoiser)
+    calls = spread_calls(recording, component, recipe.sensitivity_calls)
+    result = dict(searched)
+    candidates = [name for name, s in searched.items() if s.choice.reason == "default"]
+    with progress.task(f"Measuring {component}", len(candidates)) as advance:
+        for name in candidates:
+            with quantized_alone(layers[name], searched[name].choice.parameters, searched[name].scale):
+                error = relative_error(denoiser, calls)
+            result[name] = _Searched(replace(searched[name].choice, sensitivity=error), searched[name].scale)
+            advance(1)
+    for name in choose_lifted({name: s.choice for name, s in result.items()}, recipe.lift):
+        lifted = _search_layer(name, layers[name], seen[name], recipe, lifted=True)
+        choice = replace(lifted.choice, sensitivity=result[name].choice.sensitivity)
+        result[name] = _Searched(choice, lifted.scale)
+    return result
+
+
+def output_error(denoiser: nn.Module, recording: Recording, component: str, progress: Progress = SILENT) -> float:
+    """Return the relative squared error of a denoiser's output over a recording of the full-precision one."""
+
+    def counted() -> Iterator[DenoiserCall]:
+        for call in recording.calls(component):
+            yield call
+            advance(1)
+
+    with progress.task(f"Checking {component} on held-out calls", recording.num_calls(component)) as advance:
+        return relative_error(denoiser, counted())

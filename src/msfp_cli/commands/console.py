@@ -1,0 +1,108 @@
+"""The only printer and the only error boundary: results on stdout, everything else on stderr."""
+
+import errno
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from msfp_cli.errors import MsfpError
+from msfp_cli.progress import Advance
+
+_DEBUG = "MSFP_DEBUG"
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def stderr() -> Console:
+    """Return a console on today's stderr (tests replace it)."""
+    return Console(stderr=True, soft_wrap=True)
+
+
+def result(text: str, data: dict[str, Any], *, as_json: bool) -> None:
+    """Print a command's result on stdout, as text or as JSON."""
+    typer.echo(json.dumps(data, indent=1) if as_json else text)
+
+
+def note(text: str) -> None:
+    """Print a hint on stderr."""
+    stderr().print(text, markup=False, highlight=False)
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table on stderr; the first column is left-aligned, the rest right."""
+    built = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        built.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        built.add_row(*row)
+    stderr().print(built)
+
+
+class ConsoleProgress:
+    """Progress bars with totals and time left; nothing when stderr is no terminal."""
+
+    @contextmanager
+    def task(self, description: str, total: int | None) -> Iterator[Advance]:
+        """Show one bar while the context is open."""
+        console = stderr()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Bars(*columns, console=console, disable=not console.is_terminal) as bars:
+            task = bars.add_task(description, total=total)
+            yield lambda steps: bars.advance(task, steps)
+
+
+def guarded(command: F) -> F:
+    """Turn what goes wrong in a command into one line on stderr and an exit code."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (any command)
+        try:
+            return command(*args, **kwargs)
+        except typer.Exit:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if os.environ.get(_DEBUG):
+                raise
+            message, code = _explain(error)
+            stderr().print(f"[bold red]error:[/] {_escape(message)}", highlight=False)
+            raise typer.Exit(code) from None
+
+    return wrapper  # type: ignore[return-value]
+
+
+def show_tracebacks() -> None:
+    """Let errors through with their traceback, in this process and in those it starts."""
+    os.environ[_DEBUG] = "1"
+
+
+def _escape(text: str) -> str:
+    """Keep rich from reading brackets as markup."""
+    return text.replace("[", "\\[")
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """Return one line for an error, and its exit code."""
+    if isinstance(error, MsfpError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; what was finished is kept, run the same command to go on", 1
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full; free some space and run the same command to go on", 1
+    if isinstance(error, MemoryError) or "out of memory" in str(error):
+        return "out of memory; give a smaller --batch-size", 1
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"{type(error).__name__}: {first} (run `msfp --debug ...` for the traceback, and please report it)", 1

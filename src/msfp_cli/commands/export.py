@@ -1,0 +1,51 @@
+"""`msfp export`: write the calibrated pipeline as a diffusers directory."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from msfp_cli.commands import console
+from msfp_cli.commands.options import DEFAULT_RUN, DeviceOption, JsonOption, OverwriteOption, RunOption
+
+_HELP = """Write the calibrated pipeline as a diffusers directory with packed 4-bit weights.
+
+It reloads with `import msfp_cli; DiffusionPipeline.from_pretrained(DIR)`.
+
+Examples:
+
+    msfp export
+
+    msfp export --out dresses-fp4 --overwrite
+"""
+
+
+def export(
+    run: RunOption = DEFAULT_RUN,
+    out: Annotated[Path | None, typer.Option(help="Where to write; the run's own export directory by default.")] = None,
+    device: DeviceOption = None,
+    overwrite: OverwriteOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Write the calibrated pipeline."""
+    from msfp_cli.atomic import refuse_existing
+    from msfp_cli.export import export_
+    from msfp_cli.loading import quiet_libraries
+    from msfp_cli.run import Run
+
+    state = Run(run)
+    directory = out or state.directory / "export"
+    calibration = state.load_calibration()
+    refuse_existing(directory, overwrite=overwrite)
+    quiet_libraries()
+    report = export_(calibration, directory, device=device, overwrite=overwrite)
+    state.remember("export", directory)
+    size, half = report.denoiser_bytes / 2**20, report.half_precision_bytes / 2**20
+    console.note(f"denoiser: {size:.2f} MiB, {report.ratio:.3f} of its {half:.2f} MiB in half precision")
+    console.result(str(directory), report.to_json(), as_json=json_)
+    console.note('next: msfp sample --prompt "..."')
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("export", help=_HELP)(console.guarded(export))

@@ -1,0 +1,123 @@
+"""Find the denoiser of a pipeline, watch its calls, and replay them.
+
+A pipeline is never re-implemented here. Its denoiser is found by looking at its components, a hook on the denoiser's
+own ``forward`` sees each call, and `replay` repeats one. So classifier-free guidance, added conditions, guidance
+vectors and any scheduler come along without a line about them.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msfp_cli.errors import ModelError
+
+# The attribute names under which diffusers' pipelines keep the network that is called once per timestep.
+_ROLES = ("unet", "transformer", "transformer_2", "transformer_3", "prior", "decoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserCall:
+    """One call of a denoiser.
+
+    Arguments:
+        component: the pipeline's name for the denoiser, e.g. ``unet``.
+        timestep: the timestep it was called with, in the denoiser's own unit.
+        arguments: all arguments by name; tensors, plain values, and lists or dicts of them.
+        output: what it returned, without the wrapping tuple.
+
+    """
+
+    component: str
+    timestep: float
+    arguments: dict[str, Any]
+    output: Tensor
+
+
+def find_denoisers(pipe: Any) -> dict[str, nn.Module]:  # noqa: ANN401 (a pipeline's class is the user's)
+    """Return the pipeline's denoisers by component name, usually one.
+
+    Raises:
+        ModelError: there is none.
+
+    """
+    components = pipe.components
+    found = {
+        role: components[role]
+        for role in _ROLES
+        if isinstance(components.get(role), nn.Module)
+        and "timestep" in inspect.signature(components[role].forward).parameters
+    }
+    if not found:
+        names = ", ".join(sorted(name for name, part in components.items() if part is not None)) or "nothing"
+        raise ModelError(
+            f"{type(pipe).__name__} has no denoiser (looked for {', '.join(_ROLES)}; it has {names}); "
+            "msfp quantizes pipelines whose UNet or transformer is called once per timestep"
+        )
+    return found
+
+
+def _as_timestep(value: Any) -> float:  # noqa: ANN401 (tensor or number, as the pipeline passes it)
+    """Return the timestep of a call, whose batch shares one."""
+    return float(value.reshape(-1)[0]) if isinstance(value, Tensor) else float(value)
+
+
+def _first(output: Any) -> Tensor:  # noqa: ANN401 (tuple or diffusers' output class)
+    """Return the tensor a denoiser returned."""
+    return output[0] if not isinstance(output, Tensor) else output
+
+
+@contextmanager
+def watch_calls(denoisers: dict[str, nn.Module], seen: Callable[[DenoiserCall], None]) -> Iterator[None]:
+    """Give every call of the denoisers to `seen` while the context is open."""
+    handles = []
+    for component, module in denoisers.items():
+        signature = inspect.signature(module.forward)
+
+        def hook(
+            module: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            output: Any,  # noqa: ANN401
+            component: str = component,
+            signature: inspect.Signature = signature,
+        ) -> None:
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            arguments.pop("return_dict", None)
+            seen(
+                DenoiserCall(
+                    component=component,
+                    timestep=_as_timestep(arguments["timestep"]),
+                    arguments=arguments,
+                    output=_first(output),
+                )
+            )
+
+        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def replay(denoiser: nn.Module, call: DenoiserCall) -> Tensor:
+    """Call `denoiser` as it was called in `call` and return its output."""
+    device = next(denoiser.parameters()).device
+    return _first(denoiser(**_to_device(call.arguments, device), return_dict=False))
+
+
+def _to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401 (a tree of arguments)
+    """Move the tensors of a tree of arguments."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to_device(item, device) for item in value)
+    return value

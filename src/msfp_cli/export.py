@@ -1,0 +1,113 @@
+"""Write a calibrated pipeline as a diffusers directory that stock ``from_pretrained`` reloads."""
+
+import json
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from msfp_cli import __version__
+from msfp_cli.atomic import replace_directory
+from msfp_cli.calibration import Calibration, quantize_
+from msfp_cli.denoiser import find_denoisers
+from msfp_cli.loading import load_pipeline
+from msfp_cli.quantizer import MSFPConfig, mark_quantized_
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What was written.
+
+    Arguments:
+        directory: the export.
+        denoiser_bytes: size of the denoisers' safetensors files.
+        half_precision_bytes: what the same denoisers take in 16 bits.
+
+    """
+
+    directory: str
+    denoiser_bytes: int
+    half_precision_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Size relative to 16 bits."""
+        return self.denoiser_bytes / self.half_precision_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self), "ratio": self.ratio}
+
+
+def load_calibrated(calibration: Calibration, device: str | None = None) -> Any:  # noqa: ANN401 (the user's pipeline)
+    """Load the calibrated model and quantize its denoisers: the in-memory twin of an export."""
+    pipe = load_pipeline(calibration.source, device)
+    sampling = {
+        "num_inference_steps": calibration.record.num_inference_steps,
+        "guidance_scale": calibration.record.guidance_scale,
+    }
+    denoisers = find_denoisers(pipe)
+    for component in calibration.layers:
+        quantize_(denoisers[component], calibration, component)
+        config = MSFPConfig(
+            layers={name: parameters.to_json() for name, parameters in calibration.table(component).items()},
+            source=calibration.source.to_json(),
+            sampling=sampling,
+            tool_version=__version__,
+        )
+        mark_quantized_(denoisers[component], config)
+    return pipe
+
+
+def export_(
+    calibration: Calibration, directory: Path, *, device: str | None = None, overwrite: bool = False
+) -> ExportReport:
+    """Quantize the calibrated model and write it.
+
+    Raises:
+        RunError: the directory exists and `overwrite` is not set.
+
+    """
+    pipe = load_calibrated(calibration, device)
+    half = sum(_half_precision_bytes(calibration, component, part) for component, part in find_denoisers(pipe).items())
+    save_pipeline(pipe, directory, overwrite=overwrite)
+    size = sum(f.stat().st_size for c in find_denoisers(pipe) for f in (directory / c).glob("*.safetensors"))
+    return ExportReport(directory=str(directory), denoiser_bytes=size, half_precision_bytes=half)
+
+
+def _half_precision_bytes(calibration: Calibration, component: str, denoiser: nn.Module) -> int:
+    """Return what a denoiser takes in 16 bits: the weights that became codes, and the parameters that stayed."""
+    layers = calibration.layers.get(component, {}).values()
+    codes = sum(layer.num_weights for layer in layers if layer.parameters.weight is not None)
+    return 2 * (codes + sum(parameter.numel() for parameter in denoiser.parameters()))
+
+
+def save_pipeline(pipe: Any, directory: Path, *, overwrite: bool = False) -> None:  # noqa: ANN401 (the user's pipeline)
+    """Write a pipeline with stock ``save_pretrained``, byte for byte the same each time.
+
+    Raises:
+        RunError: the directory exists and `overwrite` is not set.
+
+    """
+    with replace_directory(directory, overwrite=overwrite) as temporary:
+        pipe.save_pretrained(temporary, safe_serialization=True)
+        for path in sorted(temporary.rglob("*.safetensors")):
+            _sort_header_(path)
+            path.chmod(0o644)  # safetensors makes them private to the user
+
+
+def _sort_header_(path: Path) -> None:
+    """Rewrite a safetensors header with its metadata in order; safetensors writes them in a random one."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            return  # another escaping than ours; the order stays as it is
+        file.seek(8)
+        file.write(text.ljust(length))

@@ -1,0 +1,100 @@
+"""`MSFPPipeline`: an exported checkpoint as a pipeline, with what only we know about it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msfp_cli.errors import CheckpointError, ModelError
+from msfp_cli.loading import load_pipeline
+from msfp_cli.quantizer import METHOD, MSFPConfig
+from msfp_cli.recipe import ModelSource
+
+
+def read_configs(directory: Path) -> dict[str, MSFPConfig]:
+    """Return the quantization config of every denoiser in an exported directory, by component.
+
+    Raises:
+        ModelError: the directory is no pipeline, or none of its components was exported by msfp.
+        CheckpointError: a config is damaged or newer than this msfp.
+
+    """
+    if not (directory / "model_index.json").exists():
+        raise ModelError(f"{directory} is no exported pipeline: it has no model_index.json; `msfp export` makes one")
+    found = {}
+    for path in sorted(directory.glob("*/config.json")):
+        try:
+            config = json.loads(path.read_text("utf-8")).get("quantization_config") or {}
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged ({error}); export or download it again") from None
+        if config.get("quant_method") == METHOD:
+            found[path.parent.name] = MSFPConfig.from_dict(config)
+    if not found:
+        raise ModelError(
+            f"{directory} is a pipeline, but not one that msfp exported; run `msfp calibrate` and `msfp export`"
+        )
+    return found
+
+
+class MSFPPipeline:
+    """A stock pipeline with quantized layers; call it as you would call the pipeline.
+
+    Every attribute that is not defined here is the stock pipeline's own (``unet``, ``scheduler``, ``to`` ...), so the
+    wrapper can be used in its place. ``DiffusionPipeline.from_pretrained`` on the same directory gives ``.pipe``
+    itself.
+    """
+
+    def __init__(self, pipe: Any, configs: dict[str, MSFPConfig]) -> None:  # noqa: ANN401 (a pipeline's class is the user's)
+        """Wrap a loaded pipeline; use `from_pretrained`."""
+        self.pipe, self.configs = pipe, configs
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, dtype: torch.dtype | None = None, device: str | None = None
+    ) -> "MSFPPipeline":
+        """Load an exported directory.
+
+        Arguments:
+            dtype: of everything that is not quantized; None chooses float32 on a CPU and bfloat16 elsewhere.
+            device: where to put it; None takes an accelerator if there is one.
+
+        Raises:
+            ModelError: it is not an export.
+            CheckpointError: it is truncated, altered, or newer than this msfp.
+
+        """
+        directory = Path(directory)
+        configs = read_configs(directory)
+        name = None if dtype is None else str(dtype).removeprefix("torch.")
+        return cls(load_pipeline(ModelSource(model=str(directory), dtype=name), device), configs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the pipeline's own signature)
+        """Call the stock pipeline."""
+        return self.pipe(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """Hand everything else to the stock pipeline."""
+        if name == "pipe":  # not yet set, as while unpickling
+            raise AttributeError(name)
+        return getattr(self.pipe, name)
+
+    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
+        """Write the pipeline again; what was loaded unchanged gives the same bytes."""
+        from msfp_cli.export import save_pipeline
+
+        save_pipeline(self.pipe, Path(directory), overwrite=overwrite)
+
+    def describe(self) -> str:
+        """Return what was quantized, from what, and how, as a few lines of text."""
+        lines = []
+        for component, config in self.configs.items():
+            table = config.table().values()
+            weights = sorted({str(p.weight) for p in table if p.weight})
+            inputs = sorted({str(p.input.format) for p in table if p.input})
+            unsigned = sum(p.input is not None and not p.input.format.signed for p in table)
+            lines.append(
+                f"{component}: {len(table)} quantized layers of {config.source.get('model', 'unknown')}; "
+                f"weights {' '.join(weights)}; inputs {' '.join(inputs)}, {unsigned} of them unsigned"
+            )
+        return "\n".join(lines)

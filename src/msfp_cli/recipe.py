@@ -1,0 +1,245 @@
+"""What a user asked for, as frozen values that go to JSON and back; nothing here needs torch."""
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+from msfp_cli.errors import CheckpointError, UsageError
+from msfp_cli.formats import MAX_BITS, MIN_BITS, FloatFormat, formats_of_width
+
+FORMAT_SETS = ("mixed", "signed", "unsigned", "integer")
+DTYPES = ("float32", "float16", "bfloat16")
+
+# Layers that diffusers' denoisers run first, last, or on the timestep: few multiply-adds, and all errors pass through
+# them, so 8 bits are the custom (EfficientDM, Q-Diffusion).
+DEFAULT_KEEP = tuple(
+    f"{pattern}:8"
+    for pattern in (
+        *(
+            "conv_in",
+            "conv_out",
+            "x_embedder",
+            "pos_embed.*",
+            "patch_embed*",
+            "context_embedder",
+            "proj_out",
+            "proj_out_?",
+        ),
+        *("norm_out.*", "caption_projection.*", "time_embedding.*", "add_embedding.*", "class_embedding.*"),
+        *("time_text_embed.*", "time_embed.*", "adaln_single.*", "condition_embedder.*", "*timestep_embedder.*"),
+    )
+)
+
+T = TypeVar("T", bound="Recipe")
+
+
+class Recipe:
+    """A frozen dataclass that survives JSON; unknown and missing keys are errors."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls: type[T], data: dict[str, Any]) -> T:
+        """Undo `to_json`.
+
+        Raises:
+            CheckpointError: a key is unknown or missing.
+
+        """
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        if set(data) != known:
+            odd = sorted(set(data) ^ known)
+            raise CheckpointError(f"settings do not fit this version of msfp (key {odd[0]!r}); calibrate again")
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource(Recipe):
+    """Where a pipeline comes from.
+
+    Arguments:
+        model: a local directory, a hub id, or ``msfp:fashion`` for the built-in pipeline.
+        revision, variant: as in ``from_pretrained``.
+        dtype: a name in `DTYPES`; None chooses float32 on a CPU and bfloat16 elsewhere.
+
+    """
+
+    model: str
+    revision: str | None = None
+    variant: str | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordRecipe(Recipe):
+    """How to record denoiser calls.
+
+    Arguments:
+        conditions: a prompt or class label per image; None for each image of an unconditional pipeline.
+        num_inference_steps, guidance_scale: as in the pipeline's call; None leaves its default.
+        seed: image i is drawn from ``seed + i``.
+        batch_size: images per pipeline call.
+
+    """
+
+    conditions: tuple[str | None, ...]
+    num_inference_steps: int | None = 20
+    guidance_scale: float | None = None
+    seed: int = 0
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.conditions:
+            raise UsageError("no prompts to record; give at least one")
+        _at_least("batch size", self.batch_size, 1)
+        if self.num_inference_steps is not None:
+            _at_least("steps", self.num_inference_steps, 1)
+
+    @property
+    def num_shards(self) -> int:
+        """How many pipeline calls the recording takes."""
+        return -(-len(self.conditions) // self.batch_size)
+
+
+@dataclass(frozen=True)
+class KeepRule:
+    """A pattern of layer names and the bits they keep; None keeps them in floating point."""
+
+    pattern: str
+    bits: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> "KeepRule":
+        """Read ``PATTERN:BITS``, BITS a number or ``none``.
+
+        Raises:
+            UsageError: it is not of that form.
+
+        """
+        pattern, colon, bits = text.rpartition(":")
+        if not colon or not pattern:
+            raise UsageError(
+                f"cannot read --keep {text!r}; write PATTERN:BITS, for instance 'conv_in:8' or '*attn2*:none'"
+            )
+        return cls(pattern, parse_bits(bits, "--keep"))
+
+    def matches(self, name: str) -> bool:
+        """Whether the rule speaks of the layer `name`."""
+        return fnmatch.fnmatchcase(name, self.pattern)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateRecipe(Recipe):
+    """How to choose the formats.
+
+    Arguments:
+        weights, activations: bits, 2 to 8; None leaves them in floating point.
+        formats: a name in `FORMAT_SETS`, or formats separated by commas (``e2m1,ue2m2``).
+        keep: rules ``PATTERN:BITS``, the last that matches wins; `DEFAULT_KEEP` comes before them.
+        lift: share of the multiply-adds that may be lifted to 8 bits, worst layers first; 0 for none.
+        max_samples: elements of each layer's input that are kept for the search.
+        sensitivity_calls: recorded calls on which each layer's contribution to the error is measured.
+        seed: of the sample.
+
+    """
+
+    weights: int | None = 4
+    activations: int | None = 4
+    formats: str = "mixed"
+    keep: tuple[str, ...] = ()
+    lift: float = 0.05
+    max_samples: int = 40_000
+    sensitivity_calls: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for what, bits in (("--weights", self.weights), ("--activations", self.activations)):
+            if bits is not None and not MIN_BITS <= bits <= MAX_BITS:
+                raise UsageError(f"{what} {bits} is out of range; choose {MIN_BITS} to {MAX_BITS} bits, or none")
+        if self.weights is None and self.activations is None:
+            raise UsageError("neither weights nor activations are quantized; give --weights or --activations some bits")
+        if not 0 <= self.lift <= 1:
+            raise UsageError(f"--lift {self.lift} is out of range; it is a share of the multiply-adds, 0 to 1")
+        _at_least("samples", self.max_samples, 1)
+        _at_least("sensitivity calls", self.sensitivity_calls, 1)
+        for rule in self.keep:
+            KeepRule.parse(rule)
+        self.input_formats(self.activations or MAX_BITS)
+
+    def kept_bits(self, name: str) -> tuple[bool, int | None]:
+        """Return whether a rule speaks of the layer, and the bits it keeps (None: floating point)."""
+        for text in reversed(DEFAULT_KEEP + self.keep):
+            rule = KeepRule.parse(text)
+            if rule.matches(name):
+                return True, rule.bits
+        return False, None
+
+    def input_formats(self, bits: int) -> tuple[FloatFormat, ...]:
+        """Return the candidates for a layer's input.
+
+        Raises:
+            UsageError: `formats` is neither a set's name nor a list of formats, or leaves none of this width.
+
+        """
+        signed, unsigned = formats_of_width(bits, signed=True), formats_of_width(bits, signed=False)
+        sets = {
+            "mixed": signed + unsigned,
+            "signed": signed,
+            "unsigned": unsigned,
+            "integer": tuple(fmt for fmt in unsigned if fmt.is_uniform),
+        }
+        if self.formats in sets:
+            return sets[self.formats]
+        # A list speaks of the width it names; layers kept or lifted to another width have their free choice.
+        named = [FloatFormat.parse(name) for name in self.formats.split(",")]
+        return tuple(fmt for fmt in named if fmt.bits == bits) or sets["mixed"]
+
+    def weight_formats(self, bits: int) -> tuple[FloatFormat, ...]:
+        """Return the candidates for a weight: always signed; uniform only, where integers were asked for."""
+        signed = formats_of_width(bits, signed=True)
+        if self.formats == "integer":
+            return tuple(fmt for fmt in signed if fmt.is_uniform)
+        if self.formats in FORMAT_SETS:
+            return signed
+        named = {FloatFormat.parse(name) for name in self.formats.split(",")}
+        return tuple(fmt for fmt in signed if fmt in named) or signed
+
+
+def parse_bits(text: str, option: str) -> int | None:
+    """Read a number of bits, or ``none``.
+
+    Raises:
+        UsageError: it is neither, or out of range.
+
+    """
+    if text.strip().lower() == "none":
+        return None
+    if not text.strip().isdigit() or not MIN_BITS <= int(text) <= MAX_BITS:
+        raise UsageError(f"{option} {text!r} is out of range; choose {MIN_BITS} to {MAX_BITS} bits, or none")
+    return int(text)
+
+
+def _at_least(what: str, value: int, least: int) -> None:
+    if value < least:
+        raise UsageError(f"{what} must be at least {least}, got {value}")
+
+
+def split_held_out(conditions: Sequence[str | None]) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """Set every fifth condition aside; a lone one serves for both (with other seeds).
+
+    Returns:
+        The conditions to calibrate on, and those held out to measure on.
+
+    """
+    if len(conditions) == 1:
+        return tuple(conditions), tuple(conditions)
+    held_out = tuple(c for i, c in enumerate(conditions) if i % 5 == 4) or (conditions[-1],)
+    calibration = tuple(c for i, c in enumerate(conditions) if i % 5 != 4)
+    return (calibration if len(conditions) >= 5 else tuple(conditions[:-1])), held_out

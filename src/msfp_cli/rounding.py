@@ -1,0 +1,123 @@
+"""Reals to codes and back: ``value = scale * code_book[code] + zero_point``.
+
+`quantize` rounds to the nearest value; a tie goes to the even code, as IEEE 754 asks. Everything is computed in
+float32 whatever the input's type, because a 16-bit scale would move the grid itself. `fake_quantize` is by
+construction ``dequantize(quantize(x))``, bit for bit, plus a gradient: straight through inside the grid's range, zero
+where the value was clipped (Bengio et al. 2013, arXiv:1308.3432). Infinities saturate. A NaN has no code: it takes
+that of the largest value, so look for NaN before you quantize (calibration does, and names the layer).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msfp_cli.formats import FloatFormat
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A format placed on the real line.
+
+    Arguments:
+        format: the code book.
+        scale: the value of the smallest step, positive and exact in float32: a number, or a tensor that broadcasts
+            against the values, e.g. ``(out_features, 1)`` for one scale per output channel.
+        zero_point: the value of code 0, a real number; for unsigned formats only.
+
+    """
+
+    format: FloatFormat
+    scale: Tensor | float
+    zero_point: float = 0.0
+
+    @classmethod
+    def with_maximum(cls, fmt: FloatFormat, max_value: Tensor, zero_point: float | None = None) -> "Grid":
+        """Place a format so that its largest magnitude is `max_value` above the zero point; all in float32.
+
+        Arguments:
+            max_value: float32, ``()`` for one scale, or the shape of the scales.
+
+        """
+        scale = max_value.float() / fmt.largest
+        zero = 0.0 if zero_point is None else float(torch.tensor(zero_point, dtype=torch.float32))
+        return cls(fmt, float(scale) if scale.ndim == 0 else scale, zero)
+
+    @property
+    def max_value(self) -> Tensor | float:
+        """The value of the largest magnitude, measured from the zero point."""
+        return self.scale * self.format.largest
+
+
+@lru_cache(maxsize=256)
+def _borders(fmt: FloatFormat, device: torch.device) -> Tensor:
+    """Return the borders between neighbouring magnitudes such that ``magnitude > border`` means "the upper code".
+
+    A border is the midpoint; where the upper code is the even one it is lowered by one float32 step, so that the tie
+    itself goes up.
+    """
+    magnitudes = torch.tensor(fmt.magnitudes, dtype=torch.float32, device=device)
+    middle = (magnitudes[1:] + magnitudes[:-1]) / 2
+    upper_is_even = torch.arange(1, len(magnitudes), device=device) % 2 == 0
+    return torch.where(upper_is_even, torch.nextafter(middle, torch.zeros_like(middle)), middle)
+
+
+@lru_cache(maxsize=256)
+def code_book(fmt: FloatFormat, device: torch.device) -> Tensor:
+    """Return the code book as float32, ``(2**bits,)``."""
+    return torch.tensor(fmt.code_book, dtype=torch.float32, device=device)
+
+
+def quantize(x: Tensor, grid: Grid) -> Tensor:
+    """Round reals to the nearest codes; a tie goes to the even code.
+
+    Arguments:
+        x: floating point, any shape that `grid` broadcasts to.
+
+    Returns:
+        uint8 codes, shape of `x`; the sign is the highest bit, and zero is always code 0.
+
+    """
+    steps = (x.detach().float() - grid.zero_point) / grid.scale
+    borders = _borders(grid.format, x.device)
+    if not grid.format.signed:
+        return torch.bucketize(steps, borders, out_int32=True).to(torch.uint8)
+    codes = torch.bucketize(steps.abs(), borders, out_int32=True)
+    negative = (steps < 0) & (codes > 0)
+    return (codes + negative * grid.format.sign_bit).to(torch.uint8)
+
+
+def dequantize(codes: Tensor, grid: Grid) -> Tensor:
+    """Turn codes into the reals they stand for, ``scale * code_book[code] + zero_point`` in float32."""
+    book = code_book(grid.format, codes.device)
+    return book.index_select(0, codes.reshape(-1).int()).view(codes.shape) * grid.scale + grid.zero_point
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Round in the forward pass; let the gradient through inside ``[low, high]`` in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:  # noqa: ANN401 (torch does not name this type)
+        low = grid.zero_point - grid.max_value * grid.format.signed
+        ctx.save_for_backward((x >= low) & (x <= grid.zero_point + grid.max_value))
+        return dequantize(quantize(x, grid), grid).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None
+
+
+def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
+    """Round reals to the grid and stay in reals; the gradient passes straight through inside the grid's range.
+
+    Returns:
+        The type and shape of `x`; equal to ``dequantize(quantize(x, grid), grid)`` rounded to that type.
+
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        rounded: Tensor = _StraightThrough.apply(x, grid)  # type: ignore[no-untyped-call]
+        return rounded
+    return dequantize(quantize(x, grid), grid).to(x.dtype)

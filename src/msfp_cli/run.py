@@ -1,0 +1,131 @@
+"""The run directory: the working state that chains the commands.
+
+msfp-run/
+run.json         where the latest export and samples are
+recording/       denoiser calls to choose on
+held-out/        denoiser calls to measure on, of other prompts and seeds
+calibration/     the chosen formats
+export/          the checkpoint (unless --out put it elsewhere)
+samples/         pictures
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msfp_cli.atomic import write_text
+from msfp_cli.calibration import Calibration
+from msfp_cli.errors import CheckpointError, RunError
+from msfp_cli.recording import Recording
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, existing or not."""
+
+    directory: Path
+
+    @property
+    def recording(self) -> Path:
+        """Where the calibration calls are."""
+        return self.directory / "recording"
+
+    @property
+    def held_out(self) -> Path:
+        """Where the held-out calls are."""
+        return self.directory / "held-out"
+
+    @property
+    def calibration(self) -> Path:
+        """Where the calibration is."""
+        return self.directory / "calibration"
+
+    def load_calibration(self) -> Calibration:
+        """Load the calibration.
+
+        Raises:
+            RunError: there is none yet; the message says which command makes it.
+
+        """
+        self.require()
+        return Calibration.load(self.calibration)
+
+    def require(self) -> None:
+        """Refuse a run directory that is not there.
+
+        Raises:
+            RunError: it does not exist.
+
+        """
+        if not self.directory.is_dir():
+            raise RunError(f"no run directory {self.directory} here; `msfp calibrate` makes one, or give --run")
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.directory / "run.json").read_text("utf-8")))
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            raise CheckpointError(f"{self.directory / 'run.json'} is damaged; delete it and export again") from None
+
+    def remember(self, key: str, path: Path) -> None:
+        """Keep where a result was put, for the commands that come later."""
+        place, here = path.resolve(), self.directory.resolve()
+        # Relative inside the run, so that the run directory can be moved.
+        kept = place.relative_to(here) if place.is_relative_to(here) else place
+        write_text(self.directory / "run.json", json.dumps({**self._read(), key: str(kept)}, indent=1))
+
+    def latest_export(self) -> Path:
+        """Return the latest export.
+
+        Raises:
+            RunError: there is none yet.
+
+        """
+        self.require()
+        export = self._export()
+        if export is None:
+            raise RunError(f"{self.directory} holds no export yet; run `msfp export` first")
+        return export
+
+    def _export(self) -> Path | None:
+        known = self._read().get("export")
+        path = None if known is None else self.directory / known
+        return path if path is not None and path.is_dir() else None
+
+    def next_samples(self) -> Path:
+        """Return a fresh directory name for pictures, ``samples/001`` and so on."""
+        taken = [int(p.name) for p in (self.directory / "samples").glob("[0-9][0-9][0-9]")]
+        return self.directory / "samples" / f"{max(taken, default=0) + 1:03d}"
+
+    def status(self) -> list[tuple[str, str]]:
+        """Say in pairs (what, state) what the run holds."""
+        self.require()
+        rows = []
+        for title, path in (("recording", self.recording), ("held-out", self.held_out)):
+            if not (path / "recording.json").exists():
+                rows.append((title, "none"))
+                continue
+            recording = Recording(path)
+            done = recording.num_shards - len(recording.missing_shards())
+            rows.append((title, f"{done} of {recording.num_shards} shards of {recording.recipe['source']['model']}"))
+        rows.append(("calibration", self._calibration_state()))
+        rows.append(("export", str(self._export() or "none")))
+        return rows
+
+    def _calibration_state(self) -> str:
+        if not self.calibration.exists():
+            return "none"
+        calibration = Calibration.load(self.calibration)
+        count = sum(len(layers) for layers in calibration.layers.values())
+        error = max(calibration.held_out_error.values(), default=0.0)
+        bits = f"W{calibration.recipe.weights or 16}A{calibration.recipe.activations or 16}"
+        return f"{bits} {calibration.recipe.formats}, {count} layers, held-out error {error:.4f}"
+
+    def next_command(self) -> str:
+        """Return what to type next."""
+        state = dict(self.status())
+        if state["calibration"] == "none":
+            return "msfp calibrate"
+        return "msfp export" if state["export"] == "none" else 'msfp sample --prompt "..."'

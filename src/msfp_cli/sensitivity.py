@@ -1,0 +1,68 @@
+"""How much each layer's quantization moves the denoiser's output, and which layers to lift because of it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from msfp_cli.calibration import LayerChoice
+from msfp_cli.denoiser import DenoiserCall, replay
+from msfp_cli.layers import LayerParameters
+from msfp_cli.recording import Recording
+from msfp_cli.rounding import Grid, fake_quantize
+
+
+def choose_lifted(layers: Mapping[str, LayerChoice], budget: float) -> list[str]:
+    """Choose the layers to lift: greatest sensitivity per multiply-add first, while the budget lasts.
+
+    Arguments:
+        layers: those with a sensitivity are candidates.
+        budget: share of all multiply-adds, 0 to 1.
+
+    """
+    left = budget * sum(layer.multiply_adds for layer in layers.values())
+    gain = {name: layer.sensitivity / layer.multiply_adds for name, layer in layers.items() if layer.sensitivity}
+    chosen = []
+    for name in sorted(gain, key=lambda name: (-gain[name], name)):
+        if layers[name].multiply_adds <= left:
+            left -= layers[name].multiply_adds
+            chosen.append(name)
+    return chosen
+
+
+def spread_calls(recording: Recording, component: str, count: int) -> list[DenoiserCall]:
+    """Pick calls spread over the timesteps, from the first pipeline run in which the component takes part."""
+    for index in range(recording.num_shards):
+        calls = [call for call in recording.shard(index) if call.component == component]
+        if calls:
+            count = min(count, len(calls))
+            return [calls[(2 * i + 1) * len(calls) // (2 * count)] for i in range(count)]
+    return []
+
+
+@contextmanager
+def quantized_alone(layer: nn.Linear | nn.Conv2d, parameters: LayerParameters, scale: Tensor | None) -> Iterator[None]:
+    """Quantize one layer's weight (with its `scale` per output channel) and input while the context is open."""
+    weight, handle = layer.weight.data, None
+    if parameters.weight is not None and scale is not None:
+        rows = scale.to(weight.device).view(-1, *[1] * (weight.ndim - 1))
+        layer.weight.data = fake_quantize(weight, Grid(parameters.weight, rows))
+    if parameters.input is not None:
+        grid = parameters.input
+        handle = layer.register_forward_pre_hook(lambda _, args: (fake_quantize(args[0], grid), *args[1:]))
+    try:
+        yield
+    finally:
+        layer.weight.data = weight
+        if handle is not None:
+            handle.remove()
+
+
+def relative_error(denoiser: nn.Module, calls: Iterable[DenoiserCall]) -> float:
+    """Return ``sum |output - recorded|^2 / sum |recorded|^2`` over the calls; 0 if there is no signal."""
+    error = signal = 0.0
+    for call in calls:
+        recorded = call.output.double()
+        error += float((replay(denoiser, call).double().cpu() - recorded).square().sum())
+        signal += float(recorded.square().sum())
+    return error / signal if signal else 0.0
