@@ -112,11 +112,7 @@ def _search_layer(
     name: str, layer: nn.Linear | nn.Conv2d, seen: LayerObservation, recipe: CalibrateRecipe, *, lifted: bool = False
 ) -> _Searched:
     """Search one layer at the bits that the recipe gives it."""
-    kept, bits = recipe.kept_bits(name)
-    if lifted:
-        kept, bits = False, LIFTED_BITS
-    weight_bits = recipe.weights if not (kept or lifted) or recipe.weights is None else bits
-    input_bits = recipe.activations if not (kept or lifted) or recipe.activations is None else bits
+    reason, weight_bits, input_bits = _bits(name, recipe, lifted=lifted)
     weight = _search_weight(name, layer, weight_bits, recipe) if weight_bits is not None else None
     inputs = None
     if input_bits is not None:
@@ -125,7 +121,7 @@ def _search_layer(
     grid = Grid.with_maximum(best.format, best.max_value[0], best.zero_point) if best else None
     choice = LayerChoice(
         kind="linear" if isinstance(layer, nn.Linear) else "conv2d",
-        reason="lifted" if lifted else "kept" if kept else "default",
+        reason=reason,
         num_weights=layer.weight.numel(),
         multiply_adds=seen.multiply_adds,
         minimum=seen.minimum,
@@ -136,6 +132,17 @@ def _search_layer(
     )
     scale = weight.winner.max_value.cpu() / weight.winner.format.largest if weight else None
     return _Searched(choice, scale)
+
+
+def _bits(name: str, recipe: CalibrateRecipe, *, lifted: bool) -> tuple[str, int | None, int | None]:
+    """Return why a layer gets its bits, those of its weight, and those of its input."""
+    kept, bits = recipe.kept_bits(name)
+    if not lifted and not kept:
+        return "default", recipe.weights, recipe.activations
+    bits = LIFTED_BITS if lifted else bits
+    # What the recipe leaves in floating point stays there: a rule only says how many bits, where there are any.
+    weight_bits, input_bits = (None if asked is None else bits for asked in (recipe.weights, recipe.activations))
+    return "lifted" if lifted else "kept", weight_bits, input_bits
 
 
 def _search_weight(name: str, layer: nn.Module, bits: int, recipe: CalibrateRecipe) -> SearchResult:
@@ -176,6 +183,8 @@ def _lift(
     calls = spread_calls(recording, component, recipe.sensitivity_calls)
     result = dict(searched)
     candidates = [name for name, s in searched.items() if s.choice.reason == "default"]
+    if min(recipe.weights or LIFTED_BITS, recipe.activations or LIFTED_BITS) >= LIFTED_BITS:
+        return result
     with progress.task(f"Measuring {component}", len(candidates)) as advance:
         for name in candidates:
             with quantized_alone(layers[name], searched[name].choice.parameters, searched[name].scale):

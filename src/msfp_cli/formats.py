@@ -21,6 +21,7 @@ from functools import cached_property
 from msfp_cli.errors import UsageError
 
 MIN_BITS, MAX_BITS = 2, 8
+MAX_EXPONENT_BITS = 5  # 31 octaves; more would leave float32's own range
 _NAME = re.compile(r"(u?)e(\d)m(\d)")
 
 
@@ -29,12 +30,12 @@ class FloatFormat:
     """Describe a floating-point format of 2 to 8 bits.
 
     Arguments:
-        exponent_bits: bits of the exponent field, 0 (a uniform grid) or more.
+        exponent_bits: bits of the exponent field, 0 (a uniform grid) to 5.
         mantissa_bits: bits of the mantissa field, 0 or more.
         signed: whether one bit is spent on the sign.
 
     Raises:
-        UsageError: the bits do not add up to 2..8, or no magnitude bit is left.
+        UsageError: the bits do not add up to 2..8, no magnitude bit is left, or the exponent is wider than 5 bits.
 
     """
 
@@ -47,6 +48,8 @@ class FloatFormat:
             raise UsageError(f"a format needs exponent or mantissa bits, got {self.name}")
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise UsageError(f"{self.name} has {self.bits} bits; formats have {MIN_BITS} to {MAX_BITS}")
+        if self.exponent_bits > MAX_EXPONENT_BITS:
+            raise UsageError(f"{self.name} has more than {MAX_EXPONENT_BITS} exponent bits")
 
     @classmethod
     def parse(cls, name: str) -> "FloatFormat":
@@ -122,6 +125,6 @@ def formats_of_width(bits: int, *, signed: bool) -> tuple[FloatFormat, ...]:
     if not MIN_BITS <= bits <= MAX_BITS:
         raise UsageError(f"{bits} bits is out of range; formats have {MIN_BITS} to {MAX_BITS}")
     width = bits - int(signed)
-    # Beyond four exponent bits (five at 8 bits) a grid covers more octaves than any tensor: never chosen, not listed.
-    widest = min(width, 4 if bits < MAX_BITS else 5)
+    # Below 8 bits a fifth exponent bit buys octaves that no tensor has: never chosen, so not listed.
+    widest = min(width, MAX_EXPONENT_BITS if bits == MAX_BITS else MAX_EXPONENT_BITS - 1)
     return tuple(FloatFormat(exponent, width - exponent, signed) for exponent in range(1, widest + 1))

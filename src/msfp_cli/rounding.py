@@ -1,10 +1,11 @@
 """Reals to codes and back: ``value = scale * code_book[code] + zero_point``.
 
 `quantize` rounds to the nearest value; a tie goes to the even code, as IEEE 754 asks. Everything is computed in
-float32 whatever the input's type, because a 16-bit scale would move the grid itself. `fake_quantize` is by
-construction ``dequantize(quantize(x))``, bit for bit, plus a gradient: straight through inside the grid's range, zero
-where the value was clipped (Bengio et al. 2013, arXiv:1308.3432). Infinities saturate. A NaN has no code: it takes
-that of the largest value, so look for NaN before you quantize (calibration does, and names the layer).
+float32 whatever the input's type, because a 16-bit scale would move the grid itself. `fake_quantize` equals
+``dequantize(quantize(x))`` bit for bit, but gets there without codes, in a few passes that run at the speed of memory
+(see `_round_magnitudes`); its gradient passes straight through inside the grid's range and is zero where the value was
+clipped (Bengio et al. 2013, arXiv:1308.3432). Infinities saturate. A NaN has no code: `quantize` gives it an arbitrary
+one, `fake_quantize` keeps it a NaN, and calibration refuses it by the layer's name.
 """
 
 from dataclasses import dataclass
@@ -95,6 +96,34 @@ def dequantize(codes: Tensor, grid: Grid) -> Tensor:
     return book.index_select(0, codes.reshape(-1).int()).view(codes.shape) * grid.scale + grid.zero_point
 
 
+def _round_magnitudes(steps: Tensor, fmt: FloatFormat) -> Tensor:
+    """Round non-negative multiples of the smallest step to the format's magnitudes, in place; ties to the even code.
+
+    Masking a float32 down to its exponent gives the power of two below it, hence the step of its octave, once clamped
+    to the subnormals' step. Adding and subtracting ``1.5 * 2^23`` such steps then rounds to whole steps, half to even
+    (an old trick; for ``M >= 1`` the even multiple is the even code). Needs no table and no codes.
+
+    Arguments:
+        steps: float32, at most the largest magnitude; overwritten.
+
+    """
+    power = steps.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+    shift = power.clamp_min_(1 << fmt.mantissa_bits).mul_(1.5 * 2 ** (23 - fmt.mantissa_bits))
+    return steps.add_(shift).sub_(shift)
+
+
+def _round(x: Tensor, grid: Grid) -> Tensor:
+    """Return ``dequantize(quantize(x, grid), grid)``, with NaN kept."""
+    if grid.format.mantissa_bits == 0:  # here ties fall between powers of two, which parity of steps does not tell
+        return torch.where(x.isnan(), torch.nan, dequantize(quantize(x, grid), grid))
+    steps = (x.detach().float() - grid.zero_point).div_(grid.scale)
+    if not grid.format.signed:
+        rounded = _round_magnitudes(steps.clamp_(0, grid.format.largest), grid.format)
+    else:
+        rounded = _round_magnitudes(steps.abs().clamp_max_(grid.format.largest), grid.format).copysign_(steps)
+    return rounded.mul_(grid.scale).add_(grid.zero_point)
+
+
 class _StraightThrough(torch.autograd.Function):
     """Round in the forward pass; let the gradient through inside ``[low, high]`` in the backward pass."""
 
@@ -102,7 +131,7 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:  # noqa: ANN401 (torch does not name this type)
         low = grid.zero_point - grid.max_value * grid.format.signed
         ctx.save_for_backward((x >= low) & (x <= grid.zero_point + grid.max_value))
-        return dequantize(quantize(x, grid), grid).to(x.dtype)
+        return _round(x, grid).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
@@ -114,10 +143,10 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     """Round reals to the grid and stay in reals; the gradient passes straight through inside the grid's range.
 
     Returns:
-        The type and shape of `x`; equal to ``dequantize(quantize(x, grid), grid)`` rounded to that type.
+        The type and shape of `x`; equal to ``dequantize(quantize(x, grid), grid)`` rounded to that type, NaN kept.
 
     """
     if torch.is_grad_enabled() and x.requires_grad:
         rounded: Tensor = _StraightThrough.apply(x, grid)  # type: ignore[no-untyped-call]
         return rounded
-    return dequantize(quantize(x, grid), grid).to(x.dtype)
+    return _round(x, grid).to(x.dtype)

@@ -1,0 +1,273 @@
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from msfp_cli.errors import UsageError
+from msfp_cli.formats import FloatFormat, formats_of_width
+from msfp_cli.rounding import Grid, dequantize, fake_quantize, quantize
+
+
+def valid_formats() -> list[FloatFormat]:
+    found = []
+    for exponent_bits, mantissa_bits, signed in product(range(9), range(9), (True, False)):
+        try:
+            found.append(FloatFormat(exponent_bits, mantissa_bits, signed))
+        except UsageError:
+            continue
+    return found
+
+
+FORMATS = valid_formats()
+SEARCHED = [fmt for bits in range(2, 9) for signed in (True, False) for fmt in formats_of_width(bits, signed=signed)]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+each_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def all_codes(fmt: FloatFormat) -> Tensor:
+    return torch.arange(2**fmt.bits, dtype=torch.uint8)
+
+
+def grid_of(fmt: FloatFormat, max_value: float = 3.3, offset: float = 0.0) -> Grid:
+    """A grid of the given maximum; `offset` counts in steps and applies to unsigned formats."""
+    grid = Grid.with_maximum(fmt, torch.tensor(max_value))
+    if fmt.signed:
+        return grid
+    return Grid.with_maximum(fmt, torch.tensor(max_value), offset * float(grid.scale))
+
+
+def awkward_values(grid: Grid) -> Tensor:
+    """Float32 values in, around and far outside a grid, with zeros of both signs, infinities and subnormals."""
+    generator = torch.Generator().manual_seed(0)
+    inside = torch.randn(400, generator=generator) * float(grid.max_value)
+    near_zero = torch.randn(100, generator=generator) * float(grid.scale)
+    odd = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-40, -1e-40, 3e38, -3e38])
+    return torch.cat([inside, near_zero, dequantize(all_codes(grid.format), grid), odd])
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> Grid:
+    fmt = draw(st.sampled_from(SEARCHED))
+    max_value = draw(st.floats(2.0**-10, 2.0**10, width=32))
+    zero_point = 0.0 if fmt.signed else draw(st.floats(-1, 0, width=32))
+    return Grid.with_maximum(fmt, torch.tensor(max_value), zero_point)
+
+
+values = st.lists(st.floats(-(2.0**11), 2.0**11, width=32), min_size=1, max_size=30)
+relaxed = settings(max_examples=100, deadline=None, derandomize=True)
+
+
+@each_format
+def test_dequantize_is_scale_times_code_book_plus_zero_point(fmt: FloatFormat) -> None:
+    grid = grid_of(fmt, offset=-3.7)
+    expected = torch.tensor(fmt.code_book, dtype=torch.float64) * grid.scale + grid.zero_point
+    torch.testing.assert_close(
+        dequantize(all_codes(fmt), grid).double(), expected, rtol=3e-7, atol=1e-6 * float(grid.scale)
+    )
+
+
+@pytest.mark.parametrize("offset", [0.0, -3.7])
+@pytest.mark.parametrize("max_value", [3.3, 1e-3, 7e4])
+@each_format
+def test_every_code_book_value_is_a_fixed_point(fmt: FloatFormat, max_value: float, offset: float) -> None:
+    grid = grid_of(fmt, max_value, offset)
+    codes = all_codes(fmt)
+    values = dequantize(codes, grid)
+    assert torch.equal(fake_quantize(values, grid), values)
+    distinct = codes != fmt.sign_bit if fmt.signed else codes >= 0  # the second zero of a signed format is never written
+    assert torch.equal(quantize(values, grid)[distinct], codes[distinct])
+
+
+@each_format
+def test_rounds_to_the_nearest_level_and_ties_to_the_even_code(fmt: FloatFormat) -> None:
+    grid = Grid(fmt, 1.0)
+    levels = torch.tensor(fmt.levels, dtype=torch.float64)
+    middle = ((levels[1:] + levels[:-1]) / 2).float()
+    infinity = torch.full_like(middle, float("inf"))
+    below, above = torch.nextafter(middle, -infinity), torch.nextafter(middle, infinity)
+    generator = torch.Generator().manual_seed(0)
+    uniform = (torch.rand(300, generator=generator) * 2.5 - 1.25) * min(fmt.largest, 2.0**60)
+    x = torch.cat([middle, below, above, uniform, torch.randn(300, generator=generator) * 5])
+    distances = (x.double()[:, None] - levels).abs()
+    chosen = (x.double() - dequantize(quantize(x, grid), grid).double()).abs()
+    assert torch.equal(chosen, distances.min(dim=1).values)
+    assert (quantize(middle, grid) % 2 == 0).all()
+    if fmt.largest < 2**20:  # the neighbours of a border are no ties
+        assert torch.equal(fake_quantize(below, grid).double(), levels[:-1])
+        assert torch.equal(fake_quantize(above, grid).double(), levels[1:])
+
+
+@given(grids(), values)
+@relaxed
+def test_nearest_for_any_scale_and_zero_point(grid: Grid, numbers: list[float]) -> None:
+    x = torch.tensor(numbers)
+    levels = torch.tensor(grid.format.levels, dtype=torch.float64) * grid.scale + grid.zero_point
+    best = (x.double()[:, None] - levels).abs().min(dim=1).values
+    chosen = (x.double() - fake_quantize(x, grid).double()).abs()
+    slack = 1e-6 * (x.double().abs() + abs(grid.zero_point) + 1e-30)
+    assert (chosen <= best + slack).all()
+
+
+@given(grids(), values)
+@relaxed
+def test_monotone(grid: Grid, numbers: list[float]) -> None:
+    rounded = fake_quantize(torch.tensor(sorted(numbers)), grid)
+    assert (rounded.diff() >= 0).all()
+
+
+@given(grids(), values)
+@relaxed
+def test_idempotent(grid: Grid, numbers: list[float]) -> None:
+    once = fake_quantize(torch.tensor(numbers), grid)
+    assert torch.equal(fake_quantize(once, grid), once)
+
+
+@each_dtype
+@each_format
+def test_fake_quantize_is_dequantize_of_quantize_bit_for_bit(fmt: FloatFormat, dtype: torch.dtype) -> None:
+    grid = grid_of(fmt, offset=-3.7)
+    x = awkward_values(grid).to(dtype)
+    rounded = fake_quantize(x, grid)
+    with_grad = fake_quantize(x.clone().requires_grad_(), grid)
+    expected = dequantize(quantize(x, grid), grid)
+    assert rounded.dtype == with_grad.dtype == dtype
+    assert with_grad.requires_grad
+    for got in (rounded, with_grad.detach()):
+        assert torch.equal(got, expected.to(dtype))
+        assert torch.equal(got.signbit(), expected.signbit())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_arithmetic_is_float32_whatever_the_type(dtype: torch.dtype) -> None:
+    grid = Grid(FloatFormat.parse("ue2m2"), 0.0371, -0.2781)
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(quantize(x, grid), quantize(x.float(), grid))
+    assert torch.equal(quantize(x, grid), quantize(x.double(), grid))
+
+
+@each_format
+def test_infinities_saturate_and_nan_takes_the_largest(fmt: FloatFormat) -> None:
+    grid = grid_of(fmt, offset=-3.7)
+    levels = dequantize(all_codes(fmt), grid)
+    extremes = torch.tensor([float("inf"), -float("inf"), float("nan"), -float("nan")])
+    expected = [levels.max(), levels.min(), levels.max(), levels.max()]
+    for x in (extremes, extremes.clone().requires_grad_()):
+        assert fake_quantize(x, grid).tolist() == expected
+    assert int(quantize(extremes, grid)[2]) == len(fmt.magnitudes) - 1
+
+
+@pytest.mark.parametrize("fmt", [f for f in FORMATS if f.signed], ids=str)
+def test_zero_is_code_0_and_never_negative(fmt: FloatFormat) -> None:
+    grid = grid_of(fmt)
+    x = torch.tensor([0.0, -0.0, 0.4, -0.4, 0.5, -0.5, -1e-30, -1e-44]) * torch.tensor(float(grid.scale))
+    assert quantize(x, grid).tolist() == [0] * len(x)
+    assert not fake_quantize(x, grid).signbit().any()
+    assert not dequantize(torch.tensor([0, fmt.sign_bit], dtype=torch.uint8), grid).signbit().any()
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0, 4)])
+@pytest.mark.parametrize("name", ["e2m1", "ue2m2"])
+def test_empty_tensors_stay_empty(name: str, shape: tuple[int, ...]) -> None:
+    grid = Grid(FloatFormat.parse(name), 0.5)
+    codes = quantize(torch.empty(shape), grid)
+    assert codes.shape == shape and codes.dtype == torch.uint8
+    assert dequantize(codes, grid).shape == shape
+    x = torch.empty(shape, requires_grad=True)
+    fake_quantize(x, grid).sum().backward()
+    assert x.grad is not None and x.grad.shape == shape
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (5, 2, 3, 3)])
+@pytest.mark.parametrize("name", ["e2m1", "e4m3", "ue3m1"])
+def test_each_channel_is_rounded_with_its_own_scale(name: str, shape: tuple[int, ...]) -> None:
+    fmt, generator = FloatFormat.parse(name), torch.Generator().manual_seed(0)
+    x, scales = torch.randn(shape, generator=generator), torch.rand(5, generator=generator) + 0.01
+    grid = Grid(fmt, scales.view(-1, *[1] * (len(shape) - 1)))
+    by_channel = [quantize(row, Grid(fmt, float(scale))) for row, scale in zip(x, scales, strict=True)]
+    assert torch.equal(quantize(x, grid), torch.stack(by_channel))
+    expected = [dequantize(c, Grid(fmt, float(s))) for c, s in zip(by_channel, scales, strict=True)]
+    assert torch.equal(fake_quantize(x, grid), torch.stack(expected))
+
+
+def test_memory_layout_does_not_matter() -> None:
+    grid = Grid(FloatFormat.parse("e2m1"), 0.3)
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(fake_quantize(x.t(), grid), fake_quantize(x, grid).t())
+    assert torch.equal(quantize(x[:, ::2], grid), quantize(x, grid)[:, ::2])
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("grid", "low", "high"),
+    [
+        (Grid(FloatFormat.parse("e2m1"), 0.25), -3.0, 3.0),
+        (Grid(FloatFormat.parse("ue2m2"), 0.125, -0.25), -0.25, 3.25),
+        (Grid(FloatFormat.parse("ue1m3"), 0.125), 0.0, 1.875),
+    ],
+    ids=["e2m1", "ue2m2", "ue1m3"],
+)
+def test_gradient_is_straight_through_inside_the_range_and_zero_outside(
+    grid: Grid, low: float, high: float, dtype: torch.dtype
+) -> None:
+    points = [low, high, low - 0.125, high + 0.125, low + 0.125, high - 0.125, 1.0, 0.3, -9.0, 9.0, float("inf")]
+    x = torch.tensor(points, dtype=dtype, requires_grad=True)
+    upstream = torch.linspace(-2, 3, len(points)).to(dtype)
+    fake_quantize(x, grid).backward(upstream)
+    inside = torch.tensor([low <= point <= high for point in points])
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.where(inside, upstream, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["e1m2", "ue2m2"])
+def test_gradient_range_is_exact_for_every_16_bit_value(name: str, dtype: torch.dtype) -> None:
+    fmt = FloatFormat.parse(name)
+    # Bounds that no 16-bit type can represent: rounding them would move the range.
+    grid = Grid(fmt, float(torch.tensor(1.0045 / fmt.largest)), 0.0 if fmt.signed else float(torch.tensor(-0.3003)))
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = x[~x.isnan()].clone().requires_grad_()
+    fake_quantize(x, grid).sum().backward()
+    low, high = grid.zero_point - fmt.signed * grid.scale * fmt.largest, grid.zero_point + grid.scale * fmt.largest
+    inside = (x.detach().double() >= low) & (x.detach().double() <= high)
+    assert x.grad is not None
+    assert x.detach()[(x.grad != 0) != inside].tolist() == []
+
+
+def test_gradient_range_follows_the_channel() -> None:
+    scales = torch.tensor([[0.1], [1.0]])
+    x = torch.tensor([[5.0, 0.5], [5.0, 0.5]], requires_grad=True)
+    fake_quantize(x, Grid(FloatFormat.parse("e1m2"), scales)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[0, 1], [1, 1]]
+
+
+def test_no_graph_is_kept_without_grad() -> None:
+    grid = Grid(FloatFormat.parse("e2m1"), 0.3)
+    x = torch.randn(4, requires_grad=True)
+    with torch.no_grad():
+        assert not fake_quantize(x, grid).requires_grad
+    assert not fake_quantize(x.detach(), grid).requires_grad
+
+
+@each_format
+def test_maximum_is_the_largest_level_above_the_zero_point(fmt: FloatFormat) -> None:
+    grid = Grid.with_maximum(fmt, torch.tensor(2.7))
+    assert dequantize(all_codes(fmt), grid).max().item() == pytest.approx(2.7, rel=3e-7)
+    assert float(grid.max_value) == pytest.approx(2.7, rel=3e-7)
+    assert isinstance(grid.scale, float) and grid.scale == float(torch.tensor(grid.scale))
+
+
+def test_maxima_per_channel_give_scales_per_channel() -> None:
+    maxima = torch.tensor([[1.2], [2.4], [0.3]])
+    grid = Grid.with_maximum(FloatFormat.parse("e2m1"), maxima)
+    torch.testing.assert_close(grid.scale, torch.tensor([[0.1], [0.2], [0.025]]))
+    torch.testing.assert_close(grid.max_value, maxima)
+
+
+def test_zero_point_is_kept_in_float32() -> None:
+    grid = Grid.with_maximum(FloatFormat.parse("ue2m2"), torch.tensor(1.0), -0.1)
+    assert grid.zero_point == torch.tensor(-0.1, dtype=torch.float32).item() != -0.1
