@@ -18,7 +18,7 @@ from msfp_cli.calibration import Calibration
 from msfp_cli.chain import RecordOptions, record_recipes
 from msfp_cli.loading import BUILT_IN, BUILT_IN_GUIDANCE, default_prompts, load_pipeline, quiet_libraries
 from msfp_cli.recipe import CalibrateRecipe, ModelSource, RecordRecipe
-from msfp_cli.record import record
+from msfp_cli.record import record_calls
 from msfp_cli.recording import Recording
 
 SOURCE = ModelSource(model=BUILT_IN)
@@ -35,7 +35,9 @@ def make_recordings(work: Path) -> tuple[Recording, Recording]:
     held_out = RecordRecipe(
         conditions=unseen, num_inference_steps=20, guidance_scale=BUILT_IN_GUIDANCE, seed=HELD_OUT_SEED, batch_size=10
     )
-    return record(pipe, SOURCE, calibration, work / "recording"), record(pipe, SOURCE, held_out, work / "held-out")
+    return record_calls(pipe, SOURCE, calibration, work / "recording"), record_calls(
+        pipe, SOURCE, held_out, work / "held-out"
+    )
 
 
 def calibrate(recording: Recording, held_out: Recording, formats: str, lift: float) -> Calibration:

@@ -5,7 +5,7 @@ The hub client reads HF_ENDPOINT when it is imported, so a test hands the addres
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -108,17 +108,17 @@ class _HubHandler(BaseHTTPRequestHandler):
     """Answer the requests by which the hub client downloads a model."""
 
     protocol_version = "HTTP/1.1"
-    # An idle connection of a client that has gone away must not keep its thread for the rest of the tests.
-    timeout = 30
 
     def __init__(
         self,
         *connection: object,
         repositories: dict[str, _Repository],
+        gated: Collection[str],
         requests: list[str],
     ) -> None:
         """Take the repositories and the record of requests before the base class answers the connection."""
         self.repositories = repositories
+        self.gated = gated
         self.requests = requests
         super().__init__(*connection)  # type: ignore[arg-type]
 
@@ -176,6 +176,8 @@ class _HubHandler(BaseHTTPRequestHandler):
     def _send_file(self, repository: _Repository, revision: str, path: str) -> None:
         """Send a file of a repository with the headers from which the client fills its cache."""
         self._require_revision(repository, revision)
+        if repository.name in self.gated:
+            raise _HubError(HTTPStatus.FORBIDDEN, "GatedRepo", f"Access to model {repository.name} is restricted")
         if path not in repository.files:
             raise _HubError(HTTPStatus.NOT_FOUND, "EntryNotFound", "Entry not found", repository.commit)
         headers = {
@@ -191,20 +193,23 @@ class _HubHandler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
+        # A kept connection would be answered by its thread even after the server was shut down.
+        self.send_header("Connection", "close")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
 
 @contextmanager
-def serve_hub(repositories: dict[str, Path]) -> Iterator[HubServer]:
+def serve_hub(repositories: dict[str, Path], gated: Collection[str] = ()) -> Iterator[HubServer]:
     """Serve directories under the names of repositories ("owner/name") until the context ends.
 
+    The files of `gated` repositories are described to everyone and given to no one.
     Each repository has one commit, reached by its hash and by "main", fixed when the server starts.
     """
     served = {name: _Repository.read(name, Path(directory)) for name, directory in repositories.items()}
     requests: list[str] = []
-    handler = partial(_HubHandler, repositories=served, requests=requests)
+    handler = partial(_HubHandler, repositories=served, gated=gated, requests=requests)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()

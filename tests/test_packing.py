@@ -72,7 +72,7 @@ def test_a_scalar_packs_to_one_byte() -> None:
 def test_packing_makes_a_copy(bits: int) -> None:
     codes = torch.tensor([1, 2], dtype=torch.uint8)
     packed = pack(codes, bits)
-    unpacked = unpack(packed, bits, (2,))
     codes.zero_()
+    unpacked = unpack(packed, bits, (2,))
     packed.zero_()
     assert unpacked.tolist() == [1, 2]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from msfp_cli.loading import load_pipeline
     from msfp_cli.pipeline import MSFPPipeline
     from msfp_cli.recipe import CalibrateRecipe, ModelSource, RecordRecipe
-    from msfp_cli.record import record
+    from msfp_cli.record import record_calls
     from msfp_cli.rounding import Grid, dequantize, fake_quantize, quantize
 
 __version__ = "0.1.0"
@@ -32,7 +32,7 @@ _HOMES = {
     "loading": ("load_pipeline",),
     "pipeline": ("MSFPPipeline",),
     "recipe": ("CalibrateRecipe", "ModelSource", "RecordRecipe"),
-    "record": ("record",),
+    "record": ("record_calls",),
     "rounding": ("Grid", "dequantize", "fake_quantize", "quantize"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -54,7 +54,7 @@ __all__ = [  # noqa: PLE0604 (checked against _HOMES by a test)
     "load_pipeline",
     "quantize",
     "quantize_",
-    "record",
+    "record_calls",
 ]
 
 

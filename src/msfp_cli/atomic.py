@@ -15,7 +15,6 @@ def refuse_existing(directory: Path, *, overwrite: bool) -> None:
 
     Raises:
         RunError: it exists and `overwrite` is not set.
-
     """
     if directory.exists() and not overwrite:
         raise RunError(f"{directory} exists already; use --overwrite to replace it, or choose another place")
@@ -27,7 +26,6 @@ def replace_directory(directory: Path, *, overwrite: bool = False) -> Iterator[P
 
     Raises:
         RunError: `directory` exists and `overwrite` is not set.
-
     """
     refuse_existing(directory, overwrite=overwrite)
     directory.parent.mkdir(parents=True, exist_ok=True)

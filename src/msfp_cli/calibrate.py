@@ -56,7 +56,6 @@ def calibrate_(
 
     Raises:
         CalibrationError: a weight or an activation holds a NaN or infinity.
-
     """
     denoisers = find_denoisers(pipe)
     searched = {name: _calibrate_one(name, module, recording, recipe, progress) for name, module in denoisers.items()}

@@ -53,7 +53,6 @@ class LayerChoice:
         weight_scores, input_scores: every candidate, best first.
         sensitivity: relative error of the denoiser's output when this layer alone is quantized at the default bits;
             None where it was not measured.
-
     """
 
     kind: str
@@ -109,7 +108,6 @@ class Calibration:
         scales: float32 weight scales, ``(out,)``, by component and layer name, for layers with a quantized weight.
         held_out_error: relative squared error of the denoiser's output on held-out calls, by component.
         unused: layers that never ran and stay in floating point, by component.
-
     """
 
     source: ModelSource
@@ -133,7 +131,6 @@ class Calibration:
 
         Raises:
             RunError: it exists and `overwrite` is not set.
-
         """
         document = {
             "schema": _SCHEMA,
@@ -159,7 +156,6 @@ class Calibration:
         Raises:
             RunError: there is none.
             CheckpointError: it is damaged, or newer than this version of msfp.
-
         """
         try:
             document = json.loads((directory / "calibration.json").read_text())

@@ -15,7 +15,7 @@ from msfp_cli.generation import conditioning_of
 from msfp_cli.loading import BUILT_IN, BUILT_IN_GUIDANCE, default_prompts, load_pipeline
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recipe import CalibrateRecipe, ModelSource, RecordRecipe, split_held_out
-from msfp_cli.record import DEFAULT_MAX_BYTES, record
+from msfp_cli.record import DEFAULT_MAX_BYTES, record_calls
 from msfp_cli.recording import Recording
 from msfp_cli.run import Run
 
@@ -31,7 +31,6 @@ class RecordOptions:
         num_images: how many of them; a fifth is held out.
         num_inference_steps, guidance_scale, seed, batch_size: as in `RecordRecipe`.
         max_bytes: bound on the recording's size.
-
     """
 
     prompts: tuple[str, ...] | None = None
@@ -48,7 +47,6 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
     Raises:
         UsageError: the file cannot be read or holds no prompt.
-
     """
     try:
         lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
@@ -120,7 +118,9 @@ def record_both(
         if overwrite and directory.exists() and not _is_of(directory, source, recipe):
             shutil.rmtree(directory)
         recordings.append(
-            record(pipe, source, recipe, directory, max_bytes=options.max_bytes, progress=progress, description=title)
+            record_calls(
+                pipe, source, recipe, directory, max_bytes=options.max_bytes, progress=progress, description=title
+            )
         )
     return recordings[0], recordings[1]
 
@@ -148,7 +148,6 @@ def calibrate_run(
     Raises:
         RunError: the run holds a calibration already, or a recording of other settings, and `overwrite` is not set.
         ModelError, CalibrationError: as said by what they wrap.
-
     """
     refuse_existing(run.calibration, overwrite=overwrite)
     pipe = load_pipeline(source, device)
@@ -163,7 +162,6 @@ def expand_conditions(prompts: Sequence[str], num_images: int, kind: str) -> tup
 
     Raises:
         UsageError: a prompt is missing, or given to a pipeline that takes none.
-
     """
     if num_images < 1:
         raise UsageError(f"--num-images must be at least 1, got {num_images}")

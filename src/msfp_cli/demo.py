@@ -35,7 +35,6 @@ class DemoReport:
         picture: the sheet with three rows.
         export: what was exported.
         signed_error, msfp_error: relative squared error of the denoiser's output on held-out calls.
-
     """
 
     picture: str

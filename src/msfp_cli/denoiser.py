@@ -8,7 +8,7 @@ vectors and any scheduler come along without a line about them.
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ class DenoiserCall:
         timestep: the timestep it was called with, in the denoiser's own unit.
         arguments: all arguments by name; tensors, plain values, and lists or dicts of them.
         output: what it returned, without the wrapping tuple.
-
     """
 
     component: str
@@ -43,7 +42,6 @@ def find_denoisers(pipe: Any) -> dict[str, nn.Module]:  # noqa: ANN401 (a pipeli
 
     Raises:
         ModelError: there is none.
-
     """
     components = pipe.components
     found = {
@@ -105,11 +103,38 @@ def watch_calls(denoisers: dict[str, nn.Module], seen: Callable[[DenoiserCall], 
             handle.remove()
 
 
-@torch.no_grad()
-def replay(denoiser: nn.Module, call: DenoiserCall) -> Tensor:
-    """Call `denoiser` as it was called in `call` and return its output."""
+def call_again(denoiser: nn.Module, call: DenoiserCall) -> Tensor:
+    """Call `denoiser` as it was called in `call` and return its output, with gradients where they are enabled."""
     device = next(denoiser.parameters()).device
     return _first(denoiser(**_to_device(call.arguments, device), return_dict=False))
+
+
+@torch.no_grad()
+def replay(denoiser: nn.Module, call: DenoiserCall) -> Tensor:
+    """Call `denoiser` as it was called in `call`, without gradients."""
+    return call_again(denoiser, call)
+
+
+# Arguments whose first dimension is a position and never the batch, whatever its size.
+_POSITIONS = ("img_ids", "txt_ids", "image_rotary_emb")
+
+
+def take_rows(call: DenoiserCall, rows: Tensor) -> DenoiserCall:
+    """Return a call of some rows of the batch only.
+
+    Arguments:
+        rows: int64, ``(rows,)``; every tensor whose first dimension is the batch is indexed by it.
+    """
+    batch = call.output.shape[0]
+
+    def take(value: Any) -> Any:  # noqa: ANN401 (a tree of arguments)
+        if isinstance(value, Tensor):
+            return value[rows] if value.ndim and value.shape[0] == batch else value
+        if isinstance(value, dict):
+            return {key: item if key in _POSITIONS else take(item) for key, item in value.items()}
+        return type(value)(take(item) for item in value) if isinstance(value, list | tuple) else value
+
+    return replace(call, arguments=take(call.arguments), output=call.output[rows])
 
 
 def _to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401 (a tree of arguments)

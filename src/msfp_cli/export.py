@@ -24,7 +24,6 @@ class ExportReport:
         directory: the export.
         denoiser_bytes: size of the denoisers' safetensors files.
         half_precision_bytes: what the same denoisers take in 16 bits.
-
     """
 
     directory: str
@@ -68,7 +67,6 @@ def export_(
 
     Raises:
         RunError: the directory exists and `overwrite` is not set.
-
     """
     pipe = load_calibrated(calibration, device)
     half = sum(_half_precision_bytes(calibration, component, part) for component, part in find_denoisers(pipe).items())
@@ -89,7 +87,6 @@ def save_pipeline(pipe: Any, directory: Path, *, overwrite: bool = False) -> Non
 
     Raises:
         RunError: the directory exists and `overwrite` is not set.
-
     """
     with replace_directory(directory, overwrite=overwrite) as temporary:
         pipe.save_pretrained(temporary, safe_serialization=True)

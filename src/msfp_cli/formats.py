@@ -36,7 +36,6 @@ class FloatFormat:
 
     Raises:
         UsageError: the bits do not add up to 2..8, no magnitude bit is left, or the exponent is wider than 5 bits.
-
     """
 
     exponent_bits: int
@@ -57,7 +56,6 @@ class FloatFormat:
 
         Raises:
             UsageError: the name is not of that form, or names no valid format.
-
         """
         match = _NAME.fullmatch(name.strip().lower())
         if match is None:
@@ -120,7 +118,6 @@ def formats_of_width(bits: int, *, signed: bool) -> tuple[FloatFormat, ...]:
 
     Raises:
         UsageError: `bits` is not in 2..8.
-
     """
     if not MIN_BITS <= bits <= MAX_BITS:
         raise UsageError(f"{bits} bits is out of range; formats have {MIN_BITS} to {MAX_BITS}")

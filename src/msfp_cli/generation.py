@@ -24,7 +24,6 @@ class Sampling:
         guidance_scale: strength of classifier-free guidance; None leaves the pipeline's default.
         seed: image i is drawn with seed ``seed + i``.
         batch_size: images per call of the pipeline.
-
     """
 
     num_inference_steps: int | None = None
@@ -76,7 +75,6 @@ def call_pipeline(
         sampling: steps, guidance, seed.
         first: index of the first image of the batch, which fixes the seeds.
         output_type: ``pil``, or ``latent`` to skip the decoder.
-
     """
     parameters = inspect.signature(pipe.__call__).parameters
     wanted: dict[str, Any] = {
@@ -100,7 +98,6 @@ def contact_sheet(
     Arguments:
         rows: pictures of one size.
         titles: one line above each row, or none.
-
     """
     width, height = rows[0][0].size
     factor = max(1, min_side // max(width, height))

@@ -25,7 +25,6 @@ class LayerParameters:
     Arguments:
         weight: format of the weight, one scale per output channel; None leaves the weight in floating point.
         input: grid of the input, one for the whole tensor; None leaves the input in floating point.
-
     """
 
     weight: FloatFormat | None = None
@@ -48,7 +47,6 @@ class LayerParameters:
         Raises:
             UsageError: a format is unknown.
             KeyError, TypeError: a field is missing or of the wrong kind.
-
         """
         weight, grid = data["weight"], data["input"]
         return cls(
@@ -99,6 +97,16 @@ class _Quantized(nn.Module):
         self.register_buffer("weight_codes", torch.empty(size, dtype=torch.uint8, device=device))
         self.register_buffer("weight_scale", torch.empty(layer.weight.shape[0], dtype=torch.float32, device=device))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: ANN401 (torch's signature)
+        """Move or convert the layer, but keep its scales in float32: float16 would turn small ones to 0."""
+        scale = self._buffers.get("weight_scale")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if scale is not None:
+            moved = self.get_buffer("weight_scale")
+            if moved.dtype != torch.float32:
+                self._buffers["weight_scale"] = scale.to(moved.device)
+        return self
+
     @property
     def weight(self) -> Tensor:
         """The weight in floating point; dequantized to float32 where it is held as codes."""
@@ -127,7 +135,6 @@ class _Quantized(nn.Module):
         Arguments:
             weight: ``weight_shape``.
             scale: float32, ``(out,)``.
-
         """
         self.get_buffer("weight_scale").copy_(scale)
         grid = self.weight_grid()

@@ -27,7 +27,6 @@ def resolve_model(model: str | None) -> tuple[str, str | None]:
 
     Arguments:
         model: a directory, a hub id, or None for the built-in pipeline.
-
     """
     if model is None:
         return BUILT_IN, None
@@ -54,7 +53,6 @@ def choose_device(device: str | None) -> str:
 
     Raises:
         ModelError: the device is not there.
-
     """
     if device is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -91,7 +89,6 @@ def load_pipeline(source: ModelSource, device: str | None = None) -> Any:  # noq
 
     Raises:
         ModelError: it cannot be found or loaded; the message says why, as far as can be known.
-
     """
     from diffusers import DiffusionPipeline
 

@@ -25,7 +25,6 @@ class LayerObservation:
         minimum, maximum: over all elements of all calls.
         multiply_adds: of one call, averaged over the calls.
         samples: pieces of the random sample, float32 on the CPU.
-
     """
 
     minimum: float = float("inf")
@@ -63,7 +62,6 @@ def observe(
 
     Raises:
         CalibrationError: an input holds a NaN or an infinity; the message names the layer and the timestep.
-
     """
     per_call = max(1, max_samples // max(1, num_calls))
     seen: dict[str, LayerObservation] = {}

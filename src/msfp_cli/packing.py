@@ -30,7 +30,6 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Returns:
         uint8, ``(packed_size(codes.numel(), bits),)``.
-
     """
     flat = codes.reshape(-1)
     if bits == 8:
@@ -56,7 +55,6 @@ def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> Te
 
     Returns:
         uint8 codes of that shape.
-
     """
     count = math.prod(shape)
     if bits == 8:

@@ -18,7 +18,6 @@ def read_configs(directory: Path) -> dict[str, MSFPConfig]:
     Raises:
         ModelError: the directory is no pipeline, or none of its components was exported by msfp.
         CheckpointError: a config is damaged or newer than this msfp.
-
     """
     if not (directory / "model_index.json").exists():
         raise ModelError(f"{directory} is no exported pipeline: it has no model_index.json; `msfp export` makes one")
@@ -62,7 +61,6 @@ class MSFPPipeline:
         Raises:
             ModelError: it is not an export.
             CheckpointError: it is truncated, altered, or newer than this msfp.
-
         """
         directory = Path(directory)
         configs = read_configs(directory)

@@ -49,7 +49,6 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
 
     Raises:
         CheckpointError: the layout is newer than this version of msfp, or not ours.
-
     """
 
     layers: dict[str, Any] = field(default_factory=dict)
@@ -83,7 +82,6 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
 
         Raises:
             CheckpointError: an entry is damaged.
-
         """
         try:
             return {name: LayerParameters.from_json(entry) for name, entry in self.layers.items()}
@@ -183,7 +181,6 @@ def verify_digest(paths: list[str]) -> None:
 
     Raises:
         CheckpointError: a file is truncated, altered, or was not written by msfp.
-
     """
     tensors: dict[str, Tensor] = {}
     expected = None

@@ -9,6 +9,7 @@ from msfp_cli.errors import CheckpointError, UsageError
 from msfp_cli.formats import MAX_BITS, MIN_BITS, FloatFormat, formats_of_width
 
 FORMAT_SETS = ("mixed", "signed", "unsigned", "integer")
+LOSSES = ("dfa", "plain")
 DTYPES = ("float32", "float16", "bfloat16")
 
 # Layers that diffusers' denoisers run first, last, or on the timestep: few multiply-adds, and all errors pass through
@@ -47,7 +48,6 @@ class Recipe:
 
         Raises:
             CheckpointError: a key is unknown or missing.
-
         """
         known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
         if set(data) != known:
@@ -64,7 +64,6 @@ class ModelSource(Recipe):
         model: a local directory, a hub id, or ``msfp:fashion`` for the built-in pipeline.
         revision, variant: as in ``from_pretrained``.
         dtype: a name in `DTYPES`; None chooses float32 on a CPU and bfloat16 elsewhere.
-
     """
 
     model: str
@@ -86,7 +85,6 @@ class RecordRecipe(Recipe):
         num_inference_steps, guidance_scale: as in the pipeline's call; None leaves its default.
         seed: image i is drawn from ``seed + i``.
         batch_size: images per pipeline call.
-
     """
 
     conditions: tuple[str | None, ...]
@@ -121,7 +119,6 @@ class KeepRule:
 
         Raises:
             UsageError: it is not of that form.
-
         """
         pattern, colon, bits = text.rpartition(":")
         if not colon or not pattern:
@@ -147,7 +144,6 @@ class CalibrateRecipe(Recipe):
         max_samples: elements of each layer's input that are kept for the search.
         sensitivity_calls: recorded calls on which each layer's contribution to the error is measured.
         seed: of the sample.
-
     """
 
     weights: int | None = 4
@@ -156,7 +152,7 @@ class CalibrateRecipe(Recipe):
     keep: tuple[str, ...] = ()
     lift: float = 0.05
     max_samples: int = 40_000
-    sensitivity_calls: int = 3
+    sensitivity_calls: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -171,7 +167,10 @@ class CalibrateRecipe(Recipe):
         _at_least("sensitivity calls", self.sensitivity_calls, 1)
         for rule in self.keep:
             KeepRule.parse(rule)
-        self.input_formats(self.activations or MAX_BITS)
+        if self.formats not in FORMAT_SETS:
+            widths = {FloatFormat.parse(name).bits for name in self.formats.split(",")}
+            if not widths & {self.weights, self.activations}:
+                raise UsageError(f"--formats {self.formats!r} names no format of the bits that were asked for")
 
     def kept_bits(self, name: str) -> tuple[bool, int | None]:
         """Return whether a rule speaks of the layer, and the bits it keeps (None: floating point)."""
@@ -186,7 +185,6 @@ class CalibrateRecipe(Recipe):
 
         Raises:
             UsageError: `formats` is neither a set's name nor a list of formats, or leaves none of this width.
-
         """
         signed, unsigned = formats_of_width(bits, signed=True), formats_of_width(bits, signed=False)
         sets = {
@@ -212,16 +210,53 @@ class CalibrateRecipe(Recipe):
         return tuple(fmt for fmt in signed if fmt in named) or signed
 
 
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe(Recipe):
+    """How to train the LoRA hubs and their router.
+
+    Arguments:
+        steps: updates.
+        batch_size: rows of denoiser calls per process and update.
+        lanes: parts of the recording that every update draws from, each `batch_size` rows; processes share them, and
+            one process works through them in turn (gradient accumulation) to the same result.
+        hub_size: LoRAs per layer; 1 is plain LoRA.
+        rank: of each.
+        learning_rate, router_learning_rate: of AdamW, both decaying linearly to zero.
+        loss: ``dfa`` weights each timestep's error by the denoising factor, ``plain`` does not.
+        seed: of the initial weights and of the order of the data.
+        evaluate_every: updates between looks at the held-out calls; the best state is kept.
+    """
+
+    steps: int = 2000
+    batch_size: int = 8
+    lanes: int = 1
+    hub_size: int = 2
+    rank: int = 16
+    learning_rate: float = 5e-3
+    router_learning_rate: float = 1e-3
+    loss: str = "dfa"
+    seed: int = 0
+    evaluate_every: int = 250
+
+    def __post_init__(self) -> None:
+        for what in ("steps", "batch_size", "lanes", "hub_size", "rank", "evaluate_every"):
+            _at_least(f"--{what.replace('_', '-')}", getattr(self, what), 1)
+        if self.loss not in LOSSES:
+            raise UsageError(f"unknown loss {self.loss!r}; choose one of {', '.join(LOSSES)}")
+        for rate in (self.learning_rate, self.router_learning_rate):
+            if not 0 < rate < float("inf"):
+                raise UsageError(f"a learning rate must be positive, got {rate}")
+
+
 def parse_bits(text: str, option: str) -> int | None:
     """Read a number of bits, or ``none``.
 
     Raises:
         UsageError: it is neither, or out of range.
-
     """
     if text.strip().lower() == "none":
         return None
-    if not text.strip().isdigit() or not MIN_BITS <= int(text) <= MAX_BITS:
+    if not text.strip().isdecimal() or not MIN_BITS <= int(text) <= MAX_BITS:
         raise UsageError(f"{option} {text!r} is out of range; choose {MIN_BITS} to {MAX_BITS} bits, or none")
     return int(text)
 
@@ -236,7 +271,6 @@ def split_held_out(conditions: Sequence[str | None]) -> tuple[tuple[str | None, 
 
     Returns:
         The conditions to calibrate on, and those held out to measure on.
-
     """
     if len(conditions) == 1:
         return tuple(conditions), tuple(conditions)

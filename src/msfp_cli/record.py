@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from msfp_cli.denoiser import DenoiserCall, find_denoisers, watch_calls
-from msfp_cli.errors import CalibrationError, RunError
+from msfp_cli.denoising import denoising_factors
+from msfp_cli.errors import CalibrationError, ModelError, RunError
 from msfp_cli.generation import Sampling, call_pipeline
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recipe import ModelSource, RecordRecipe
@@ -54,7 +55,16 @@ class _Watcher:
         return 1 if timesteps is None else len(timesteps)
 
 
-def record(
+def _factors(pipe: Any) -> list[tuple[float, float]] | None:  # noqa: ANN401 (a pipeline's class is the user's)
+    """Return the denoising factors of the sampler as the pipeline has just used it, None where they are not known."""
+    try:
+        timesteps, factors = denoising_factors(pipe.scheduler)
+    except (ModelError, AttributeError):
+        return None
+    return list(zip(timesteps.tolist(), factors.tolist(), strict=True))
+
+
+def record_calls(
     pipe: Any,  # noqa: ANN401 (a pipeline's class is the user's)
     source: ModelSource,
     recipe: RecordRecipe,
@@ -71,7 +81,6 @@ def record(
     Raises:
         RunError: the directory holds another recording, or this one would take more than `max_bytes` or the free disk.
         CalibrationError: the full-precision model itself gives a NaN or an infinity.
-
     """
     denoisers = find_denoisers(pipe)
     asked = {"source": source.to_json(), "record": recipe.to_json()}
@@ -91,6 +100,6 @@ def record(
             conditions = recipe.conditions[first : first + recipe.batch_size]
             with watch_calls(denoisers, watcher):
                 call_pipeline(pipe, conditions, sampling, first=first, output_type="latent")
-            recording.write_shard(index, watcher.calls)
+            recording.write_shard(index, watcher.calls, _factors(pipe))
             advance(len(conditions))
     return recording

@@ -86,18 +86,21 @@ class Recording:
         Raises:
             RunError: there is none.
             CheckpointError: its manifest cannot be read.
-
         """
         self.directory = directory
         try:
             manifest = json.loads((directory / _MANIFEST).read_text())
             self.recipe: dict[str, Any] = manifest["recipe"]
             self.num_shards: int = manifest["num_shards"]
+            newer = manifest["schema"] > _SCHEMA
         except FileNotFoundError:
             raise RunError(f"no recording in {directory}; `msfp calibrate` makes one") from None
         except (ValueError, KeyError, TypeError):
             raise CheckpointError(f"{directory / _MANIFEST} is damaged; run `msfp calibrate --overwrite`") from None
+        if newer:
+            raise CheckpointError(f"{directory} was written by a newer msfp; upgrade msfp, or record again")
         self._where: dict[str, Path] = {}
+        self._intact: set[str] = set()
 
     @classmethod
     def create(cls, directory: Path, recipe: dict[str, Any], num_shards: int) -> "Recording":
@@ -105,7 +108,6 @@ class Recording:
 
         Raises:
             RunError: the directory holds the recording of another recipe.
-
         """
         if (directory / _MANIFEST).exists():
             recording = cls(directory)
@@ -127,14 +129,20 @@ class Recording:
         """List the shards still to be recorded."""
         return [index for index in range(self.num_shards) if not self.shard_path(index).exists()]
 
-    def write_shard(self, index: int, calls: list[DenoiserCall]) -> None:
-        """Store the calls of one pipeline run; tensors that an earlier shard holds are not stored again."""
+    def write_shard(
+        self, index: int, calls: list[DenoiserCall], factors: list[tuple[float, float]] | None = None
+    ) -> None:
+        """Store the calls of one pipeline run; tensors that an earlier shard holds are not stored again.
+
+        Arguments:
+            factors: the sampler's (timestep, denoising factor) pairs, None where they are not known.
+        """
         encoded, tensors = encode_calls(calls)
         known = self._tensor_index()
         fresh = {name: tensor for name, tensor in tensors.items() if name not in known}
         path = self.shard_path(index)
         temporary = path.with_suffix(".tmp")
-        save_file(fresh, temporary, metadata={"calls": json.dumps(encoded)})
+        save_file(fresh, temporary, metadata={"record": json.dumps({"calls": encoded, "factors": factors})})
         os.replace(temporary, path)
         self._where.update(dict.fromkeys(fresh, path))
 
@@ -153,20 +161,19 @@ class Recording:
 
         Raises:
             CheckpointError: the shard is truncated or altered.
-
         """
         index_of = self._tensor_index()
         loaded: dict[str, Tensor] = {}
+        encoded = self._record(index)["calls"]
         with _open(self.shard_path(index)) as file:
-            encoded = json.loads(file.metadata()["calls"])
-            loaded.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
+            loaded.update({name: self._tensor(file, name, index) for name in file.keys()})  # noqa: SIM118 (no mapping)
 
         def decode(value: Any) -> Any:  # noqa: ANN401 (a JSON tree)
             if isinstance(value, dict) and "$tensor" in value:
                 name = value["$tensor"]
                 if name not in loaded:
                     with _open(index_of[name]) as other:
-                        loaded[name] = other.get_tensor(name)
+                        loaded[name] = self._tensor(other, name, index)
                 return loaded[name]
             if isinstance(value, dict):
                 return {key: decode(item) for key, item in value["$dict"].items()}
@@ -175,7 +182,19 @@ class Recording:
         try:
             return [DenoiserCall(**{key: decode(item) for key, item in call.items()}) for call in encoded]
         except (KeyError, TypeError):
-            raise CheckpointError(f"{self.shard_path(index)} is damaged; run `msfp calibrate --overwrite`") from None
+            raise self._damaged(index) from None
+
+    def _damaged(self, index: int) -> CheckpointError:
+        return CheckpointError(f"{self.shard_path(index)} is damaged; run `msfp calibrate --overwrite`")
+
+    def _tensor(self, file: Any, name: str, index: int) -> Tensor:  # noqa: ANN401 (safetensors does not name this type)
+        """Read a tensor; the first time, compare it with the hash that names it."""
+        tensor: Tensor = file.get_tensor(name)
+        if name not in self._intact:
+            if _hash(tensor) != name:
+                raise self._damaged(index)
+            self._intact.add(name)
+        return tensor
 
     def calls(self, component: str | None = None) -> Iterator[DenoiserCall]:
         """Yield every call in order (of one component), one shard in memory at a time."""
@@ -184,14 +203,30 @@ class Recording:
                 if component is None or call.component == component:
                     yield call
 
+    def _record(self, index: int) -> dict[str, Any]:
+        """Read a shard's header."""
+        with _open(self.shard_path(index)) as file:
+            metadata = file.metadata()
+        try:
+            record: dict[str, Any] = json.loads(metadata["record"])
+        except (KeyError, TypeError, ValueError):
+            raise self._damaged(index) from None
+        return record
+
+    def timesteps(self, index: int, component: str) -> list[float | None]:
+        """Return the timestep of each call of a shard, None for calls of another component; reads the header only."""
+        calls = self._record(index)["calls"]
+        return [call["timestep"] if call["component"] == component else None for call in calls]
+
     def num_calls(self, component: str | None = None) -> int:
         """Count the calls (of one component) by reading headers only."""
-        count = 0
-        for index in range(self.num_shards):
-            with _open(self.shard_path(index)) as file:
-                calls = json.loads(file.metadata()["calls"])
-                count += sum(component in (None, call["component"]) for call in calls)
-        return count
+        calls = (call for index in range(self.num_shards) for call in self._record(index)["calls"])
+        return sum(component in (None, call["component"]) for call in calls)
+
+    def factors(self) -> list[tuple[float, float]] | None:
+        """Return the sampler's (timestep, denoising factor) pairs, None where they are not known."""
+        pairs = self._record(0)["factors"]
+        return None if pairs is None else [(timestep, factor) for timestep, factor in pairs]
 
 
 def _open(path: Path) -> Any:  # noqa: ANN401 (safetensors does not name this type)

@@ -27,7 +27,6 @@ class Grid:
         scale: the value of the smallest step, positive and exact in float32: a number, or a tensor that broadcasts
             against the values, e.g. ``(out_features, 1)`` for one scale per output channel.
         zero_point: the value of code 0, a real number; for unsigned formats only.
-
     """
 
     format: FloatFormat
@@ -40,7 +39,6 @@ class Grid:
 
         Arguments:
             max_value: float32, ``()`` for one scale, or the shape of the scales.
-
         """
         scale = max_value.float() / fmt.largest
         zero = 0.0 if zero_point is None else float(torch.tensor(zero_point, dtype=torch.float32))
@@ -79,7 +77,6 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
 
     Returns:
         uint8 codes, shape of `x`; the sign is the highest bit, and zero is always code 0.
-
     """
     steps = (x.detach().float() - grid.zero_point) / grid.scale
     borders = _borders(grid.format, x.device)
@@ -105,7 +102,6 @@ def _round_magnitudes(steps: Tensor, fmt: FloatFormat) -> Tensor:
 
     Arguments:
         steps: float32, at most the largest magnitude; overwritten.
-
     """
     power = steps.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
     shift = power.clamp_min_(1 << fmt.mantissa_bits).mul_(1.5 * 2 ** (23 - fmt.mantissa_bits))
@@ -130,7 +126,8 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:  # noqa: ANN401 (torch does not name this type)
         low = grid.zero_point - grid.max_value * grid.format.signed
-        ctx.save_for_backward((x >= low) & (x <= grid.zero_point + grid.max_value))
+        exact = x.float()  # a 16-bit comparison would round the bounds, too
+        ctx.save_for_backward((exact >= low) & (exact <= grid.zero_point + grid.max_value))
         return _round(x, grid).to(x.dtype)
 
     @staticmethod
@@ -144,7 +141,6 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
 
     Returns:
         The type and shape of `x`; equal to ``dequantize(quantize(x, grid), grid)`` rounded to that type, NaN kept.
-
     """
     if torch.is_grad_enabled() and x.requires_grad:
         rounded: Tensor = _StraightThrough.apply(x, grid)  # type: ignore[no-untyped-call]

@@ -46,7 +46,6 @@ class Run:
 
         Raises:
             RunError: there is none yet; the message says which command makes it.
-
         """
         self.require()
         return Calibration.load(self.calibration)
@@ -56,7 +55,6 @@ class Run:
 
         Raises:
             RunError: it does not exist.
-
         """
         if not self.directory.is_dir():
             raise RunError(f"no run directory {self.directory} here; `msfp calibrate` makes one, or give --run")
@@ -81,7 +79,6 @@ class Run:
 
         Raises:
             RunError: there is none yet.
-
         """
         self.require()
         export = self._export()

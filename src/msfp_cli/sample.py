@@ -46,7 +46,6 @@ def save_pictures(
 
     Raises:
         RunError: the directory exists and `overwrite` is not set.
-
     """
     with replace_directory(directory, overwrite=overwrite) as temporary:
         for sheet in sheets:

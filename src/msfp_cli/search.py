@@ -39,7 +39,6 @@ class SearchSpace:
         margin: how much better (relative) an unsigned format has to be before it is preferred to the best signed one. A
             zero point costs a correction term in every layer at run time, and a grid of 16 even levels between two
             zero crossings beats e2m1 by 9 % even on a Gaussian; we let it win only where it matters (ours).
-
     """
 
     num_maxima: int = 100
@@ -65,7 +64,6 @@ class FormatScore:
         error: squared error relative to the tensor's own sum of squares, over all rows.
         max_value: float32, ``(rows,)``, the best maximum of each row.
         zero_point: the best zero point, None for signed formats.
-
     """
 
     format: FloatFormat
@@ -109,7 +107,6 @@ class SortedRows:
 
         Returns:
             float64, ``(rows, candidates)``, sums over the row's samples.
-
         """
         unit = torch.tensor(levels, dtype=torch.float64, device=self.values.device) / levels[-1]
         step, square_step = unit.diff(), unit.square().diff()
@@ -117,8 +114,7 @@ class SortedRows:
         top, zero = max_values * unit[-1], torch.zeros_like(max_values) if zero_points is None else zero_points
         if zero_points is not None:
             borders, top = borders + zero[..., None], top + zero
-        flat = borders.float().view(self.num_rows, -1)
-        above = torch.searchsorted(self.values, flat)
+        above = torch.searchsorted(self.values, _round_up(borders).view(self.num_rows, -1))
         sums = self.sums.gather(1, above).view(borders.shape)
         counts = above.view(borders.shape).double()
         cross = top * self.sums[:, -1:] - max_values * (sums @ step)
@@ -128,12 +124,25 @@ class SortedRows:
         return error
 
 
+def _round_up(borders: Tensor) -> Tensor:
+    """Return the smallest float32 not below each border: it parts float32 samples as the float64 border does."""
+    nearest = borders.float()
+    above = torch.nextafter(nearest, torch.full((), torch.inf, device=borders.device))
+    return torch.where(nearest.double() < borders, above, nearest)
+
+
 def _sort(rows: Tensor) -> Tensor:
     """Sort each row ascending; numpy's vectorised sort is three times as fast as torch's on a CPU."""
     rows = rows.detach().float()
     if rows.device.type == "cpu":
         return torch.from_numpy(np.sort(rows.contiguous().numpy(), axis=1))
     return rows.sort(dim=1).values
+
+
+def _fractions(space: SearchSpace, device: torch.device) -> Tensor:
+    """Return the coarse maxima as fractions of the data's own; 1 is among them, so absmax is never beaten by it."""
+    even = torch.linspace(space.low, space.high, space.num_maxima, dtype=torch.float64, device=device)
+    return torch.cat([even, even.new_ones(1)])
 
 
 def _around(best: Tensor, step: Tensor, num: int = 9) -> Tensor:
@@ -147,12 +156,13 @@ def _best_maximum(rows: SortedRows, levels: Sequence[int], space: SearchSpace) -
     largest = torch.maximum(rows.values[:, -1].abs(), rows.values[:, 0].abs()).double()
     # A row of zeros is exact on every grid; the 1 keeps its scale positive.
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
-    fractions = torch.linspace(space.low, space.high, space.num_maxima, dtype=torch.float64, device=largest.device)
+    fractions = _fractions(space, largest.device)
     maxima, step = largest[:, None] * fractions, largest * (fractions[1] - fractions[0])
+    floor = largest[:, None] * space.low / 2  # keeps a scale positive, however small the data
     for _ in range(space.num_refinements + 1):
         errors, index = rows.error(levels, maxima).min(dim=1)
         best = maxima.gather(1, index[:, None])[:, 0]
-        maxima, step = _around(best, step).clamp_min(1e-12), step / 4
+        maxima, step = _around(best, step).maximum(floor), step / 4
     return errors.clamp_min(0), best
 
 
@@ -161,16 +171,17 @@ def _best_offset_grid(rows: SortedRows, levels: Sequence[int], space: SearchSpac
     device = rows.values.device
     low, high = rows.values[:, 0].double(), rows.values[:, -1].double()
     zero_fractions = torch.linspace(0, 1, space.num_zero_points, dtype=torch.float64, device=device)
-    max_fractions = torch.linspace(space.low, space.high, space.num_maxima, dtype=torch.float64, device=device)
+    max_fractions = _fractions(space, device)
     zeros, zero_step = low[:, None] * zero_fractions, low.abs() * zero_fractions[1]
     spread = torch.where(high > low.clamp_max(0), high - low.clamp_max(0), torch.ones_like(high))
     maxima, max_step = spread[:, None] * max_fractions, spread * (max_fractions[1] - max_fractions[0])
+    floor = spread[:, None] * space.low / 2
     for _ in range(space.num_refinements + 1):
         pairs_max = maxima.repeat_interleave(zeros.shape[1], dim=1)
         pairs_zero = zeros.repeat(1, maxima.shape[1])
         errors, index = rows.error(levels, pairs_max, pairs_zero).min(dim=1)
         best_max, best_zero = (pairs.gather(1, index[:, None])[:, 0] for pairs in (pairs_max, pairs_zero))
-        maxima, max_step = _around(best_max, max_step).clamp_min(1e-12), max_step / 4
+        maxima, max_step = _around(best_max, max_step).maximum(floor), max_step / 4
         zeros, zero_step = _around(best_zero, zero_step), zero_step / 4
     return errors.clamp_min(0), best_max, best_zero
 
@@ -182,7 +193,6 @@ def search_tensor(samples: Tensor, formats: Sequence[FloatFormat], space: Search
         samples: floating point, any shape, at least one element, finite.
         formats: candidates, signed or not.
         space: how finely to search.
-
     """
     rows, magnitudes = SortedRows(samples.reshape(1, -1)), SortedRows(samples.reshape(1, -1).abs())
     total = float(rows.sum_of_squares) or 1.0
@@ -207,7 +217,6 @@ def search_rows(weight: Tensor, formats: Sequence[FloatFormat], space: SearchSpa
         weight: floating point, ``(out, ...)``, finite.
         formats: signed candidates; one is chosen for all rows.
         space: how finely to search.
-
     """
     rows = weight.detach().reshape(weight.shape[0], -1)
     errors = torch.zeros(len(formats), dtype=torch.float64)

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from msfp_cli.calibration import LayerChoice
-from msfp_cli.denoiser import DenoiserCall, replay
+from msfp_cli.denoiser import DenoiserCall, replay, take_rows
 from msfp_cli.layers import LayerParameters
 from msfp_cli.recording import Recording
 from msfp_cli.rounding import Grid, fake_quantize
@@ -18,7 +19,6 @@ def choose_lifted(layers: Mapping[str, LayerChoice], budget: float) -> list[str]
     Arguments:
         layers: those with a sensitivity are candidates.
         budget: share of all multiply-adds, 0 to 1.
-
     """
     left = budget * sum(layer.multiply_adds for layer in layers.values())
     gain = {name: layer.sensitivity / layer.multiply_adds for name, layer in layers.items() if layer.sensitivity}
@@ -30,14 +30,20 @@ def choose_lifted(layers: Mapping[str, LayerChoice], budget: float) -> list[str]
     return chosen
 
 
+MAX_ROWS = 4  # of each call: enough to rank layers, and a quarter of the time of a default batch
+
+
 def spread_calls(recording: Recording, component: str, count: int) -> list[DenoiserCall]:
-    """Pick calls spread over the timesteps, from the first pipeline run in which the component takes part."""
-    for index in range(recording.num_shards):
-        calls = [call for call in recording.shard(index) if call.component == component]
-        if calls:
-            count = min(count, len(calls))
-            return [calls[(2 * i + 1) * len(calls) // (2 * count)] for i in range(count)]
-    return []
+    """Pick calls spread over the timesteps and over the pipeline runs, a few rows of each."""
+    shards = [i for i in range(recording.num_shards) if any(t is not None for t in recording.timesteps(i, component))]
+    picked = []
+    for i in range(count if shards else 0):
+        calls = [call for call in recording.shard(shards[i % len(shards)]) if call.component == component]
+        call = calls[(2 * i + 1) * len(calls) // (2 * count)]
+        batch = call.output.shape[0]
+        rows = torch.linspace(0, batch - 1, min(MAX_ROWS, batch)).long()  # both halves of a guided batch
+        picked.append(take_rows(call, rows))
+    return picked
 
 
 @contextmanager

@@ -31,7 +31,6 @@ def replace_layers_(denoiser: nn.Module, table: Mapping[str, LayerParameters]) -
 
     Raises:
         CheckpointError: the denoiser has no such layer.
-
     """
     layers = find_layers(denoiser)
     unknown = sorted(table.keys() - layers.keys())

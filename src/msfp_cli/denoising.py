@@ -1,0 +1,103 @@
+"""The denoising factor: how much an error of the denoiser's output at a timestep moves the next sample.
+
+A sampler's update is linear in the denoiser's output, and gamma_t is the absolute value of that coefficient (denoising
+factor of Zhao et al. 2025, arXiv:2505.21591). With ``abar`` the cumulative signal power at the timestep t, ``s`` the
+next timestep of the sampler, and eta the share of fresh noise (0: DDIM's ordinary differential equation, 1: DDPM),
+
+    gamma_t = | sqrt(1 - abar_s - v) - sqrt(abar_s (1 - abar_t) / abar_t) | * | d eps / d output |
+    v       = eta^2 (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)
+    d eps / d output = 1 (epsilon), sqrt(abar_t) (v-prediction), sqrt(abar_t / (1 - abar_t)) (sample)
+
+and for flow matching ``gamma_t = |sigma_s - sigma_t|``. On the same timesteps the number is the same for DDIM, Euler,
+DPM-Solver and PNDM: they integrate one equation in different coordinates (derivation: ours). Read naively, Euler's step
+in sigma space is 64 where DDIM's is below 1; only the sample rescaled to unit variance is comparable. Multi-step
+schedulers mix in earlier outputs; the first-order factor is the one that speaks of this timestep alone.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msfp_cli.errors import ModelError
+
+
+def denoising_factors(scheduler: Any, *, eta: float | None = None) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """Return the timesteps of a scheduler and the denoising factor at each.
+
+    Arguments:
+        scheduler: a diffusers scheduler after ``set_timesteps``.
+        eta: share of fresh noise; None takes 1 for ancestral samplers (DDPM) and 0 for all others.
+
+    Returns:
+        Two float64 tensors ``(timesteps,)``: each distinct timestep from noisy to clean, and its factor.
+
+    Raises:
+        ModelError: the scheduler has neither a table of signal powers nor flow-matching sigmas.
+    """
+    timesteps = _distinct(scheduler.timesteps)
+    if _is_flow_matching(scheduler):
+        sigmas = _distinct(scheduler.sigmas)
+        if len(sigmas) == len(timesteps):  # a schedule that ends above zero: the last step still goes to clean
+            sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+        return timesteps, sigmas.diff().abs()[: len(timesteps)]
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None:
+        raise ModelError(f"no denoising factor is known for {type(scheduler).__name__}; use --loss plain")
+    now = _signal_power(table, timesteps)
+    final = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0), dtype=torch.float64).reshape(1)
+    following = torch.cat([now[1:], final])
+    if eta is None:
+        eta = 1.0 if type(scheduler).__name__.startswith("DDPM") else 0.0
+    noise = eta**2 * (1 - following) / (1 - now) * (1 - now / following)
+    direct = (1 - following - noise).clamp_min(0).sqrt()
+    factors = (direct - (following * (1 - now) / now).sqrt()).abs()
+    return timesteps, factors * _epsilon_per_output(str(scheduler.config.prediction_type), now)
+
+
+def loss_weights(factors: Tensor, *, power: float = 1.0) -> Tensor:
+    """Return weights of mean 1 proportional to ``factors ** power``, so that learning rates keep their meaning.
+
+    A step whose factor is 0 or not finite gets the smallest proper one: it is seldom what a user wants unlearned.
+    """
+    proper = factors.isfinite() & (factors > 0)
+    if not proper.any():
+        return torch.ones_like(factors)
+    weights = torch.where(proper, factors, factors[proper].min()).pow(power)
+    return weights / weights.mean()
+
+
+def _distinct(values: Tensor) -> Tensor:
+    """Return the distinct values from large to small; Heun and PNDM visit some timesteps twice."""
+    distinct: Tensor = torch.unique(values.detach().cpu().double()).flip(0)  # type: ignore[no-untyped-call]
+    return distinct
+
+
+def _is_flow_matching(scheduler: Any) -> bool:  # noqa: ANN401
+    """Whether the scheduler interpolates between noise and data on a straight line."""
+    config = scheduler.config
+    return (
+        "FlowMatch" in type(scheduler).__name__
+        or bool(config.get("use_flow_sigmas"))
+        or config.get("prediction_type") == "flow_prediction"
+    )
+
+
+def _signal_power(table: Tensor, timesteps: Tensor) -> Tensor:
+    """Look up ``abar`` at timesteps, whole or fractional: sigma is linear between entries, as in Euler's scheduler."""
+    sigmas = ((1 - table.double()) / table.double()).sqrt().cpu()
+    low = timesteps.floor().long().clamp(0, len(table) - 1)
+    high = (low + 1).clamp_max(len(table) - 1)
+    sigma = torch.lerp(sigmas[low], sigmas[high], timesteps - low)
+    return 1 / (1 + sigma.square())
+
+
+def _epsilon_per_output(prediction_type: str, power: Tensor) -> Tensor:
+    """Return ``|d eps / d output|`` at signal powers ``abar``."""
+    if prediction_type == "epsilon":
+        return torch.ones_like(power)
+    if prediction_type == "v_prediction":
+        return power.sqrt()
+    if prediction_type == "sample":
+        return (power / (1 - power)).sqrt()
+    raise ModelError(f"no denoising factor is known for prediction type {prediction_type!r}; use --loss plain")

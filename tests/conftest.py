@@ -1,0 +1,176 @@
+"""Models, runs and recordings that several test modules share, each made once."""
+
+import os
+
+# No test but those of the loopback hub may look for a network; it is read when the hub's client is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from typer.testing import CliRunner, Result
+
+import msfp_cli.chain
+import msfp_cli.demo
+from msfp_cli.calibration import Calibration
+from msfp_cli.chain import RecordOptions, calibrate_run, record_both
+from msfp_cli.commands import app
+from msfp_cli.export import ExportReport, export_
+from msfp_cli.loading import BUILT_IN, load_pipeline, quiet_libraries
+from msfp_cli.recipe import CalibrateRecipe, ModelSource
+from msfp_cli.recording import Recording
+from msfp_cli.run import Run
+from tiny_pipelines import save_tiny
+
+# Warnings are errors; torch would give some of its own only once, to whichever test comes first.
+torch.set_warn_always(True)
+quiet_libraries()
+
+QUICK = CalibrateRecipe(max_samples=1000, sensitivity_calls=1)
+TWO_PICTURES = RecordOptions(num_images=2, num_inference_steps=2, batch_size=2)
+CONDITIONS: dict[str, tuple[str | None, ...]] = {"prompt": ("a cat",), "class_labels": ("1",), "none": (None,)}
+
+Invoke = Callable[..., Result]
+
+
+@dataclass(frozen=True)
+class Chained:
+    """A run that was calibrated and exported, with what the two steps returned."""
+
+    run: Run
+    calibration: Calibration
+    report: ExportReport
+
+    @property
+    def export(self) -> Path:
+        """Where the export is."""
+        return Path(self.report.directory)
+
+
+def chain(
+    model: str | Path, directory: Path, options: RecordOptions = TWO_PICTURES, recipe: CalibrateRecipe = QUICK
+) -> Chained:
+    """Calibrate and export a model into a run directory."""
+    run = Run(directory)
+    calibration = calibrate_run(run, ModelSource(model=str(model)), options, recipe)
+    report = export_(calibration, directory / "export")
+    run.remember("export", directory / "export")
+    return Chained(run, calibration, report)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that gives the directory of a tiny pipeline by the name of its class."""
+    root = tmp_path_factory.mktemp("tiny")
+
+    def directory(name: str) -> Path:
+        if not (root / name).exists():
+            save_tiny(name, root / name)
+        return root / name
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tiny: Callable[[str], Path]) -> ModelSource:
+    """Return the smallest model: unconditional, in pixel space."""
+    return ModelSource(model=str(tiny("DDIMPipeline")))
+
+
+@pytest.fixture
+def tiny_pipe(tiny_source: ModelSource) -> DiffusionPipeline:
+    """Load the smallest model, to be changed at will."""
+    return load_pipeline(tiny_source, "cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_recordings(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recording, Recording]:
+    """Record the smallest model: calls to choose on, and held-out ones."""
+    run = Run(tmp_path_factory.mktemp("tiny-recordings"))
+    return record_both(load_pipeline(tiny_source, "cpu"), run, tiny_source, TWO_PICTURES)
+
+
+@pytest.fixture(scope="session")
+def tiny_chained(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Chained:
+    """Calibrate and export the smallest model. Not to be changed: see `copied`."""
+    return chain(tiny_source.model, tmp_path_factory.mktemp("tiny-chained") / "run")
+
+
+@pytest.fixture(scope="session")
+def prompted_chained(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Chained:
+    """Calibrate and export a tiny text-to-image model. Not to be changed: see `copied`."""
+    return chain(tiny("StableDiffusionPipeline"), tmp_path_factory.mktemp("prompted-chained") / "run")
+
+
+@pytest.fixture(scope="session")
+def fashion_recordings(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recording, Recording]:
+    """Record the built-in model, which is trained and therefore has real activations."""
+    source, run = ModelSource(model=BUILT_IN), Run(tmp_path_factory.mktemp("fashion"))
+    options = RecordOptions(num_images=5, num_inference_steps=4, batch_size=2)
+    return record_both(load_pipeline(source, "cpu"), run, source, options)
+
+
+@pytest.fixture(scope="session")
+def fashion_chained(
+    fashion_recordings: tuple[Recording, Recording], tmp_path_factory: pytest.TempPathFactory
+) -> Chained:
+    """Calibrate and export the built-in model, lifting its worst layers. Not to be changed."""
+    directory = tmp_path_factory.mktemp("fashion-chained") / "run"
+    for recording, name in zip(fashion_recordings, ("recording", "held-out"), strict=True):
+        shutil.copytree(recording.directory, directory / name)
+    options = RecordOptions(num_images=5, num_inference_steps=4, batch_size=2)
+    return chain(BUILT_IN, directory, options, CalibrateRecipe(max_samples=4000, sensitivity_calls=1))
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that copies a directory (to a name of its own) where a test may change it."""
+
+    def copy(directory: Path, name: str = "copy") -> Path:
+        return Path(shutil.copytree(directory, tmp_path / name))
+
+    return copy
+
+
+@pytest.fixture
+def msfp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Invoke:
+    """Return a function that runs the command line in an otherwise empty directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MSFP_DEBUG", "")
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def invoke(*arguments: object) -> Result:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="msfp")
+
+    return invoke
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path]) -> Iterator[None]:
+    """Make the built-in model, and any hub model, a tiny one, and calibrate on a few calls only."""
+
+    def calibrate_quickly(
+        run: Run, source: ModelSource, options: RecordOptions, recipe: CalibrateRecipe, **rest: object
+    ) -> Calibration:
+        fewer = dataclasses.replace(options, num_images=min(options.num_images, 2), num_inference_steps=2)
+        smaller = dataclasses.replace(recipe, max_samples=1000, sensitivity_calls=1)
+        return calibrate_run(run, source, fewer, smaller, **rest)
+
+    def load_locally(source: ModelSource, device: str | None = None) -> DiffusionPipeline:
+        if source.model.count("/") == 1:
+            source = dataclasses.replace(source, model=str(tiny("StableDiffusionPipeline")))
+        return load_pipeline(source, device)
+
+    monkeypatch.setattr("msfp_cli.loading.built_in_directory", lambda: tiny("StableDiffusionPipeline"))
+    monkeypatch.setattr(msfp_cli.chain, "calibrate_run", calibrate_quickly)
+    monkeypatch.setattr(msfp_cli.chain, "load_pipeline", load_locally)
+    monkeypatch.setattr(msfp_cli.demo, "calibrate_run", calibrate_quickly)
+    monkeypatch.setattr(msfp_cli.demo, "_PROMPTS", msfp_cli.demo._PROMPTS[:2])
+    monkeypatch.setattr(msfp_cli.demo, "BUILT_IN_STEPS", 2)
+    yield

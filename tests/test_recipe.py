@@ -1,0 +1,216 @@
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msfp_cli.errors import CheckpointError, UsageError
+from msfp_cli.formats import formats_of_width
+from msfp_cli.recipe import (
+    CalibrateRecipe,
+    FinetuneRecipe,
+    KeepRule,
+    ModelSource,
+    Recipe,
+    RecordRecipe,
+    parse_bits,
+    split_held_out,
+)
+
+RECIPES: list[Recipe] = [
+    ModelSource(model="a/b"),
+    ModelSource(model="msfp:fashion", revision="main", variant="fp16", dtype="bfloat16"),
+    RecordRecipe(conditions=("a cat", None), num_inference_steps=None, guidance_scale=7.5, seed=3, batch_size=2),
+    CalibrateRecipe(),
+    CalibrateRecipe(weights=None, activations=6, formats="e2m3,ue2m4", keep=("conv_in:none", "*attn*:6"), lift=0.5),
+    FinetuneRecipe(),
+    FinetuneRecipe(steps=7, hub_size=1, learning_rate=1e-4, loss="plain"),
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: type(recipe).__name__)
+def test_json_and_back_is_equal(recipe: Recipe) -> None:
+    again = type(recipe).from_json(json.loads(json.dumps(recipe.to_json())))
+    assert again == recipe
+    assert hash(again) == hash(recipe)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: type(recipe).__name__)
+def test_unknown_and_missing_keys_are_named(recipe: Recipe) -> None:
+    data = recipe.to_json()
+    with pytest.raises(CheckpointError, match="'frobnicate'"):
+        type(recipe).from_json({**data, "frobnicate": 1})
+    for missing in data:
+        with pytest.raises(CheckpointError, match=f"'{missing}'"):
+            type(recipe).from_json({key: value for key, value in data.items() if key != missing})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weights": 1}, "--weights 1 "),
+        ({"weights": 9}, "--weights 9 "),
+        ({"activations": 1}, "--activations 1 "),
+        ({"activations": 9}, "--activations 9 "),
+        ({"weights": None, "activations": None}, "neither"),
+        ({"lift": 2.0}, "--lift 2.0"),
+        ({"lift": -0.1}, "--lift -0.1"),
+        ({"lift": float("nan")}, "--lift nan"),
+        ({"max_samples": 0}, "samples must be at least 1, got 0"),
+        ({"sensitivity_calls": 0}, "at least 1, got 0"),
+        ({"keep": ("conv_in",)}, "PATTERN:BITS"),
+        ({"keep": (":8",)}, "PATTERN:BITS"),
+        ({"keep": ("conv_in:8", "conv_out:9")}, "--keep '9'"),
+        ({"keep": ("conv_in:",)}, "--keep ''"),
+        ({"keep": ("conv_in:many",)}, "--keep 'many'"),
+        ({"formats": "best"}, "'best'"),
+        ({"formats": ""}, "unknown format"),
+        ({"formats": "e2m1,"}, "unknown format"),
+        ({"formats": "e2m1;ue2m2"}, "unknown format"),
+        ({"formats": "e9m9"}, "e9m9"),
+    ],
+)
+def test_calibrate_recipe_refuses_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        CalibrateRecipe(**arguments)
+
+
+def test_list_of_formats_of_no_asked_width_is_refused() -> None:
+    with pytest.raises(UsageError, match="e4m3"):
+        CalibrateRecipe(weights=4, activations=4, formats="e4m3")
+    with pytest.raises(UsageError, match="e2m1"):
+        CalibrateRecipe(weights=6, activations=None, formats="e2m1,e1m2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"conditions": ()}, "no prompts"),
+        ({"conditions": ("a",), "batch_size": 0}, "batch size"),
+        ({"conditions": ("a",), "num_inference_steps": 0}, "steps"),
+    ],
+)
+def test_record_recipe_refuses_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        RecordRecipe(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "--steps must be at least 1"),
+        ({"hub_size": 0}, "--hub-size must be at least 1"),
+        ({"rank": 0}, "--rank must be at least 1"),
+        ({"batch_size": -1}, "--batch-size must be at least 1, got -1"),
+        ({"loss": "mse"}, "'mse'.*dfa, plain"),
+        ({"learning_rate": 0.0}, "positive, got 0"),
+        ({"router_learning_rate": float("nan")}, "positive, got nan"),
+    ],
+)
+def test_finetune_recipe_refuses_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        FinetuneRecipe(**arguments)
+
+
+def test_unknown_dtype_lists_the_known() -> None:
+    with pytest.raises(UsageError, match="'int4'.*float32, float16, bfloat16"):
+        ModelSource(model="x", dtype="int4")
+
+
+@pytest.mark.parametrize(("images", "batch", "shards"), [(1, 8, 1), (8, 8, 1), (9, 8, 2), (5, 1, 5)])
+def test_shards_cover_all_images(images: int, batch: int, shards: int) -> None:
+    assert RecordRecipe(conditions=(None,) * images, batch_size=batch).num_shards == shards
+
+
+@pytest.mark.parametrize(("text", "bits"), [("4", 4), (" 8 ", 8), ("2", 2), ("none", None), ("None", None)])
+def test_bits_are_a_number_or_none(text: str, bits: int | None) -> None:
+    assert parse_bits(text, "--weights") == bits
+
+
+@pytest.mark.parametrize("text", ["", "1", "9", "-4", "4.0", "four", "²"])
+def test_other_bits_are_refused_under_the_option_they_came_from(text: str) -> None:
+    with pytest.raises(UsageError, match="--weights.*2 to 8 bits, or none"):
+        parse_bits(text, "--weights")
+
+
+def test_keep_rule_is_pattern_and_bits() -> None:
+    assert KeepRule.parse("a:b:6") == KeepRule("a:b", 6)
+    rule = KeepRule.parse("*attn?.to_[qk]:none")
+    assert rule.bits is None
+    assert rule.matches("mid.attn1.to_q")
+    assert not rule.matches("mid.attn1.to_v") and not rule.matches("mid.ATTN1.to_q")
+
+
+def test_last_matching_rule_wins_and_default_comes_first() -> None:
+    recipe = CalibrateRecipe(keep=("*:6", "conv_*:none", "conv_in:5"))
+    assert recipe.kept_bits("conv_in") == (True, 5)
+    assert recipe.kept_bits("conv_out") == (True, None)
+    assert recipe.kept_bits("time_embedding.linear_1") == (True, 6)
+    assert CalibrateRecipe(keep=("conv_in:5", "*:6")).kept_bits("conv_in") == (True, 6)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv_in",
+        "conv_out",
+        "time_embedding.linear_1",
+        "time_embedding.linear_2",
+        "x_embedder",
+        "proj_out",
+        "proj_out_2",
+    ]
+    + ["pos_embed.proj", "norm_out.linear", "adaln_single.linear", "time_text_embed.timestep_embedder.linear_1"],
+)
+def test_default_policy_keeps_first_last_and_timestep_layers_at_8_bits(name: str) -> None:
+    assert CalibrateRecipe().kept_bits(name) == (True, 8)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mid_block.resnets.0.conv1", "down_blocks.0.resnets.0.time_emb_proj", "mid.attentions.0.proj_out", "mid.conv_in"],
+)
+def test_default_policy_leaves_inner_layers_to_the_search(name: str) -> None:
+    assert CalibrateRecipe().kept_bits(name) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("formats", "inputs", "weights"),
+    [
+        ("mixed", "e1m2 e2m1 e3m0 ue1m3 ue2m2 ue3m1 ue4m0", "e1m2 e2m1 e3m0"),
+        ("signed", "e1m2 e2m1 e3m0", "e1m2 e2m1 e3m0"),
+        ("unsigned", "ue1m3 ue2m2 ue3m1 ue4m0", "e1m2 e2m1 e3m0"),
+        ("integer", "ue1m3", "e1m2"),
+        ("e2m1", "e2m1", "e2m1"),
+        ("ue2m2,e2m1", "ue2m2 e2m1", "e2m1"),
+        ("ue2m2", "ue2m2", "e1m2 e2m1 e3m0"),
+        ("ue2m2, e3m0,e2m3", "ue2m2 e3m0", "e3m0"),
+    ],
+)
+def test_formats_restrict_the_candidates(formats: str, inputs: str, weights: str) -> None:
+    recipe = CalibrateRecipe(formats=formats)
+    assert [fmt.name for fmt in recipe.input_formats(4)] == inputs.split()
+    assert [fmt.name for fmt in recipe.weight_formats(4)] == weights.split()
+
+
+def test_list_of_4_bit_formats_leaves_8_bit_layers_a_free_choice() -> None:
+    recipe = CalibrateRecipe(formats="e2m1,ue2m2")
+    signed, unsigned = (formats_of_width(8, signed=signed) for signed in (True, False))
+    assert recipe.input_formats(8) == signed + unsigned
+    assert recipe.weight_formats(8) == signed
+
+
+@given(st.integers(1, 40))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_held_out_conditions_are_a_fifth_and_others(count: int) -> None:
+    conditions = tuple(str(i) for i in range(count))
+    chosen, held_out = split_held_out(conditions)
+    assert chosen and held_out
+    assert set(chosen) | set(held_out) == set(conditions)
+    if count == 1:
+        assert chosen == held_out
+    else:
+        assert not set(chosen) & set(held_out)
+    if count >= 5:
+        assert len(held_out) == count // 5

@@ -1,0 +1,107 @@
+"""The run directory: what it remembers, and what it says is next."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import Chained
+from msfp_cli.errors import CheckpointError, RunError
+from msfp_cli.run import Run
+
+
+def test_missing_run_directory_says_how_to_make_one(tmp_path: Path) -> None:
+    run = Run(tmp_path / "nowhere")
+    for ask in (run.require, run.status, run.next_command, run.latest_export, run.load_calibration):
+        with pytest.raises(RunError, match="no run directory .*nowhere here; `msfp calibrate` makes one"):
+            ask()
+    assert not run.directory.exists()
+
+
+def test_run_without_an_export_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no export yet; run `msfp export` first"):
+        Run(tmp_path).latest_export()
+
+
+def test_run_directory_can_be_moved(tiny_chained: Chained, copied: Callable[..., Path], tmp_path: Path) -> None:
+    moved = Run(copied(tiny_chained.run.directory).rename(tmp_path / "elsewhere"))
+    assert moved.latest_export().resolve() == (tmp_path / "elsewhere" / "export").resolve()
+
+
+def test_export_outside_of_the_run_is_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("dresses-fp4").mkdir()
+    Path("run").mkdir()
+    Run(Path("run")).remember("export", Path("dresses-fp4"))
+    monkeypatch.chdir(tmp_path / "run")
+    assert Run(Path(".")).latest_export().samefile(tmp_path / "dresses-fp4")
+
+
+def test_latest_export_replaces_the_one_before_and_other_keys_stay(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for key, name in (("export", "first"), ("other", "kept"), ("export", "second")):
+        (tmp_path / name).mkdir()
+        run.remember(key, tmp_path / name)
+    assert run.latest_export() == tmp_path / "second"
+    assert '"other": "kept"' in (tmp_path / "run.json").read_text()
+
+
+def test_deleted_export_counts_as_none(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    (tmp_path / "export").mkdir()
+    run.remember("export", tmp_path / "export")
+    (tmp_path / "export").rmdir()
+    with pytest.raises(RunError, match="holds no export yet"):
+        run.latest_export()
+
+
+@pytest.mark.parametrize("content", ["{", "[1, 2]", "3", '{"export": 3}'])
+def test_memory_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(CheckpointError, match="run.json is damaged; delete it and export again"):
+        Run(tmp_path).latest_export()
+
+
+def test_samples_are_numbered_on(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert run.next_samples() == tmp_path / "samples" / "001"
+    for name in ("001", "007", "mine", "100 best"):
+        (tmp_path / "samples" / name).mkdir(parents=True)
+    assert run.next_samples().name == "008"
+
+
+def test_samples_are_numbered_beyond_three_digits(tmp_path: Path) -> None:
+    for name in ("999", "1000"):
+        (tmp_path / "samples" / name).mkdir(parents=True)
+    assert Run(tmp_path).next_samples().name == "1001"
+
+
+def test_status_tells_each_stage_and_the_next_command(
+    tiny_chained: Chained, copied: Callable[..., Path], tmp_path: Path
+) -> None:
+    full, run = copied(tiny_chained.run.directory, "full"), Run(tmp_path / "run")
+    model = tiny_chained.calibration.source.model
+    run.directory.mkdir()
+    nothing = {"recording": "none", "held-out": "none", "calibration": "none", "export": "none"}
+    assert dict(run.status()) == nothing
+    assert run.next_command().startswith("msfp calibrate")
+
+    shutil.move(full / "recording", run.recording)
+    (run.recording / "00000.safetensors").rename(tmp_path / "shard")
+    assert dict(run.status()) == nothing | {"recording": f"0 of 1 shards of {model}"}
+    (tmp_path / "shard").rename(run.recording / "00000.safetensors")
+    shutil.move(full / "held-out", run.held_out)
+    assert dict(run.status())["recording"] == dict(run.status())["held-out"] == f"1 of 1 shards of {model}"
+    assert run.next_command().startswith("msfp calibrate")
+
+    shutil.move(full / "calibration", run.calibration)
+    error = tiny_chained.calibration.held_out_error["unet"]
+    count = len(tiny_chained.calibration.layers["unet"])
+    assert dict(run.status())["calibration"] == f"W4A4 mixed, {count} layers, held-out error {error:.4f}"
+    assert run.next_command().startswith("msfp export")
+
+    shutil.move(full / "export", run.directory / "export")
+    run.remember("export", run.directory / "export")
+    assert dict(run.status())["export"] == str(run.directory / "export")
+    assert run.next_command().startswith("msfp sample")
