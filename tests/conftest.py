@@ -4,6 +4,8 @@ import os
 
 # No test but those of the loopback hub may look for a network; it is read when the hub's client is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Beside another busy process, torch's threads would wait for each other in busy loops: ten times slower. Read by torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import dataclasses
 import shutil

@@ -19,7 +19,7 @@ FLOORS = {
     3: "batches calibration checkpoint denoiser generation loading observe pipeline quantizer recording run surgery "
     "sensitivity",
     2: "kernels layers search talora",
-    1: "atomic denoising packing rounding",
+    1: "atomic denoising digest packing rounding",
     0: "__init__ errors formats progress recipe registration",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

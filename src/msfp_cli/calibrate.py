@@ -85,6 +85,7 @@ def _calibrate_one(
     component: str, denoiser: nn.Module, recording: Recording, recipe: CalibrateRecipe, progress: Progress
 ) -> dict[str, _Searched]:
     """Observe, search, measure and lift one denoiser."""
+    _refuse_damaged(denoiser)
     num_calls = recording.num_calls(component)
     generator = torch.Generator().manual_seed(recipe.seed)
     with progress.task(f"Observing {component}", num_calls) as advance:
@@ -112,8 +113,9 @@ def _search_layer(
 ) -> _Searched:
     """Search one layer at the bits that the recipe gives it."""
     reason, weight_bits, input_bits = _bits(name, recipe, lifted=lifted)
-    weight = _search_weight(name, layer, weight_bits, recipe) if weight_bits is not None else None
-    inputs = None
+    weight = inputs = None
+    if weight_bits is not None:
+        weight = search_rows(layer.weight, recipe.weight_formats(weight_bits), _SPACE.for_bits(weight_bits))
     if input_bits is not None:
         inputs = search_tensor(seen.values(), recipe.input_formats(input_bits), _SPACE.for_bits(input_bits))
     best = inputs.winner if inputs else None
@@ -144,13 +146,11 @@ def _bits(name: str, recipe: CalibrateRecipe, *, lifted: bool) -> tuple[str, int
     return "lifted" if lifted else "kept", weight_bits, input_bits
 
 
-def _search_weight(name: str, layer: nn.Module, bits: int, recipe: CalibrateRecipe) -> SearchResult:
-    """Search a weight, refusing one that is not finite."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    if not torch.isfinite(weight).all():
-        raise CalibrationError(f"the weight of layer {name!r} holds a NaN or infinity; the model's file is damaged")
-    return search_rows(weight, recipe.weight_formats(bits), _SPACE.for_bits(bits))
+def _refuse_damaged(denoiser: nn.Module) -> None:
+    """Refuse a weight that is not finite, before its NaN shows up in some other layer's input."""
+    for name, layer in find_layers(denoiser).items():
+        if not torch.isfinite(layer.weight).all():
+            raise CalibrationError(f"the weight of layer {name!r} holds a NaN or infinity; the model's file is damaged")
 
 
 def _scores(result: SearchResult | None) -> tuple[Score, ...]:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from msfp_cli.atomic import replace_directory
-from msfp_cli.errors import CheckpointError, RunError
+from msfp_cli.digest import digest
+from msfp_cli.errors import CheckpointError, RunError, UsageError
 from msfp_cli.layers import LayerParameters
 from msfp_cli.recipe import CalibrateRecipe, ModelSource, RecordRecipe
 from msfp_cli.surgery import find_layers, replace_layers_
@@ -132,8 +133,10 @@ class Calibration:
         Raises:
             RunError: it exists and `overwrite` is not set.
         """
+        flat = {f"{component}/{name}": t for component, named in self.scales.items() for name, t in named.items()}
         document = {
             "schema": _SCHEMA,
+            "scales_digest": digest(flat),
             "source": self.source.to_json(),
             "record": self.record.to_json(),
             "recipe": self.recipe.to_json(),
@@ -144,7 +147,6 @@ class Calibration:
                 for component, layers in self.layers.items()
             },
         }
-        flat = {f"{component}/{name}": t for component, named in self.scales.items() for name, t in named.items()}
         with replace_directory(directory, overwrite=overwrite) as temporary:
             (temporary / "calibration.json").write_text(json.dumps(document, indent=1))
             save_file(flat, temporary / "scales.safetensors")
@@ -162,6 +164,8 @@ class Calibration:
             flat = load_file(directory / "scales.safetensors")
             if document["schema"] > _SCHEMA:
                 raise CheckpointError(f"{directory} was written by a newer msfp; upgrade msfp, or calibrate again")
+            if digest(flat) != document["scales_digest"]:
+                raise CheckpointError(f"{directory}/scales.safetensors is altered; run `msfp calibrate --overwrite`")
             layers = {
                 component: {name: LayerChoice.from_json(layer) for name, layer in named.items()}
                 for component, named in document["layers"].items()
@@ -177,7 +181,7 @@ class Calibration:
             )
         except FileNotFoundError:
             raise RunError(f"no calibration in {directory}; run `msfp calibrate` first") from None
-        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, UsageError) as error:
             raise CheckpointError(f"{directory} is damaged ({error}); run `msfp calibrate --overwrite`") from None
 
 

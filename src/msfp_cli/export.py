@@ -90,9 +90,18 @@ def save_pipeline(pipe: Any, directory: Path, *, overwrite: bool = False) -> Non
     """
     with replace_directory(directory, overwrite=overwrite) as temporary:
         pipe.save_pretrained(temporary, safe_serialization=True)
+        for path in sorted(temporary.rglob("*.json")):
+            _forget_origin_(path)
         for path in sorted(temporary.rglob("*.safetensors")):
             _sort_header_(path)
             path.chmod(0o644)  # safetensors makes them private to the user
+
+
+def _forget_origin_(path: Path) -> None:
+    """Take the directory that a component was loaded from out of its config: it names a place on this machine."""
+    config = json.loads(path.read_text("utf-8"))
+    if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _sort_header_(path: Path) -> None:

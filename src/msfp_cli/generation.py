@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from msfp_cli.errors import UsageError
+from msfp_cli.errors import ModelError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,14 @@ def call_pipeline(
     arguments = {key: value for key, value in wanted.items() if key in parameters and value is not None}
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
-    result = pipe(**_condition(pipe, conditions), **arguments)
+    try:
+        result = pipe(**_condition(pipe, conditions), **arguments)
+    except TypeError as error:
+        if "ScalarType" not in str(error):
+            raise
+        raise ModelError(
+            f"{type(pipe).__name__} cannot turn this type into pictures ({error}); use --dtype float32"
+        ) from None
     return result.images if hasattr(result, "images") else result[0]
 
 

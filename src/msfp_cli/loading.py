@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from msfp_cli.errors import ModelError
+from msfp_cli.errors import ModelError, MsfpError
 from msfp_cli.recipe import ModelSource
 
 BUILT_IN = "msfp:fashion"
@@ -96,12 +96,14 @@ def load_pipeline(source: ModelSource, device: str | None = None) -> Any:  # noq
     model = str(built_in_directory()) if source.model == BUILT_IN else source.model
     if Path(model).is_dir() and not (Path(model) / "model_index.json").exists():
         raise ModelError(f"{model} is no diffusers pipeline: it has no model_index.json")
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise ModelError(f"{model!r} is neither a directory nor a hub id (owner/name)")
     options = {"revision": source.revision, "variant": source.variant}
     try:
         pipe = DiffusionPipeline.from_pretrained(
             model, dtype=choose_dtype(source.dtype, place), **{k: v for k, v in options.items() if v is not None}
         )
-    except ModelError:
+    except MsfpError:
         raise
     except Exception as error:  # every library below has its own kinds
         raise ModelError(_explain(source, error)) from error

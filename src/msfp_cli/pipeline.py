@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from msfp_cli.errors import CheckpointError, ModelError
 from msfp_cli.loading import load_pipeline
@@ -25,15 +26,27 @@ def read_configs(directory: Path) -> dict[str, MSFPConfig]:
     for path in sorted(directory.glob("*/config.json")):
         try:
             config = json.loads(path.read_text("utf-8")).get("quantization_config") or {}
-        except ValueError as error:
+            method = config.get("quant_method")
+        except (ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); export or download it again") from None
-        if config.get("quant_method") == METHOD:
+        if method == METHOD:
             found[path.parent.name] = MSFPConfig.from_dict(config)
+            _refuse_truncated(path.parent)
     if not found:
         raise ModelError(
             f"{directory} is a pipeline, but not one that msfp exported; run `msfp calibrate` and `msfp export`"
         )
     return found
+
+
+def _refuse_truncated(directory: Path) -> None:
+    """Look at the headers of a component's files; diffusers does so too, but does not say what is wrong."""
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is truncated or altered ({error}); export or download it again") from None
 
 
 class MSFPPipeline:

@@ -7,19 +7,17 @@ anything is loaded, so an altered file is refused rather than sampled from. With
 diffusers does not know the method ``msfp`` and refuses by itself.
 """
 
-import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from msfp_cli.digest import digest
 from msfp_cli.errors import CheckpointError, MsfpError
 from msfp_cli.layers import LayerParameters
 from msfp_cli.registration import register
@@ -85,7 +83,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
         """
         try:
             return {name: LayerParameters.from_json(entry) for name, entry in self.layers.items()}
-        except (KeyError, TypeError, ValueError, MsfpError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, MsfpError) as error:
             raise CheckpointError(f"the export's layer table is damaged ({error}); export again") from None
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,7 +102,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
     """Loads and saves exported denoisers for diffusers."""
 
     use_keep_in_fp32_modules = True
-    requires_calibration = True
+    requires_calibration = False  # we refuse float models ourselves, and say what to do
 
     def __init__(self, quantization_config: MSFPConfig, **kwargs: Any) -> None:  # noqa: ANN401 (diffusers' signature)
         """Take the config that diffusers read; float models cannot be quantized while they load."""
@@ -117,7 +115,9 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str] | str | None) -> list[str]:
         """Check the files' digest before anything is loaded; diffusers calls this first."""
         paths = [checkpoint_files] if isinstance(checkpoint_files, str) else list(checkpoint_files or [])
-        verify_digest([str(path) for path in paths])
+        stated = verify_digest([str(path) for path in paths])
+        if stated != self.quantization_config.to_dict():
+            raise CheckpointError(f"{paths[0]} and its config.json disagree: one of them is altered; export again")
         return loaded_keys
 
     def _process_model_before_weight_loading(
@@ -165,29 +165,19 @@ def mark_quantized_(denoiser: Any, config: MSFPConfig) -> None:  # noqa: ANN401 
     denoiser.register_to_config(quantization_config=config)
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of named tensors: names, types, shapes and bytes, in the order of the names."""
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        if tensor.numel():
-            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
-
-
-def verify_digest(paths: list[str]) -> None:
-    """Compare the tensors of a checkpoint with the digest in its header.
+def verify_digest(paths: list[str]) -> Any:  # noqa: ANN401 (a JSON value)
+    """Compare the tensors of a checkpoint with the digest in its header, and return the config that lies beside it.
 
     Raises:
         CheckpointError: a file is truncated, altered, or was not written by msfp.
     """
     tensors: dict[str, Tensor] = {}
-    expected = None
+    expected, config = None, "null"
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
-                expected = (file.metadata() or {}).get(_DIGEST, expected)
+                header = file.metadata() or {}
+                expected, config = header.get(_DIGEST, expected), header.get("quantization_config", config)
                 tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
         except SafetensorError as error:
             raise CheckpointError(f"{path} is truncated or altered ({error}); export or download it again") from None
@@ -197,6 +187,10 @@ def verify_digest(paths: list[str]) -> None:
         raise CheckpointError(
             f"{paths[0]} is altered: its tensors do not match their digest; export or download it again"
         )
+    try:
+        return json.loads(config)
+    except ValueError:
+        return None
 
 
 register()

@@ -3,13 +3,14 @@
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from msfp_cli.errors import CheckpointError, UsageError
 from msfp_cli.formats import MAX_BITS, MIN_BITS, FloatFormat, formats_of_width
 
+DEFAULT_RUN = Path("msfp-run")
 FORMAT_SETS = ("mixed", "signed", "unsigned", "integer")
-LOSSES = ("dfa", "plain")
 DTYPES = ("float32", "float16", "bfloat16")
 
 # Layers that diffusers' denoisers run first, last, or on the timestep: few multiply-adds, and all errors pass through
@@ -208,44 +209,6 @@ class CalibrateRecipe(Recipe):
             return signed
         named = {FloatFormat.parse(name) for name in self.formats.split(",")}
         return tuple(fmt for fmt in signed if fmt in named) or signed
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneRecipe(Recipe):
-    """How to train the LoRA hubs and their router.
-
-    Arguments:
-        steps: updates.
-        batch_size: rows of denoiser calls per process and update.
-        lanes: parts of the recording that every update draws from, each `batch_size` rows; processes share them, and
-            one process works through them in turn (gradient accumulation) to the same result.
-        hub_size: LoRAs per layer; 1 is plain LoRA.
-        rank: of each.
-        learning_rate, router_learning_rate: of AdamW, both decaying linearly to zero.
-        loss: ``dfa`` weights each timestep's error by the denoising factor, ``plain`` does not.
-        seed: of the initial weights and of the order of the data.
-        evaluate_every: updates between looks at the held-out calls; the best state is kept.
-    """
-
-    steps: int = 2000
-    batch_size: int = 8
-    lanes: int = 1
-    hub_size: int = 2
-    rank: int = 16
-    learning_rate: float = 5e-3
-    router_learning_rate: float = 1e-3
-    loss: str = "dfa"
-    seed: int = 0
-    evaluate_every: int = 250
-
-    def __post_init__(self) -> None:
-        for what in ("steps", "batch_size", "lanes", "hub_size", "rank", "evaluate_every"):
-            _at_least(f"--{what.replace('_', '-')}", getattr(self, what), 1)
-        if self.loss not in LOSSES:
-            raise UsageError(f"unknown loss {self.loss!r}; choose one of {', '.join(LOSSES)}")
-        for rate in (self.learning_rate, self.router_learning_rate):
-            if not 0 < rate < float("inf"):
-                raise UsageError(f"a learning rate must be positive, got {rate}")
 
 
 def parse_bits(text: str, option: str) -> int | None:

@@ -111,9 +111,10 @@ class Recording:
         """
         if (directory / _MANIFEST).exists():
             recording = cls(directory)
-            if recording.recipe != recipe or recording.num_shards != num_shards:
+            if recording.recipe == recipe and recording.num_shards == num_shards:
+                return recording
+            if len(recording.missing_shards()) < recording.num_shards:
                 raise RunError(f"{directory} was recorded with other settings; use --overwrite, or another --run")
-            return recording
         directory.mkdir(parents=True, exist_ok=True)
         manifest = {"schema": _SCHEMA, "recipe": recipe, "num_shards": num_shards}
         temporary = directory / f"{_MANIFEST}.tmp"

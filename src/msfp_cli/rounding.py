@@ -80,6 +80,7 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
     """
     steps = (x.detach().float() - grid.zero_point) / grid.scale
     borders = _borders(grid.format, x.device)
+    steps = steps.contiguous()
     if not grid.format.signed:
         return torch.bucketize(steps, borders, out_int32=True).to(torch.uint8)
     codes = torch.bucketize(steps.abs(), borders, out_int32=True)

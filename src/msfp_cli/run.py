@@ -10,6 +10,7 @@ samples/         pictures
 """
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from msfp_cli.atomic import write_text
 from msfp_cli.calibration import Calibration
 from msfp_cli.errors import CheckpointError, RunError
+from msfp_cli.recipe import DEFAULT_RUN
 from msfp_cli.recording import Recording
 
 
@@ -61,10 +63,11 @@ class Run:
 
     def _read(self) -> dict[str, Any]:
         try:
-            return dict(json.loads((self.directory / "run.json").read_text("utf-8")))
+            memory = dict(json.loads((self.directory / "run.json").read_text("utf-8")))
+            return {key: str(Path(place)) for key, place in memory.items()}
         except FileNotFoundError:
             return {}
-        except ValueError:
+        except (ValueError, TypeError):
             raise CheckpointError(f"{self.directory / 'run.json'} is damaged; delete it and export again") from None
 
     def remember(self, key: str, path: Path) -> None:
@@ -93,7 +96,7 @@ class Run:
 
     def next_samples(self) -> Path:
         """Return a fresh directory name for pictures, ``samples/001`` and so on."""
-        taken = [int(p.name) for p in (self.directory / "samples").glob("[0-9][0-9][0-9]")]
+        taken = [int(p.name) for p in (self.directory / "samples").glob("[0-9]*") if p.name.isdecimal()]
         return self.directory / "samples" / f"{max(taken, default=0) + 1:03d}"
 
     def status(self) -> list[tuple[str, str]]:
@@ -122,7 +125,12 @@ class Run:
 
     def next_command(self) -> str:
         """Return what to type next."""
-        state = dict(self.status())
-        if state["calibration"] == "none":
-            return "msfp calibrate"
-        return "msfp export" if state["export"] == "none" else 'msfp sample --prompt "..."'
+        self.require()
+        option = "" if self.directory == DEFAULT_RUN else f" --run {shlex.quote(str(self.directory))}"
+        if not self.calibration.exists():
+            return f"msfp calibrate{option}"
+        if self._export() is None:
+            return f"msfp export{option}"
+        condition = Calibration.load(self.calibration).record.conditions[0]
+        prompt = "" if condition is None else f" --prompt {shlex.quote(condition)}"
+        return f"msfp sample{prompt}{option}"

@@ -127,8 +127,10 @@ class SortedRows:
 def _round_up(borders: Tensor) -> Tensor:
     """Return the smallest float32 not below each border: it parts float32 samples as the float64 border does."""
     nearest = borders.float()
-    above = torch.nextafter(nearest, torch.full((), torch.inf, device=borders.device))
-    return torch.where(nearest.double() < borders, above, nearest)
+    below = (nearest.double() < borders).int()
+    bits = nearest.view(torch.int32)
+    towards = (bits >> 31) | 1  # the next float up is the next integer up for a positive one, down for a negative one
+    return (bits + below * towards).view(torch.float32)
 
 
 def _sort(rows: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import typer
 
 from msfp_cli.commands import console
 from msfp_cli.commands.options import (
-    DEFAULT_RUN,
     BatchOption,
     DeviceOption,
     DtypeOption,
@@ -17,7 +16,7 @@ from msfp_cli.commands.options import (
     RunOption,
     SeedOption,
 )
-from msfp_cli.recipe import CalibrateRecipe, ModelSource, parse_bits
+from msfp_cli.recipe import DEFAULT_RUN, CalibrateRecipe, ModelSource, parse_bits
 
 if TYPE_CHECKING:
     from msfp_cli.calibration import Calibration, LayerChoice
@@ -106,7 +105,7 @@ def calibrate(
     for component in calibration.layers:
         show(calibration, component)
     console.result(str(Run(run).calibration), summary(calibration), as_json=json_)
-    console.note("next: msfp export")
+    console.note(f"next: {Run(run).next_command()}")
 
 
 def summary(calibration: "Calibration") -> dict[str, Any]:

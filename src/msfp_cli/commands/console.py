@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from msfp_cli.errors import MsfpError
 from msfp_cli.progress import Advance
@@ -33,7 +34,7 @@ def result(text: str, data: dict[str, Any], *, as_json: bool) -> None:
 
 def note(text: str) -> None:
     """Print a hint on stderr."""
-    stderr().print(text, markup=False, highlight=False)
+    stderr().print(Text(text))
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -78,7 +79,7 @@ def guarded(command: F) -> F:
             if os.environ.get(_DEBUG):
                 raise
             message, code = _explain(error)
-            stderr().print(f"[bold red]error:[/] {_escape(message)}", highlight=False)
+            stderr().print(Text.assemble(("error: ", "bold red"), message))
             raise typer.Exit(code) from None
 
     return wrapper  # type: ignore[return-value]
@@ -89,18 +90,13 @@ def show_tracebacks() -> None:
     os.environ[_DEBUG] = "1"
 
 
-def _escape(text: str) -> str:
-    """Keep rich from reading brackets as markup."""
-    return text.replace("[", "\\[")
-
-
 def _explain(error: BaseException) -> tuple[str, int]:
     """Return one line for an error, and its exit code."""
     if isinstance(error, MsfpError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "stopped; what was finished is kept, run the same command to go on", 1
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
         return "the disk is full; free some space and run the same command to go on", 1
     if isinstance(error, MemoryError) or "out of memory" in str(error):
         return "out of memory; give a smaller --batch-size", 1

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from msfp_cli.commands import console
-from msfp_cli.commands.options import DEFAULT_RUN, DeviceOption, JsonOption, OverwriteOption, RunOption
+from msfp_cli.commands.options import DeviceOption, JsonOption, OverwriteOption, RunOption
+from msfp_cli.recipe import DEFAULT_RUN
 
 _HELP = """Write the calibrated pipeline as a diffusers directory with packed 4-bit weights.
 
@@ -43,7 +44,7 @@ def export(
     size, half = report.denoiser_bytes / 2**20, report.half_precision_bytes / 2**20
     console.note(f"denoiser: {size:.2f} MiB, {report.ratio:.3f} of its {half:.2f} MiB in half precision")
     console.result(str(directory), report.to_json(), as_json=json_)
-    console.note('next: msfp sample --prompt "..."')
+    console.note(f"next: {state.next_command()}")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -5,9 +5,7 @@ from typing import Annotated
 
 import typer
 
-from msfp_cli.recipe import DTYPES
-
-DEFAULT_RUN = Path("msfp-run")
+from msfp_cli.recipe import DEFAULT_RUN, DTYPES
 
 RunOption = Annotated[
     Path, typer.Option("--run", help=f"Run directory that chains the commands; {DEFAULT_RUN} here by default.")

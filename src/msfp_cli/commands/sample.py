@@ -7,7 +7,6 @@ import typer
 
 from msfp_cli.commands import console
 from msfp_cli.commands.options import (
-    DEFAULT_RUN,
     BatchOption,
     DeviceOption,
     DtypeOption,
@@ -16,6 +15,7 @@ from msfp_cli.commands.options import (
     RunOption,
     SeedOption,
 )
+from msfp_cli.recipe import DEFAULT_RUN
 
 _HELP = """Make pictures with the latest export, or with any exported directory.
 

@@ -3,7 +3,8 @@
 import typer
 
 from msfp_cli.commands import console
-from msfp_cli.commands.options import DEFAULT_RUN, JsonOption, RunOption
+from msfp_cli.commands.options import JsonOption, RunOption
+from msfp_cli.recipe import DEFAULT_RUN
 
 _HELP = """Say what the run directory holds and what to type next.
 
