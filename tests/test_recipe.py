@@ -9,7 +9,6 @@ from msfp_cli.errors import CheckpointError, UsageError
 from msfp_cli.formats import formats_of_width
 from msfp_cli.recipe import (
     CalibrateRecipe,
-    FinetuneRecipe,
     KeepRule,
     ModelSource,
     Recipe,
@@ -24,8 +23,6 @@ RECIPES: list[Recipe] = [
     RecordRecipe(conditions=("a cat", None), num_inference_steps=None, guidance_scale=7.5, seed=3, batch_size=2),
     CalibrateRecipe(),
     CalibrateRecipe(weights=None, activations=6, formats="e2m3,ue2m4", keep=("conv_in:none", "*attn*:6"), lift=0.5),
-    FinetuneRecipe(),
-    FinetuneRecipe(steps=7, hub_size=1, learning_rate=1e-4, loss="plain"),
 ]
 
 
@@ -94,23 +91,6 @@ def test_list_of_formats_of_no_asked_width_is_refused() -> None:
 def test_record_recipe_refuses_by_name(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         RecordRecipe(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"steps": 0}, "--steps must be at least 1"),
-        ({"hub_size": 0}, "--hub-size must be at least 1"),
-        ({"rank": 0}, "--rank must be at least 1"),
-        ({"batch_size": -1}, "--batch-size must be at least 1, got -1"),
-        ({"loss": "mse"}, "'mse'.*dfa, plain"),
-        ({"learning_rate": 0.0}, "positive, got 0"),
-        ({"router_learning_rate": float("nan")}, "positive, got nan"),
-    ],
-)
-def test_finetune_recipe_refuses_by_name(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        FinetuneRecipe(**arguments)
 
 
 def test_unknown_dtype_lists_the_known() -> None:
