@@ -174,9 +174,21 @@ def test_existing_directory_is_refused_and_left_alone(tiny_chained: Chained, tmp
     assert files_of(tmp_path) == {"mine/notes.txt": b"keep me"}
 
 
-def test_overwriting_replaces_the_whole_directory(tiny_chained: Chained, tmp_path: Path) -> None:
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "stale.bin").write_text("stale")
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_overwriting_never_deletes_what_is_not_ours(tiny_chained: Chained, tmp_path: Path, kind: str) -> None:
+    mine = tmp_path / "mine" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("keep me")
+    with pytest.raises(RunError, match="nothing that msfp wrote"):
+        place = mine if kind == "file" else mine.parent
+        export_(tiny_chained.calibration, place, device="cpu", overwrite=True)
+    assert files_of(tmp_path) == {"mine/thesis.txt": b"keep me"}
+
+
+def test_overwriting_replaces_the_whole_directory(
+    tiny_chained: Chained, copied: Callable[..., Path], tmp_path: Path
+) -> None:
+    (copied(tiny_chained.export, "old") / "stale.bin").write_text("stale")
     export_(tiny_chained.calibration, tmp_path / "old", device="cpu", overwrite=True)
     assert files_of(tmp_path / "old") == files_of(tiny_chained.export)
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
