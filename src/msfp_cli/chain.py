@@ -115,7 +115,8 @@ def record_both(
     for recipe, directory, title in zip(
         recipes, (run.recording, run.held_out), ("Recording", "Recording held-out"), strict=True
     ):
-        if overwrite and directory.exists() and not _is_of(directory, source, recipe):
+        # Only what a recording's own manifest marks as ours is deleted.
+        if overwrite and (directory / "recording.json").exists() and not _is_of(directory, source, recipe):
             shutil.rmtree(directory)
         recordings.append(
             record_calls(
