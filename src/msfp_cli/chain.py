@@ -15,7 +15,7 @@ from msfp_cli.generation import conditioning_of
 from msfp_cli.loading import BUILT_IN, BUILT_IN_GUIDANCE, default_prompts, load_pipeline
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recipe import CalibrateRecipe, ModelSource, RecordRecipe, split_held_out
-from msfp_cli.record import DEFAULT_MAX_BYTES, record_calls
+from msfp_cli.record import DEFAULT_MAX_BYTES, asked_for, record_calls
 from msfp_cli.recording import Recording
 from msfp_cli.run import Run
 
@@ -116,7 +116,11 @@ def record_both(
         recipes, (run.recording, run.held_out), ("Recording", "Recording held-out"), strict=True
     ):
         # Only what a recording's own manifest marks as ours is deleted.
-        if overwrite and (directory / "recording.json").exists() and not _is_of(directory, source, recipe):
+        if (
+            overwrite
+            and (directory / "recording.json").exists()
+            and not _is_of(directory, asked_for(pipe, source, recipe))
+        ):
             shutil.rmtree(directory)
         recordings.append(
             record_calls(
@@ -126,10 +130,10 @@ def record_both(
     return recordings[0], recordings[1]
 
 
-def _is_of(directory: Path, source: ModelSource, recipe: RecordRecipe) -> bool:
+def _is_of(directory: Path, asked: dict[str, Any]) -> bool:
     """Whether a directory holds the recording of just these settings."""
     try:
-        return Recording(directory).recipe == {"source": source.to_json(), "record": recipe.to_json()}
+        return Recording(directory).recipe == asked
     except Exception:  # damaged in whatever way: it is replaced, which is what --overwrite asks for
         return False
 

@@ -8,6 +8,7 @@ import torch
 
 from msfp_cli.denoiser import DenoiserCall, find_denoisers, watch_calls
 from msfp_cli.denoising import denoising_factors
+from msfp_cli.digest import fingerprint
 from msfp_cli.errors import CalibrationError, ModelError, RunError
 from msfp_cli.generation import Sampling, call_pipeline
 from msfp_cli.progress import SILENT, Progress
@@ -64,6 +65,12 @@ def _factors(pipe: Any) -> list[tuple[float, float]] | None:  # noqa: ANN401 (a 
     return list(zip(timesteps.tolist(), factors.tolist(), strict=True))
 
 
+def asked_for(pipe: Any, source: ModelSource, recipe: RecordRecipe) -> dict[str, Any]:  # noqa: ANN401
+    """Return what a recording's manifest says it is a recording of; another model of the same name differs."""
+    prints = {component: fingerprint(module) for component, module in find_denoisers(pipe).items()}
+    return {"source": source.to_json(), "record": recipe.to_json(), "fingerprint": prints}
+
+
 def record_calls(
     pipe: Any,  # noqa: ANN401 (a pipeline's class is the user's)
     source: ModelSource,
@@ -83,7 +90,7 @@ def record_calls(
         CalibrationError: the full-precision model itself gives a NaN or an infinity.
     """
     denoisers = find_denoisers(pipe)
-    asked = {"source": source.to_json(), "record": recipe.to_json()}
+    asked = asked_for(pipe, source, recipe)
     recording = Recording.create(directory, asked, recipe.num_shards)
     missing = recording.missing_shards()
     sampling = Sampling(

@@ -69,6 +69,6 @@ def relative_error(denoiser: nn.Module, calls: Iterable[DenoiserCall]) -> float:
     error = signal = 0.0
     for call in calls:
         recorded = call.output.double()
-        error += float((replay(denoiser, call).double().cpu() - recorded).square().sum())
+        error += float((replay(denoiser, call).cpu().double() - recorded).square().sum())
         signal += float(recorded.square().sum())
     return error / signal if signal else 0.0
