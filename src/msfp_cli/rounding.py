@@ -8,6 +8,7 @@ clipped (Bengio et al. 2013, arXiv:1308.3432). Infinities saturate. A NaN has no
 one, `fake_quantize` keeps it a NaN, and calibration refuses it by the layer's name.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -104,21 +105,39 @@ def _round_magnitudes(steps: Tensor, fmt: FloatFormat) -> Tensor:
     Arguments:
         steps: float32, at most the largest magnitude; overwritten.
     """
+    if fmt.mantissa_bits == 0:
+        return _round_to_powers(steps)
     power = steps.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
     shift = power.clamp_min_(1 << fmt.mantissa_bits).mul_(1.5 * 2 ** (23 - fmt.mantissa_bits))
     return steps.add_(shift).sub_(shift)
 
 
+def _round_to_powers(steps: Tensor) -> Tensor:
+    """Round to 0, 1, 2, 4 ...: what remains of a float32 without its mantissa, after rounding half to even exponents.
+
+    The exponent field is 127 where the code is 1, so even codes have even fields.
+    """
+    bits = steps.view(torch.int32)
+    carried = bits.bitwise_right_shift(23).bitwise_and_(1).add_(bits).add_(0x3FFFFF)
+    powers = carried.bitwise_and_(0x7F800000).view(torch.float32).clamp_min_(1)
+    return torch.where(steps > 0.5, powers, steps * 0)  # a NaN is not above, and stays one
+
+
+def round_steps(steps: Tensor, fmt: FloatFormat) -> Tensor:
+    """Round multiples of the smallest step to what the format can hold, NaN kept.
+
+    Arguments:
+        steps: float32; overwritten where the format is unsigned.
+    """
+    if not fmt.signed:
+        return _round_magnitudes(steps.clamp_(0, fmt.largest), fmt)
+    return _round_magnitudes(steps.abs().clamp_max_(fmt.largest), fmt).copysign_(steps)
+
+
 def _round(x: Tensor, grid: Grid) -> Tensor:
     """Return ``dequantize(quantize(x, grid), grid)``, with NaN kept."""
-    if grid.format.mantissa_bits == 0:  # here ties fall between powers of two, which parity of steps does not tell
-        return torch.where(x.isnan(), torch.nan, dequantize(quantize(x, grid), grid))
     steps = (x.detach().float() - grid.zero_point).div_(grid.scale)
-    if not grid.format.signed:
-        rounded = _round_magnitudes(steps.clamp_(0, grid.format.largest), grid.format)
-    else:
-        rounded = _round_magnitudes(steps.abs().clamp_max_(grid.format.largest), grid.format).copysign_(steps)
-    return rounded.mul_(grid.scale).add_(grid.zero_point)
+    return round_steps(steps, grid.format).mul_(grid.scale).add_(grid.zero_point)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -147,3 +166,49 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
         rounded: Tensor = _StraightThrough.apply(x, grid)  # type: ignore[no-untyped-call]
         return rounded
     return _round(x, grid).to(x.dtype)
+
+
+class _LearnedGrid(torch.autograd.Function):
+    """Round in the forward pass; the gradient is straight through to the values, exact to scale and zero point."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fmt: FloatFormat, scale: Tensor, zero_point: Tensor) -> Tensor:  # noqa: ANN401
+        grid = Grid(fmt, float(scale), float(zero_point))  # numbers, as in an export: they divide alike everywhere
+        y = _round(x, grid)
+        ctx.grid = grid
+        ctx.save_for_backward(x, y)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:  # noqa: ANN401
+        (x, y), grid = ctx.saved_tensors, ctx.grid
+        high = grid.zero_point + grid.max_value
+        low = grid.zero_point - grid.max_value * grid.format.signed
+        exact, wanted = x.float(), grad.float()  # sums in 16 bits would be noise
+        # In one pass what `wanted * ((exact >= low) & (exact <= high))` takes four for; its bounds are exclusive.
+        passed = torch.ops.aten.hardtanh_backward(wanted, exact, _next(low, -math.inf), _next(high, math.inf))
+        clipped = wanted.sum() - passed.sum()
+        # y = zero_point + scale * q: inside, q follows x and leaves (y - x) / scale; outside, q stands still.
+        along = _dot(wanted, y) - _dot(passed, exact) - grid.zero_point * clipped
+        return passed.to(grad.dtype), None, along / grid.scale, clipped
+
+
+def _next(value: float, towards: float) -> float:
+    """Return the next float32 in a direction."""
+    return float(torch.nextafter(torch.tensor(value, dtype=torch.float32), torch.tensor(towards)))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def fake_quantize_learned(x: Tensor, fmt: FloatFormat, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Round as `fake_quantize` does, with gradients for the grid as well.
+
+    The gradients are those of a learned step size (Esser et al. 2020, arXiv:1902.08153), and of a zero point.
+
+    Arguments:
+        scale, zero_point: float32, ``()``; the zero point has to be 0 where the format is signed.
+    """
+    rounded: Tensor = _LearnedGrid.apply(x, fmt, scale, zero_point)  # type: ignore[no-untyped-call]
+    return rounded
