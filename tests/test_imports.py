@@ -16,10 +16,10 @@ SOURCE = Path(msfp_cli.__file__).parent
 FLOORS = {
     5: "__main__ commands",
     4: "calibrate chain demo evaluate export finetune record report sample",
-    3: "batches calibration checkpoint denoiser generation loading observe pipeline quantizer recording run surgery "
-    "sensitivity",
+    3: "batches calibration denoiser generation loading observe pipeline quantizer recording run student surgery "
+    "sensitivity training tuned",
     2: "kernels layers search talora",
-    1: "atomic denoising digest packing rounding",
+    1: "atomic denoising digest packing rounding routing",
     0: "__init__ errors formats progress recipe registration",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
@@ -76,7 +76,7 @@ def floor(name: str) -> int:
 
 
 def test_the_walk_sees_the_imports_it_is_to_judge() -> None:
-    assert imports_of("layers") == {"formats", "kernels", "packing", "rounding"}
+    assert imports_of("layers") == {"formats", "kernels", "packing", "rounding", "routing"}
     assert imports_of("kernels.reference") == {"rounding"}
     assert imports_of("export") >= {"__init__", "calibration", "quantizer"}
     assert imports_of("commands") >= {"commands.calibrate", "commands.console"}

@@ -1,5 +1,7 @@
 import copy
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from msfp_cli.errors import UsageError
+from msfp_cli.errors import MsfpError, UsageError
 from msfp_cli.formats import FloatFormat
 from msfp_cli.layers import LayerParameters, QuantConv2d, QuantLinear
 from msfp_cli.packing import packed_size
 from msfp_cli.rounding import Grid, fake_quantize, quantize
+from msfp_cli.routing import Route
 
 E2M1, UE2M2 = FloatFormat.parse("e2m1"), FloatFormat.parse("ue2m2")
 INPUTS = {
@@ -180,7 +183,7 @@ def test_state_is_packed_codes_scales_and_the_bias(kind: str, name: str, bias: b
     state = quantized(layer, LayerParameters(weight=fmt, input=INPUTS["ue2m2"])).state_dict()
     assert set(state) == {"weight_codes", "weight_scale"} | ({"bias"} if bias else set())
     assert state["weight_codes"].dtype == torch.uint8
-    assert state["weight_codes"].shape == (packed_size(layer.weight.numel(), fmt.bits),)
+    assert state["weight_codes"].shape == (1, packed_size(layer.weight.numel(), fmt.bits))
     assert state["weight_scale"].dtype == torch.float32
     assert state["weight_scale"].shape == layer.weight.shape[:1]
 
@@ -258,16 +261,124 @@ def test_16_bit_layer_answers_in_16_bits_on_the_same_grid(dtype: torch.dtype) ->
     assert torch.equal(y, expected)
 
 
+HUB = 3
+each_hub_layer = pytest.mark.parametrize("make", [linear, lambda **a: conv(padding=1, **a)], ids=["linear", "conv"])
+
+
+def hub_layer(
+    make: Callable[..., nn.Linear | nn.Conv2d], fmt: FloatFormat = E2M1, *grids: Grid
+) -> tuple[QuantLinear | QuantConv2d, list[Tensor], Tensor]:
+    """A layer of three members, stored out of order, their float weights, and the scale that they share."""
+    weights = [make(seed=seed).weight.detach() for seed in range(HUB)]
+    first, *further = grids or (None,)
+    parameters = LayerParameters(weight=fmt, input=first, hub=HUB, further_inputs=tuple(g for g in further if g))
+    layer, scale = quantized(make(), parameters), scales_of(torch.stack(weights).amax(dim=0), fmt)
+    for member in (2, 0, 1):
+        layer.store_(weights[member], scale, member)
+    return layer, weights, scale
+
+
+@pytest.mark.parametrize("name", ["e2m1", "e2m3", "e4m3"])
+@each_hub_layer
+def test_members_are_stored_and_read_independently(make: Callable[..., nn.Linear | nn.Conv2d], name: str) -> None:
+    fmt = FloatFormat.parse(name)
+    layer, weights, scale = hub_layer(make, fmt)
+    assert layer.weight_codes.shape == (HUB, packed_size(weights[0].numel(), fmt.bits))
+    assert layer.weight_scale.shape == scale.shape
+    for member, weight in enumerate(weights):
+        assert torch.equal(layer.codes(member), quantize(weight, layer.weight_grid()))
+    before = [layer.codes(member) for member in range(HUB)]
+    layer.store_(-weights[1], scale, 1)
+    assert torch.equal(layer.codes(1), quantize(-weights[1], layer.weight_grid()))
+    assert torch.equal(layer.codes(0), before[0]) and torch.equal(layer.codes(2), before[2])
+
+
+@each_hub_layer
+def test_weight_follows_the_route(make: Callable[..., nn.Linear | nn.Conv2d]) -> None:
+    layer, weights, scale = hub_layer(make, E2M1, INPUTS["e2m1"])
+    layer.route, layer.slot = Route[int](), 1
+    x = draw(3, 6) if isinstance(layer, nn.Linear) else draw(2, 4, 5, 5)
+    for member in (1, 2, 0):
+        layer.route.open([HUB, member])
+        alone = quantized(make(), LayerParameters(weight=E2M1, input=INPUTS["e2m1"]))
+        alone.store_(weights[member], scale)
+        assert layer.member() == member
+        assert torch.equal(layer.weight, fake_quantize(weights[member], layer.weight_grid()))
+        assert torch.equal(layer(x), alone(x))
+
+
+@each_hub_layer
+def test_input_follows_the_route_where_members_have_grids_of_their_own(
+    make: Callable[..., nn.Linear | nn.Conv2d],
+) -> None:
+    grids = (Grid(UE2M2, 0.125, -0.25), Grid(UE2M2, 0.25, -0.5), Grid(UE2M2, 0.0625, 0.0))
+    layer, weights, scale = hub_layer(make, E2M1, *grids)
+    layer.route = Route[int]()
+    x = draw(3, 6) if isinstance(layer, nn.Linear) else draw(2, 4, 5, 5)
+    for member, grid in enumerate(grids):
+        layer.route.open([member])
+        alone = quantized(make(), LayerParameters(weight=E2M1, input=grid))
+        alone.store_(weights[member], scale)
+        assert layer.parameters_of.input_of(member) == grid
+        assert torch.equal(layer(x), alone(x))
+
+
+def test_members_share_the_input_where_there_are_no_further_ones() -> None:
+    parameters = LayerParameters(weight=E2M1, input=INPUTS["e2m1"], hub=HUB)
+    assert [parameters.input_of(member) for member in range(HUB)] == [INPUTS["e2m1"]] * HUB
+    assert LayerParameters(weight=E2M1, hub=HUB).input_of(2) is None
+
+
+@each_hub_layer
+def test_hub_outside_the_denoiser_says_so(make: Callable[..., nn.Linear | nn.Conv2d]) -> None:
+    layer, *_ = hub_layer(make)
+    layer.route = Route[int]()
+    with pytest.raises(MsfpError, match="ran outside its denoiser"):
+        _ = layer.weight
+    with pytest.raises(MsfpError, match="ran outside its denoiser"):
+        layer(draw(3, 6))
+
+
+def test_layer_without_a_route_is_served_by_its_first_member() -> None:
+    layer, weights, _ = hub_layer(linear)
+    assert layer.member() == 0
+    assert torch.equal(layer.weight, fake_quantize(weights[0], layer.weight_grid()))
+
+
+def test_state_of_a_hub_makes_another_equal() -> None:
+    one, *_ = hub_layer(linear)
+    other = quantized(linear(seed=7), one.parameters_of)
+    other.load_state_dict(one.state_dict(), strict=True)
+    assert all(torch.equal(one.codes(member), other.codes(member)) for member in range(HUB))
+
+
 float32s = st.floats(2.0**-100, 2.0**100, width=32)
 
 
-@given(
-    st.sampled_from(["e2m1", "ue2m2", "e4m3"]), float32s, st.floats(-100, 0, width=32), st.sampled_from([E2M1, None])
+input_grids = st.builds(
+    Grid, st.sampled_from(["e2m1", "ue2m2", "e4m3"]).map(FloatFormat.parse), float32s, st.floats(-100, 0, width=32)
 )
+
+
+@given(st.sampled_from([E2M1, None]), input_grids, st.lists(input_grids, max_size=3))
 @settings(max_examples=50, deadline=None, derandomize=True)
-def test_parameters_survive_json_exactly(name: str, scale: float, zero: float, weight: FloatFormat | None) -> None:
-    parameters = LayerParameters(weight=weight, input=Grid(FloatFormat.parse(name), scale, zero))
-    assert LayerParameters.from_json(json.loads(json.dumps(parameters.to_json()))) == parameters
+def test_parameters_survive_json_exactly(weight: FloatFormat | None, grid: Grid, further: list[Grid]) -> None:
+    shared = LayerParameters(weight=weight, input=grid, hub=3)
+    for parameters in (shared, replace(shared, hub=1 + len(further), further_inputs=tuple(further))):
+        assert LayerParameters.from_json(json.loads(json.dumps(parameters.to_json()))) == parameters
+
+
+@pytest.mark.parametrize(("hub", "further"), [(0, 0), (1, 1), (3, 1)])
+def test_parameters_refuse_inputs_that_do_not_fit_the_hub(hub: int, further: int) -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        LayerParameters(weight=E2M1, input=INPUTS["ue2m2"], hub=hub, further_inputs=(INPUTS["ue2m2"],) * further)
+
+
+def test_parameters_that_name_no_hub_have_one_member() -> None:
+    parameters = LayerParameters(weight=E2M1, input=INPUTS["ue2m2"])
+    data = {key: value for key, value in parameters.to_json().items() if key in ("weight", "input")}
+    assert parameters.hub == 1
+    assert LayerParameters.from_json(data) == parameters
 
 
 def test_scale_of_a_search_survives_json_exactly() -> None:
@@ -291,6 +402,8 @@ def test_parameters_of_nothing_survive_json() -> None:
         ({"weight": None}, KeyError),
         ({"weight": None, "input": {"format": "e2m1", "scale": 1.0}}, KeyError),
         ({"weight": None, "input": {"format": "e2m1", "scale": None, "zero_point": 0.0}}, TypeError),
+        ({"weight": "e2m1", "input": None, "hub": None}, TypeError),
+        ({"weight": "e2m1", "input": None, "hub": 2, "further_inputs": [{"format": "e2m1", "scale": 1.0}]}, KeyError),
     ],
 )
 def test_damaged_parameters_are_refused(data: dict[str, Any], error: type[Exception]) -> None:

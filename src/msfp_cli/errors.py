@@ -27,3 +27,7 @@ class ModelError(MsfpError):
 
 class CalibrationError(MsfpError):
     """Activations that cannot be calibrated, for instance because they hold a NaN."""
+
+
+class TrainingError(MsfpError):
+    """A fine-tuning that diverged or does not fit into memory."""

@@ -40,6 +40,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
 
     Arguments:
         layers: per layer name, the JSON of `LayerParameters`: every layer's real formats, scale and zero point.
+        timestep_unit: what brings the denoiser's timesteps to 0..1000, the rows of the router's table.
         source: model, revision, variant and dtype that were quantized.
         sampling: steps and guidance that it was calibrated with, defaults for `msfp sample`.
         tool_version: version of msfp that wrote it.
@@ -50,6 +51,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
     """
 
     layers: dict[str, Any] = field(default_factory=dict)
+    timestep_unit: float = 1.0
     source: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
     tool_version: str = ""
@@ -94,6 +96,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
             "tool_version": self.tool_version,
             "source": self.source,
             "sampling": self.sampling,
+            "timestep_unit": self.timestep_unit,
             "layers": self.layers,
         }
 
@@ -127,7 +130,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
         **kwargs: Any,  # noqa: ANN401 (diffusers' signature)
     ) -> None:
         config: MSFPConfig = self.quantization_config
-        replace_layers_(model, config.table())
+        replace_layers_(model, config.table(), timestep_unit=config.timestep_unit)
         if keep_in_fp32_modules is not None:
             keep_in_fp32_modules.append("weight_scale")
         model.register_to_config(quantization_config=config)

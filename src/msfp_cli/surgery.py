@@ -6,6 +6,7 @@ from torch import nn
 
 from msfp_cli.errors import CheckpointError
 from msfp_cli.layers import LayerParameters, QuantConv2d, QuantLinear
+from msfp_cli.routing import RouterTable
 
 QuantizedModule = QuantLinear | QuantConv2d
 
@@ -23,8 +24,21 @@ def find_layers(denoiser: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return found
 
 
-def replace_layers_(denoiser: nn.Module, table: Mapping[str, LayerParameters]) -> dict[str, QuantizedModule]:
+def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedModule]:
+    """Return every quantized layer by qualified name, in the order of definition."""
+    return {name: m for name, m in denoiser.named_modules() if isinstance(m, QuantLinear | QuantConv2d)}
+
+
+def replace_layers_(
+    denoiser: nn.Module, table: Mapping[str, LayerParameters], *, timestep_unit: float = 1.0
+) -> dict[str, QuantizedModule]:
     """Put an empty quantized layer in the place of each float layer that `table` names.
+
+    Layers with several sets of weights get a router, the denoiser's module `routing.ROUTER`, in the order of their
+    names.
+
+    Arguments:
+        timestep_unit: what brings the denoiser's timesteps to 0..1000, for the router.
 
     Returns:
         The new layers by name; they have the settings and the bias of the old ones, and no codes yet.
@@ -46,4 +60,16 @@ def replace_layers_(denoiser: nn.Module, table: Mapping[str, LayerParameters]) -
         parent, _, child = name.rpartition(".")
         setattr(denoiser.get_submodule(parent), child, new)
         replaced[name] = new
+    _attach_router_(denoiser, replaced, timestep_unit)
     return replaced
+
+
+def _attach_router_(denoiser: nn.Module, layers: Mapping[str, QuantizedModule], unit: float) -> None:
+    """Give the layers with several sets of weights a common router, if there are any."""
+    switching = [layers[name] for name in sorted(layers) if layers[name].parameters_of.hub > 1]
+    if not switching:
+        return
+    router = RouterTable(len(switching), unit, device=switching[0].get_buffer("weight_codes").device)
+    for slot, layer in enumerate(switching):
+        layer.route, layer.slot = router.route, slot
+    router.attach_(denoiser)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def run(layer: "QuantizedLayer", x: Tensor) -> Tensor:
     """Run `layer` on `x` in the type of `x`."""
-    if layer.parameters_of.input is not None:
-        x = fake_quantize(x, layer.parameters_of.input)
+    grid = layer.parameters_of.input_of(layer.member())
+    if grid is not None:
+        x = fake_quantize(x, grid)
     return layer.apply_weight(x, layer.weight.to(x.dtype))

@@ -1,0 +1,115 @@
+"""The timestep, from the denoiser's call to the layers: which member of its hub serves a layer now.
+
+The choice depends on the timestep alone, so an exported router is a table, ``timestep -> member``, for every layer
+that switches. `RouterTable` reads the timestep of each call where it arrives, in the denoiser's own arguments, holds
+the choice while that call runs, and lets go of it whatever happens; no layer ever counts its calls. A layer that is
+asked to choose while its denoiser is not running raises.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from msfp_cli.errors import MsfpError
+
+TABLE_SIZE = 1001  # timesteps 0..1000, or 0..1 in thousandths
+ROUTER = "msfp_router"  # the name of the table among a denoiser's modules
+
+T = TypeVar("T")
+
+
+class Route(Generic[T]):
+    """The choice of every layer during one call of the denoiser; outside of a call there is none."""
+
+    def __init__(self) -> None:
+        self._choices: Sequence[T] | None = None
+
+    def open(self, choices: Sequence[T]) -> None:
+        """Hold one choice per layer until `close`."""
+        self._choices = choices
+
+    def close(self) -> None:
+        """Let go of the choices."""
+        self._choices = None
+
+    def of(self, slot: int) -> T:
+        """Return the choice of the layer in row `slot`.
+
+        Raises:
+            MsfpError: the denoiser is not running, so no timestep is known.
+        """
+        if self._choices is None:
+            raise MsfpError(
+                "a layer with a LoRA hub ran outside its denoiser; call the denoiser, which knows the timestep"
+            )
+        return self._choices[slot]
+
+
+def table_index(timestep: float, unit: float) -> int:
+    """Return the row of the table that serves a timestep.
+
+    Arguments:
+        unit: what brings the denoiser's timesteps to 0..1000, see `timestep_unit`.
+    """
+    return min(max(round(timestep * unit), 0), TABLE_SIZE - 1)
+
+
+def timestep_unit(timesteps: Sequence[float]) -> float:
+    """Return what brings a sampler's timesteps to 0..1000: flows that count from 1 to 0 need a thousand."""
+    return 1000.0 if max(timesteps) <= 1.0 else 1.0
+
+
+def shared_timestep(value: Any) -> float:  # noqa: ANN401 (tensor or number, as the pipeline passes it)
+    """Return the timestep of a call, whose batch has to share one.
+
+    Raises:
+        MsfpError: the rows of the batch are at several timesteps.
+    """
+    if not isinstance(value, Tensor):
+        return float(value)
+    values = value.detach().reshape(-1).cpu().double()
+    if (values != values[0]).any():
+        raise MsfpError(
+            "the denoiser was called with several timesteps at once; a router needs one for the whole batch"
+        )
+    return float(values[0])
+
+
+class RouterTable(nn.Module):
+    """The router of an exported denoiser: a table and the hooks that read it.
+
+    Arguments:
+        num_layers: layers that switch, in the order of their names.
+        unit: see `timestep_unit`.
+
+    The table is the buffer ``table``, uint8, ``(1001, num_layers)``.
+    """
+
+    def __init__(self, num_layers: int, unit: float, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.unit, self.route = unit, Route[int]()
+        self.register_buffer("table", torch.zeros(TABLE_SIZE, num_layers, dtype=torch.uint8, device=device))
+
+    def choices(self, timestep: float) -> list[int]:
+        """Return the member that serves each layer at a timestep."""
+        row: list[int] = self.get_buffer("table")[table_index(timestep, self.unit)].tolist()
+        return row
+
+    def attach_(self, denoiser: nn.Module) -> None:
+        """Become a module of the denoiser and listen to its calls."""
+        denoiser.add_module(ROUTER, self)
+        self._signature = inspect.signature(denoiser.forward)
+        denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
+        denoiser.register_forward_hook(self._after, always_call=True)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = self._signature.bind(*args, **kwargs).arguments.get("timestep")
+        if timestep is None:
+            raise MsfpError("the denoiser was called without its timestep, which its router needs")
+        self.route.open(self.choices(shared_timestep(timestep)))
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
+        self.route.close()
