@@ -24,10 +24,12 @@ from msfp_cli.calibration import Calibration
 from msfp_cli.chain import RecordOptions, calibrate_run, record_both
 from msfp_cli.commands import app
 from msfp_cli.export import ExportReport, export_
+from msfp_cli.finetune import FinetuneReport, finetune_run
 from msfp_cli.loading import BUILT_IN, load_pipeline, quiet_libraries
-from msfp_cli.recipe import CalibrateRecipe, ModelSource
+from msfp_cli.recipe import CalibrateRecipe, FinetuneRecipe, ModelSource
 from msfp_cli.recording import Recording
 from msfp_cli.run import Run
+from msfp_cli.tuned import Tuned
 from tiny_pipelines import save_tiny
 
 # Warnings are errors; torch would give some of its own only once, to whichever test comes first.
@@ -36,6 +38,12 @@ quiet_libraries()
 
 QUICK = CalibrateRecipe(max_samples=1000, sensitivity_calls=1)
 TWO_PICTURES = RecordOptions(num_images=2, num_inference_steps=2, batch_size=2)
+# Three shards of three timesteps, one of them held out.
+SIX_PICTURES = RecordOptions(num_images=6, num_inference_steps=3, batch_size=2)
+CHEAP = CalibrateRecipe(max_samples=200, sensitivity_calls=1, lift=0.0, formats="e2m1,ue2m2")
+FEW_UPDATES = FinetuneRecipe(
+    steps=6, batch_size=2, rank=2, hub_size=3, learning_rate=0.1, router_learning_rate=0.01, evaluate_every=3
+)
 CONDITIONS: dict[str, tuple[str | None, ...]] = {"prompt": ("a cat",), "class_labels": ("1",), "none": (None,)}
 
 Invoke = Callable[..., Result]
@@ -64,6 +72,65 @@ def chain(
     report = export_(calibration, directory / "export")
     run.remember("export", directory / "export")
     return Chained(run, calibration, report)
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A run that was calibrated, fine-tuned and exported, with what the steps returned."""
+
+    run: Run
+    calibration: Calibration
+    tuned: Tuned
+    report: ExportReport
+
+    @property
+    def export(self) -> Path:
+        """Where the export is."""
+        return Path(self.report.directory)
+
+
+def train(run: Run, recipe: FinetuneRecipe = FEW_UPDATES, **options: object) -> Tuned:
+    """Fine-tune a run that has one denoiser, and return its saved state."""
+    (report,) = finetune_run(run, recipe, device="cpu", **options)
+    return Tuned.load(Path(report.file))
+
+
+def settle(tuned: Tuned, num_layers: int = 5) -> Tuned:
+    """Return a state whose router has settled on one member (which differs) for each of the first layers."""
+    best = tuned.state("best")
+    bias = best["router.logits.bias"].clone().view(-1, tuned.recipe.hub_size)
+    for layer in range(num_layers):
+        bias[layer, layer % tuned.recipe.hub_size] += 1000
+    return dataclasses.replace(tuned, tensors=tuned.tensors | {"best/router.logits.bias": bias.view(-1)})
+
+
+def finetune(run: Run, recipe: FinetuneRecipe = FEW_UPDATES) -> Finetuned:
+    """Fine-tune and export a calibrated run that has one denoiser, most of whose layers switch."""
+    tuned, calibration = settle(train(run, recipe, restart=True)), run.load_calibration()
+    tuned.save(run.finetuned(*calibration.layers))
+    report = export_(calibration, run.directory / "export", tuned=run.load_tuned(calibration), overwrite=True)
+    run.remember("export", run.directory / "export")
+    return Finetuned(run, calibration, tuned, report)
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    """Return every file below a directory, hidden ones too."""
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def only_error(result: Result, exit_code: int) -> str:
+    """Return the one error on stderr, after what was reported until then, of a command that failed as it should."""
+    assert (result.exit_code, result.stdout) == (exit_code, ""), result.stderr
+    *before, last = result.stderr.splitlines()
+    assert last.startswith("error: "), result.stderr
+    assert not any("error: " in line for line in before), result.stderr
+    return last.removeprefix("error: ").strip()
+
+
+def only_line(result: Result, exit_code: int) -> str:
+    """Return the one line on stderr of a command that failed as it should."""
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    return only_error(result, exit_code)
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +175,42 @@ def tiny_chained(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFact
 def prompted_chained(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Chained:
     """Calibrate and export a tiny text-to-image model. Not to be changed: see `copied`."""
     return chain(tiny("StableDiffusionPipeline"), tmp_path_factory.mktemp("prompted-chained") / "run")
+
+
+@pytest.fixture(scope="session")
+def calibrated(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """Return a function that gives a run, calibrated in a moment, of a tiny pipeline. Not to be changed."""
+    root = tmp_path_factory.mktemp("calibrated")
+
+    def run_of(name: str) -> Run:
+        run, source = Run(root / name), ModelSource(model=str(tiny(name)))
+        if not run.directory.exists():
+            options = SIX_PICTURES if name in ("DDIMPipeline", "DiTPipeline") else TWO_PICTURES
+            calibrate_run(run, source, options, CHEAP, device="cpu")
+        return run
+
+    return run_of
+
+
+@pytest.fixture
+def fresh_run(calibrated: Callable[[str], Run], copied: Callable[..., Path]) -> Callable[..., Run]:
+    """Return a function that copies a calibrated run of a tiny pipeline (to a name of its own)."""
+    return lambda model="DiTPipeline", name="msfp-run": Run(copied(calibrated(model).directory, name))
+
+
+@pytest.fixture(scope="session")
+def tiny_tuned(calibrated: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory) -> Finetuned:
+    """Fine-tune and export the smallest model. Not to be changed: see `copied`."""
+    directory = tmp_path_factory.mktemp("tiny-tuned") / "run"
+    return finetune(Run(shutil.copytree(calibrated("DDIMPipeline").directory, directory)))
+
+
+@pytest.fixture(scope="session")
+def prompted_tuned(prompted_chained: Chained, tmp_path_factory: pytest.TempPathFactory) -> Finetuned:
+    """Fine-tune and export a tiny text-to-image model. Not to be changed: see `copied`."""
+    directory = tmp_path_factory.mktemp("prompted-tuned") / "run"
+    run = Run(shutil.copytree(prompted_chained.run.directory, directory))
+    return finetune(run, dataclasses.replace(FEW_UPDATES, steps=2, evaluate_every=2))
 
 
 @pytest.fixture(scope="session")
@@ -164,6 +267,14 @@ def quick(monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path]) -> Itera
         smaller = dataclasses.replace(recipe, max_samples=1000, sensitivity_calls=1)
         return calibrate_run(run, source, fewer, smaller, **rest)
 
+    def finetune_quickly(run: Run, recipe: FinetuneRecipe, **rest: object) -> list[FinetuneReport]:
+        smaller = dataclasses.replace(recipe, steps=2, evaluate_every=2, batch_size=2, rank=2)
+        return finetune_run(run, smaller, **rest)
+
+    def launch_none(num_processes: int) -> int:
+        print(f"would launch {num_processes} processes")
+        return 0
+
     def load_locally(source: ModelSource, device: str | None = None) -> DiffusionPipeline:
         if source.model.count("/") == 1:
             source = dataclasses.replace(source, model=str(tiny("StableDiffusionPipeline")))
@@ -173,6 +284,9 @@ def quick(monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path]) -> Itera
     monkeypatch.setattr(msfp_cli.chain, "calibrate_run", calibrate_quickly)
     monkeypatch.setattr(msfp_cli.chain, "load_pipeline", load_locally)
     monkeypatch.setattr(msfp_cli.demo, "calibrate_run", calibrate_quickly)
+    monkeypatch.setattr(msfp_cli.demo, "finetune_run", finetune_quickly)
+    monkeypatch.setattr("msfp_cli.finetune.finetune_run", finetune_quickly)
+    monkeypatch.setattr("msfp_cli.commands.finetune._launch", launch_none)
     monkeypatch.setattr(msfp_cli.demo, "_PROMPTS", msfp_cli.demo._PROMPTS[:2])
     monkeypatch.setattr(msfp_cli.demo, "BUILT_IN_STEPS", 2)
     yield

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from diffusers import DDIMPipeline, DiffusionPipeline
 from safetensors import SafetensorError
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
-from conftest import Chained, Invoke
+from conftest import Chained, Finetuned, Invoke, only_line
 from msfp_cli import __version__
 from msfp_cli.commands import app
 from msfp_cli.errors import RunError
@@ -39,22 +39,16 @@ def examples_in(text: str) -> list[str]:
 EXAMPLES = [example for command in COMMANDS for example in examples_in(help_of(command))]
 
 
-def only_line(result: Result, exit_code: int) -> str:
-    """Return the one line on stderr of a command that failed as it should."""
-    assert (result.exit_code, result.stdout) == (exit_code, ""), result.stderr
-    assert result.stderr.startswith("error: ")
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    return result.stderr.removeprefix("error: ").strip()
-
-
 @pytest.fixture
-def stage(prompted_chained: Chained, copied: Callable[..., Path]) -> Callable[..., Path]:
+def stage(prompted_chained: Chained, prompted_tuned: Finetuned, copied: Callable[..., Path]) -> Callable[..., Path]:
     """Return a function that puts a run in the working directory as it is before a command."""
 
     def prepare(command: str, run: str = "msfp-run", chained: Chained = prompted_chained) -> Path:
         Path("prompts.txt").write_text("a red dress\na blue bag\n")
         if command in ("calibrate", "demo"):
             return Path(run)
+        if command == "inspect":
+            return copied(prompted_tuned.run.directory, run)
         directory = copied(chained.run.directory, run)
         if command == "export":
             shutil.rmtree(directory / "export")
@@ -86,14 +80,14 @@ def test_example_of_the_help_works(example: str, msfp: Invoke, stage: Callable[.
     assert result.stdout
 
 
-def test_demo_compares_three_models_in_one_picture(msfp: Invoke, quick: None) -> None:
+def test_demo_compares_four_models_in_one_picture(msfp: Invoke, quick: None) -> None:
     result = msfp("demo", "--json")
     report = json.loads(result.stdout)
     assert Path(report["picture"]) == Path("msfp-demo/demo/sheet.png")
-    titles = ("full-precision", "signed-fp4", "msfp-w4a4")
+    titles = ("full-precision", "signed-fp4", "msfp-w4a4", "msfp-fine-tuned")
     assert len(list(Path("msfp-demo/demo").glob("0*.png"))) == 2 * len(titles)
     assert all(len(list(Path("msfp-demo/demo").glob(f"0*-{title}.png"))) == 2 for title in titles)
-    assert 0 < report["msfp_error"] < report["signed_error"]
+    assert 0 < report["tuned_error"] <= report["msfp_error"] < report["signed_error"]
     assert f"MSFP {report['msfp_error']:.4f}" in result.stderr
     assert Path(report["export"]["directory"], "model_index.json").exists()
 
@@ -102,6 +96,8 @@ def test_demo_compares_three_models_in_one_picture(msfp: Invoke, quick: None) ->
     ("command", "path"),
     [
         (("calibrate", "MODEL", *QUICKLY), "msfp-run/calibration"),
+        (("finetune", "--steps", 1, "--rank", 1), "msfp-run/finetune"),
+        (("inspect",), "msfp-run/finetune"),
         (("export",), "msfp-run/export"),
         (("export", "--out", "dresses"), "dresses"),
         (("sample", "--prompt", "a cat"), "msfp-run/samples/001/sheet.png"),
@@ -133,9 +129,11 @@ def test_calibration_reports_formats_layers_size_and_error_on_stderr(
     ("command", "keys"),
     [
         (("calibrate", "MODEL", *QUICKLY), {"source", "recipe", "held_out_error", "components"}),
-        (("export",), {"directory", "denoiser_bytes", "half_precision_bytes", "ratio"}),
+        (("finetune", "--steps", 1, "--rank", 1), {"unet"}),
+        (("inspect",), {"unet"}),
+        (("export",), {"directory", "denoiser_bytes", "half_precision_bytes", "ratio", "hub_bytes"}),
         (("sample", "--prompt", "a cat"), {"sheet", "pictures"}),
-        (("status",), {"recording", "held-out", "calibration", "export", "next"}),
+        (("status",), {"recording", "held-out", "calibration", "finetune", "export", "next"}),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -166,6 +164,8 @@ def test_status_follows_the_chain(msfp: Invoke, stage: Callable[..., Path], tiny
     Path("msfp-run").mkdir()
     assert "next: msfp calibrate" in msfp("status").stderr
     assert msfp("calibrate", tiny_source.model, *QUICKLY).exit_code == 0
+    assert "next: msfp finetune" in msfp("status").stderr
+    assert msfp("finetune", "--steps", 1, "--rank", 1).exit_code == 0
     assert "next: msfp export" in msfp("status").stderr
     assert msfp("export").exit_code == 0
     result = msfp("status")
@@ -174,6 +174,7 @@ def test_status_follows_the_chain(msfp: Invoke, stage: Callable[..., Path], tiny
         "recording",
         "held-out",
         "calibration",
+        "finetune",
         "export",
     ]
 
@@ -181,11 +182,17 @@ def test_status_follows_the_chain(msfp: Invoke, stage: Callable[..., Path], tiny
 @pytest.mark.parametrize("run", ["msfp-run", "my runs"])
 @pytest.mark.parametrize("kind", ["prompted", "unconditional"])
 def test_next_command_works_as_it_is_written(
-    run: str, kind: str, msfp: Invoke, stage: Callable[..., Path], prompted_chained: Chained, tiny_chained: Chained
+    run: str,
+    kind: str,
+    msfp: Invoke,
+    stage: Callable[..., Path],
+    prompted_chained: Chained,
+    tiny_chained: Chained,
+    quick: None,
 ) -> None:
     stage("export", run, prompted_chained if kind == "prompted" else tiny_chained)
     result = msfp("status", "--run", run)
-    for command in ("export", "sample"):
+    for command in ("finetune", "export", "sample"):
         (following,) = re.findall(r"^next: (.+)$", result.stderr, re.MULTILINE)
         assert shlex.split(following)[:2] == ["msfp", command]
         result = msfp(*shlex.split(following)[1:])

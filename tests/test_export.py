@@ -15,9 +15,10 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from conftest import QUICK, Chained
+from conftest import FEW_UPDATES, QUICK, Chained, Finetuned, Invoke, files_of, train
 from msfp_cli import __version__
 from msfp_cli.calibrate import calibrate_
+from msfp_cli.denoiser import replay
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.export import export_, load_calibrated, save_pipeline
 from msfp_cli.generation import Sampling, call_pipeline
@@ -25,6 +26,12 @@ from msfp_cli.loading import built_in_directory, load_pipeline
 from msfp_cli.pipeline import MSFPPipeline
 from msfp_cli.quantizer import SCHEMA_VERSION
 from msfp_cli.recording import Recording
+from msfp_cli.routing import ROUTER, TABLE_SIZE
+from msfp_cli.run import Run
+from msfp_cli.student import OutputError
+from msfp_cli.surgery import quantized_layers
+from msfp_cli.talora import tuned_names
+from msfp_cli.tuned import Tuned, served
 
 # Loads an export with nothing but diffusers, then with our package imported, and draws a picture.
 _CHILD = """
@@ -42,11 +49,6 @@ pipe.set_progress_bar_config(disable=True)
 picture = pipe("a red dress", num_inference_steps=2, generator=torch.Generator().manual_seed(3), output_type="np")
 print(hashlib.sha256(numpy.ascontiguousarray(picture.images).tobytes()).hexdigest())
 """
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    """Return every file below a directory, hidden ones too."""
-    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 def draw(pipe: DiffusionPipeline) -> np.ndarray:
@@ -212,3 +214,139 @@ def test_failed_save_leaves_nothing_new_and_nothing_lost(
         save_pipeline(pipe, tmp_path / "export", overwrite=True)
     assert files_of(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == ["export"] * existing
+
+
+def now_as_best(tuned: Tuned) -> Tuned:
+    """Return a state as if the last update had been the best."""
+    return replace(tuned, tensors={f"best/{name}": tensor for name, tensor in tuned.state("now").items()})
+
+
+def held_out_errors(denoiser: torch.nn.Module, run: Run, component: str) -> OutputError:
+    """Measure a denoiser on the held-out calls of a run."""
+    error = OutputError()
+    for call in Recording(run.held_out).calls(component):
+        error.add(call.timestep, replay(denoiser, call), call.output)
+    return error
+
+
+@pytest.mark.parametrize("name", ["DDIMPipeline", "StableDiffusionXLPipeline", "FluxPipeline", "DiTPipeline"])
+def test_fine_tuned_export_computes_bit_for_bit_what_was_trained(
+    name: str, fresh_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = fresh_run(name)
+    tuned = now_as_best(train(run, replace(FEW_UPDATES, steps=2, evaluate_every=2)))
+    calibration = run.load_calibration()
+    (component,) = calibration.layers
+    export_(calibration, tmp_path / "export", tuned={component: tuned}, device="cpu")
+    reloaded = getattr(DiffusionPipeline.from_pretrained(tmp_path / "export"), component)
+    memory = getattr(load_calibrated(calibration, "cpu", {component: tuned}), component)
+    for call in Recording(run.held_out).calls(component):
+        assert torch.equal(replay(reloaded, call), replay(memory, call))
+    error, last = held_out_errors(reloaded, run, component), tuned.history[-1]
+    assert (error.relative(), tuple(error.by_timestep())) == (last.error, last.by_timestep)
+    assert last.error != tuned.history[0].error
+    assert tuned.unit == (1000.0 if name == "FluxPipeline" else 1.0)
+
+
+def test_best_state_is_exported_and_not_the_last(fresh_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = fresh_run("DDIMPipeline")
+    tuned, calibration = train(run, replace(FEW_UPDATES, evaluate_every=1)), run.load_calibration()
+    assert tuned.best.error < tuned.history[-1].error
+    export_(calibration, tmp_path / "export", tuned={"unet": tuned}, device="cpu")
+    reloaded = DiffusionPipeline.from_pretrained(tmp_path / "export").unet
+    assert held_out_errors(reloaded, run, "unet").relative() == tuned.best.error
+
+
+def test_fine_tuned_export_draws_the_in_memory_pictures(tiny_tuned: Finetuned) -> None:
+    memory = draw(load_calibrated(tiny_tuned.calibration, "cpu", {"unet": tiny_tuned.tuned}))
+    assert np.array_equal(draw(DiffusionPipeline.from_pretrained(tiny_tuned.export)), memory)
+    assert not np.array_equal(draw(load_calibrated(tiny_tuned.calibration, "cpu")), memory)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_tuned: Finetuned, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Export the fine-tuned run's calibration alone."""
+    directory = tmp_path_factory.mktemp("plain") / "export"
+    export_(tiny_tuned.calibration, directory, device="cpu")
+    return directory
+
+
+def denoiser_of(export: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
+    """Return the tensors and the layer table of the smallest model's export."""
+    config = json.loads((export / "unet" / "config.json").read_text())["quantization_config"]
+    return load_file(export / "unet" / "diffusion_pytorch_model.safetensors"), config["layers"]
+
+
+def test_only_layers_that_switch_hold_several_sets_of_weights(tiny_tuned: Finetuned) -> None:
+    names = tuned_names(tiny_tuned.calibration.table("unet"))
+    members = {name: len(set(row)) for name, row in served(tiny_tuned.tuned, names).items()}
+    tensors, layers = denoiser_of(tiny_tuned.export)
+    assert {name: entry["hub"] for name, entry in layers.items()} == members
+    assert {name: tensors[f"{name}.weight_codes"].shape[0] for name in names} == members
+    assert [name for name in names if members[name] == 1] == names[:5]
+    switching = sum(count > 1 for count in members.values())
+    assert tiny_tuned.report.switching_layers == switching
+    assert tensors[f"{ROUTER}.table"].shape == (TABLE_SIZE, switching)
+
+
+def test_table_of_the_export_is_the_routers_choice_at_every_trained_timestep(tiny_tuned: Finetuned) -> None:
+    denoiser = DiffusionPipeline.from_pretrained(tiny_tuned.export).unet
+    names = tuned_names(tiny_tuned.calibration.table("unet"))
+    members = served(tiny_tuned.tuned, names)
+    switching = [name for name in sorted(names) if len(set(members[name])) > 1]
+    router = denoiser.get_submodule(ROUTER)
+    for position, timestep in enumerate(sorted(tiny_tuned.tuned.timesteps, reverse=True)):
+        for name, choice in zip(switching, router.choices(timestep), strict=True):
+            assert sorted(set(members[name]))[choice] == members[name][position]
+
+
+def test_hub_of_one_needs_no_router(fresh_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = fresh_run()
+    tuned = train(run, replace(FEW_UPDATES, hub_size=1, steps=2, evaluate_every=2))
+    report = export_(run.load_calibration(), tmp_path / "export", tuned={"transformer": tuned}, device="cpu")
+    denoiser = DiffusionPipeline.from_pretrained(tmp_path / "export").transformer
+    assert not hasattr(denoiser, ROUTER)
+    assert {layer.parameters_of.hub for layer in quantized_layers(denoiser).values()} == {1}
+    assert (report.hub_bytes, report.switching_layers) == (0, 0)
+    assert not any(name.startswith("router") for name in tuned.state("now"))
+
+
+def test_fine_tuning_adds_no_tensor_in_floating_point(tiny_tuned: Finetuned, plain: Path) -> None:
+    ours, theirs = denoiser_of(tiny_tuned.export)[0], denoiser_of(plain)[0]
+    assert ours.keys() - theirs.keys() == {f"{ROUTER}.table"}
+    assert theirs.keys() <= ours.keys()
+    for name, tensor in ours.items():
+        assert not tensor.is_floating_point() or torch.equal(tensor, theirs[name])
+
+
+def test_hub_bytes_are_what_the_hub_takes_on_disk(tiny_tuned: Finetuned, plain: Path) -> None:
+    def bytes_without_header(export: Path) -> int:
+        content = (export / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+        return len(content) - 8 - int.from_bytes(content[:8], "little")
+
+    assert tiny_tuned.report.hub_bytes > TABLE_SIZE
+    assert tiny_tuned.report.hub_bytes == bytes_without_header(tiny_tuned.export) - bytes_without_header(plain)
+
+
+def test_saving_a_fine_tuned_export_again_gives_the_same_bytes(tiny_tuned: Finetuned, tmp_path: Path) -> None:
+    MSFPPipeline.from_pretrained(tiny_tuned.export, device="cpu").save_pretrained(tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(tiny_tuned.export)
+
+
+def test_calibrated_leaves_the_fine_tuning_out(
+    tiny_tuned: Finetuned, plain: Path, copied: Callable[..., Path], msfp: Invoke
+) -> None:
+    copied(tiny_tuned.run.directory, "msfp-run")
+    for options, expected in ((("--calibrated",), plain), ((), tiny_tuned.export)):
+        result = msfp("export", *options, "--out", "export", "--overwrite", "--device", "cpu")
+        assert result.stdout == "export\n"
+        assert files_of(Path("export")) == files_of(expected)
+        assert ("fine-tuned, best of 6 updates" in result.stderr) == (expected != plain)
+        assert ("layers switch between sets of weights" in result.stderr) == (expected != plain)
+
+
+def test_sharded_fine_tuned_export_draws_the_same_pictures(tiny_tuned: Finetuned, tmp_path: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(tiny_tuned.export)
+    pipe.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    assert len(list((tmp_path / "sharded" / "unet").glob("*.safetensors"))) > 1
+    assert np.array_equal(draw(DiffusionPipeline.from_pretrained(tmp_path / "sharded")), draw(pipe))

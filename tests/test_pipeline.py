@@ -12,11 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import msfp_cli
-from conftest import Chained, Invoke
-from msfp_cli.errors import CheckpointError, ModelError
+from conftest import Chained, Finetuned, Invoke
+from msfp_cli.errors import CheckpointError, ModelError, MsfpError
 from msfp_cli.layers import QuantConv2d, QuantLinear
 from msfp_cli.pipeline import MSFPPipeline, read_configs
 from msfp_cli.quantizer import MSFPConfig
+from msfp_cli.routing import ROUTER
 
 Damage = Callable[[Path], None]
 
@@ -264,3 +265,89 @@ def test_half_precision_leaves_codes_and_scales_alone(tiny_chained: Chained) -> 
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     whole, half = (p.unet(x.to(p.dtype), 500).sample.float() for p in (full, pipe))
     assert 0 < (half - whole).square().sum() < 0.05 * whole.square().sum()
+
+
+def flip_table(denoiser: Path) -> None:
+    """Let another member serve a timestep."""
+    path = tensors_of(denoiser)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    flip(path, 8 + length + json.loads(content[8 : 8 + length])[f"{ROUTER}.table"]["data_offsets"][0], 1)
+
+
+def lose_table(denoiser: Path) -> None:
+    """Leave the router out."""
+    _rewrite(denoiser, drop=f"{ROUTER}.table")
+
+
+def fewer_members(denoiser: Path) -> None:
+    """Say that a layer that switches does not."""
+
+    def forget_hub(config: dict) -> None:
+        next(layer for layer in config["layers"].values() if layer["hub"] > 1)["hub"] = 1
+
+    _change_config(denoiser, forget_hub)
+
+
+def another_unit(denoiser: Path) -> None:
+    """Read the timesteps as thousandths."""
+    _change_config(denoiser, lambda config: config.update(timestep_unit=1000.0))
+
+
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+@pytest.mark.parametrize("damage", [flip_table, lose_table, fewer_members, another_unit], ids=lambda d: d.__name__)
+def test_broken_router_is_refused_in_one_helpful_line(
+    tiny_tuned: Finetuned, copied: Callable[..., Path], damage: Damage, entry: str
+) -> None:
+    directory = copied(tiny_tuned.export)
+    ENTRY_POINTS[entry](directory)
+    damage(directory / "unet")
+    with pytest.raises(CheckpointError, match="altered.*export (or download )?(it )?again") as caught:
+        ENTRY_POINTS[entry](directory)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@torch.no_grad()
+def test_timestep_decides_which_set_of_weights_serves(tiny_tuned: Finetuned) -> None:
+    unet = MSFPPipeline.from_pretrained(tiny_tuned.export, device="cpu").unet
+    layers = [m for m in unet.modules() if isinstance(m, QuantLinear | QuantConv2d) and m.parameters_of.hub > 1]
+    seen: dict[float, list[list[int]]] = {}
+    timesteps = tiny_tuned.tuned.timesteps
+    for timestep in (*timesteps, *reversed(timesteps)):
+        members: list[int] = []
+        handles = [m.register_forward_pre_hook(lambda m, args, to=members: to.append(m.member())) for m in layers]
+        unet(torch.zeros(1, 3, 16, 16), torch.tensor(timestep))
+        seen.setdefault(timestep, []).append(members)
+        for handle in handles:
+            handle.remove()
+    assert all(first == second for first, second in seen.values())
+    assert len({tuple(first) for first, _ in seen.values()}) > 1
+
+
+def test_layer_that_switches_needs_its_denoiser_to_run(tiny_tuned: Finetuned) -> None:
+    unet = MSFPPipeline.from_pretrained(tiny_tuned.export, device="cpu").unet
+    layer = next(m for m in unet.modules() if isinstance(m, QuantLinear) and m.parameters_of.hub > 1)
+    for _ in range(2):
+        with pytest.raises(MsfpError, match="outside its denoiser"):
+            layer(torch.zeros(1, layer.in_features))
+        with pytest.raises(RuntimeError):  # wrong number of channels: the denoiser fails within a call
+            unet(torch.zeros(1, 5, 16, 16), 500)
+    with pytest.raises(MsfpError, match="several timesteps at once"):
+        unet(torch.zeros(2, 3, 16, 16), torch.tensor([1, 500]))
+
+
+@torch.no_grad()
+def test_half_precision_keeps_the_router(tiny_tuned: Finetuned) -> None:
+    full = MSFPPipeline.from_pretrained(tiny_tuned.export, device="cpu")
+    half = MSFPPipeline.from_pretrained(tiny_tuned.export, dtype=torch.bfloat16, device="cpu")
+    tables = [pipe.unet.get_submodule(ROUTER).get_buffer("table") for pipe in (full, half)]
+    assert torch.equal(*tables)
+    assert tables[1].dtype == torch.uint8
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    whole, less = (pipe.unet(x.to(pipe.pipe.dtype), 333).sample.float() for pipe in (full, half))
+    assert 0 < (less - whole).square().sum() < 0.2 * whole.square().sum()
+
+
+def test_sampling_a_fine_tuned_export_works(tiny_tuned: Finetuned, copied: Callable[..., Path], msfp: Invoke) -> None:
+    result = msfp("sample", copied(tiny_tuned.export), "--out", "pictures", "--device", "cpu")
+    assert (result.exit_code, result.stdout) == (0, "pictures/sheet.png\n"), result.stderr

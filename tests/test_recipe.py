@@ -9,6 +9,7 @@ from msfp_cli.errors import CheckpointError, UsageError
 from msfp_cli.formats import formats_of_width
 from msfp_cli.recipe import (
     CalibrateRecipe,
+    FinetuneRecipe,
     KeepRule,
     ModelSource,
     Recipe,
@@ -23,6 +24,23 @@ RECIPES: list[Recipe] = [
     RecordRecipe(conditions=("a cat", None), num_inference_steps=None, guidance_scale=7.5, seed=3, batch_size=2),
     CalibrateRecipe(),
     CalibrateRecipe(weights=None, activations=6, formats="e2m3,ue2m4", keep=("conv_in:none", "*attn*:6"), lift=0.5),
+    FinetuneRecipe(),
+    FinetuneRecipe(
+        steps=5,
+        batch_size=2,
+        lanes=3,
+        hub_size=1,
+        rank=4,
+        init="svd",
+        loss="plain",
+        timesteps="uniform",
+        learning_rate=0.1,
+        router_learning_rate=1e-7,
+        input_learning_rate=0.0,
+        mixed_precision="bf16",
+        seed=9,
+        evaluate_every=1,
+    ),
 ]
 
 
@@ -91,6 +109,37 @@ def test_list_of_formats_of_no_asked_width_is_refused() -> None:
 def test_record_recipe_refuses_by_name(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         RecordRecipe(**arguments)
+
+
+NOT_POSITIVE = [0.0, -1e-3, float("inf"), float("nan")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
+        ({"lanes": 0}, "--gradient-accumulation must be at least 1, got 0"),
+        ({"hub_size": 0}, "--hub-size must be at least 1, got 0"),
+        ({"hub_size": 256}, "--hub-size must be at most 255, got 256"),
+        ({"rank": -1}, "--rank must be at least 1, got -1"),
+        ({"evaluate_every": 0}, "--evaluate-every must be at least 1, got 0"),
+        ({"init": "best"}, "init.* 'best'; choose one of zero, svd"),
+        ({"loss": "best"}, "loss 'best'; choose one of dfa, plain"),
+        ({"timesteps": "best"}, "timesteps 'best'; choose one of error, uniform"),
+        ({"mixed_precision": "fp16"}, "--mixed-precision 'fp16'; choose one of no, bf16"),
+        *(({"learning_rate": rate}, f"^--learning-rate must be positive, got {rate:g}") for rate in NOT_POSITIVE),
+        *(({"router_learning_rate": rate}, f"--router-learning-rate must .*, got {rate:g}") for rate in NOT_POSITIVE),
+        *(({"input_learning_rate": rate}, f"--input-learning-rate must .*, got {rate:g}") for rate in NOT_POSITIVE[1:]),
+    ],
+)
+def test_finetune_recipe_refuses_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        FinetuneRecipe(**arguments)
+
+
+def test_largest_hub_and_untrained_inputs_are_allowed() -> None:
+    assert FinetuneRecipe(hub_size=255, input_learning_rate=0.0).hub_size == 255
 
 
 def test_unknown_dtype_lists_the_known() -> None:

@@ -1,12 +1,14 @@
 """The run directory: what it remembers, and what it says is next."""
 
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from conftest import Chained
+from conftest import FEW_UPDATES, Chained, Finetuned, train
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.run import Run
 
@@ -83,7 +85,7 @@ def test_status_tells_each_stage_and_the_next_command(
     full, run = copied(tiny_chained.run.directory, "full"), Run(tmp_path / "run")
     model = tiny_chained.calibration.source.model
     run.directory.mkdir()
-    nothing = {"recording": "none", "held-out": "none", "calibration": "none", "export": "none"}
+    nothing = {"recording": "none", "held-out": "none", "calibration": "none", "finetune": "none", "export": "none"}
     assert dict(run.status()) == nothing
     assert run.next_command().startswith("msfp calibrate")
 
@@ -99,9 +101,52 @@ def test_status_tells_each_stage_and_the_next_command(
     error = tiny_chained.calibration.held_out_error["unet"]
     count = len(tiny_chained.calibration.layers["unet"])
     assert dict(run.status())["calibration"] == f"W4A4 mixed, {count} layers, held-out error {error:.4f}"
-    assert run.next_command().startswith("msfp export")
+    assert run.next_command().startswith("msfp finetune")
 
     shutil.move(full / "export", run.directory / "export")
     run.remember("export", run.directory / "export")
     assert dict(run.status())["export"] == str(run.directory / "export")
     assert run.next_command().startswith("msfp sample")
+
+
+@pytest.fixture
+def tuned_run(tiny_tuned: Finetuned, copied: Callable[..., Path]) -> Run:
+    """Copy a fine-tuned and exported run."""
+    return Run(copied(tiny_tuned.run.directory, "tuned"))
+
+
+def test_status_tells_how_far_fine_tuning_got_and_what_it_won(tuned_run: Run, tiny_tuned: Finetuned) -> None:
+    before, after = tiny_tuned.tuned.history[0].error, tiny_tuned.tuned.best.error
+    assert dict(tuned_run.status())["finetune"] == f"unet: 6 of 6 steps, held-out error {before:.4f} -> {after:.4f}"
+
+
+def test_fine_tuning_that_was_stopped_is_next(fresh_run: Callable[..., Run]) -> None:
+    run = fresh_run()
+    assert run.next_command() == f"msfp finetune --run {run.directory}"
+    train(run, stop=lambda: True)
+    assert dict(run.status())["finetune"].startswith("transformer: 1 of 6 steps, ")
+    assert run.next_command() == f"msfp finetune --run {run.directory}"
+    train(run)
+    assert run.next_command() == f"msfp export --run {run.directory}"
+
+
+def test_export_older_than_the_fine_tuning_is_to_be_replaced(tuned_run: Run) -> None:
+    assert tuned_run.next_command().startswith("msfp sample")
+    exported = tuned_run.latest_export().stat().st_mtime
+    os.utime(tuned_run.finetuned("unet"), (exported + 1, exported + 1))
+    assert tuned_run.next_command() == f"msfp export --overwrite --run {tuned_run.directory}"
+
+
+def test_fine_tuning_of_another_calibration_is_named_and_begun_again(tuned_run: Run, tiny_tuned: Finetuned) -> None:
+    replace(tiny_tuned.tuned, calibration="0" * 64).save(tuned_run.finetuned("unet"))
+    assert "began with another calibration" in dict(tuned_run.status())["finetune"]
+    assert tuned_run.next_command() == f"msfp finetune --restart --run {tuned_run.directory}"
+    with pytest.raises(RunError, match="began with another calibration; run `msfp finetune --restart`"):
+        tuned_run.load_tuned(tiny_tuned.calibration)
+
+
+def test_fine_tuning_of_an_equal_calibration_is_loaded(tuned_run: Run, tiny_tuned: Finetuned) -> None:
+    calibration = tuned_run.load_calibration()
+    assert calibration.identity() == tiny_tuned.calibration.identity() == tiny_tuned.tuned.calibration
+    assert tuned_run.load_tuned(calibration)["unet"].recipe == FEW_UPDATES
+    assert Run(tuned_run.directory / "empty").load_tuned(calibration) == {}

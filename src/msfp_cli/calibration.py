@@ -6,6 +6,7 @@ Layout of a calibration directory::
     scales.safetensors     the weight scales, one tensor per layer, named ``component/layer``
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -127,13 +128,19 @@ class Calibration:
             if layer.parameters.weight is not None or layer.parameters.input is not None
         }
 
+    def identity(self) -> str:
+        """Return a digest of all that fine-tuning begins with: layers' parameters and weight scales."""
+        tables = {component: {n: p.to_json() for n, p in self.table(component).items()} for component in self.layers}
+        text = json.dumps(tables, sort_keys=True).encode()
+        return hashlib.sha256(text + digest(_flatten(self.scales)).encode()).hexdigest()
+
     def save(self, directory: Path, *, overwrite: bool = False) -> None:
         """Write the calibration; the directory appears whole or not at all.
 
         Raises:
             RunError: it exists and `overwrite` is not set.
         """
-        flat = {f"{component}/{name}": t for component, named in self.scales.items() for name, t in named.items()}
+        flat = _flatten(self.scales)
         document = {
             "schema": _SCHEMA,
             "scales_digest": digest(flat),
@@ -183,6 +190,11 @@ class Calibration:
             raise RunError(f"no calibration in {directory}; run `msfp calibrate` first") from None
         except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, UsageError) as error:
             raise CheckpointError(f"{directory} is damaged ({error}); run `msfp calibrate --overwrite`") from None
+
+
+def _flatten(components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Name each tensor ``component/layer``."""
+    return {f"{component}/{name}": tensor for component, named in components.items() for name, tensor in named.items()}
 
 
 def _unflatten(flat: Mapping[str, Tensor], components: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:

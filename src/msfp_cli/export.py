@@ -1,7 +1,8 @@
-"""Write a calibrated pipeline as a diffusers directory that stock ``from_pretrained`` reloads."""
+"""Write a calibrated (and fine-tuned) pipeline as a diffusers directory that stock ``from_pretrained`` reloads."""
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from msfp_cli.calibration import Calibration, quantize_
 from msfp_cli.denoiser import find_denoisers
 from msfp_cli.loading import load_pipeline
 from msfp_cli.quantizer import MSFPConfig, mark_quantized_
+from msfp_cli.routing import TABLE_SIZE
+from msfp_cli.surgery import quantized_layers
+from msfp_cli.tuned import Tuned, quantize_tuned_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +28,15 @@ class ExportReport:
         directory: the export.
         denoiser_bytes: size of the denoisers' safetensors files.
         half_precision_bytes: what the same denoisers take in 16 bits.
+        hub_bytes: of the denoisers' size, what further sets of weights and the router's tables take.
+        switching_layers: layers with more than one set of weights.
     """
 
     directory: str
     denoiser_bytes: int
     half_precision_bytes: int
+    hub_bytes: int = 0
+    switching_layers: int = 0
 
     @property
     def ratio(self) -> float:
@@ -40,8 +48,17 @@ class ExportReport:
         return {**asdict(self), "ratio": self.ratio}
 
 
-def load_calibrated(calibration: Calibration, device: str | None = None) -> Any:  # noqa: ANN401 (the user's pipeline)
-    """Load the calibrated model and quantize its denoisers: the in-memory twin of an export."""
+def load_calibrated(
+    calibration: Calibration, device: str | None = None, tuned: Mapping[str, Tuned] | None = None
+) -> Any:  # noqa: ANN401 (the user's pipeline)
+    """Load the calibrated model and quantize its denoisers: the in-memory twin of an export.
+
+    Arguments:
+        tuned: fine-tunings by component; a component without one is as calibrated.
+
+    Raises:
+        RunError: a fine-tuning began with another calibration.
+    """
     pipe = load_pipeline(calibration.source, device)
     sampling = {
         "num_inference_steps": calibration.record.num_inference_steps,
@@ -49,30 +66,53 @@ def load_calibrated(calibration: Calibration, device: str | None = None) -> Any:
     }
     denoisers = find_denoisers(pipe)
     for component in calibration.layers:
-        quantize_(denoisers[component], calibration, component)
+        denoiser, learned = denoisers[component], (tuned or {}).get(component)
+        if learned is None:
+            quantize_(denoiser, calibration, component)
+        else:
+            quantize_tuned_(denoiser, calibration, component, learned)
         config = MSFPConfig(
-            layers={name: parameters.to_json() for name, parameters in calibration.table(component).items()},
+            layers={name: layer.parameters_of.to_json() for name, layer in quantized_layers(denoiser).items()},
+            timestep_unit=1.0 if learned is None else learned.unit,
             source=calibration.source.to_json(),
             sampling=sampling,
             tool_version=__version__,
         )
-        mark_quantized_(denoisers[component], config)
+        mark_quantized_(denoiser, config)
     return pipe
 
 
 def export_(
-    calibration: Calibration, directory: Path, *, device: str | None = None, overwrite: bool = False
+    calibration: Calibration,
+    directory: Path,
+    *,
+    tuned: Mapping[str, Tuned] | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
 ) -> ExportReport:
-    """Quantize the calibrated model and write it.
+    """Quantize the calibrated model, fine-tuned or not, and write it.
 
     Raises:
-        RunError: the directory exists and `overwrite` is not set.
+        RunError: the directory exists and `overwrite` is not set, or a fine-tuning began with another calibration.
     """
-    pipe = load_calibrated(calibration, device)
-    half = sum(_half_precision_bytes(calibration, component, part) for component, part in find_denoisers(pipe).items())
+    pipe = load_calibrated(calibration, device, tuned)
+    denoisers = find_denoisers(pipe)
+    half = sum(_half_precision_bytes(calibration, component, part) for component, part in denoisers.items())
     save_pipeline(pipe, directory, overwrite=overwrite)
-    size = sum(f.stat().st_size for c in find_denoisers(pipe) for f in (directory / c).glob("*.safetensors"))
-    return ExportReport(directory=str(directory), denoiser_bytes=size, half_precision_bytes=half)
+    size = sum(f.stat().st_size for c in denoisers for f in (directory / c).glob("*.safetensors"))
+    switching = [
+        layer
+        for denoiser in denoisers.values()
+        for layer in quantized_layers(denoiser).values()
+        if layer.parameters_of.hub > 1
+    ]
+    return ExportReport(
+        directory=str(directory),
+        denoiser_bytes=size,
+        half_precision_bytes=half,
+        hub_bytes=sum(layer.get_buffer("weight_codes")[1:].numel() + TABLE_SIZE for layer in switching),
+        switching_layers=len(switching),
+    )
 
 
 def _half_precision_bytes(calibration: Calibration, component: str, denoiser: nn.Module) -> int:

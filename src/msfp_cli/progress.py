@@ -1,10 +1,16 @@
 """How workflows report progress, without knowing who shows it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-Advance = Callable[[int], None]
+
+class Advance(Protocol):
+    """Moves an open task on."""
+
+    def __call__(self, steps: int, note: str = "") -> None:
+        """Say that `steps` more are done, and (with a note) how it stands."""
+        ...
 
 
 class Progress(Protocol):
@@ -14,6 +20,10 @@ class Progress(Protocol):
         """Open a task of `total` steps (None: not yet known); call what it yields with the steps done."""
         ...
 
+    def log(self, line: str) -> None:
+        """Say something that is to stay on the screen."""
+        ...
+
 
 class NoProgress:
     """Show nothing."""
@@ -21,7 +31,10 @@ class NoProgress:
     @contextmanager
     def task(self, description: str, total: int | None) -> Iterator[Advance]:
         """Open a task that nobody sees."""
-        yield lambda steps: None
+        yield lambda steps, note="": None
+
+    def log(self, line: str) -> None:
+        """Say nothing."""
 
 
 SILENT: Progress = NoProgress()

@@ -1,6 +1,7 @@
 """What a user asked for, as frozen values that go to JSON and back; nothing here needs torch."""
 
 import fnmatch
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,6 +12,11 @@ from msfp_cli.formats import MAX_BITS, MIN_BITS, FloatFormat, formats_of_width
 
 DEFAULT_RUN = Path("msfp-run")
 FORMAT_SETS = ("mixed", "signed", "unsigned", "integer")
+LOSSES = ("dfa", "plain")
+INITS = ("zero", "svd")
+SAMPLINGS = ("error", "uniform")
+PRECISIONS = ("no", "bf16")
+MAX_HUB = 255
 DTYPES = ("float32", "float16", "bfloat16")
 
 # Layers that diffusers' denoisers run first, last, or on the timestep: few multiply-adds, and all errors pass through
@@ -209,6 +215,78 @@ class CalibrateRecipe(Recipe):
             return signed
         named = {FloatFormat.parse(name) for name in self.formats.split(",")}
         return tuple(fmt for fmt in signed if fmt in named) or signed
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe(Recipe):
+    """How to train the LoRA hubs and the router.
+
+    Arguments:
+        steps: updates.
+        batch_size: rows of a recorded call that each lane contributes to an update.
+        lanes: calls per update, shared evenly among processes; the recording is parted among them.
+        hub_size: LoRAs per layer; 1 is plain LoRA.
+        rank: of each LoRA.
+        init: a name in `INITS`: B begins at ``zero``, or A and B at the singular value decomposition (``svd``) of the
+            weight's rounding error.
+        learning_rate: of the LoRAs, decaying linearly to 0; B counts in steps of the weight's grid.
+        router_learning_rate: of the router.
+        input_learning_rate: of the scale and zero point of each layer's input; 0 leaves them as calibrated.
+        loss: ``dfa`` weights each timestep by its denoising factor, ``plain`` does not.
+        loss_power: the factor's exponent.
+        timesteps: how an update's timestep is drawn: by the ``error`` that it makes, or ``uniform``ly; the gradient's
+            mean is the same.
+        mixed_precision: a name in `PRECISIONS`, what the denoiser computes in while training.
+        seed: of the initial values and of the order of the data.
+        evaluate_every: updates between two measurements on held-out calls.
+    """
+
+    steps: int = 2000
+    batch_size: int = 8
+    lanes: int = 1
+    hub_size: int = 2
+    rank: int = 16
+    init: str = "zero"
+    learning_rate: float = 1e-2
+    router_learning_rate: float = 1e-3
+    input_learning_rate: float = 1e-3
+    loss: str = "dfa"
+    loss_power: float = 1.0
+    timesteps: str = "error"
+    mixed_precision: str = "no"
+    seed: int = 0
+    evaluate_every: int = 250
+
+    def __post_init__(self) -> None:
+        for what, value in (
+            ("--steps", self.steps),
+            ("--batch-size", self.batch_size),
+            ("--gradient-accumulation", self.lanes),
+            ("--hub-size", self.hub_size),
+            ("--rank", self.rank),
+            ("--evaluate-every", self.evaluate_every),
+        ):
+            _at_least(what, value, 1)
+        if self.hub_size > MAX_HUB:
+            raise UsageError(f"--hub-size must be at most {MAX_HUB}, got {self.hub_size}")
+        for what, name, known in (
+            ("--loss", self.loss, LOSSES),
+            ("--init", self.init, INITS),
+            ("--timesteps", self.timesteps, SAMPLINGS),
+            ("--mixed-precision", self.mixed_precision, PRECISIONS),
+        ):
+            if name not in known:
+                raise UsageError(f"unknown {what} {name!r}; choose one of {', '.join(known)}")
+        for what, rate in (
+            ("--learning-rate", self.learning_rate),
+            ("--router-learning-rate", self.router_learning_rate),
+        ):
+            if not 0 < rate < math.inf:
+                raise UsageError(f"{what} must be positive, got {rate:g}")
+        if not 0 < self.loss_power <= 4:
+            raise UsageError(f"--loss-power must be above 0 and at most 4, got {self.loss_power:g}")
+        if not 0 <= self.input_learning_rate < math.inf:
+            raise UsageError(f"--input-learning-rate must not be negative, got {self.input_learning_rate:g}")
 
 
 def parse_bits(text: str, option: str) -> int | None:

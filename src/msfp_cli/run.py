@@ -5,6 +5,7 @@ run.json         where the latest export and samples are
 recording/       denoiser calls to choose on
 held-out/        denoiser calls to measure on, of other prompts and seeds
 calibration/     the chosen formats
+finetune/        LoRA hubs and router, one file per denoiser
 export/          the checkpoint (unless --out put it elsewhere)
 samples/         pictures
 """
@@ -20,6 +21,7 @@ from msfp_cli.calibration import Calibration
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.recipe import DEFAULT_RUN
 from msfp_cli.recording import Recording
+from msfp_cli.tuned import Tuned
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class Run:
         """Where the calibration is."""
         return self.directory / "calibration"
 
+    def finetuned(self, component: str) -> Path:
+        """Where the fine-tuning of a denoiser is."""
+        return self.directory / "finetune" / f"{component}.safetensors"
+
     def load_calibration(self) -> Calibration:
         """Load the calibration.
 
@@ -51,6 +57,20 @@ class Run:
         """
         self.require()
         return Calibration.load(self.calibration)
+
+    def load_tuned(self, calibration: Calibration) -> dict[str, Tuned]:
+        """Load the fine-tunings of the calibrated denoisers, by component; empty if there are none.
+
+        Raises:
+            RunError: one began with another calibration.
+        """
+        found = {c: Tuned.load(self.finetuned(c)) for c in calibration.layers if self.finetuned(c).exists()}
+        for component, tuned in found.items():
+            if tuned.calibration != calibration.identity():
+                raise RunError(
+                    f"{self.finetuned(component)} began with another calibration; run `msfp finetune --restart`"
+                )
+        return found
 
     def require(self) -> None:
         """Refuse a run directory that is not there.
@@ -94,6 +114,12 @@ class Run:
         path = None if known is None else self.directory / known
         return path if path is not None and path.is_dir() else None
 
+    def _export_is_older(self) -> bool:
+        """Whether fine-tuning went on after the latest export."""
+        export = self._export()
+        files = (self.directory / "finetune").glob("*.safetensors")
+        return export is not None and any(file.stat().st_mtime > export.stat().st_mtime for file in files)
+
     def next_samples(self) -> Path:
         """Return a fresh directory name for pictures, ``samples/001`` and so on."""
         taken = [int(p.name) for p in (self.directory / "samples").glob("[0-9]*") if p.name.isdecimal()]
@@ -111,6 +137,7 @@ class Run:
             done = recording.num_shards - len(recording.missing_shards())
             rows.append((title, f"{done} of {recording.num_shards} shards of {recording.recipe['source']['model']}"))
         rows.append(("calibration", self._calibration_state()))
+        rows.append(("finetune", self._finetune_state()))
         rows.append(("export", str(self._export() or "none")))
         return rows
 
@@ -123,14 +150,39 @@ class Run:
         bits = f"W{calibration.recipe.weights or 16}A{calibration.recipe.activations or 16}"
         return f"{bits} {calibration.recipe.formats}, {count} layers, held-out error {error:.4f}"
 
+    def _finetune_state(self) -> str:
+        try:
+            tuned = self.load_tuned(Calibration.load(self.calibration)) if self.calibration.exists() else {}
+        except RunError as error:
+            return str(error)
+        return (
+            "; ".join(
+                f"{component}: {t.step} of {t.recipe.steps} steps, "
+                f"held-out error {t.history[0].error:.4f} -> {t.best.error:.4f}"
+                for component, t in tuned.items()
+            )
+            or "none"
+        )
+
     def next_command(self) -> str:
         """Return what to type next."""
         self.require()
         option = "" if self.directory == DEFAULT_RUN else f" --run {shlex.quote(str(self.directory))}"
         if not self.calibration.exists():
             return f"msfp calibrate{option}"
+        calibration = Calibration.load(self.calibration)
+        try:
+            tuned = self.load_tuned(calibration)
+        except RunError:
+            return f"msfp finetune --restart{option}"
+        if any(not t.finished for t in tuned.values()) or (
+            tuned.keys() != calibration.layers.keys() and not self._export()
+        ):
+            return f"msfp finetune{option}"
         if self._export() is None:
             return f"msfp export{option}"
-        condition = Calibration.load(self.calibration).record.conditions[0]
+        if self._export_is_older():
+            return f"msfp export --overwrite{option}"
+        condition = calibration.record.conditions[0]
         prompt = "" if condition is None else f" --prompt {shlex.quote(condition)}"
         return f"msfp sample{prompt}{option}"

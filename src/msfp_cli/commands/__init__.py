@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from msfp_cli import __version__
-from msfp_cli.commands import calibrate, console, demo, export, sample, status
+from msfp_cli.commands import calibrate, console, demo, export, finetune, inspect, sample, status
 
 app = typer.Typer(
     name="msfp",
     help="Quantize diffusers pipelines to 4-bit floating point, weights and activations.\n\n"
-    "The chain: msfp calibrate MODEL, then msfp export, then msfp sample --prompt '...'. "
+    "The chain: msfp calibrate MODEL, msfp finetune, msfp export, msfp sample --prompt '...'. "
     "Each command finds what the one before it left in the run directory (msfp-run, or --run).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -40,5 +40,5 @@ def _root(
         console.show_tracebacks()
 
 
-for _module in (calibrate, export, sample, status, demo):
+for _module in (calibrate, finetune, inspect, export, sample, status, demo):
     _module.add_to(app)

@@ -4,8 +4,11 @@ import errno
 import functools
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 import typer
@@ -48,22 +51,36 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 class ConsoleProgress:
-    """Progress bars with totals and time left; nothing when stderr is no terminal."""
+    """Progress bars with totals and time left; no bars where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._console = stderr()
 
     @contextmanager
     def task(self, description: str, total: int | None) -> Iterator[Advance]:
         """Show one bar while the context is open."""
-        console = stderr()
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
         )
-        with Bars(*columns, console=console, disable=not console.is_terminal) as bars:
-            task = bars.add_task(description, total=total)
-            yield lambda steps: bars.advance(task, steps)
+        with Bars(*columns, console=self._console, disable=not self._console.is_terminal) as bars:
+            task = bars.add_task(description, total=total, note="")
+
+            def advance(steps: int, note: str = "") -> None:
+                if note:
+                    bars.update(task, advance=steps, note=note)
+                else:
+                    bars.update(task, advance=steps)
+
+            yield advance
+
+    def log(self, line: str) -> None:
+        """Print a line, above the bar if there is one."""
+        self._console.print(Text(line))
 
 
 def guarded(command: F) -> F:
@@ -83,6 +100,31 @@ def guarded(command: F) -> F:
             raise typer.Exit(code) from None
 
     return wrapper  # type: ignore[return-value]
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether the user asked to stop (Ctrl-C, or a polite kill) while the context is open.
+
+    The first time it is only remembered, so that work in hand can be finished and saved; the second time it interrupts,
+    except where other processes take part, who pass such signals on and would send several.
+    """
+    asked: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if asked and "WORLD_SIZE" not in os.environ:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread may listen to signals
+        return
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def show_tracebacks() -> None:

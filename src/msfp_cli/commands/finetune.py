@@ -1,0 +1,220 @@
+"""`msfp finetune`: train LoRA hubs and a router against the recording, and keep what helps."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from msfp_cli.commands import console
+from msfp_cli.commands.options import DeviceOption, JsonOption, RunOption
+from msfp_cli.progress import SILENT
+from msfp_cli.recipe import DEFAULT_RUN, INITS, LOSSES, PRECISIONS, SAMPLINGS, FinetuneRecipe
+
+if TYPE_CHECKING:
+    from msfp_cli.finetune import FinetuneReport
+    from msfp_cli.run import Run
+
+_GRACE_SECONDS = 5
+_HELP = """Win back quality: train timestep-aware LoRAs inside the quantizers, with the denoising-factor loss.
+
+The full-precision outputs lie in the run's recording, so no other data and no teacher are needed. The state is kept
+every few updates: after Ctrl-C, or a crash, the same command goes on. The state with the lowest error on held-out calls
+is exported; the export holds 4-bit weights only.
+
+Examples:
+
+    msfp finetune --steps 2000
+
+    msfp finetune --steps 500 --hub-size 4 --rank 32 --restart
+
+    msfp finetune --num-processes 2
+
+    accelerate launch -m msfp_cli finetune
+"""
+
+
+def _default(name: str) -> str:
+    return f"{getattr(FinetuneRecipe(), name)} by default."
+
+
+def finetune(
+    run: RunOption = DEFAULT_RUN,
+    steps: Annotated[int | None, typer.Option(help=f"Updates; {_default('steps')}")] = None,
+    batch_size: Annotated[int | None, typer.Option(help=f"Rows of a call per update; {_default('batch_size')}")] = None,
+    rank: Annotated[int | None, typer.Option(help=f"Rank of each LoRA; {_default('rank')}")] = None,
+    hub_size: Annotated[
+        int | None, typer.Option(help=f"LoRAs per layer, 1 for plain LoRA; {_default('hub_size')}")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help=f"Of the LoRAs, in steps of the weights' grids; {_default('learning_rate')}")
+    ] = None,
+    router_learning_rate: Annotated[
+        float | None, typer.Option(help=f"Of the router; {_default('router_learning_rate')}")
+    ] = None,
+    input_learning_rate: Annotated[
+        float | None,
+        typer.Option(help=f"Of the inputs' scales and zero points, 0 for none; {_default('input_learning_rate')}"),
+    ] = None,
+    init: Annotated[str | None, typer.Option(help=f"{' or '.join(INITS)}; {_default('init')}")] = None,
+    loss: Annotated[str | None, typer.Option(help=f"{' or '.join(LOSSES)}; {_default('loss')}")] = None,
+    loss_power: Annotated[
+        float | None, typer.Option(help=f"Exponent of the denoising factor; {_default('loss_power')}")
+    ] = None,
+    timesteps: Annotated[
+        str | None, typer.Option(help=f"Drawn by {' or '.join(SAMPLINGS)}; {_default('timesteps')}")
+    ] = None,
+    mixed_precision: Annotated[
+        str | None, typer.Option(help=f"{' or '.join(PRECISIONS)}; {_default('mixed_precision')}")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the initial values and the order of the data.")] = None,
+    evaluate_every: Annotated[
+        int | None, typer.Option(help=f"Updates between two measurements; {_default('evaluate_every')}")
+    ] = None,
+    gradient_accumulation: Annotated[
+        int, typer.Option(min=1, help="Calls per update in each process, one after the other.")
+    ] = 1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Save memory: compute activations twice.")
+    ] = False,
+    num_processes: Annotated[int, typer.Option(min=1, help="Processes that share the recording.")] = 1,
+    resume: Annotated[
+        bool | None,
+        typer.Option("--resume/--restart", help="Go on, or begin again; by default go on if there is something."),
+    ] = None,
+    device: DeviceOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Train LoRA hubs and a router."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    given = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "lanes": None if gradient_accumulation * num_processes * world == 1 else gradient_accumulation * world,
+        "rank": rank,
+        "hub_size": hub_size,
+        "learning_rate": learning_rate,
+        "router_learning_rate": router_learning_rate,
+        "input_learning_rate": input_learning_rate,
+        "init": init,
+        "loss": loss,
+        "loss_power": loss_power,
+        "timesteps": timesteps,
+        "mixed_precision": mixed_precision,
+        "seed": seed,
+        "evaluate_every": evaluate_every,
+    }
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    FinetuneRecipe(**chosen)
+    if num_processes > 1 and world == 1:
+        raise typer.Exit(_launch(num_processes))
+
+    from msfp_cli.finetune import finetune_run
+    from msfp_cli.loading import quiet_libraries
+    from msfp_cli.run import Run
+
+    quiet_libraries()
+    state = Run(run)
+    recipe = _recipe(state, chosen, resume)
+    with console.stop_on_interrupt() as stop:
+        reports = finetune_run(
+            state,
+            recipe,
+            device=device,
+            restart=resume is False,
+            gradient_checkpointing=gradient_checkpointing,
+            progress=console.ConsoleProgress() if _is_main() else SILENT,
+            stop=stop,
+        )
+    if _is_main():
+        _show(state, reports, as_json=json_)
+    if not all(report.finished for report in reports):
+        raise typer.Exit(1)
+
+
+def _recipe(run: "Run", chosen: dict[str, Any], resume: bool | None) -> FinetuneRecipe:
+    """Return the settings: those that were given, then those of the state to go on from, then the defaults."""
+    from dataclasses import replace
+
+    from msfp_cli.errors import RunError
+
+    calibration = run.load_calibration()
+    saved = {} if resume is False else run.load_tuned(calibration)
+    if resume and not saved:
+        raise RunError(f"{run.directory} holds no fine-tuning to go on with; leave --resume out to begin")
+    base = next(iter(saved.values())).recipe if saved else FinetuneRecipe()
+    recipe = replace(base, **chosen)
+    done = [component for component, tuned in saved.items() if tuned.finished and tuned.recipe == recipe]
+    if len(done) == len(calibration.layers) and _is_main():
+        console.note(f"all {recipe.steps} updates were done before; --restart begins again")
+    return recipe
+
+
+def _is_main() -> bool:
+    """Whether this process speaks for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _launch(num_processes: int) -> int:
+    """Run this very command line in several processes that know of each other, and return the exit code.
+
+    The first one speaks for all; what another one says is shown only if the first had nothing to complain about.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    threads = os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // num_processes))
+    command = [sys.executable, "-m", "msfp_cli", *sys.argv[1:]]
+    with tempfile.TemporaryFile() as aside, console.stop_on_interrupt():  # the processes hear of Ctrl-C themselves
+        processes = []
+        for rank in range(num_processes):
+            own = {**shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": threads}
+            environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
+            out, err = (subprocess.DEVNULL, aside) if rank else (None, None)
+            processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=err))
+        codes = _wait_for_all(processes)
+        if any(codes) and codes[0] in (0, -signal.SIGKILL):
+            aside.seek(0)
+            sys.stderr.write(aside.read().decode(errors="replace"))
+    return next((code for code in codes if code > 0), int(any(codes)))
+
+
+def _wait_for_all(processes: "list[subprocess.Popen[bytes]]") -> list[int]:
+    """Wait until all have ended; one that failed takes the others, who would wait for it, along after a while."""
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes):
+            time.sleep(_GRACE_SECONDS)
+            for process in processes:
+                process.kill()
+        time.sleep(0.1)
+    return [process.wait() for process in processes]
+
+
+def _show(run: "Run", reports: "list[FinetuneReport]", *, as_json: bool) -> None:
+    """Say what training did, and what to type next."""
+    for report in reports:
+        if not report.finished:
+            console.note(f"{report.component}: stopped after {report.step} of {report.steps} updates; all is kept")
+        elif report.best_step == 0:
+            console.note(
+                f"{report.component}: training did not lower the held-out error of {report.before:.5f}; the calibrated "
+                "state is kept. Try a lower --learning-rate with --restart"
+            )
+        else:
+            console.note(
+                f"{report.component}: held-out error {report.before:.5f} -> {report.after:.5f} "
+                f"({report.after / report.before:.2f} of the calibrated), best after {report.best_step} updates"
+            )
+    console.result(str(run.directory / "finetune"), {r.component: r.to_json() for r in reports}, as_json=as_json)
+    console.note(f"next: {run.next_command()}")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("finetune", help=_HELP)(console.guarded(finetune))

@@ -1,0 +1,96 @@
+"""`msfp inspect`: show what fine-tuning learned, timestep by timestep."""
+
+import fnmatch
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from msfp_cli.commands import console
+from msfp_cli.commands.options import JsonOption, RunOption
+from msfp_cli.recipe import DEFAULT_RUN
+
+if TYPE_CHECKING:
+    from msfp_cli.tuned import Tuned
+
+_HELP = """Show what fine-tuning learned: the error at each timestep before and after, and the hubs.
+
+The map says which member of its hub serves each layer when: columns are timesteps from noisy to clean, a digit is the
+member that serves most layers of the row.
+
+Examples:
+
+    msfp inspect
+
+    msfp inspect --layers 'up_blocks.1*'
+"""
+_DEPTH = 2  # parts of a layer's name that make a row of the map
+
+
+def inspect(
+    run: RunOption = DEFAULT_RUN,
+    layers: Annotated[str | None, typer.Option(help="Pattern of layers to show one by one.")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Show what fine-tuning learned."""
+    from msfp_cli.errors import RunError, UsageError
+    from msfp_cli.run import Run
+    from msfp_cli.talora import tuned_names
+    from msfp_cli.tuned import served
+
+    state = Run(run)
+    calibration = state.load_calibration()
+    found = state.load_tuned(calibration)
+    if not found:
+        raise RunError(f"{run} holds no fine-tuning yet; run `msfp finetune` first")
+    result = {}
+    for component, tuned in found.items():
+        names = tuned_names(calibration.table(component))
+        shown = [name for name in names if layers is None or fnmatch.fnmatchcase(name, layers)]
+        if not shown:
+            raise UsageError(f"no tuned layer matches {layers!r}; the first of {len(names)} is {names[0]!r}")
+        members = served(tuned, names)
+        result[component] = {"errors": _errors(tuned), "members": {name: members[name] for name in shown}}
+        _show_errors(component, tuned)
+        _show_map(component, {name: members[name] for name in shown}, one_by_one=layers is not None)
+    console.result(str(state.directory / "finetune"), result, as_json=json_)
+
+
+def _errors(tuned: "Tuned") -> list[dict[str, float]]:
+    """Return the error at each timestep, before and after."""
+    after = dict(tuned.best.by_timestep)
+    return [{"timestep": t, "before": error, "after": after[t]} for t, error in tuned.history[0].by_timestep]
+
+
+def _show_errors(component: str, tuned: "Tuned") -> None:
+    rows = [
+        [f"{e['timestep']:g}", f"{e['before']:.5f}", f"{e['after']:.5f}", f"{e['after'] / (e['before'] or 1.0):.2f}"]
+        for e in _errors(tuned)
+    ]
+    before, after = tuned.history[0].error, tuned.best.error
+    rows.append(["all", f"{before:.5f}", f"{after:.5f}", f"{after / (before or 1.0):.2f}"])
+    title = f"{component}: held-out error, best after {tuned.best.step} of {tuned.step} updates"
+    console.table(title, ["timestep", "before", "after", "ratio"], rows)
+
+
+def _show_map(component: str, members: dict[str, list[int]], *, one_by_one: bool) -> None:
+    """Print one row per layer, or per block of layers."""
+    blocks: dict[str, list[list[int]]] = {}
+    for name, row in members.items():
+        blocks.setdefault(name if one_by_one else ".".join(name.split(".")[:_DEPTH]), []).append(row)
+    rows: list[list[Any]] = []
+    for block, several in blocks.items():
+        commonest = [Counter(column).most_common(1)[0][0] for column in zip(*several, strict=True)]
+        switching = sum(len(set(row)) > 1 for row in several)
+        rows.append([block, "".join(_digit(member) for member in commonest), f"{switching} of {len(several)}"])
+    console.table(f"{component}: hub member by timestep, noisy to clean", ["layers", "member", "switching"], rows)
+
+
+def _digit(member: int) -> str:
+    """Return one character for a member."""
+    return "0123456789abcdefghijklmnopqrstuvwxyz"[member] if member < 36 else "+"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command("inspect", help=_HELP)(console.guarded(inspect))

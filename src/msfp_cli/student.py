@@ -1,0 +1,103 @@
+"""A denoiser that is being fine-tuned: it computes exactly what its export will, and can be trained."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from msfp_cli.denoiser import DenoiserCall, call_again
+from msfp_cli.layers import LayerParameters
+from msfp_cli.recipe import FinetuneRecipe
+from msfp_cli.surgery import replace_layers_
+from msfp_cli.talora import Router, tune_layers_
+
+
+@dataclass
+class OutputError:
+    """Squared error of the denoiser's output and of the signal, summed by timestep."""
+
+    sums: dict[float, tuple[float, float]] = field(default_factory=dict)
+
+    def add(self, timestep: float, output: Tensor, recorded: Tensor) -> None:
+        """Count one call."""
+        wanted = recorded.double()
+        error, signal = self.sums.get(timestep, (0.0, 0.0))
+        error += float((output.cpu().double() - wanted).square().sum())
+        self.sums[timestep] = (error, signal + float(wanted.square().sum()))
+
+    def relative(self) -> float:
+        """Return the relative error over all calls."""
+        signal = sum(signal for _, signal in self.sums.values())
+        return sum(error for error, _ in self.sums.values()) / signal if signal else 0.0
+
+    def absolute(self) -> dict[float, float]:
+        """Return the squared error by timestep."""
+        return {timestep: error for timestep, (error, _) in self.sums.items()}
+
+    def by_timestep(self) -> list[tuple[float, float]]:
+        """Return (timestep, relative error) from noisy to clean."""
+        return [
+            (t, error / signal if signal else 0.0) for t, (error, signal) in sorted(self.sums.items(), reverse=True)
+        ]
+
+
+class Student(nn.Module):
+    """A denoiser with trainable hubs and a router; everything it had is frozen.
+
+    Arguments:
+        denoiser: the float denoiser; its layers are replaced in place.
+        table, scales: calibrated parameters and weight scales, by layer name.
+        recipe: hub size, rank, initialisation, seed.
+        unit: what brings its timesteps to 0..1000, see `routing.timestep_unit`.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        table: Mapping[str, LayerParameters],
+        scales: Mapping[str, Tensor],
+        recipe: FinetuneRecipe,
+        unit: float,
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser.requires_grad_(False)
+        generator = torch.Generator().manual_seed(recipe.seed)
+        replace_layers_(denoiser, {name: parameters for name, parameters in table.items() if parameters.weight is None})
+        self.layers, self.route = tune_layers_(denoiser, table, scales, recipe, generator)
+        self.router = Router(len(self.layers), recipe.hub_size, unit, generator)
+        self.router.to(next(denoiser.parameters()).device)
+
+    @contextmanager
+    def at(self, timestep: float) -> Iterator[None]:
+        """Route every layer for a timestep while the context is open: forward, and backward if it recomputes."""
+        self.route.open(self.router(timestep))
+        try:
+            yield
+        finally:
+            self.route.close()
+
+    def forward(self, call: DenoiserCall) -> Tensor:
+        """Return the denoiser's output for a recorded call, within `at`."""
+        return call_again(self.denoiser, call)
+
+    def trainable(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Return the trainable parameters by kind (``lora``, ``input``, ``router``), then by name."""
+        loras: dict[str, nn.Parameter] = {}
+        inputs: dict[str, nn.Parameter] = {}
+        for name, layer in self.layers.items():
+            loras |= {f"{name}.lora_a.{k}": a for k, a in enumerate(layer.lora_a)}
+            loras |= {f"{name}.lora_b.{k}": b for k, b in enumerate(layer.lora_b)}
+            inputs |= {f"{name}.input_shift.{k}": shift for k, shift in enumerate(layer.input_shift or ())}
+        router = {f"router.{name}": parameter for name, parameter in self.router.named_parameters()}
+        return {"lora": loras, "input": inputs, "router": router}
+
+    @torch.no_grad()
+    def output_error(self, calls: Iterable[DenoiserCall]) -> OutputError:
+        """Measure the error of the output over recorded calls."""
+        error = OutputError()
+        for call in calls:
+            with self.at(call.timestep):
+                error.add(call.timestep, self(call), call.output)
+        return error
