@@ -20,10 +20,10 @@ FLOORS = {
     "sensitivity training tuned",
     2: "kernels layers search talora",
     1: "atomic denoising digest packing rounding routing",
-    0: "__init__ errors formats progress recipe registration",
+    0: "__init__ errors formats keep progress recipe registration",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
-NO_TORCH = ("errors", "formats", "recipe", "progress", "registration", "atomic")
+NO_TORCH = ("errors", "formats", "keep", "recipe", "progress", "registration", "atomic")
 
 
 def run_python(code: str) -> str:

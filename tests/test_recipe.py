@@ -10,11 +10,9 @@ from msfp_cli.formats import formats_of_width
 from msfp_cli.recipe import (
     CalibrateRecipe,
     FinetuneRecipe,
-    KeepRule,
     ModelSource,
     Recipe,
     RecordRecipe,
-    parse_bits,
     split_held_out,
 )
 
@@ -150,25 +148,6 @@ def test_unknown_dtype_lists_the_known() -> None:
 @pytest.mark.parametrize(("images", "batch", "shards"), [(1, 8, 1), (8, 8, 1), (9, 8, 2), (5, 1, 5)])
 def test_shards_cover_all_images(images: int, batch: int, shards: int) -> None:
     assert RecordRecipe(conditions=(None,) * images, batch_size=batch).num_shards == shards
-
-
-@pytest.mark.parametrize(("text", "bits"), [("4", 4), (" 8 ", 8), ("2", 2), ("none", None), ("None", None)])
-def test_bits_are_a_number_or_none(text: str, bits: int | None) -> None:
-    assert parse_bits(text, "--weights") == bits
-
-
-@pytest.mark.parametrize("text", ["", "1", "9", "-4", "4.0", "four", "²"])
-def test_other_bits_are_refused_under_the_option_they_came_from(text: str) -> None:
-    with pytest.raises(UsageError, match="--weights.*2 to 8 bits, or none"):
-        parse_bits(text, "--weights")
-
-
-def test_keep_rule_is_pattern_and_bits() -> None:
-    assert KeepRule.parse("a:b:6") == KeepRule("a:b", 6)
-    rule = KeepRule.parse("*attn?.to_[qk]:none")
-    assert rule.bits is None
-    assert rule.matches("mid.attn1.to_q")
-    assert not rule.matches("mid.attn1.to_v") and not rule.matches("mid.ATTN1.to_q")
 
 
 def test_last_matching_rule_wins_and_default_comes_first() -> None:

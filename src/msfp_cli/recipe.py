@@ -1,6 +1,5 @@
 """What a user asked for, as frozen values that go to JSON and back; nothing here needs torch."""
 
-import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -9,6 +8,7 @@ from typing import Any, TypeVar
 
 from msfp_cli.errors import CheckpointError, UsageError
 from msfp_cli.formats import MAX_BITS, MIN_BITS, FloatFormat, formats_of_width
+from msfp_cli.keep import DEFAULT_KEEP, KeepRule
 
 DEFAULT_RUN = Path("msfp-run")
 FORMAT_SETS = ("mixed", "signed", "unsigned", "integer")
@@ -18,26 +18,6 @@ SAMPLINGS = ("error", "uniform")
 PRECISIONS = ("no", "bf16")
 MAX_HUB = 255
 DTYPES = ("float32", "float16", "bfloat16")
-
-# Layers that diffusers' denoisers run first, last, or on the timestep: few multiply-adds, and all errors pass through
-# them, so 8 bits are the custom (EfficientDM, Q-Diffusion).
-DEFAULT_KEEP = tuple(
-    f"{pattern}:8"
-    for pattern in (
-        *(
-            "conv_in",
-            "conv_out",
-            "x_embedder",
-            "pos_embed.*",
-            "patch_embed*",
-            "context_embedder",
-            "proj_out",
-            "proj_out_?",
-        ),
-        *("norm_out.*", "caption_projection.*", "time_embedding.*", "add_embedding.*", "class_embedding.*"),
-        *("time_text_embed.*", "time_embed.*", "adaln_single.*", "condition_embedder.*", "*timestep_embedder.*"),
-    )
-)
 
 T = TypeVar("T", bound="Recipe")
 
@@ -111,32 +91,6 @@ class RecordRecipe(Recipe):
     def num_shards(self) -> int:
         """How many pipeline calls the recording takes."""
         return -(-len(self.conditions) // self.batch_size)
-
-
-@dataclass(frozen=True)
-class KeepRule:
-    """A pattern of layer names and the bits they keep; None keeps them in floating point."""
-
-    pattern: str
-    bits: int | None
-
-    @classmethod
-    def parse(cls, text: str) -> "KeepRule":
-        """Read ``PATTERN:BITS``, BITS a number or ``none``.
-
-        Raises:
-            UsageError: it is not of that form.
-        """
-        pattern, colon, bits = text.rpartition(":")
-        if not colon or not pattern:
-            raise UsageError(
-                f"cannot read --keep {text!r}; write PATTERN:BITS, for instance 'conv_in:8' or '*attn2*:none'"
-            )
-        return cls(pattern, parse_bits(bits, "--keep"))
-
-    def matches(self, name: str) -> bool:
-        """Whether the rule speaks of the layer `name`."""
-        return fnmatch.fnmatchcase(name, self.pattern)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,19 +241,6 @@ class FinetuneRecipe(Recipe):
             raise UsageError(f"--loss-power must be above 0 and at most 4, got {self.loss_power:g}")
         if not 0 <= self.input_learning_rate < math.inf:
             raise UsageError(f"--input-learning-rate must not be negative, got {self.input_learning_rate:g}")
-
-
-def parse_bits(text: str, option: str) -> int | None:
-    """Read a number of bits, or ``none``.
-
-    Raises:
-        UsageError: it is neither, or out of range.
-    """
-    if text.strip().lower() == "none":
-        return None
-    if not text.strip().isdecimal() or not MIN_BITS <= int(text) <= MAX_BITS:
-        raise UsageError(f"{option} {text!r} is out of range; choose {MIN_BITS} to {MAX_BITS} bits, or none")
-    return int(text)
 
 
 def _at_least(what: str, value: int, least: int) -> None:

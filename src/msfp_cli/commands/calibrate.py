@@ -16,7 +16,8 @@ from msfp_cli.commands.options import (
     RunOption,
     SeedOption,
 )
-from msfp_cli.recipe import DEFAULT_RUN, CalibrateRecipe, ModelSource, parse_bits
+from msfp_cli.keep import parse_bits
+from msfp_cli.recipe import DEFAULT_RUN, CalibrateRecipe, ModelSource
 
 if TYPE_CHECKING:
     from msfp_cli.calibration import Calibration, LayerChoice
