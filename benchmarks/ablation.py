@@ -9,6 +9,8 @@ tested on 200 pairs of prompt and noise that neither calibration nor training ha
 denoiser's output along the full-precision trajectories, of the final latents, and PSNR of the pictures, each against
 full precision from equal noise. The calibrated models before training are there to compare.
 
+With --variants the last rung is trained again with one setting changed at a time, to see what each is worth.
+
 Everything that was measured is kept in --work, so the script resumes, and adds only what is missing.
 """
 
@@ -57,6 +59,18 @@ RUNGS = {
     "mixed, TALoRA": ("mixed", {"hub_size": 2, "loss": "plain"}),
     "mixed, TALoRA, DFA": ("mixed", {"hub_size": 2, "loss": "dfa"}),
 }
+FULL = "mixed, TALoRA, DFA"
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"hub_size": 1},
+    {"hub_size": 4},
+    {"rank": 32},
+    {"init": "svd"},
+    {"router_learning_rate": 1e-2},
+    {"input_learning_rate": 0.0},
+    {"loss_power": 0.5},
+    {"timesteps": "uniform"},
+)
 FIGURES = ("output", "latents", "psnr")
 
 
@@ -219,6 +233,20 @@ def ladder(arguments: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def variants(arguments: argparse.Namespace) -> str:
+    """Change one setting of the full recipe at a time, one seed each, and return the table."""
+    work = arguments.work
+    rate = min(RATES, key=lambda rate: held_out_error(work, Job(FULL, rate, 0, arguments.updates)))
+    jobs = [Job(FULL, rate, 0, arguments.updates, json.dumps(changes)) for changes in VARIANTS]
+    in_processes(arguments, [task("train", job) for job in jobs])
+    in_processes(arguments, [task("test", job) for job in jobs])
+    lines = ["| change | output error | final latents' error | PSNR, dB |", "|---|---|---|---|"]
+    for changes, job in zip(VARIANTS, jobs, strict=True):
+        text = ", ".join(f"{name} {value}" for name, value in changes.items()) or "none"
+        lines.append(f"| {text} | {row(work, [job.name])} |")
+    return "\n".join(lines)
+
+
 def row(work: Path, names: Sequence[str]) -> str:
     """Return the figures of some results: mean, and spread (standard deviation) where there are several."""
     results = [json.loads((work / "results" / f"{name}.json").read_text()) for name in names]
@@ -237,6 +265,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     parser.add_argument("--updates", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", action="store_true", help="then change one setting of the last rung at a time")
     parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
     for action in ("--train", "--test"):
         parser.add_argument(action, nargs=5, metavar=("RUNG", "RATE", "SEED", "UPDATES", "SETTINGS"))
@@ -249,6 +278,8 @@ def main() -> None:
         job = Job(given[0], float(given[1]), int(given[2]), int(given[3]), given[4])
         return train(arguments.work, job) if arguments.train else test(arguments.work, job)
     table = ladder(arguments)
+    if arguments.variants:
+        table += f"\n\n{FULL}, one change at a time, seed 0:\n\n{variants(arguments)}"
     print(table)
     if arguments.markdown:
         head = (

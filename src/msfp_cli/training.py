@@ -132,11 +132,10 @@ class Trainer:
 
     def _backward(self, call: DenoiserCall) -> float:
         """Add the gradient of one lane, and return its share of the loss."""
-        target = call.output.to(self.accelerator.device)
         with self.student.at(call.timestep):
             with self._precision():
                 output = self.student(call)
-            error = (output.float() - target.float()).square().mean()
+            error = (output.float() - call.output.to(output.device).float()).square().mean()
             weight = self.weights[call.timestep] / (self.batches.shares[call.timestep] * len(self.batches.shares))
             loss = error * (weight / self.recipe.lanes)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -155,7 +154,7 @@ class Trainer:
         if self.accelerator.num_processes == 1:
             return loss, stop
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        facts = torch.tensor([loss, float(stop)], device=self.accelerator.device)
+        facts = torch.tensor([loss, float(stop)], device=gradients[0].device)
         flat: Tensor = self.accelerator.reduce(torch.cat([g.reshape(-1) for g in gradients] + [facts]), reduction="sum")
         parts = torch.split(flat, [g.numel() for g in gradients] + [2])
         for gradient, part in zip(gradients, parts[:-1], strict=True):
