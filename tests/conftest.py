@@ -4,8 +4,9 @@ import os
 
 # No test but those of the loopback hub may look for a network; it is read when the hub's client is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Beside another busy process, torch's threads would wait for each other in busy loops: ten times slower. Read by torch.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Tiny models gain nothing from threads, which would wait for each other in busy loops beside another busy process; and
+# one thread sums in one order, so that two processes can be compared with one. Read by torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import dataclasses
 import shutil

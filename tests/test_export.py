@@ -250,9 +250,15 @@ def test_fine_tuned_export_computes_bit_for_bit_what_was_trained(
 
 def test_best_state_is_exported_and_not_the_last(fresh_run: Callable[..., Run], tmp_path: Path) -> None:
     run = fresh_run("DDIMPipeline")
-    tuned, calibration = train(run, replace(FEW_UPDATES, evaluate_every=1)), run.load_calibration()
-    assert tuned.best.error < tuned.history[-1].error
-    export_(calibration, tmp_path / "export", tuned={"unet": tuned}, device="cpu")
+    tuned, calibration = train(run), run.load_calibration()
+    spoilt = {n: torch.full_like(t, 7) if n.startswith("now/") else t for n, t in tuned.tensors.items()}
+    worse = replace(tuned.history[-1], step=99, error=tuned.best.error * 2)
+    export_(
+        calibration,
+        tmp_path / "export",
+        tuned={"unet": replace(tuned, history=(*tuned.history, worse), tensors=spoilt)},
+        device="cpu",
+    )
     reloaded = DiffusionPipeline.from_pretrained(tmp_path / "export").unet
     assert held_out_errors(reloaded, run, "unet").relative() == tuned.best.error
 
@@ -283,8 +289,9 @@ def test_only_layers_that_switch_hold_several_sets_of_weights(tiny_tuned: Finetu
     tensors, layers = denoiser_of(tiny_tuned.export)
     assert {name: entry["hub"] for name, entry in layers.items()} == members
     assert {name: tensors[f"{name}.weight_codes"].shape[0] for name in names} == members
-    assert [name for name in names if members[name] == 1] == names[:5]
+    assert all(members[name] == 1 for name in names[:5])  # see `settle`
     switching = sum(count > 1 for count in members.values())
+    assert switching > 0
     assert tiny_tuned.report.switching_layers == switching
     assert tensors[f"{ROUTER}.table"].shape == (TABLE_SIZE, switching)
 
