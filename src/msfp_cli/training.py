@@ -94,7 +94,7 @@ class Trainer:
             stopping = False
             while self.step < self.recipe.steps and not stopping:
                 loss, stopping = self.update(stop())
-                advance(1, f"loss {loss:.2e}, held-out {self.history[-1].error:.5f}")
+                advance(1, f"loss {loss:.1e}, error {self.history[-1].error:.5f}")
                 last = self.step == self.recipe.steps
                 if last or self.step % self.recipe.evaluate_every == 0:
                     self._evaluate(progress)

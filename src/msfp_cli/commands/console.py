@@ -61,7 +61,7 @@ class ConsoleProgress:
         """Show one bar while the context is open."""
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=14),  # leaves room for a note on a terminal of 80 columns
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
