@@ -30,7 +30,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from msfp_cli.atomic import replace_file, write_text
-from msfp_cli.calibrate import output_error
 from msfp_cli.chain import RecordOptions, calibrate_run
 from msfp_cli.denoiser import find_denoisers
 from msfp_cli.export import load_calibrated
@@ -44,7 +43,7 @@ from msfp_cli.loading import (
     load_pipeline,
     quiet_libraries,
 )
-from msfp_cli.progress import SILENT
+from msfp_cli.noise import output_error
 from msfp_cli.recipe import CalibrateRecipe, FinetuneRecipe, ModelSource, RecordRecipe
 from msfp_cli.record import record_calls
 from msfp_cli.recording import Recording
@@ -150,7 +149,7 @@ def measure(work: Path, pipe: Any) -> dict[str, float]:  # noqa: ANN401 (a diffu
     wanted = load_file(work / "full-precision.safetensors")
     error = (pictures - wanted["pictures"]).square().flatten(1).mean(dim=1)
     return {
-        "output": output_error(find_denoisers(pipe)["unet"], Recording(work / "tests"), "unet", SILENT),
+        "output": output_error(find_denoisers(pipe)["unet"], Recording(work / "tests").calls("unet")).relative(),
         "latents": float((latents - wanted["latents"]).square().sum() / wanted["latents"].square().sum()),
         "psnr": float((-10 * error.clamp_min(1e-10).log10()).mean()),
     }

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from conftest import QUICK, Chained, Invoke
-from msfp_cli.calibrate import LIFTED_BITS, calibrate_, output_error
+from msfp_cli.calibrate import LIFTED_BITS, calibrate_, held_out_error
 from msfp_cli.calibration import Calibration, LayerChoice, quantize_
 from msfp_cli.errors import CalibrationError, CheckpointError, RunError
 from msfp_cli.layers import QuantConv2d, QuantLinear
@@ -156,11 +156,11 @@ def test_calibrating_leaves_the_denoiser_quantized_and_measures_it(
     tiny_pipe: DiffusionPipeline, tiny_recordings: Recordings
 ) -> None:
     recording, held_out = tiny_recordings
-    assert output_error(tiny_pipe.unet, held_out, "unet") == 0
+    assert held_out_error(tiny_pipe.unet, held_out, "unet") == 0
     calibration = calibrate_(tiny_pipe, recording, held_out, QUICK)
     assert isinstance(tiny_pipe.unet.conv_in, QuantConv2d)
     assert isinstance(tiny_pipe.unet.time_embedding.linear_1, QuantLinear)
-    assert calibration.held_out_error == {"unet": output_error(tiny_pipe.unet, held_out, "unet")}
+    assert calibration.held_out_error == {"unet": held_out_error(tiny_pipe.unet, held_out, "unet")}
     assert calibration.held_out_error["unet"] > 0
 
 

@@ -23,12 +23,12 @@ from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.export import export_, load_calibrated, save_pipeline
 from msfp_cli.generation import Sampling, call_pipeline
 from msfp_cli.loading import built_in_directory, load_pipeline
+from msfp_cli.noise import OutputError, output_error
 from msfp_cli.pipeline import MSFPPipeline
 from msfp_cli.quantizer import SCHEMA_VERSION
 from msfp_cli.recording import Recording
 from msfp_cli.routing import ROUTER, TABLE_SIZE
 from msfp_cli.run import Run
-from msfp_cli.student import OutputError
 from msfp_cli.surgery import quantized_layers
 from msfp_cli.talora import tuned_names
 from msfp_cli.tuned import Tuned, served
@@ -223,10 +223,7 @@ def now_as_best(tuned: Tuned) -> Tuned:
 
 def held_out_errors(denoiser: torch.nn.Module, run: Run, component: str) -> OutputError:
     """Measure a denoiser on the held-out calls of a run."""
-    error = OutputError()
-    for call in Recording(run.held_out).calls(component):
-        error.add(call.timestep, replay(denoiser, call), call.output)
-    return error
+    return output_error(denoiser, Recording(run.held_out).calls(component))
 
 
 @pytest.mark.parametrize("name", ["DDIMPipeline", "StableDiffusionXLPipeline", "FluxPipeline", "DiTPipeline"])

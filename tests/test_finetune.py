@@ -21,10 +21,10 @@ from msfp_cli.chain import calibrate_run
 from msfp_cli.commands.console import stop_on_interrupt
 from msfp_cli.errors import RunError
 from msfp_cli.finetune import timestep_weights
+from msfp_cli.noise import OutputError
 from msfp_cli.recipe import FinetuneRecipe, ModelSource
 from msfp_cli.recording import Recording
 from msfp_cli.run import Run
-from msfp_cli.student import OutputError
 from msfp_cli.training import Trainer
 from msfp_cli.tuned import Tuned
 

@@ -16,7 +16,7 @@ SOURCE = Path(msfp_cli.__file__).parent
 FLOORS = {
     5: "__main__ commands",
     4: "calibrate chain demo evaluate export finetune record report sample",
-    3: "batches calibration denoiser gallery generation loading observe pipeline quantizer recording run student "
+    3: "batches calibration denoiser gallery generation loading noise observe pipeline quantizer recording run student "
     "surgery sensitivity training tuned",
     2: "kernels layers search talora",
     1: "atomic denoising digest metrics packing rounding routing",

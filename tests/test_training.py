@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from conftest import FEW_UPDATES, Finetuned, Invoke, train
-from msfp_cli.denoiser import find_denoisers, replay
+from msfp_cli.denoiser import find_denoisers
 from msfp_cli.errors import RunError, TrainingError, UsageError
 from msfp_cli.export import load_calibrated
 from msfp_cli.loading import load_pipeline
+from msfp_cli.noise import OutputError, output_error
 from msfp_cli.recipe import FinetuneRecipe
 from msfp_cli.recording import Recording
 from msfp_cli.run import Run
-from msfp_cli.student import OutputError, Student
+from msfp_cli.student import Student
 from msfp_cli.training import SAVE_EVERY, Trainer
 from msfp_cli.tuned import Tuned
 
@@ -211,9 +212,8 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
 
 
 def test_training_begins_at_the_calibrated_model(tiny_tuned: Finetuned) -> None:
-    denoiser, error = load_calibrated(tiny_tuned.calibration, "cpu").unet, OutputError()
-    for call in Recording(tiny_tuned.run.held_out).calls("unet"):
-        error.add(call.timestep, replay(denoiser, call), call.output)
+    denoiser = load_calibrated(tiny_tuned.calibration, "cpu").unet
+    error = output_error(denoiser, Recording(tiny_tuned.run.held_out).calls("unet"))
     assert tiny_tuned.tuned.history[0].error == error.relative()
     assert error.relative() == pytest.approx(tiny_tuned.calibration.held_out_error["unet"])
 

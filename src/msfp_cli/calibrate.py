@@ -19,13 +19,14 @@ from msfp_cli.calibration import Calibration, LayerChoice, Score, quantize_
 from msfp_cli.denoiser import DenoiserCall, find_denoisers
 from msfp_cli.errors import CalibrationError
 from msfp_cli.layers import LayerParameters
+from msfp_cli.noise import output_error
 from msfp_cli.observe import LayerObservation, observe
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recipe import CalibrateRecipe, ModelSource, RecordRecipe
 from msfp_cli.recording import Recording
 from msfp_cli.rounding import Grid
 from msfp_cli.search import SearchResult, SearchSpace, search_rows, search_tensor
-from msfp_cli.sensitivity import choose_lifted, quantized_alone, relative_error, spread_calls
+from msfp_cli.sensitivity import choose_lifted, quantized_alone, spread_calls
 from msfp_cli.surgery import find_layers
 
 LIFTED_BITS = 8
@@ -77,7 +78,7 @@ def calibrate_(
     errors = {}
     for component in used:
         quantize_(denoisers[component], calibration, component)
-        errors[component] = output_error(denoisers[component], held_out, component, progress)
+        errors[component] = held_out_error(denoisers[component], held_out, component, progress)
     return replace(calibration, held_out_error=errors)
 
 
@@ -187,7 +188,7 @@ def _lift(
     with progress.task(f"Measuring {component}", len(candidates)) as advance:
         for name in candidates:
             with quantized_alone(layers[name], searched[name].choice.parameters, searched[name].scale):
-                error = relative_error(denoiser, calls)
+                error = output_error(denoiser, calls).relative()
             result[name] = _Searched(replace(searched[name].choice, sensitivity=error), searched[name].scale)
             advance(1)
     for name in choose_lifted({name: s.choice for name, s in result.items()}, recipe.lift):
@@ -197,7 +198,7 @@ def _lift(
     return result
 
 
-def output_error(denoiser: nn.Module, recording: Recording, component: str, progress: Progress = SILENT) -> float:
+def held_out_error(denoiser: nn.Module, recording: Recording, component: str, progress: Progress = SILENT) -> float:
     """Return the relative squared error of a denoiser's output over a recording of the full-precision one."""
 
     def counted() -> Iterator[DenoiserCall]:
@@ -206,4 +207,4 @@ def output_error(denoiser: nn.Module, recording: Recording, component: str, prog
             advance(1)
 
     with progress.task(f"Checking {component} on held-out calls", recording.num_calls(component)) as advance:
-        return relative_error(denoiser, counted())
+        return output_error(denoiser, counted()).relative()

@@ -1,13 +1,13 @@
 """How much each layer's quantization moves the denoiser's output, and which layers to lift because of it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from msfp_cli.calibration import LayerChoice
-from msfp_cli.denoiser import DenoiserCall, replay, take_rows
+from msfp_cli.denoiser import DenoiserCall, take_rows
 from msfp_cli.layers import LayerParameters
 from msfp_cli.recording import Recording
 from msfp_cli.rounding import Grid, fake_quantize
@@ -62,13 +62,3 @@ def quantized_alone(layer: nn.Linear | nn.Conv2d, parameters: LayerParameters, s
         layer.weight.data = weight
         if handle is not None:
             handle.remove()
-
-
-def relative_error(denoiser: nn.Module, calls: Iterable[DenoiserCall]) -> float:
-    """Return ``sum |output - recorded|^2 / sum |recorded|^2`` over the calls; 0 if there is no signal."""
-    error = signal = 0.0
-    for call in calls:
-        recorded = call.output.double()
-        error += float((replay(denoiser, call).cpu().double() - recorded).square().sum())
-        signal += float(recorded.square().sum())
-    return error / signal if signal else 0.0

@@ -2,45 +2,16 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from msfp_cli.denoiser import DenoiserCall, call_again
 from msfp_cli.layers import LayerParameters
+from msfp_cli.noise import OutputError
 from msfp_cli.recipe import FinetuneRecipe
 from msfp_cli.surgery import replace_layers_
 from msfp_cli.talora import Router, tune_layers_
-
-
-@dataclass
-class OutputError:
-    """Squared error of the denoiser's output and of the signal, summed by timestep."""
-
-    sums: dict[float, tuple[float, float]] = field(default_factory=dict)
-
-    def add(self, timestep: float, output: Tensor, recorded: Tensor) -> None:
-        """Count one call."""
-        wanted = recorded.double()
-        error, signal = self.sums.get(timestep, (0.0, 0.0))
-        error += float((output.cpu().double() - wanted).square().sum())
-        self.sums[timestep] = (error, signal + float(wanted.square().sum()))
-
-    def relative(self) -> float:
-        """Return the relative error over all calls."""
-        signal = sum(signal for _, signal in self.sums.values())
-        return sum(error for error, _ in self.sums.values()) / signal if signal else 0.0
-
-    def absolute(self) -> dict[float, float]:
-        """Return the squared error by timestep."""
-        return {timestep: error for timestep, (error, _) in self.sums.items()}
-
-    def by_timestep(self) -> list[tuple[float, float]]:
-        """Return (timestep, relative error) from noisy to clean."""
-        return [
-            (t, error / signal if signal else 0.0) for t, (error, signal) in sorted(self.sums.items(), reverse=True)
-        ]
 
 
 class Student(nn.Module):

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from msfp_cli.batches import Batches
 from msfp_cli.denoiser import DenoiserCall
 from msfp_cli.errors import TrainingError, UsageError
+from msfp_cli.noise import OutputError
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recipe import FinetuneRecipe
-from msfp_cli.student import OutputError, Student
+from msfp_cli.student import Student
 from msfp_cli.tuned import Evaluation, Tuned
 
 _CLIP = 1.0  # of the gradient's norm, for each kind of parameter
