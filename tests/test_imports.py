@@ -19,7 +19,7 @@ FLOORS = {
     3: "batches calibration denoiser gallery generation loading noise observe pipeline quantizer recording run student "
     "surgery sensitivity training tuned",
     2: "kernels layers search talora",
-    1: "atomic denoising digest metrics packing rounding routing",
+    1: "atomic classifier denoising digest metrics packing rounding routing",
     0: "__init__ errors formats keep progress recipe registration",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
