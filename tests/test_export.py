@@ -304,6 +304,26 @@ def test_table_of_the_export_is_the_routers_choice_at_every_trained_timestep(tin
             assert sorted(set(members[name]))[choice] == members[name][position]
 
 
+def test_hub_that_training_has_not_touched_costs_nothing(fresh_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = fresh_run("DDIMPipeline")
+    tuned, calibration = train(run, stop=lambda: True), run.load_calibration()
+    first = replace(tuned, history=tuned.history[:1], tensors=untouched(tuned))
+    report = export_(calibration, tmp_path / "tuned", tuned={"unet": first}, device="cpu")
+    export_(calibration, tmp_path / "plain", device="cpu")
+    assert (report.switching_layers, report.hub_bytes) == (0, 0)
+    assert files_of(tmp_path / "tuned") == files_of(tmp_path / "plain")
+
+
+def untouched(tuned: Tuned) -> dict[str, torch.Tensor]:
+    """Return the best state as it was before the first update: all members alike, B and shifts at zero."""
+    best = {n: t for n, t in tuned.tensors.items() if n.startswith("best/")}
+    for name in best:
+        kind = name.rpartition(".")[0]
+        if ".lora_" in name or ".input_shift" in name:
+            best[name] = best[f"{kind}.0"] if ".lora_a" in name else torch.zeros_like(best[name])
+    return best
+
+
 def test_hub_of_one_needs_no_router(fresh_run: Callable[..., Run], tmp_path: Path) -> None:
     run = fresh_run()
     tuned = train(run, replace(FEW_UPDATES, hub_size=1, steps=2, evaluate_every=2))

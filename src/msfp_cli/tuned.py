@@ -163,7 +163,8 @@ def served(tuned: Tuned, layers: Sequence[str]) -> dict[str, list[int]]:
 def quantize_tuned_(denoiser: nn.Module, calibration: Calibration, component: str, tuned: Tuned) -> nn.Module:
     """Replace the denoiser's layers by quantized ones that hold the members of their hubs, and give it the router.
 
-    A member that serves no timestep is left out, so a layer that never switches keeps one set of weights.
+    A member that serves no timestep is left out, and so is one that equals another (as before the first update), so a
+    layer that never switches keeps one set of weights.
 
     Raises:
         RunError: the fine-tuning began with another calibration.
@@ -175,6 +176,7 @@ def quantize_tuned_(denoiser: nn.Module, calibration: Calibration, component: st
     chosen = choices(tuned, names)
     used: dict[str, list[int]] = {}
     for slot, name in enumerate(names):
+        chosen[:, slot] = torch.tensor(_first_alike(best, name, tuned.recipe.hub_size))[chosen[:, slot].long()]
         used[name] = sorted(set(chosen[:, slot].tolist()))
         chosen[:, slot] = torch.searchsorted(torch.tensor(used[name], dtype=torch.uint8), chosen[:, slot].contiguous())
         inputs = _tuned_inputs(table[name].input, [best.get(f"{name}.input_shift.{k}") for k in used[name]])
@@ -190,6 +192,16 @@ def quantize_tuned_(denoiser: nn.Module, calibration: Calibration, component: st
     if switching:
         denoiser.get_submodule(ROUTER).get_buffer("table").copy_(chosen[:, switching])
     return denoiser
+
+
+def _first_alike(best: dict[str, Tensor], name: str, hub_size: int) -> list[int]:
+    """Return for each member of a layer's hub the first one that equals it."""
+    parts = [f"{name}.{part}" for part in ("lora_a", "lora_b", "input_shift") if f"{name}.{part}.0" in best]
+
+    def alike(j: int, k: int) -> bool:
+        return all(torch.equal(best[f"{part}.{j}"], best[f"{part}.{k}"]) for part in parts)
+
+    return [next(j for j in range(k + 1) if alike(j, k)) for k in range(hub_size)]
 
 
 def _tuned_inputs(grid: Grid | None, shifts: Sequence[Tensor | None]) -> tuple[Grid, ...] | tuple[None]:
