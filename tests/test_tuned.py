@@ -123,7 +123,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     lose_history: "damaged",
     lose_document: "damaged",
     odd_history: "damaged",
-    odd_recipe: "damaged .unknown --loss 'mse'.; run `msfp finetune --restart`",
+    odd_recipe: "damaged .unknown --loss 'mse'; choose one of dfa, plain.; run `msfp finetune --restart`",
     unknown_setting: r"damaged .*'momentum'.*; run `msfp finetune --restart`",
     newer: "written by a newer msfp; upgrade msfp, or train again",
 }

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from msfp_cli.errors import CheckpointError, UsageError
+from msfp_cli.errors import UsageError
 from msfp_cli.formats import MAX_BITS, MIN_BITS, FloatFormat, formats_of_width
 from msfp_cli.keep import DEFAULT_KEEP, KeepRule
 
@@ -16,6 +16,7 @@ LOSSES = ("dfa", "plain")
 INITS = ("zero", "svd")
 SAMPLINGS = ("error", "uniform")
 PRECISIONS = ("no", "bf16")
+STEPS_BEFORE = ("signed", "calibrated")  # what an export may be compared with, besides full precision
 MAX_HUB = 255
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -34,12 +35,12 @@ class Recipe:
         """Undo `to_json`.
 
         Raises:
-            CheckpointError: a key is unknown or missing.
+            ValueError: a key is unknown or missing; whoever reads the file says which and what to do.
         """
         known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
         if set(data) != known:
             odd = sorted(set(data) ^ known)
-            raise CheckpointError(f"settings do not fit this version of msfp (key {odd[0]!r}); calibrate again")
+            raise ValueError(f"settings do not fit this version of msfp: key {odd[0]!r}")
         return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from msfp_cli.atomic import replace_file
 from msfp_cli.calibration import Calibration
 from msfp_cli.digest import digest
-from msfp_cli.errors import CheckpointError, MsfpError, RunError
+from msfp_cli.errors import CheckpointError, RunError, UsageError
 from msfp_cli.recipe import FinetuneRecipe
 from msfp_cli.rounding import Grid
 from msfp_cli.routing import ROUTER, table_index
@@ -126,7 +126,7 @@ class Tuned:
             if digest(tensors) != document["digest"]:
                 raise CheckpointError(f"{path} is altered; run `msfp finetune --restart`")
             return cls(
-                recipe=_recipe(document["recipe"]),
+                recipe=FinetuneRecipe.from_json(document["recipe"]),
                 calibration=document["calibration"],
                 unit=float(document["unit"]),
                 timesteps=tuple(float(timestep) for timestep in document["timesteps"]),
@@ -136,7 +136,7 @@ class Tuned:
                 shares=tuple((float(timestep), float(share)) for timestep, share in document["shares"]),
                 tensors=tensors,
             )
-        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); run `msfp finetune --restart`") from None
 
 
@@ -210,13 +210,6 @@ def _tuned_inputs(grid: Grid | None, shifts: Sequence[Tensor | None]) -> tuple[G
         return (None,)
     moved = [moved_input(grid, shift) for shift in shifts if shift is not None]
     return tuple(Grid(grid.format, float(scale), float(zero_point)) for scale, zero_point in moved) or (grid,)
-
-
-def _recipe(data: dict[str, Any]) -> FinetuneRecipe:
-    try:
-        return FinetuneRecipe.from_json(data)
-    except MsfpError as error:
-        raise ValueError(str(error).partition(";")[0]) from None  # what follows is advice for a calibration
 
 
 def _evaluation(entry: dict[str, Any]) -> Evaluation:
