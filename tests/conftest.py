@@ -287,7 +287,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path]) -> Itera
     monkeypatch.setattr(msfp_cli.demo, "calibrate_run", calibrate_quickly)
     monkeypatch.setattr(msfp_cli.demo, "finetune_run", finetune_quickly)
     monkeypatch.setattr("msfp_cli.finetune.finetune_run", finetune_quickly)
-    monkeypatch.setattr("msfp_cli.commands.finetune._launch", launch_none)
+    monkeypatch.setattr("msfp_cli.commands.launch._launch", launch_none)
     monkeypatch.setattr(msfp_cli.demo, "_PROMPTS", msfp_cli.demo._PROMPTS[:2])
     monkeypatch.setattr(msfp_cli.demo, "BUILT_IN_STEPS", 2)
     yield

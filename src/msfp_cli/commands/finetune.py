@@ -1,17 +1,12 @@
 """`msfp finetune`: train LoRA hubs and a router against the recording, and keep what helps."""
 
 import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from msfp_cli.commands import console
+from msfp_cli.commands.launch import ProcessesOption, is_main, share_out
 from msfp_cli.commands.options import DeviceOption, JsonOption, RunOption
 from msfp_cli.progress import SILENT
 from msfp_cli.recipe import DEFAULT_RUN, INITS, LOSSES, PRECISIONS, SAMPLINGS, FinetuneRecipe
@@ -19,8 +14,6 @@ from msfp_cli.recipe import DEFAULT_RUN, INITS, LOSSES, PRECISIONS, SAMPLINGS, F
 if TYPE_CHECKING:
     from msfp_cli.finetune import FinetuneReport
     from msfp_cli.run import Run
-
-_GRACE_SECONDS = 5
 _HELP = """Win back quality: train timestep-aware LoRAs inside the quantizers, with the denoising-factor loss.
 
 The full-precision outputs lie in the run's recording, so no other data and no teacher are needed. The state is kept
@@ -82,7 +75,7 @@ def finetune(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Save memory: compute activations twice.")
     ] = False,
-    num_processes: Annotated[int, typer.Option(min=1, help="Processes that share the recording.")] = 1,
+    num_processes: ProcessesOption = 1,
     resume: Annotated[
         bool | None,
         typer.Option("--resume/--restart", help="Go on, or begin again; by default go on if there is something."),
@@ -111,8 +104,7 @@ def finetune(
     }
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     FinetuneRecipe(**chosen)
-    if num_processes > 1 and world == 1:
-        raise typer.Exit(_launch(num_processes))
+    share_out(num_processes)
 
     from msfp_cli.finetune import finetune_run
     from msfp_cli.loading import quiet_libraries
@@ -128,10 +120,10 @@ def finetune(
             device=device,
             restart=resume is False,
             gradient_checkpointing=gradient_checkpointing,
-            progress=console.ConsoleProgress() if _is_main() else SILENT,
+            progress=console.ConsoleProgress() if is_main() else SILENT,
             stop=stop,
         )
-    if _is_main():
+    if is_main():
         _show(state, reports, as_json=json_)
     if not all(report.finished for report in reports):
         raise typer.Exit(1)
@@ -150,50 +142,9 @@ def _recipe(run: "Run", chosen: dict[str, Any], resume: bool | None) -> Finetune
     base = next(iter(saved.values())).recipe if saved else FinetuneRecipe()
     recipe = replace(base, **chosen)
     done = [component for component, tuned in saved.items() if tuned.finished and tuned.recipe == recipe]
-    if len(done) == len(calibration.layers) and _is_main():
+    if len(done) == len(calibration.layers) and is_main():
         console.note(f"all {recipe.steps} updates were done before; --restart begins again")
     return recipe
-
-
-def _is_main() -> bool:
-    """Whether this process speaks for all."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _launch(num_processes: int) -> int:
-    """Run this very command line in several processes that know of each other, and return the exit code.
-
-    The first one speaks for all; what another one says is shown only if the first had nothing to complain about.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    threads = os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // num_processes))
-    command = [sys.executable, "-m", "msfp_cli", *sys.argv[1:]]
-    with tempfile.TemporaryFile() as aside, console.stop_on_interrupt():  # the processes hear of Ctrl-C themselves
-        processes = []
-        for rank in range(num_processes):
-            own = {**shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": threads}
-            environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
-            out, err = (subprocess.DEVNULL, aside) if rank else (None, None)
-            processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=err))
-        codes = _wait_for_all(processes)
-        if any(codes) and codes[0] in (0, -signal.SIGKILL):
-            aside.seek(0)
-            sys.stderr.write(aside.read().decode(errors="replace"))
-    return next((code for code in codes if code > 0), int(any(codes)))
-
-
-def _wait_for_all(processes: "list[subprocess.Popen[bytes]]") -> list[int]:
-    """Wait until all have ended; one that failed takes the others, who would wait for it, along after a while."""
-    while any(process.poll() is None for process in processes):
-        if any(process.poll() for process in processes):
-            time.sleep(_GRACE_SECONDS)
-            for process in processes:
-                process.kill()
-        time.sleep(0.1)
-    return [process.wait() for process in processes]
 
 
 def _show(run: "Run", reports: "list[FinetuneReport]", *, as_json: bool) -> None:

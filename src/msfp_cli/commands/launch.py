@@ -1,0 +1,64 @@
+"""Run a command in several processes of this machine that share its work."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Annotated
+
+import typer
+
+from msfp_cli.commands import console
+
+ProcessesOption = Annotated[int, typer.Option(min=1, help="Processes that share the work on this machine.")]
+_GRACE_SECONDS = 5
+
+
+def is_main() -> bool:
+    """Whether this process speaks for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def share_out(num_processes: int) -> None:
+    """Where several processes are asked for, let them run this very command line, and end this one as they ended."""
+    if num_processes > 1 and "WORLD_SIZE" not in os.environ:
+        raise typer.Exit(_launch(num_processes))
+
+
+def _launch(num_processes: int) -> int:
+    """Run this very command line in several processes that know of each other, and return the exit code.
+
+    The first one speaks for all; what another one says is shown only if the first had nothing to complain about.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    threads = os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // num_processes))
+    command = [sys.executable, "-m", "msfp_cli", *sys.argv[1:]]
+    with tempfile.TemporaryFile() as aside, console.stop_on_interrupt():  # the processes hear of Ctrl-C themselves
+        processes = []
+        for rank in range(num_processes):
+            own = {**shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": threads}
+            environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
+            out, err = (subprocess.DEVNULL, aside) if rank else (None, None)
+            processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=err))
+        codes = _wait_for_all(processes)
+        if any(codes) and codes[0] in (0, -signal.SIGKILL):
+            aside.seek(0)
+            sys.stderr.write(aside.read().decode(errors="replace"))
+    return next((code for code in codes if code > 0), int(any(codes)))
+
+
+def _wait_for_all(processes: "list[subprocess.Popen[bytes]]") -> list[int]:
+    """Wait until all have ended; one that failed takes the others, who would wait for it, along after a while."""
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes):
+            time.sleep(_GRACE_SECONDS)
+            for process in processes:
+                process.kill()
+        time.sleep(0.1)
+    return [process.wait() for process in processes]

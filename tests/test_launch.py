@@ -1,0 +1,92 @@
+"""Several processes run one command line: what they are told, and what is heard of them."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+
+from msfp_cli.commands import launch
+from msfp_cli.processes import ALONE, Processes
+
+Script = Callable[[str], int]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
+    """Return a function that launches a shell script as two processes and returns the exit code."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(launch, "_GRACE_SECONDS", 1)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(sys, "argv", ["msfp", "evaluate", "--num-processes", "2", "--out", "a b"])
+
+    def launch_two(script: str) -> int:
+        (tmp_path / "python").write_text(f"#!/bin/sh\ncd '{tmp_path}'\n{script}\n")
+        (tmp_path / "python").chmod(0o755)
+        with pytest.raises(typer.Exit) as ended:
+            launch.share_out(2)
+        return ended.value.exit_code
+
+    return launch_two
+
+
+def test_processes_know_of_each_other_and_run_the_same_command_line(run: Script, tmp_path: Path) -> None:
+    names = "$WORLD_SIZE $RANK $LOCAL_RANK $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS"
+    assert run(f'echo "$# $*" > command$RANK; echo "{names}" > told$RANK') == 0
+    first, second = ((tmp_path / f"told{rank}").read_text().split() for rank in range(2))
+    assert first[:4] == ["2", "0", "0", "127.0.0.1"] and second[:4] == ["2", "1", "1", "127.0.0.1"]
+    assert first[4:] == second[4:] and int(first[4]) > 1023 and first[5] == os.environ["OMP_NUM_THREADS"]
+    for rank in range(2):
+        assert (tmp_path / f"command{rank}").read_text() == "7 -m msfp_cli evaluate --num-processes 2 --out a b\n"
+
+
+def test_the_first_process_speaks_for_all(run: Script, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("echo result $RANK; echo note $RANK >&2") == 0
+    assert capfd.readouterr() == ("result 0\n", "note 0\n")
+
+
+def test_error_that_all_meet_is_said_once(run: Script, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("echo error $RANK >&2; exit 2") == 2
+    assert capfd.readouterr() == ("", "error 0\n")
+
+
+@pytest.mark.parametrize("other", ["exit 0", "exec sleep 100"], ids=["ends", "waits"])
+def test_error_of_the_second_process_is_heard(other: str, run: Script, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(f"if [ $RANK = 1 ]; then echo error 1 >&2; exit 3; fi; {other}") == 3
+    assert capfd.readouterr() == ("", "error 1\n")
+
+
+def test_process_that_waits_for_one_that_failed_is_taken_along(run: Script, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("echo error $RANK >&2; [ $RANK = 0 ] && exit 2; exec sleep 100") == 2
+    assert capfd.readouterr() == ("", "error 0\n")
+
+
+def test_process_that_is_killed_is_a_failure(run: Script) -> None:
+    assert run("[ $RANK = 1 ] && kill -9 $$; exit 0") == 1
+
+
+@pytest.mark.parametrize(("num_processes", "inside"), [(1, False), (1, True), (2, True)])
+def test_one_process_and_those_that_were_launched_do_the_work(
+    num_processes: int, inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_launch", lambda count: pytest.fail("launched"))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if inside:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    launch.share_out(num_processes)
+
+
+@pytest.mark.parametrize(("rank", "speaks"), [(None, True), ("0", True), ("1", False)])
+def test_main_process_is_the_first(rank: str | None, speaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert launch.is_main() == speaks
+
+
+def test_a_process_that_is_alone_is_the_first_and_waits_for_nobody() -> None:
+    assert Processes.current("cpu") == Processes() == ALONE
+    assert ALONE.is_first and not Processes(1, 2).is_first
+    ALONE.wait()
