@@ -10,6 +10,7 @@ from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.gallery import Gallery, watch_samples
 from msfp_cli.generation import Sampling, call_pipeline
 from msfp_cli.loading import load_pipeline
+from msfp_cli.processes import ALONE, Processes
 from msfp_cli.recipe import ModelSource, RecordRecipe
 from tiny_pipelines import BUILDERS
 
@@ -31,7 +32,6 @@ def test_pictures_and_latents_are_the_pipelines_own(tiny_pipe: DiffusionPipeline
     assert all(np.array_equal(picture, np.asarray(own)) for picture, own in zip(pictures, expected, strict=True))
     decoded = ((gallery.latents() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     assert torch.equal(decoded, gallery.pictures())  # in pixel space the final sample is the picture
-    assert len(gallery.seconds()) == 2 and all(seconds > 0 for seconds in gallery.seconds())
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -61,6 +61,39 @@ def test_interrupted_gallery_goes_on_and_equals_an_uninterrupted_one(
     Gallery.create(parts.directory, THREE, MODEL).fill(tiny_pipe, title="parts")
     assert parts.path(1).read_bytes() == before
     assert torch.equal(parts.pictures(), whole.pictures()) and torch.equal(parts.latents(), whole.latents())
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 5])
+def test_processes_that_share_a_gallery_draw_each_batch_once(
+    num_processes: int, tiny_pipe: DiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = RecordRecipe(conditions=(None,) * 7, num_inference_steps=1, seed=4, batch_size=2)
+    whole, shared = (Gallery.create(tmp_path / name, recipe, MODEL) for name in ("whole", "shared"))
+    whole.fill(tiny_pipe, title="whole", share=ALONE)
+    drawn: list[int] = []
+
+    def call(pipe: object, conditions: tuple[None, ...], sampling: Sampling, *, first: int) -> object:
+        drawn.extend(range(first, first + len(conditions)))
+        return call_pipeline(pipe, conditions, sampling, first=first)
+
+    monkeypatch.setattr("msfp_cli.gallery.call_pipeline", call)
+    for index in reversed(range(num_processes)):
+        share = Processes(index, num_processes)
+        before = set(shared.missing())
+        Gallery.create(shared.directory, recipe, MODEL).fill(tiny_pipe, title="shared", share=share)
+        assert before - set(shared.missing()) == {batch for batch in range(4) if batch % num_processes == index}
+    assert sorted(drawn) == list(range(7))
+    assert torch.equal(shared.pictures(), whole.pictures()) and torch.equal(shared.latents(), whole.latents())
+
+
+def test_share_of_an_interrupted_gallery_is_what_is_missing_of_it(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
+    recipe = RecordRecipe(conditions=(None,) * 4, num_inference_steps=1, batch_size=1)
+    gallery = Gallery.create(tmp_path, recipe, MODEL)
+    gallery.fill(tiny_pipe, title="tiny")
+    for index in (0, 1, 2):
+        gallery.path(index).unlink()
+    gallery.fill(tiny_pipe, title="tiny", share=Processes(0, 2))
+    assert gallery.missing() == [1]
 
 
 def test_complete_gallery_is_not_drawn_again(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:

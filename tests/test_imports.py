@@ -15,11 +15,12 @@ SOURCE = Path(msfp_cli.__file__).parent
 # Who may import whom at the top of a module: only what stands on the same floor or below, and never in a circle.
 FLOORS = {
     5: "__main__ commands",
-    4: "calibrate chain demo evaluate export finetune record report sample",
-    3: "batches calibration denoiser gallery generation loading noise observe pipeline quantizer recording run student "
-    "surgery sensitivity training tuned",
-    2: "kernels layers search talora",
-    1: "atomic classifier denoising digest metrics packing rounding routing",
+    4: "calibrate chain demo evaluate export finetune record report sample subjects",
+    3: "batches calibration denoiser evaluation figures gallery generation loading measures noise observe pipeline "
+    "quantizer recording reproduce run sensitivity student surgery training tuned",
+    2: "extractors kernels layers plots reference search talora",
+    1: "asked atomic classifier clip cost denoising digest metrics packing processes report_page rounding routing "
+    "squeezenet",
     0: "__init__ errors formats keep progress recipe registration",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
 from msfp_cli.errors import UsageError
@@ -64,9 +65,13 @@ def frechet_by_scipy(x: Tensor, y: Tensor) -> float:
 
 @given(st.integers(2, 8), st.integers(20, 40), st.integers(0, 1000))
 @few
-def test_frechet_distance_equals_the_formula_with_a_matrix_root(dimensions: int, samples: int, seed: int) -> None:
+def test_frechet_distance_equals_the_formula_by_scipy_and_by_torchmetrics(
+    dimensions: int, samples: int, seed: int
+) -> None:
     x, y = draw(samples, dimensions, seed=seed) * 3, draw(samples + 5, dimensions, seed=seed + 1).square()
     assert frechet_distance(x, y) == pytest.approx(frechet_by_scipy(x, y), rel=1e-6, abs=1e-9)
+    by_torchmetrics = _compute_fid(x.mean(0), torch.cov(x.t()), y.mean(0), torch.cov(y.t()))
+    assert frechet_distance(x, y) == pytest.approx(float(by_torchmetrics), rel=1e-6, abs=1e-9)
 
 
 def test_frechet_distance_of_shifted_and_widened_samples_is_the_closed_form() -> None:

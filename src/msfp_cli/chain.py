@@ -58,21 +58,31 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def _conditions(pipe: Any, source: ModelSource, options: RecordOptions) -> tuple[str | None, ...]:  # noqa: ANN401
-    """Return one condition per image to record."""
-    if options.num_images < 1:
-        raise UsageError(f"--num-prompts must be at least 1, got {options.num_images}")
+def conditions_for(
+    pipe: Any,  # noqa: ANN401 (a pipeline's class is the user's)
+    source: ModelSource,
+    prompts: tuple[str, ...] | None,
+    num_images: int,
+) -> tuple[str | None, ...]:
+    """Return at most so many conditions, one per image.
+
+    Arguments:
+        prompts: prompts or class labels; None takes a built-in list, class labels spread over all, or nothing.
+
+    Raises:
+        UsageError: the pipeline takes no prompts.
+    """
     kind = conditioning_of(pipe)
     if kind == "none":
-        if options.prompts is not None:
+        if prompts is not None:
             raise UsageError(f"{type(pipe).__name__} takes no prompts; leave --prompts out")
-        return (None,) * options.num_images
-    if options.prompts is not None:
-        return options.prompts[: options.num_images]
+        return (None,) * num_images
+    if prompts is not None:
+        return prompts[:num_images]
     if kind == "prompt":
-        return default_prompts(source.model)[: options.num_images]
+        return default_prompts(source.model)[:num_images]
     classes = int(pipe.transformer.config.get("num_embeds_ada_norm") or 1000)
-    return tuple(str(i * classes // options.num_images) for i in range(options.num_images))
+    return tuple(str(i * classes // num_images) for i in range(num_images))
 
 
 def record_recipes(pipe: Any, source: ModelSource, options: RecordOptions) -> tuple[RecordRecipe, RecordRecipe]:  # noqa: ANN401
@@ -80,7 +90,9 @@ def record_recipes(pipe: Any, source: ModelSource, options: RecordOptions) -> tu
     guidance = options.guidance_scale
     if guidance is None:
         guidance = BUILT_IN_GUIDANCE if source.model == BUILT_IN else _default(pipe, "guidance_scale")
-    chosen, held_out = split_held_out(_conditions(pipe, source, options))
+    if options.num_images < 1:
+        raise UsageError(f"--num-prompts must be at least 1, got {options.num_images}")
+    chosen, held_out = split_held_out(conditions_for(pipe, source, options.prompts, options.num_images))
 
     def recipe(conditions: tuple[str | None, ...], seed: int) -> RecordRecipe:
         return RecordRecipe(

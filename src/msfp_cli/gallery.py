@@ -1,9 +1,9 @@
-"""Pictures of one model on disk, with their final latents and the time they took: one safetensors file per batch.
+"""Pictures of one model on disk, with their final latents: one safetensors file per batch.
 
 Layout of a gallery directory::
 
     gallery.json            what was asked
-    00000.safetensors ...   ``latents``, ``pictures`` (uint8, NCHW); seconds and peak memory in the header
+    00000.safetensors ...   ``latents``, ``pictures`` (uint8, NCHW)
 
 Picture i is drawn with ``seed + i`` whatever the batch, so galleries of two models pair up. A batch is there whole or
 not at all, and an interrupted gallery goes on with the first that is missing.
@@ -11,7 +11,6 @@ not at all, and an interrupted gallery goes on with the first that is missing.
 
 import contextlib
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 from msfp_cli.atomic import replace_file, write_text
 from msfp_cli.errors import CheckpointError, ModelError, RunError
 from msfp_cli.generation import Sampling, call_pipeline
+from msfp_cli.processes import ALONE, Processes
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recipe import RecordRecipe
 
@@ -76,52 +76,57 @@ class Gallery:
         """List the batches still to be drawn."""
         return [index for index in range(self.recipe.num_shards) if not self.path(index).exists()]
 
-    def fill(self, pipe: Any, *, title: str, progress: Progress = SILENT) -> None:  # noqa: ANN401 (the user's pipeline)
-        """Draw the batches that are missing."""
+    def fill(
+        self,
+        pipe: Any,  # noqa: ANN401 (the user's pipeline)
+        *,
+        title: str,
+        share: Processes = ALONE,
+        progress: Progress = SILENT,
+    ) -> None:
+        """Draw the batches that are missing.
+
+        Arguments:
+            share: where several processes draw the same gallery, each draws its own batches.
+        """
         recipe = self.recipe
         sampling = Sampling(
             num_inference_steps=recipe.num_inference_steps, guidance_scale=recipe.guidance_scale, seed=recipe.seed
         )
-        missing = self.missing()
+        missing = [index for index in self.missing() if index % share.count == share.index]
         with progress.task(f"Sampling {title}", len(recipe.conditions)) as advance:
             advance(min((recipe.num_shards - len(missing)) * recipe.batch_size, len(recipe.conditions)))
             for index in missing:
                 first = index * recipe.batch_size
                 conditions = recipe.conditions[first : first + recipe.batch_size]
-                start = time.perf_counter()
                 with watch_samples(pipe) as samples:
                     pictures = call_pipeline(pipe, conditions, sampling, first=first)
-                seconds = time.perf_counter() - start
                 stacked = torch.from_numpy(np.stack([np.asarray(each.convert("RGB")) for each in pictures]))
                 tensors = {
                     "latents": samples[-1].detach().float().cpu().contiguous(),
                     "pictures": stacked.permute(0, 3, 1, 2).contiguous(),
                 }
                 with replace_file(self.path(index)) as temporary:
-                    save_file(tensors, temporary, metadata={"seconds": repr(seconds)})
+                    save_file(tensors, temporary)
                 advance(len(conditions))
 
     def latents(self) -> Tensor:
         """Return the final samples of all pictures, float32."""
-        return torch.cat([self._read(index)[0]["latents"] for index in range(self.recipe.num_shards)])
+        return torch.cat([self._read(index, "latents") for index in range(self.recipe.num_shards)])
 
     def pictures(self) -> Tensor:
         """Return all pictures, uint8 ``(pictures, 3, height, width)``."""
-        return torch.cat([self._read(index)[0]["pictures"] for index in range(self.recipe.num_shards)])
+        return torch.cat([self._read(index, "pictures") for index in range(self.recipe.num_shards)])
 
-    def seconds(self) -> list[float]:
-        """Return the time that each batch took."""
-        return [self._read(index)[1] for index in range(self.recipe.num_shards)]
-
-    def _read(self, index: int) -> tuple[dict[str, Tensor], float]:
+    def _read(self, index: int, name: str) -> Tensor:
         path = self.path(index)
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in ("latents", "pictures")}
-                return tensors, float(file.metadata()["seconds"])
+                tensor: Tensor = file.get_tensor(name)
+                return tensor
         except FileNotFoundError:
             raise RunError(f"{path} is missing; run the same command again to draw it") from None
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except SafetensorError as error:
             raise CheckpointError(f"{path} is damaged ({error}); delete it and run the same command again") from None
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from msfp_cli.errors import UsageError
 
+SSIM_WINDOW = 11  # pixels
+
 
 def signal_to_noise(values: Tensor, reference: Tensor) -> float:
     """Return ``10 log10(sum reference^2 / sum (values - reference)^2)`` in dB, infinite if they are equal."""
@@ -48,7 +50,7 @@ def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
         UsageError: the two have other shapes, or are smaller than the window.
     """
     _refuse_other_shapes(pictures, reference)
-    if min(pictures.shape[-2:]) < 11:
+    if min(pictures.shape[-2:]) < SSIM_WINDOW:
         raise UsageError(f"structural similarity needs pictures of at least 11 by 11, not {tuple(pictures.shape[-2:])}")
     x, y = pictures.double(), reference.double()
     bell = torch.exp(-(torch.arange(-5, 6, dtype=torch.float64, device=x.device) ** 2) / (2 * 1.5**2))

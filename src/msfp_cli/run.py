@@ -8,6 +8,8 @@ calibration/     the chosen formats
 finetune/        LoRA hubs and router, one file per denoiser
 export/          the checkpoint (unless --out put it elsewhere)
 samples/         pictures
+evaluation/      figures and pictures, against full precision
+report/          the report of it
 """
 
 import json
@@ -44,6 +46,11 @@ class Run:
     def calibration(self) -> Path:
         """Where the calibration is."""
         return self.directory / "calibration"
+
+    @property
+    def evaluation(self) -> Path:
+        """Where the evaluation is."""
+        return self.directory / "evaluation"
 
     def finetuned(self, component: str) -> Path:
         """Where the fine-tuning of a denoiser is."""

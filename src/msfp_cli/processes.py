@@ -1,0 +1,37 @@
+"""Several processes that share a task, as `accelerate launch` starts them; usually there is one."""
+
+from dataclasses import dataclass
+
+from accelerate import PartialState
+
+
+@dataclass(frozen=True)
+class Processes:
+    """One process among others.
+
+    Arguments:
+        index: its number, from 0.
+        count: how many there are.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def current(cls, device: str | None) -> "Processes":
+        """Return how this process was started, and meet the others."""
+        state = PartialState(cpu=device == "cpu")
+        return cls(state.process_index, state.num_processes)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process does what only one may do."""
+        return self.index == 0
+
+    def wait(self) -> None:
+        """Wait until all are here."""
+        if self.count > 1:
+            PartialState().wait_for_everyone()
+
+
+ALONE = Processes()
