@@ -9,7 +9,12 @@ from pathlib import Path
 
 from msfp_cli.errors import RunError
 
-_OURS = ("model_index.json", "calibration.json", "sheet.png")  # one of them lies in every directory that we write
+_OURS = (
+    "model_index.json",
+    "calibration.json",
+    "sheet.png",
+    "report.html",
+)  # one of them lies in every directory that we write
 
 
 def refuse_existing(directory: Path, *, overwrite: bool) -> None:
