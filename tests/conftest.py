@@ -24,6 +24,8 @@ import msfp_cli.demo
 from msfp_cli.calibration import Calibration
 from msfp_cli.chain import RecordOptions, calibrate_run, record_both
 from msfp_cli.commands import app
+from msfp_cli.evaluate import EvaluateOptions, evaluate_run
+from msfp_cli.evaluation import Evaluation
 from msfp_cli.export import ExportReport, export_
 from msfp_cli.finetune import FinetuneReport, finetune_run
 from msfp_cli.loading import BUILT_IN, load_pipeline, quiet_libraries
@@ -272,6 +274,10 @@ def quick(monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path]) -> Itera
         smaller = dataclasses.replace(recipe, steps=2, evaluate_every=2, batch_size=2, rank=2)
         return finetune_run(run, smaller, **rest)
 
+    def evaluate_quickly(run: Run, export: Path, options: EvaluateOptions, **rest: object) -> Evaluation:
+        fewer = dataclasses.replace(options, num_images=4, extractor="squeezenet", cost=False)
+        return evaluate_run(run, export, fewer, **rest)
+
     def launch_none(num_processes: int) -> int:
         print(f"would launch {num_processes} processes")
         return 0
@@ -286,8 +292,9 @@ def quick(monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path]) -> Itera
     monkeypatch.setattr(msfp_cli.chain, "load_pipeline", load_locally)
     monkeypatch.setattr(msfp_cli.demo, "calibrate_run", calibrate_quickly)
     monkeypatch.setattr(msfp_cli.demo, "finetune_run", finetune_quickly)
+    monkeypatch.setattr(msfp_cli.demo, "evaluate_run", evaluate_quickly)
+    monkeypatch.setattr("msfp_cli.evaluate.evaluate_run", evaluate_quickly)
     monkeypatch.setattr("msfp_cli.finetune.finetune_run", finetune_quickly)
     monkeypatch.setattr("msfp_cli.commands.launch._launch", launch_none)
     monkeypatch.setattr(msfp_cli.demo, "_PROMPTS", msfp_cli.demo._PROMPTS[:2])
-    monkeypatch.setattr(msfp_cli.demo, "BUILT_IN_STEPS", 2)
     yield

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import DDIMPipeline, DiffusionPipeline
+from PIL import Image
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
@@ -20,7 +21,10 @@ from conftest import Chained, Finetuned, Invoke, only_line
 from msfp_cli import __version__
 from msfp_cli.commands import app
 from msfp_cli.errors import RunError
+from msfp_cli.evaluate import EvaluateOptions, evaluate_run
+from msfp_cli.evaluation import Evaluation
 from msfp_cli.recipe import ModelSource
+from msfp_cli.run import Run
 
 COMMANDS = [command.name for command in app.registered_commands]
 QUICKLY = ("--num-prompts", 2, "--steps", 2)
@@ -39,6 +43,13 @@ def examples_in(text: str) -> list[str]:
 EXAMPLES = [example for command in COMMANDS for example in examples_in(help_of(command))]
 
 
+def save_photos(evaluation: Evaluation, directory: Path) -> None:
+    """Write full precision's pictures as files: a reference of the right size."""
+    directory.mkdir()
+    for i, picture in enumerate(evaluation.gallery("full").pictures()):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(directory / f"{i}.png")
+
+
 @pytest.fixture
 def stage(prompted_chained: Chained, prompted_tuned: Finetuned, copied: Callable[..., Path]) -> Callable[..., Path]:
     """Return a function that puts a run in the working directory as it is before a command."""
@@ -53,6 +64,14 @@ def stage(prompted_chained: Chained, prompted_tuned: Finetuned, copied: Callable
         if command == "export":
             shutil.rmtree(directory / "export")
             (directory / "run.json").unlink()
+        if command == "evaluate":
+            shutil.copytree(directory / "export", "my-model-fp4")
+        if command in ("evaluate", "report"):
+            options = EvaluateOptions(num_images=4, compare=(), layers=command == "report", cost=False)
+            evaluation = evaluate_run(Run(directory), directory / "export", options, directory=Path("my-evaluation"))
+            save_photos(evaluation, Path("photos"))
+        if command == "report":
+            shutil.copytree("my-evaluation", directory / "evaluation")
         return directory
 
     return prepare
@@ -80,15 +99,18 @@ def test_example_of_the_help_works(example: str, msfp: Invoke, stage: Callable[.
     assert result.stdout
 
 
-def test_demo_compares_four_models_in_one_picture(msfp: Invoke, quick: None) -> None:
+def test_demo_ends_with_a_report_and_a_picture_of_four_models(msfp: Invoke, quick: None) -> None:
     result = msfp("demo", "--json")
     report = json.loads(result.stdout)
-    assert Path(report["picture"]) == Path("msfp-demo/demo/sheet.png")
-    titles = ("full-precision", "signed-fp4", "msfp-w4a4", "msfp-fine-tuned")
-    assert len(list(Path("msfp-demo/demo").glob("0*.png"))) == 2 * len(titles)
-    assert all(len(list(Path("msfp-demo/demo").glob(f"0*-{title}.png"))) == 2 for title in titles)
-    assert 0 < report["tuned_error"] <= report["msfp_error"] < report["signed_error"]
-    assert f"MSFP {report['msfp_error']:.4f}" in result.stderr
+    assert (report["picture"], report["page"]) == ("msfp-demo/demo.png", "msfp-demo/report/report.html")
+    page = Path(report["page"]).read_text("utf-8")
+    titles = ("full precision", *report["errors"])
+    assert titles[1:3] == ("signed FP4", "MSFP")  # two updates may or may not be better than none
+    assert all(json.dumps(title) in page for title in titles)
+    with Image.open(report["picture"]) as sheet:
+        assert sheet.height > len(titles) * 128  # small pictures are enlarged to at least 128
+    assert 0 < report["errors"]["MSFP"] < report["errors"]["signed FP4"]
+    assert f"MSFP {report['errors']['MSFP']:.4f}" in result.stderr
     assert Path(report["export"]["directory"], "model_index.json").exists()
 
 

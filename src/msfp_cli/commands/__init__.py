@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from msfp_cli import __version__
-from msfp_cli.commands import calibrate, console, demo, export, finetune, inspect, sample, status
+from msfp_cli.commands import calibrate, console, demo, evaluate, export, finetune, inspect, report, sample, status
 
 app = typer.Typer(
     name="msfp",
@@ -40,5 +40,5 @@ def _root(
         console.show_tracebacks()
 
 
-for _module in (calibrate, finetune, inspect, export, sample, status, demo):
+for _module in (calibrate, finetune, inspect, export, sample, evaluate, report, status, demo):
     _module.add_to(app)

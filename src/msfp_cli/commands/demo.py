@@ -11,8 +11,8 @@ from msfp_cli.commands.options import DeviceOption, JsonOption
 
 _HELP = """Walk the whole chain on the built-in pipeline; no network, a few minutes on two cores.
 
-It ends with a picture of four rows, same seeds: full precision, plain signed FP4, MSFP as calibrated, and fine-tuned by
-200 updates.
+It ends with a report (one HTML page) and a picture of four rows, same seeds: full precision, plain signed FP4, MSFP as
+calibrated, and fine-tuned by 200 updates.
 
 Examples:
 
@@ -33,12 +33,13 @@ def demo(
 
     quiet_libraries()
     report = run_demo(out, device=device, progress=console.ConsoleProgress())
+    errors = ", ".join(f"{title} {error:.4f}" for title, error in report.errors.items())
     console.note(
-        f"error of the denoiser's output on held-out calls (relative, squared): signed FP4 {report.signed_error:.4f}, "
-        f"MSFP {report.msfp_error:.4f}, fine-tuned {report.tuned_error:.4f}\n"
-        f"denoiser on disk: {report.export.ratio:.3f} of half precision"
+        f"error of the denoiser's output (relative, squared): {errors}\n"
+        f"denoiser on disk: {report.export.ratio:.3f} of half precision\n"
+        f"pictures: {report.picture}"
     )
-    console.result(report.picture, asdict(report), as_json=json_)
+    console.result(report.page, asdict(report), as_json=json_)
 
 
 def add_to(app: typer.Typer) -> None:
