@@ -1,0 +1,262 @@
+"""The rows of `peers.py`: ways to quantize the built-in pipeline's UNet in place, the peers' and ours.
+
+Each peer goes through its own documented interface, at the 4-bit setting that did best here. Two rules hold for all,
+unless a row says otherwise. What a peer cannot quantize stays in floating point, and so do the first and the last
+convolution and the time embedding (`DELICATE`), which ours keep at 8 bits: at 4 bits these 0.4 % of the weights would
+be most of the error.
+
+A peer is imported in its function only, because it is installed in the peers' environment alone.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from ablation import SOURCE
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from msfp_cli.calibrate import calibrate_
+from msfp_cli.chain import RecordOptions, record_both
+from msfp_cli.denoiser import replay
+from msfp_cli.export import load_calibrated
+from msfp_cli.layers import LayerParameters
+from msfp_cli.loading import load_pipeline
+from msfp_cli.observe import observe
+from msfp_cli.recipe import CalibrateRecipe
+from msfp_cli.recording import Recording
+from msfp_cli.rounding import Grid
+from msfp_cli.run import Run
+from msfp_cli.surgery import find_layers, replace_layers_
+
+Pipe = Any  # a diffusers pipeline
+DELICATE = ("conv_in", "conv_out", "time_embedding")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a method may use beside the pipeline.
+
+    Arguments:
+        work: where the calibration's recordings are kept.
+        run: what the user fine-tuned, a run directory or an export.
+    """
+
+    work: Path
+    run: Path | None = None
+
+    @cached_property
+    def recordings(self) -> tuple[Recording, Recording]:
+        """The calls that `msfp calibrate` records by default, and its held-out ones."""
+        return record_both(load_pipeline(SOURCE, "cpu"), Run(self.work / "calibration"), SOURCE, RecordOptions())
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Arguments:
+        name: in the table.
+        bits: of weights and activations, ``16`` where they stay in floating point.
+        quantize: quantizes a pipeline and returns it; it takes the pipeline, the material and `options`.
+        options: settings in the peer's words.
+        peer: its distribution; empty for ours, which run in this project's environment.
+    """
+
+    name: str
+    bits: str
+    quantize: Callable[..., Pipe]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    peer: str = ""
+
+
+def is_delicate(name: str) -> bool:
+    """Whether a layer is one of `DELICATE`."""
+    return name.split(".")[0] in DELICATE
+
+
+def replace_linear_(unet: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put what `make` returns in the place of each Linear layer."""
+    for name, layer in find_layers(unet).items():
+        if isinstance(layer, nn.Linear) and not is_delicate(name):
+            parent, _, child = name.rpartition(".")
+            setattr(unet.get_submodule(parent), child, make(layer))
+
+
+def full_precision(pipe: Pipe, material: Material) -> Pipe:
+    """Leave the pipeline as it is."""
+    return pipe
+
+
+def sdnq(pipe: Pipe, material: Material, **options: Any) -> Pipe:  # noqa: ANN401 (the peer's options)
+    """SDNQ, convolutions as well, not compiled: that takes a minute, and was not faster here."""
+    os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")
+    from sdnq import SDNQConfig, sdnq_post_load_quant
+
+    torch.manual_seed(0)  # its SVD draws random numbers
+    sdnq_post_load_quant(pipe.unet, quantization_config=SDNQConfig(quant_conv=True, **options))
+    return pipe
+
+
+def torchao_int4(pipe: Pipe, material: Material, *, kinds: tuple[type, ...], group_size: int) -> Pipe:
+    """INT4 of torchao: on a CPU only `IntxWeightOnlyConfig` runs, whose tensors hold each 4-bit code in a byte."""
+    from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup, quantize_
+
+    config = IntxWeightOnlyConfig(
+        weight_dtype=torch.int4, granularity=PerGroup(group_size), mapping_type=MappingType.ASYMMETRIC
+    )
+    quantize_(pipe.unet, config, lambda module, name: isinstance(module, kinds) and not is_delicate(name))
+    return pipe
+
+
+def torchao_nvfp4(pipe: Pipe, material: Material) -> Pipe:
+    """NVFP4 weights of torchao's prototypes: e2m1, a float8 scale for each 16; its 4-bit activations need a GPU."""
+    from torchao.prototype.mx_formats import inference_workflow
+    from torchao.quantization import quantize_
+
+    config = inference_workflow.NVFP4WeightOnlyConfig()
+    quantize_(pipe.unet, config, lambda module, name: isinstance(module, nn.Linear) and not is_delicate(name))
+    return pipe
+
+
+def quanto(pipe: Pipe, material: Material, *, optimizer: str, activations: str | None = None) -> Pipe:
+    """Quanto, convolutions as well; activations are calibrated on every third of the calls that ours are (20 steps)."""
+    peer = import_module("optimum.quanto")
+    exclude = [*DELICATE, *(f"{name}.*" for name in DELICATE)]
+    chosen = getattr(peer, optimizer)()
+    peer.quantize(pipe.unet, weights="qint4", activations=activations, optimizer=chosen, exclude=exclude)
+    with torch.no_grad():
+        if activations is not None:
+            with peer.Calibration():
+                for call in islice(material.recordings[0].calls("unet"), 0, None, 3):
+                    replay(pipe.unet, call)
+        peer.freeze(pipe.unet)
+    return pipe
+
+
+def bitsandbytes(pipe: Pipe, material: Material, *, quant_type: str) -> Pipe:
+    """NF4 or FP4 in blocks of 64, scales not quantized again; diffusers itself refuses this peer without a GPU."""
+    from bitsandbytes.nn import Linear4bit
+
+    def make(layer: nn.Linear) -> nn.Module:
+        new = Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            compute_dtype=torch.float32,
+            compress_statistics=False,
+            quant_type=quant_type,
+        )
+        new.load_state_dict(layer.state_dict())
+        return new.to("cpu")  # rounds
+
+    replace_linear_(pipe.unet, make)
+    return pipe
+
+
+def hqq(pipe: Pipe, material: Material, *, group_size: int) -> Pipe:
+    """Half-quadratic quantization."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    config = BaseQuantizeConfig(nbits=4, group_size=group_size, axis=1)
+    replace_linear_(pipe.unet, lambda layer: HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu"))
+    return pipe
+
+
+def min_max(pipe: Pipe, material: Material) -> Pipe:
+    """Plain integers over the whole range: of the input as recorded, and of each output channel of the weight."""
+    recipe, recording = CalibrateRecipe(formats="integer"), material.recordings[0]
+    num_calls, generator = recording.num_calls("unet"), torch.Generator().manual_seed(0)
+    seen = observe(
+        pipe.unet,
+        recording.calls("unet"),
+        num_calls,
+        max_samples=1,
+        generator=generator,
+        advance=lambda steps, note="": None,
+    )
+    layers, table, scales = find_layers(pipe.unet), {}, {}
+    for name, observed in seen.items():
+        kept, kept_bits = recipe.kept_bits(name)
+        bits = kept_bits if kept and kept_bits else 4
+        weight, inputs = recipe.weight_formats(bits)[0], recipe.input_formats(bits)[0]
+        span = torch.tensor(observed.maximum - observed.minimum)
+        table[name] = LayerParameters(weight=weight, input=Grid.with_maximum(inputs, span, observed.minimum))
+        scales[name] = layers[name].weight.detach().flatten(1).abs().amax(1) / weight.largest
+    for name, quantized in replace_layers_(pipe.unet, table).items():
+        quantized.store_(layers[name].weight.detach(), scales[name])
+    return pipe
+
+
+def msfp(pipe: Pipe, material: Material, **changes: Any) -> Pipe:  # noqa: ANN401 (fields of the recipe)
+    """`msfp calibrate`."""
+    calibrate_(pipe, *material.recordings, CalibrateRecipe(**changes))
+    return pipe
+
+
+def msfp_linear(pipe: Pipe, material: Material, **changes: Any) -> Pipe:  # noqa: ANN401 (fields of the recipe)
+    """`msfp calibrate` of just the layers that the peers without convolutions quantize."""
+    names = [name for name, layer in find_layers(pipe.unet).items() if isinstance(layer, nn.Conv2d)]
+    return msfp(pipe, material, keep=(*(f"{name}:none" for name in names), "time_embedding.*:none"), **changes)
+
+
+def msfp_finetuned(pipe: Pipe, material: Material) -> Pipe:
+    """Load what the user fine-tuned: a run directory, or its export."""
+    if material.run is None:
+        raise SystemExit("give --run, the directory that `msfp calibrate` and `msfp finetune` made")
+    if (material.run / "model_index.json").exists():
+        return DiffusionPipeline.from_pretrained(material.run)
+    run = Run(material.run)
+    calibration = run.load_calibration()
+    tuned = run.load_tuned(calibration)
+    if calibration.source != SOURCE or not tuned:
+        raise SystemExit(f"{material.run} is no fine-tuning of the built-in pipeline; run `msfp finetune`")
+    return load_calibrated(calibration, "cpu", tuned)
+
+
+LINEAR, BOTH = (nn.Linear,), (nn.Linear, nn.Conv2d)
+ALL = {"minimum_allowed_numel": 1, "modules_to_not_convert": list(DELICATE)}  # SDNQ skips small layers by default
+UINT4 = {"weights_dtype": "uint4", "scale_dtype": "uint8"}
+FLOAT4 = {"weights_dtype": "float4_e2m1fn", "scale_dtype": "uint8", "group_size": 16, "use_hadamard": True}
+DYNAMIC = {"use_dynamic_quantization": True, "dynamic_loss_threshold": 5e-3}
+SVD_8, SVD_32 = {"use_svd": True, "svd_rank": 8}, {"use_svd": True, "svd_rank": 32}
+METHODS = (
+    Method("full precision", "32/32", full_precision),
+    Method("sdnq uint4, layers of 16384 weights or more", "4/16", sdnq, UINT4, "sdnq"),
+    Method("sdnq uint4", "4/16", sdnq, {**ALL, **UINT4}, "sdnq"),
+    Method("sdnq uint4, dynamic", "4 and 5/16", sdnq, {**ALL, **UINT4, **DYNAMIC}, "sdnq"),
+    Method("sdnq uint4 + SVD, rank 8", "4/16", sdnq, {**ALL, **UINT4, **SVD_8}, "sdnq"),
+    Method("sdnq uint4 + SVD, rank 32", "4/16", sdnq, {**ALL, **UINT4, **SVD_32}, "sdnq"),
+    Method("sdnq float4_e2m1fn, Hadamard", "4/16", sdnq, {**ALL, **FLOAT4}, "sdnq"),
+    Method("sdnq uint4, int8 inputs of Linear", "4/8", sdnq, {**ALL, **UINT4, "use_quantized_matmul": True}, "sdnq"),
+    Method("quanto qint4", "4/16", quanto, {"optimizer": "MaxOptimizer"}, "optimum-quanto"),
+    Method("quanto qint4, HQQ", "4/16", quanto, {"optimizer": "HqqOptimizer"}, "optimum-quanto"),
+    Method(
+        "quanto qint4, HQQ, qint8 activations",
+        "4/8",
+        quanto,
+        {"optimizer": "HqqOptimizer", "activations": "qint8"},
+        "optimum-quanto",
+    ),
+    Method("torchao int4, a byte each", "4/16", torchao_int4, {"kinds": BOTH, "group_size": 32}, "torchao"),
+    Method(
+        "torchao int4, a byte each, Linear only", "4/16", torchao_int4, {"kinds": LINEAR, "group_size": 32}, "torchao"
+    ),
+    Method("torchao NVFP4, Linear only", "4/16", torchao_nvfp4, {}, "torchao"),
+    Method("bitsandbytes NF4, Linear only", "4/16", bitsandbytes, {"quant_type": "nf4"}, "bitsandbytes"),
+    Method("bitsandbytes FP4, Linear only", "4/16", bitsandbytes, {"quant_type": "fp4"}, "bitsandbytes"),
+    Method("hqq, Linear only", "4/16", hqq, {"group_size": 64}, "hqq"),
+    Method("msfp, weights only, Linear only", "4/16", msfp_linear, {"activations": None, "lift": 0.0}),
+    Method("msfp, weights only", "4/16", msfp, {"activations": None}),
+    Method("INT4, min-max", "4/4", min_max),
+    Method("INT4, best clipping", "4/4", msfp, {"formats": "integer", "lift": 0.0}),
+    Method("FP4, signed", "4/4", msfp, {"formats": "signed", "lift": 0.0}),
+    Method("msfp, calibrated", "4/4", msfp),
+    Method("msfp, fine-tuned", "4/4", msfp_finetuned),
+)
