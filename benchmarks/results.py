@@ -1,0 +1,153 @@
+"""What each step is worth on a pipeline, from plain FP4 to fine-tuned, and at more bits: the tables of docs/results.md.
+
+    python benchmarks/results.py MODEL --work DIR [--updates 300] [--num-images 64] [--reference NPZ] [--markdown FILE]
+
+MODEL is a pipeline's directory, or msfp:fashion for the built-in one. Every row is calibrated (and fine-tuned) from the
+same recording, exported, and evaluated as `msfp evaluate` does, on the same prompts and seeds, which neither
+calibration nor fine-tuning has seen. One seed of training. What was done is kept in --work, so the script resumes.
+"""
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from msfp_cli.chain import RecordOptions, calibrate_run
+from msfp_cli.evaluate import EvaluateOptions, evaluate_run
+from msfp_cli.evaluation import Evaluation, Measured
+from msfp_cli.export import export_
+from msfp_cli.figures import FIGURES
+from msfp_cli.finetune import finetune_run
+from msfp_cli.loading import BUILT_IN, quiet_libraries
+from msfp_cli.recipe import CalibrateRecipe, FinetuneRecipe, ModelSource
+from msfp_cli.run import Run
+
+_PLAIN = FinetuneRecipe(hub_size=1, loss="plain")
+ROWS: dict[str, tuple[CalibrateRecipe, FinetuneRecipe | None]] = {
+    "W4A4, signed formats, no lift": (CalibrateRecipe(formats="signed", lift=0.0), None),
+    "W4A4, mixed signs, no lift": (CalibrateRecipe(lift=0.0), None),
+    "W4A4, MSFP (lift 5 %)": (CalibrateRecipe(), None),
+    "+ LoRA": (CalibrateRecipe(), _PLAIN),
+    "+ TALoRA": (CalibrateRecipe(), replace(_PLAIN, hub_size=2)),
+    "+ TALoRA, DFA": (CalibrateRecipe(), replace(_PLAIN, hub_size=2, loss="dfa")),
+    "W6A6, MSFP": (CalibrateRecipe(weights=6, activations=6), None),
+    "W8A8, MSFP": (CalibrateRecipe(weights=8, activations=8), None),
+}
+_LEFT_OUT = ("seconds", "memory")  # of another benchmark
+
+
+def link(place: Path, target: Path) -> None:
+    """Let a directory be found under another name as well."""
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(target.resolve())
+
+
+def calibrated(work: Path, source: ModelSource, recipe: CalibrateRecipe, arguments: argparse.Namespace) -> Run:
+    """Calibrate with a recipe, once; all recipes share a recording."""
+    names = (recipe.formats, recipe.weights, recipe.activations, recipe.lift)
+    run, shared = Run(work / "-".join(str(name) for name in names)), work / "recordings"
+    if not run.calibration.exists():
+        run.directory.mkdir(parents=True, exist_ok=True)
+        for place in (run.recording, run.held_out):
+            (shared / place.name).mkdir(parents=True, exist_ok=True)
+            link(place, shared / place.name)
+        options = RecordOptions(num_inference_steps=arguments.steps)
+        calibrate_run(run, source, options, recipe, device=arguments.device)
+    return run
+
+
+def made(work: Path, source: ModelSource, name: str, arguments: argparse.Namespace) -> tuple[Run, Path]:
+    """Make the export of a row, once."""
+    recipe, training = ROWS[name]
+    base = calibrated(work, source, recipe, arguments)
+    if training is None:
+        run = base
+    else:
+        run = Run(work / f"{base.directory.name}-hub{training.hub_size}-{training.loss}")
+        run.directory.mkdir(exist_ok=True)
+        for place in (base.recording, base.held_out, base.calibration):
+            link(run.directory / place.name, place)
+        every = max(1, arguments.updates // 4)
+        finetune_run(run, replace(training, steps=arguments.updates, evaluate_every=every), device=arguments.device)
+    export = run.directory / "export"
+    if not export.exists():
+        calibration = run.load_calibration()
+        export_(calibration, export, tuned=run.load_tuned(calibration), device=arguments.device)
+    return run, export
+
+
+def evaluated(work: Path, source: ModelSource, name: str, arguments: argparse.Namespace) -> Evaluation:
+    """Evaluate a row, once; full precision's pictures and trajectories are shared."""
+    run, export = made(work, source, name, arguments)
+    for part in ("pictures/full", "trajectories"):
+        (work / "full-precision" / part).mkdir(parents=True, exist_ok=True)
+        (run.evaluation / "pictures").mkdir(parents=True, exist_ok=True)
+        link(run.evaluation / part, work / "full-precision" / part)
+    options = EvaluateOptions(
+        num_images=arguments.num_images,
+        num_trajectories=arguments.num_images // 4,
+        reference=arguments.reference,
+        compare=(),
+        layers=False,
+        cost=False,
+    )
+    return evaluate_run(run, export, options, device=arguments.device)
+
+
+def line(title: str, model: Measured, shown: list[str]) -> str:
+    """Return a row of the table."""
+    values = [(figure, figure.value(model)) for figure in FIGURES if figure.key in shown]
+    cells = ["" if value is None else figure.text(value) for figure, value in values]
+    return f"| {title} | {' | '.join(cells)} |"
+
+
+def table(evaluations: dict[str, Evaluation]) -> str:
+    """Return all rows, full precision first, with the figures that some row has."""
+    models = [model for evaluation in evaluations.values() for model in evaluation.models]
+    shown = [f for f in FIGURES if f.key not in _LEFT_OUT and any(f.value(model) is not None for model in models)]
+    keys = [figure.key for figure in shown]
+    full = next(iter(evaluations.values())).models[0]
+    lines = [f"| | {' | '.join(figure.title for figure in shown)} |", "|---" * (len(shown) + 1) + "|"]
+    lines.append(line(full.title, full, keys))
+    lines += [line(name, evaluation.models[-1], keys) for name, evaluation in evaluations.items()]
+    return "\n".join(lines)
+
+
+def head(evaluation: Evaluation, arguments: argparse.Namespace) -> str:
+    """Say under which conditions the table holds."""
+    record, machine = evaluation.asked["record"], evaluation.machine
+    return (
+        f"{len(record['conditions'])} pictures a row from the same prompts and seeds ({record['seed']} on), "
+        f"{record['num_inference_steps']} steps, guidance {record['guidance_scale']}; {arguments.updates} updates of "
+        f"fine-tuning, seed 0; distances by {evaluation.asked['extractor']!r} features; {machine['device']}, "
+        f"{machine['cores']} cores, torch {machine['torch']}, diffusers {machine['diffusers']}."
+    )
+
+
+def main() -> None:
+    """Make, evaluate and print all rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a pipeline's directory, or msfp:fashion")
+    parser.add_argument("--work", type=Path, required=True, help="where everything is kept")
+    parser.add_argument("--updates", type=int, default=300)
+    parser.add_argument("--num-images", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=20, help="of the sampler")
+    parser.add_argument("--reference", type=Path, help="real pictures, see `msfp evaluate --reference`")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    model = arguments.model if arguments.model == BUILT_IN else os.path.abspath(arguments.model)
+    source, evaluations = ModelSource(model=model), {}
+    for name in ROWS:
+        evaluations[name] = evaluated(arguments.work, source, name, arguments)
+        print(line(name, evaluations[name].models[-1], [figure.key for figure in FIGURES]), flush=True)
+    text = f"{head(next(iter(evaluations.values())), arguments)}\n\n{table(evaluations)}\n"
+    print(text)
+    if arguments.markdown:
+        arguments.markdown.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
