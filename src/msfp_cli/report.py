@@ -23,6 +23,7 @@ from msfp_cli.plots import draw_plots
 from msfp_cli.report_page import render
 from msfp_cli.reproduce import commands_of, settings_of
 from msfp_cli.run import Run
+from msfp_cli.subjects import calibration_of
 from msfp_cli.talora import tuned_names
 from msfp_cli.tuned import Tuned, served
 
@@ -70,13 +71,10 @@ def write_report(run: Run, evaluation: Evaluation, directory: Path, *, pictures:
 def gather(run: Run, evaluation: Evaluation, pictures: int) -> dict[str, Any]:
     """Return the document that `report_page.render` takes, as plain JSON values."""
     export = Path(evaluation.asked["export"])
-    tables = {component: config.table() for component, config in read_configs(export).items()}
-    calibration = run.load_calibration() if run.calibration.exists() else None
-    if calibration is not None and {c: t.keys() for c, t in tables.items()} != {
-        c: calibration.table(c).keys() for c in calibration.layers
-    }:
-        calibration = None
-    tuned = {} if calibration is None else run.load_tuned(calibration)
+    configs = read_configs(export)
+    tables = {component: config.table() for component, config in configs.items()}
+    calibration = calibration_of(run, export, configs)
+    tuned = {} if calibration is None else _tuned(run, calibration, tables)
     document = {
         "title": "msfp report",
         "model": evaluation.asked["against"]["model"],
@@ -100,6 +98,13 @@ def gather(run: Run, evaluation: Evaluation, pictures: int) -> dict[str, Any]:
         "notes": list(evaluation.notes),
     }
     return _finite(document)  # type: ignore[no-any-return]
+
+
+def _tuned(run: Run, calibration: Calibration, tables: dict[str, dict[str, LayerParameters]]) -> dict[str, Tuned]:
+    """Return the fine-tunings that the export can hold: a calibrated one holds none, whatever was trained since."""
+    if all(table == calibration.table(component) for component, table in tables.items()):
+        return {}
+    return run.load_tuned(calibration)
 
 
 def _summary(evaluation: Evaluation, tables: dict[str, dict[str, LayerParameters]]) -> str:

@@ -1,47 +1,93 @@
 """The settings of a run in the words of the command line, so that it can be run again."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msfp_cli.calibration import Calibration
 from msfp_cli.evaluation import Evaluation
-from msfp_cli.recipe import CalibrateRecipe, FinetuneRecipe
+from msfp_cli.loading import default_prompts
+from msfp_cli.recipe import STEPS_BEFORE, CalibrateRecipe, FinetuneRecipe, ModelSource, RecordRecipe
 from msfp_cli.tuned import Tuned
 
 # Fields whose option has another name, or none.
 _OPTIONS = {"lanes": "gradient-accumulation", "max_samples": None, "sensitivity_calls": None}
+_OPTIONS |= {"num_inference_steps": "steps", "conditions": None, "model": None}
 
 
 def commands_of(calibration: Calibration | None, tuned: Mapping[str, Tuned], evaluation: Evaluation) -> list[str]:
-    """Return the commands that led here, as far as they are known; options at their defaults are left out."""
-    commands = []
-    if calibration is not None:
-        record = calibration.record
-        given = [*_changed(calibration.recipe, CalibrateRecipe()), "--steps", str(record.num_inference_steps)]
-        if record.guidance_scale is not None:
-            given += ["--guidance-scale", f"{record.guidance_scale:g}"]
-        commands.append(shlex.join(["msfp", "calibrate", calibration.source.model, *given]))
+    """Return the commands that led here, as far as they are known; what is usual is left out of recipes."""
+    commands = [] if calibration is None else [_calibrate(calibration)]
     for learned in list(tuned.values())[:1]:
-        steps = ["--steps", str(learned.recipe.steps)]
-        commands.append(shlex.join(["msfp", "finetune", *steps, *_changed(learned.recipe, FinetuneRecipe())]))
-    commands += ["msfp export", "msfp evaluate"]
+        steps = {"steps": learned.recipe.steps}
+        commands.append(_command("finetune", steps | _changed(learned.recipe, FinetuneRecipe(steps=steps["steps"]))))
+    if calibration is not None:
+        commands.append("msfp export")
+    return [*commands, _evaluate(calibration, evaluation), "msfp report"]
+
+
+def _calibrate(calibration: Calibration) -> str:
+    source, record = calibration.source, calibration.record
+    count = len(record.conditions)
+    options = {
+        **_changed(source, ModelSource(model=source.model)),
+        **_changed(calibration.recipe, CalibrateRecipe()),
+        "num_prompts": count + max(1, count // 4),  # every fifth was held out
+        **_sampling(record),
+    }
+    usual = [prompt for i, prompt in enumerate(default_prompts(source.model)) if i % 5 != 4]
+    return _command("calibrate", options | _prompts(record.conditions, usual), source.model)
+
+
+def _evaluate(calibration: Calibration | None, evaluation: Evaluation) -> str:
     asked = evaluation.asked
-    commands[-1] += f" --num-images {len(asked['record']['conditions'])} --seed {asked['record']['seed']}"
-    return [*commands, "msfp report"]
+    record, source = RecordRecipe.from_json(asked["record"]), ModelSource.from_json(asked["against"])
+    seen = () if calibration is None else calibration.record.conditions
+    usual = [prompt for prompt in default_prompts(source.model) if prompt not in seen] or default_prompts(source.model)
+    options = {
+        "against": None if calibration is not None and calibration.source == source else source.model,
+        "num_images": len(record.conditions),
+        "num_trajectories": asked["num_trajectories"],
+        **_sampling(record),
+        **{key: asked[key] for key in ("extractor", "reference", "clip")},
+        "compare": ",".join(key for key in asked["models"] if key in STEPS_BEFORE) or "none",
+        **{f"no_{key}": True for key in ("layers", "cost") if not asked[key]},
+    }
+    place = [] if calibration is not None else [asked["export"]]
+    return _command("evaluate", options | _prompts(record.conditions, usual), *place)
 
 
-def _changed(recipe: CalibrateRecipe | FinetuneRecipe, default: CalibrateRecipe | FinetuneRecipe) -> list[str]:
-    """Return options for the fields that differ from their defaults."""
-    words: list[str] = []
+def _sampling(record: RecordRecipe) -> dict[str, Any]:
+    return {key: value for key, value in record.to_json().items() if key != "conditions"}
+
+
+def _prompts(conditions: Sequence[str | None], usual: Sequence[str]) -> dict[str, str]:
+    """Return the option for prompts that are not the built-in ones; the settings list them."""
+    if all(condition is None or condition == usual[i % len(usual)] for i, condition in enumerate(conditions)):
+        return {}
+    return {"prompts": "prompts.txt"}
+
+
+def _changed(recipe: Any, default: Any) -> dict[str, Any]:  # noqa: ANN401 (two recipes of a kind)
+    """Return the fields that differ from their defaults."""
     usual = default.to_json()
-    for key, value in recipe.to_json().items():
+    given = {key: value for key, value in recipe.to_json().items() if value != usual[key]}
+    return {key: "none" if value is None else value for key, value in given.items()}
+
+
+def _command(name: str, options: dict[str, Any], *places: str) -> str:
+    """Return a command line; options that are None are left out, True stands alone, lists are given item by item."""
+    words = ["msfp", name, *places]
+    for key, value in options.items():
         option = _OPTIONS.get(key, key.replace("_", "-"))
-        if option is None or value == usual[key]:
-            continue
-        for item in value if isinstance(value, list) else [value]:
-            words += [f"--{option}", "none" if item is None else str(item)]
-    return words
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if option is not None and item is not None:
+                words += [f"--{option}"] if item is True else [f"--{option}", _number(item)]
+    return shlex.join(words)
+
+
+def _number(value: Any) -> str:  # noqa: ANN401 (a JSON value)
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def settings_of(

@@ -79,7 +79,7 @@ def find_subjects(
     """
     configs = read_configs(export)
     source = against or ModelSource(**next(iter(configs.values())).source)
-    made_here = _is_of(run, export, configs)
+    made_here = calibration_of(run, export, configs)
     if compare and not made_here:
         raise UsageError(f"{export} was not made by the run {run.directory}; use --compare none, or give its --run")
     tuned = made_here is not None and any(
@@ -115,7 +115,7 @@ def _steps_before(run: Run, *, tuned: bool) -> tuple[str, ...]:
     return tuple(name for name in STEPS_BEFORE if possible[name])
 
 
-def _is_of(run: Run, export: Path, configs: dict[str, MSFPConfig]) -> Calibration | None:
+def calibration_of(run: Run, export: Path, configs: dict[str, MSFPConfig]) -> Calibration | None:
     """Return the run's calibration if the export came from it: the same formats, the same scales of weights."""
     if not run.calibration.exists():
         return None
