@@ -132,3 +132,14 @@ def test_commands_in_the_report_give_the_same_figures_again(
         assert result.exit_code == 0, (command, result.stderr)
     first, again = (Evaluation.load(Path(run, "evaluation")) for run in ("first", "msfp-run"))
     assert again.models == first.models and again.asked == first.asked
+
+
+def test_distances_of_few_pictures_do_not_name_a_best(document: dict[str, Any]) -> None:
+    telling = {column["key"]: column["telling"] for column in document["comparison"]["columns"]}
+    assert telling["psnr"] and telling["output"] and not telling["frechet_full"]
+
+
+def test_layers_are_in_the_order_of_the_model(document: dict[str, Any], tiny_pipe: Any) -> None:  # noqa: ANN401
+    names = [layer["name"] for layer in document["components"]["unet"]["layers"]]
+    assert names != sorted(names)
+    assert names == [name for name, _ in tiny_pipe.unet.named_modules() if name in set(names)]

@@ -107,3 +107,4 @@ FIGURES = (
         value=lambda m: None if m.cost is None else m.cost.peak_memory_bytes / 2**20,
     ),
 )
+DISTANCES = ("frechet_full", "frechet", "kernel", "precision", "recall")  # of sets: too few pictures do not rank models

@@ -74,11 +74,11 @@ def _layers(axis: Any, layers: list[dict[str, Any]]) -> None:  # noqa: ANN401
         places = [i for i, layer in enumerate(layers) if layer["signed"] is signed]
         axis.scatter(places, [layers[i]["output_error"] for i in places], s=14, color=colour, label=title)
     axis.set_yscale("log")
-    axis.set_xlabel("layer, in the order of the model")
+    axis.set_xlabel("layer, in the order of the report")
     axis.set_ylabel("relative squared error of its output")
     axis.grid(axis="y", color="#dddddd")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
 
 
 def _router(axis: Any, router: dict[str, Any]) -> None:  # noqa: ANN401

@@ -16,7 +16,7 @@ from msfp_cli.atomic import refuse_existing, replace_directory
 from msfp_cli.calibration import Calibration, LayerChoice
 from msfp_cli.errors import UsageError
 from msfp_cli.evaluation import Evaluation, Measured, OutputNoise
-from msfp_cli.figures import FIGURES
+from msfp_cli.figures import DISTANCES, FIGURES
 from msfp_cli.layers import LayerParameters
 from msfp_cli.pipeline import read_configs
 from msfp_cli.plots import draw_plots
@@ -126,7 +126,7 @@ def _headline(evaluation: Evaluation) -> list[dict[str, str]]:
     if full.denoiser_bytes and after.denoiser_bytes:
         ratio = after.denoiser_bytes / full.denoiser_bytes
         size = f"{full.denoiser_bytes / 2**20:.1f} → {after.denoiser_bytes / 2**20:.1f} MiB"
-        tiles.append({"label": "denoiser, of its 16-bit size", "value": f"{ratio:.2f}", "note": size})
+        tiles.append({"label": "denoiser's size against 16 bits", "value": _change(ratio), "note": size})
     if values["psnr"] is not None:
         tiles.append(
             {"label": "PSNR to full precision", "value": f"{values['psnr']:.1f} dB", "note": "same prompts and seeds"}
@@ -140,12 +140,16 @@ def _headline(evaluation: Evaluation) -> list[dict[str, str]]:
         if error and values["latents"]:
             tiles.append(
                 {
-                    "label": f"final latents' error, of {model.title}'s",
-                    "value": f"{values['latents'] / error:.2f}",
+                    "label": f"final latents' error against {model.title}",
+                    "value": _change(values["latents"] / error),
                     "note": f"{error:.4f} → {values['latents']:.4f}",
                 }
             )
     return tiles
+
+
+def _change(ratio: float) -> str:
+    return f"{ratio - 1:+.0%}".replace("-", "−")
 
 
 def _pictures(evaluation: Evaluation, count: int) -> list[dict[str, Any]]:
@@ -174,8 +178,15 @@ def _embed(picture: torch.Tensor) -> str:
 def _comparison(models: Sequence[Measured]) -> dict[str, Any]:
     """Return the figures that some model has, models in rows."""
     shown = [figure for figure in FIGURES if any(figure.value(model) is not None for model in models)]
+    few = any(d is not None and d.few for model in models for d in (model.to_full, model.to_reference))
     return {
-        "columns": [{"key": f.key, "title": f.title, "digits": f.digits, "better": f.better} for f in shown],
+        "columns": [
+            {
+                **{"key": f.key, "title": f.title, "digits": f.digits, "better": f.better},
+                "telling": not (few and f.key in DISTANCES),
+            }
+            for f in shown
+        ],
         "rows": [{"title": model.title, "values": {f.key: f.value(model) for f in shown}} for model in models],
     }
 
@@ -199,7 +210,8 @@ def _layers(
     """Return what is known of each quantized layer."""
     choices = {} if calibration is None else calibration.layers[component]
     total = sum(choice.multiply_adds for choice in choices.values()) or 1.0
-    return [_layer(name, parameters, choices.get(name), noise, total) for name, parameters in table.items()]
+    names = [name for name in choices if name in table] or list(table)  # a config sorts them, a calibration does not
+    return [_layer(name, table[name], choices.get(name), noise, total) for name in names]
 
 
 def _layer(
