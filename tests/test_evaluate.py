@@ -39,7 +39,7 @@ from msfp_cli.metrics import frechet_distance, kernel_distance
 from msfp_cli.noise import layer_errors, output_error
 from msfp_cli.recipe import ModelSource
 from msfp_cli.recording import Recording
-from msfp_cli.reference import built_in_reference, load_reference
+from msfp_cli.reference import BUILT_IN_REFERENCE, built_in_reference, load_reference
 from msfp_cli.run import Run
 from msfp_cli.squeezenet import deep_distance, load_squeezenet
 from tiny_pipelines import BUILDERS
@@ -270,7 +270,7 @@ def test_built_in_pipeline_is_compared_with_real_pictures_and_asked_prompts(
     monkeypatch.setattr("msfp_cli.loading.built_in_directory", lambda: model)
     options = EvaluateOptions(num_images=5, num_trajectories=1, compare=(), layers=False, cost=False)
     found = again(prompted_chained, tmp_path / "evaluation", options, against=ModelSource(model=BUILT_IN))
-    assert (found.asked["extractor"], found.asked["reference"]) == ("fashion", None)
+    assert (found.asked["extractor"], found.asked["reference"]) == ("fashion", BUILT_IN_REFERENCE)
     prompts = found.asked["record"]["conditions"]
     assert tuple(prompts) == default_prompts(BUILT_IN)[:5]
     classifier = load_classifier()

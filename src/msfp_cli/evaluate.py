@@ -37,7 +37,7 @@ from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recipe import ModelSource, RecordRecipe
 from msfp_cli.record import record_calls
 from msfp_cli.recording import Recording
-from msfp_cli.reference import Reference, built_in_reference, load_reference, require_pictures
+from msfp_cli.reference import BUILT_IN_REFERENCE, Reference, built_in_reference, load_reference, require_pictures
 from msfp_cli.run import Run
 from msfp_cli.sensitivity import spread_calls
 from msfp_cli.subjects import Subject, denoiser_bytes, find_subjects, identity_of, refuse_other_model
@@ -197,7 +197,7 @@ def _asked(work: _Work, subjects: Sequence[Subject], export: Path) -> dict[str, 
         "models": [subject.key for subject in subjects],
         "num_trajectories": options.num_trajectories,
         "extractor": work.extractor.name,
-        "reference": None if options.reference is None else str(options.reference),
+        "reference": _reference_name(work),
         "clip": options.clip,
         "layers": options.layers,
         "cost": options.cost,
@@ -234,9 +234,15 @@ def _reference(work: _Work, gallery: Gallery) -> Reference | None:
     if work.options.reference is not None:
         size = gallery.pictures().shape[2:]
         return load_reference(work.options.reference, work.extractor, size)
-    if work.source.model == BUILT_IN and work.extractor.name == "fashion":
-        return built_in_reference()
-    return None
+    return None if _reference_name(work) is None else built_in_reference()
+
+
+def _reference_name(work: _Work) -> str | None:
+    """Return what the real pictures are, None where there are none."""
+    if work.options.reference is not None:
+        return str(work.options.reference)
+    fits = work.source.model == BUILT_IN and work.extractor.name == "fashion"
+    return BUILT_IN_REFERENCE if fits else None
 
 
 def _measured(
@@ -312,7 +318,7 @@ def _notes(models: Sequence[Measured], extractor: Extractor) -> list[str]:
     if any(distance.few for distance in distances):
         count = min(min(distance.num_pictures) for distance in distances)
         notes.append(
-            f"{count} pictures are too few for a Fréchet distance by {extractor.name!r}: it is biased upwards; give "
-            "more with --num-images, or go by the kernel distance"
+            f"{count} pictures are too few for a Fréchet distance by {extractor.name!r}: it is biased upwards, and the "
+            "others are uncertain; give more with --num-images"
         )
     return notes

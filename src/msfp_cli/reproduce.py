@@ -8,6 +8,7 @@ from msfp_cli.calibration import Calibration
 from msfp_cli.evaluation import Evaluation
 from msfp_cli.loading import default_prompts
 from msfp_cli.recipe import STEPS_BEFORE, CalibrateRecipe, FinetuneRecipe, ModelSource, RecordRecipe
+from msfp_cli.reference import BUILT_IN_REFERENCE
 from msfp_cli.tuned import Tuned
 
 # Fields whose option has another name, or none.
@@ -49,7 +50,9 @@ def _evaluate(calibration: Calibration | None, evaluation: Evaluation) -> str:
         "num_images": len(record.conditions),
         "num_trajectories": asked["num_trajectories"],
         **_sampling(record),
-        **{key: asked[key] for key in ("extractor", "reference", "clip")},
+        "extractor": asked["extractor"],
+        "reference": None if asked["reference"] == BUILT_IN_REFERENCE else asked["reference"],
+        "clip": asked["clip"],
         "compare": ",".join(key for key in asked["models"] if key in STEPS_BEFORE) or "none",
         **{f"no_{key}": True for key in ("layers", "cost") if not asked[key]},
     }

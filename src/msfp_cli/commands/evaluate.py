@@ -136,7 +136,9 @@ def show(evaluation: "Evaluation") -> None:
         if any(value is not None for value in values):
             rows.append([figure.title, *("" if value is None else figure.text(value) for value in values)])
     count, extractor = len(evaluation.asked["record"]["conditions"]), evaluation.asked["extractor"]
+    reference = evaluation.asked["reference"]
     title = f"{count} pictures from the same seeds; distances by {extractor!r} features"
+    title += "" if reference is None else f"; reference: {reference}"
     console.table(title, ["", *(model.title for model in models)], rows)
     for line in evaluation.notes:
         console.note(f"note: {line}")
