@@ -155,7 +155,10 @@ def test_calibration_reports_formats_layers_size_and_error_on_stderr(
         (("inspect",), {"unet"}),
         (("export",), {"directory", "denoiser_bytes", "half_precision_bytes", "ratio", "hub_bytes"}),
         (("sample", "--prompt", "a cat"), {"sheet", "pictures"}),
-        (("status",), {"recording", "held-out", "calibration", "finetune", "export", "next"}),
+        (
+            ("status",),
+            {"recording", "held-out", "calibration", "finetune", "export", "evaluation", "report", "next"},
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -198,6 +201,8 @@ def test_status_follows_the_chain(msfp: Invoke, stage: Callable[..., Path], tiny
         "calibration",
         "finetune",
         "export",
+        "evaluation",
+        "report",
     ]
 
 

@@ -85,7 +85,8 @@ def test_status_tells_each_stage_and_the_next_command(
     full, run = copied(tiny_chained.run.directory, "full"), Run(tmp_path / "run")
     model = tiny_chained.calibration.source.model
     run.directory.mkdir()
-    nothing = {"recording": "none", "held-out": "none", "calibration": "none", "finetune": "none", "export": "none"}
+    stages = ("recording", "held-out", "calibration", "finetune", "export", "evaluation", "report")
+    nothing = dict.fromkeys(stages, "none")
     assert dict(run.status()) == nothing
     assert run.next_command().startswith("msfp calibrate")
 
@@ -135,6 +136,41 @@ def test_export_older_than_the_fine_tuning_is_to_be_replaced(tuned_run: Run) -> 
     exported = tuned_run.latest_export().stat().st_mtime
     os.utime(tuned_run.finetuned("unet"), (exported + 1, exported + 1))
     assert tuned_run.next_command() == f"msfp export --overwrite --run {tuned_run.directory}"
+
+
+def test_after_the_export_come_pictures_then_figures_then_the_page(tuned_run: Run) -> None:
+    option, when = f" --run {tuned_run.directory}", tuned_run.latest_export().stat().st_mtime
+    figures, page = tuned_run.evaluation / "evaluation.json", tuned_run.report / "report.html"
+
+    def make(path: Path, seconds: float) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        os.utime(path, (when + seconds, when + seconds))
+
+    assert tuned_run.next_command().startswith("msfp sample")
+    tuned_run.next_samples().mkdir(parents=True)
+    assert tuned_run.next_command() == f"msfp evaluate{option}"
+    make(figures, 1)
+    assert tuned_run.next_command() == f"msfp report{option}"
+    shutil.rmtree(tuned_run.directory / "samples")
+    assert tuned_run.next_command() == f"msfp report{option}"
+    assert dict(tuned_run.status())["evaluation"] == str(tuned_run.evaluation)
+    make(page, 2)
+    assert tuned_run.next_command().startswith("msfp sample")
+    assert dict(tuned_run.status())["report"] == str(tuned_run.report)
+
+
+def test_figures_of_an_earlier_export_and_a_page_of_earlier_figures_are_to_be_replaced(tuned_run: Run) -> None:
+    option, export = f" --run {tuned_run.directory}", tuned_run.latest_export()
+    figures, page = tuned_run.evaluation / "evaluation.json", tuned_run.report / "report.html"
+    for path in (figures, page):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    written = page.stat().st_mtime
+    os.utime(figures, (written + 1, written + 1))
+    assert tuned_run.next_command() == f"msfp report --overwrite{option}"
+    os.utime(export, (written + 2, written + 2))
+    assert tuned_run.next_command() == f"msfp evaluate --overwrite{option}"
 
 
 def test_fine_tuning_of_another_calibration_is_named_and_begun_again(tuned_run: Run, tiny_tuned: Finetuned) -> None:

@@ -60,7 +60,7 @@ def run_demo(directory: Path, *, device: str | None = None, progress: Progress =
     run.remember("export", export)
     options = EvaluateOptions(prompts=_PROMPTS, num_images=_PICTURES)
     evaluation = evaluate_run(run, export, options, device=device, overwrite=True, progress=progress)
-    written = write_report(run, evaluation, directory / "report", pictures=len(_PROMPTS), overwrite=True)
+    written = write_report(run, evaluation, run.report, pictures=len(_PROMPTS), overwrite=True)
     return DemoReport(
         page=str(written.page),
         picture=str(_sheet(evaluation, directory / "demo.png")),

@@ -52,6 +52,11 @@ class Run:
         """Where the evaluation is."""
         return self.directory / "evaluation"
 
+    @property
+    def report(self) -> Path:
+        """Where the report is."""
+        return self.directory / "report"
+
     def finetuned(self, component: str) -> Path:
         """Where the fine-tuning of a denoiser is."""
         return self.directory / "finetune" / f"{component}.safetensors"
@@ -146,7 +151,17 @@ class Run:
         rows.append(("calibration", self._calibration_state()))
         rows.append(("finetune", self._finetune_state()))
         rows.append(("export", str(self._export() or "none")))
+        for title, path in (("evaluation", self._evaluated()), ("report", self._reported())):
+            rows.append((title, str(path.parent) if path.exists() else "none"))
         return rows
+
+    def _evaluated(self) -> Path:
+        """Where a finished evaluation has its figures."""
+        return self.evaluation / "evaluation.json"
+
+    def _reported(self) -> Path:
+        """Where the page of a report is."""
+        return self.report / "report.html"
 
     def _calibration_state(self) -> str:
         if not self.calibration.exists():
@@ -190,6 +205,17 @@ class Run:
             return f"msfp export{option}"
         if self._export_is_older():
             return f"msfp export --overwrite{option}"
-        condition = calibration.record.conditions[0]
-        prompt = "" if condition is None else f" --prompt {shlex.quote(condition)}"
-        return f"msfp sample{prompt}{option}"
+        return f"{self._look(calibration.record.conditions[0])}{option}"
+
+    def _look(self, condition: str | None) -> str:
+        """Return which command looks at the latest export: pictures first, then figures, then the page of them."""
+        if (self.directory / "samples").is_dir() or self._evaluated().exists():
+            for command, result, source in (
+                ("msfp evaluate", self._evaluated(), self._export()),
+                ("msfp report", self._reported(), self._evaluated()),
+            ):
+                if not result.exists():
+                    return command
+                if source is not None and source.stat().st_mtime > result.stat().st_mtime:
+                    return f"{command} --overwrite"
+        return "msfp sample" if condition is None else f"msfp sample --prompt {shlex.quote(condition)}"

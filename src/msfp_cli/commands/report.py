@@ -39,7 +39,7 @@ def report(
     if evaluation is None:
         state.require()
     found = Evaluation.load(evaluation or state.evaluation)
-    written = write_report(state, found, out or state.directory / "report", pictures=pictures, overwrite=overwrite)
+    written = write_report(state, found, out or state.report, pictures=pictures, overwrite=overwrite)
     for line in written.notes:
         console.note(f"note: {line}")
     data = {"page": str(written.page), "plots": [str(plot) for plot in written.plots]}
