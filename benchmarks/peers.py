@@ -10,7 +10,8 @@ is, and the peers' settings, are in `peer_quantizers.py`.
 The peers are installed into an environment that the script makes in --work, with the torch of this one and the other
 pins of constraints.txt. A row is measured in a process of its own. What is there already is not measured again, so the
 script resumes, and adds only what is missing or has changed its settings. A peer that cannot be installed or fails is
-listed with the reason. For steady times leave the machine alone; OMP_NUM_THREADS in the environment counts for all.
+listed with the reason. For steady times leave the machine alone, else leave them out with --no-times;
+OMP_NUM_THREADS in the environment counts for all.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 from ablation import SOURCE, TEST_SEED, test_prompts
+from page import put
 from peer_quantizers import METHODS, Material, Method
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -47,8 +49,8 @@ HERE = Path(__file__).resolve().parent
 BATCH = 20
 NEEDED = ("diffusers", "transformers", "accelerate", "safetensors", "pillow")  # what msfp itself imports here
 COLUMNS = (
-    "| | bits, weights/activations | weights quantized | bits a quantized weight | MB | output error "
-    "| final latents' error | PSNR, dB | seconds a call |"
+    *("", "bits, weights/activations", "weights quantized", "bits a quantized weight", "MB"),
+    *("output error", "final latents' error", "PSNR, dB", "seconds a call"),
 )
 
 
@@ -237,11 +239,25 @@ def run_rows(methods: list[Method], arguments: argparse.Namespace) -> dict[str, 
     return reasons
 
 
-def line(method: Method, result: dict[str, Any]) -> str:
+def refuse_seen(run: Path, num_tests: int) -> None:
+    """Refuse a run directory that was recorded with prompts of the tests, held-out calls included.
+
+    Raises:
+        SystemExit: it was; the message says with how many.
+    """
+    recordings = [Recording(run / name) for name in ("recording", "held-out") if (run / name).exists()]
+    seen = {condition for recording in recordings for condition in recording.recipe["record"]["conditions"]}
+    if shared := seen & set(test_prompts()[:num_tests]):
+        raise SystemExit(
+            f"{run} was recorded with {len(shared)} prompts of the tests; record others, or test with fewer"
+        )
+
+
+def cells(method: Method, result: dict[str, Any]) -> list[str]:
     """Return a line of the table."""
     share = f"{result['share']:.1%}" if result["share"] else "none"
     exact = not result["output"]
-    cells = [
+    return [
         *(
             method.name,
             method.bits,
@@ -252,7 +268,6 @@ def line(method: Method, result: dict[str, Any]) -> str:
         *("0" if exact else f"{result[figure]:.6f}" for figure in ("output", "latents")),
         *("" if exact else f"{result['psnr']:.2f}", f"{result['seconds']:.3f}"),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def table(methods: list[Method], reasons: dict[str, str], arguments: argparse.Namespace) -> str:
@@ -262,12 +277,13 @@ def table(methods: list[Method], reasons: dict[str, str], arguments: argparse.Na
     batch = min(BATCH, arguments.num_tests)
     head = (
         f"{arguments.num_tests} tests; a call has {2 * batch} rows, {batch} pictures with guidance; "
-        f"torch {torch.__version__}, CPU, {' or '.join(map(str, threads))} threads; "
+        f"torch {torch.__version__}, CPU, threads: {' or '.join(map(str, threads))}; "
         f"{', '.join(requirements().values())}."
     )
-    rows = [line(method, result) for method, result in results]
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *(cells(method, result) for method, result in results)]
+    shown = len(COLUMNS) if arguments.times else len(COLUMNS) - 1
     failed = [f"- {method.name}: {reasons[method.name]}" for method in methods if method.name in reasons]
-    lines = [head, "", COLUMNS, "|---" * COLUMNS.count(" |") + "|", *rows]
+    lines = [head, "", *(f"| {' | '.join(row[:shown])} |" for row in rows)]
     return "\n".join([*lines, *(["", "Not measured:", "", *failed] if failed else [])])
 
 
@@ -278,7 +294,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a fine-tuned run directory of the built-in pipeline, or its export")
     parser.add_argument("--num-tests", type=int, default=100, help=f"at most {len(test_prompts())}")
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="just the rows whose name has it")
-    parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
+    parser.add_argument("--markdown", type=Path, help="put the table into this page, as the part named peers.py")
+    parser.add_argument("--no-times", dest="times", action="store_false", help="leave the seconds out")
     parser.add_argument("--method", choices=[method.name for method in METHODS], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not 1 <= arguments.num_tests <= len(test_prompts()):
@@ -287,11 +304,13 @@ def main() -> None:
     if arguments.method:
         (method,) = (method for method in METHODS if method.name == arguments.method)
         return work_on(method, Material(arguments.work, arguments.run), arguments.num_tests)
+    if arguments.run:
+        refuse_seen(arguments.run, arguments.num_tests)
     methods = [m for m in METHODS if not arguments.only or any(text in m.name for text in arguments.only)]
     text = table(methods, run_rows(methods, arguments), arguments)
     print(text)
     if arguments.markdown:
-        arguments.markdown.write_text(text + "\n")
+        put(arguments.markdown, "peers.py", text)
     return None
 
 

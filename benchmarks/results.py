@@ -5,6 +5,7 @@
 MODEL is a pipeline's directory, or msfp:fashion for the built-in one. Every row is calibrated (and fine-tuned) from the
 same recording, exported, and evaluated as `msfp evaluate` does, on the same prompts and seeds, which neither
 calibration nor fine-tuning has seen. One seed of training. What was done is kept in --work, so the script resumes.
+Distances between sets of pictures are left out where the pictures are too few for them.
 """
 
 import argparse
@@ -12,13 +13,18 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from page import put
+from PIL import Image
+
 from msfp_cli.chain import RecordOptions, calibrate_run
 from msfp_cli.evaluate import EvaluateOptions, evaluate_run
 from msfp_cli.evaluation import Evaluation, Measured
 from msfp_cli.export import export_
-from msfp_cli.figures import FIGURES
+from msfp_cli.figures import DISTANCES, FIGURES
 from msfp_cli.finetune import finetune_run
-from msfp_cli.loading import BUILT_IN, quiet_libraries
+from msfp_cli.generation import contact_sheet
+from msfp_cli.loading import BUILT_IN, default_prompts, quiet_libraries
 from msfp_cli.recipe import CalibrateRecipe, FinetuneRecipe, ModelSource
 from msfp_cli.run import Run
 
@@ -34,6 +40,7 @@ ROWS: dict[str, tuple[CalibrateRecipe, FinetuneRecipe | None]] = {
     "W8A8, MSFP": (CalibrateRecipe(weights=8, activations=8), None),
 }
 _LEFT_OUT = ("seconds", "memory")  # of another benchmark
+_SHOWN = 12
 
 
 def link(place: Path, target: Path) -> None:
@@ -84,7 +91,10 @@ def evaluated(work: Path, source: ModelSource, name: str, arguments: argparse.Na
         (work / "full-precision" / part).mkdir(parents=True, exist_ok=True)
         (run.evaluation / "pictures").mkdir(parents=True, exist_ok=True)
         link(run.evaluation / part, work / "full-precision" / part)
+    # Without the prompts of the held-out calls as well: they choose which state of a fine-tuning is kept.
+    prompts = default_prompts(BUILT_IN)[RecordOptions().num_images :] if source.model == BUILT_IN else None
     options = EvaluateOptions(
+        prompts=prompts,
         num_images=arguments.num_images,
         num_trajectories=arguments.num_images // 4,
         reference=arguments.reference,
@@ -105,7 +115,9 @@ def line(title: str, model: Measured, shown: list[str]) -> str:
 def table(evaluations: dict[str, Evaluation]) -> str:
     """Return all rows, full precision first, with the figures that some row has."""
     models = [model for evaluation in evaluations.values() for model in evaluation.models]
-    shown = [f for f in FIGURES if f.key not in _LEFT_OUT and any(f.value(model) is not None for model in models)]
+    few = any(model.to_full is not None and model.to_full.few for model in models)
+    left_out = _LEFT_OUT + (DISTANCES if few else ())
+    shown = [f for f in FIGURES if f.key not in left_out and any(f.value(model) is not None for model in models)]
     keys = [figure.key for figure in shown]
     full = next(iter(evaluations.values())).models[0]
     lines = [f"| | {' | '.join(figure.title for figure in shown)} |", "|---" * (len(shown) + 1) + "|"]
@@ -120,9 +132,20 @@ def head(evaluation: Evaluation, arguments: argparse.Namespace) -> str:
     return (
         f"{len(record['conditions'])} pictures a row from the same prompts and seeds ({record['seed']} on), "
         f"{record['num_inference_steps']} steps, guidance {record['guidance_scale']}; {arguments.updates} updates of "
-        f"fine-tuning, seed 0; distances by {evaluation.asked['extractor']!r} features; {machine['device']}, "
-        f"{machine['cores']} cores, torch {machine['torch']}, diffusers {machine['diffusers']}."
+        f"fine-tuning, seed 0; output error over the first {evaluation.asked['num_trajectories']} pictures' calls; "
+        f"{machine['device']}, {torch.get_num_threads()} of {machine['cores']} cores, torch {machine['torch']}, "
+        f"diffusers {machine['diffusers']}."
     )
+
+
+def sheet(evaluations: dict[str, Evaluation], path: Path) -> None:
+    """Lay the first pictures of every row out, full precision's above."""
+    first = next(iter(evaluations.values()))
+    shown = {first.models[0].title: first.gallery("full")}
+    shown |= {name: evaluation.gallery("export") for name, evaluation in evaluations.items()}
+    rows = [gallery.pictures()[:_SHOWN] for gallery in shown.values()]
+    pictures = [[Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in row] for row in rows]
+    contact_sheet(pictures, titles=list(shown), min_side=64).save(path, optimize=True)
 
 
 def main() -> None:
@@ -135,7 +158,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of the sampler")
     parser.add_argument("--reference", type=Path, help="real pictures, see `msfp evaluate --reference`")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
+    parser.add_argument("--markdown", type=Path, help="put the table into this page, as the part named after MODEL")
+    parser.add_argument("--sheet", type=Path, help=f"write the first {_SHOWN} pictures of every row to this PNG file")
     arguments = parser.parse_args()
     quiet_libraries()
     model = arguments.model if arguments.model == BUILT_IN else os.path.abspath(arguments.model)
@@ -146,7 +170,9 @@ def main() -> None:
     text = f"{head(next(iter(evaluations.values())), arguments)}\n\n{table(evaluations)}\n"
     print(text)
     if arguments.markdown:
-        arguments.markdown.write_text(text)
+        put(arguments.markdown, f"results.py {os.path.basename(model)}", text)
+    if arguments.sheet:
+        sheet(evaluations, arguments.sheet)
 
 
 if __name__ == "__main__":
