@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msfp_cli.errors import UsageError
-from msfp_cli.formats import formats_of_width
 from msfp_cli.recipe import (
     CalibrateRecipe,
     FinetuneRecipe,
@@ -204,9 +203,27 @@ def test_formats_restrict_the_candidates(formats: str, inputs: str, weights: str
 
 def test_list_of_4_bit_formats_leaves_8_bit_layers_a_free_choice() -> None:
     recipe = CalibrateRecipe(formats="e2m1,ue2m2")
-    signed, unsigned = (formats_of_width(8, signed=signed) for signed in (True, False))
-    assert recipe.input_formats(8) == signed + unsigned
-    assert recipe.weight_formats(8) == signed
+    assert recipe.input_formats(8) == CalibrateRecipe().input_formats(8)
+    assert recipe.weight_formats(8) == CalibrateRecipe().weight_formats(8)
+
+
+@pytest.mark.parametrize(
+    ("bits", "inputs", "weights"),
+    [
+        (8, "e1m6 e2m5 e3m4 ue1m7 ue2m6 ue3m5", "e1m6"),
+        (6, "e1m4 e2m3 e3m2 ue1m5 ue2m4 ue3m3", "e1m4 e2m3"),
+        (4, "e1m2 e2m1 e3m0 ue1m3 ue2m2 ue3m1 ue4m0", "e1m2 e2m1 e3m0"),
+    ],
+)
+def test_free_choice_is_among_formats_that_8_bit_units_hold(bits: int, inputs: str, weights: str) -> None:
+    recipe = CalibrateRecipe(weights=bits, activations=bits)
+    assert [fmt.name for fmt in recipe.input_formats(bits)] == inputs.split()
+    assert [fmt.name for fmt in recipe.weight_formats(bits)] == weights.split()
+
+
+def test_formats_asked_for_by_name_may_be_any() -> None:
+    recipe = CalibrateRecipe(weights=8, activations=8, formats="e4m3")
+    assert [fmt.name for fmt in recipe.input_formats(8)] == [fmt.name for fmt in recipe.weight_formats(8)] == ["e4m3"]
 
 
 @given(st.integers(1, 40))

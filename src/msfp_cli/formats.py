@@ -21,6 +21,7 @@ from functools import cached_property
 from msfp_cli.errors import UsageError
 
 MIN_BITS, MAX_BITS = 2, 8
+WEIGHT_INTEGER_BITS, INPUT_INTEGER_BITS = 8, 16  # what 8-bit units take: one byte; two, one after the other
 MAX_EXPONENT_BITS = 5  # 31 octaves; more would leave float32's own range
 _NAME = re.compile(r"(u?)e(\d)m(\d)")
 
@@ -106,6 +107,11 @@ class FloatFormat:
     def levels(self) -> tuple[int, ...]:
         """The distinct integers of the code book, ascending."""
         return tuple(sorted(set(self.code_book)))
+
+    @property
+    def integer_bits(self) -> int:
+        """Bits of the integers that the code book holds, the sign's among them: 5 for e2m1's -12..12."""
+        return self.largest.bit_length() + int(self.signed)
 
     @property
     def is_uniform(self) -> bool:

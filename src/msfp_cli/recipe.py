@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from msfp_cli.errors import UsageError
-from msfp_cli.formats import MAX_BITS, MIN_BITS, FloatFormat, formats_of_width
+from msfp_cli.formats import INPUT_INTEGER_BITS, MAX_BITS, MIN_BITS, WEIGHT_INTEGER_BITS, FloatFormat, formats_of_width
 from msfp_cli.keep import DEFAULT_KEEP, KeepRule
 
 DEFAULT_RUN = Path("msfp-run")
@@ -148,7 +148,7 @@ class CalibrateRecipe(Recipe):
         Raises:
             UsageError: `formats` is neither a set's name nor a list of formats, or leaves none of this width.
         """
-        signed, unsigned = formats_of_width(bits, signed=True), formats_of_width(bits, signed=False)
+        signed, unsigned = (formats_within(bits, INPUT_INTEGER_BITS, signed=signed) for signed in (True, False))
         sets = {
             "mixed": signed + unsigned,
             "signed": signed,
@@ -163,13 +163,18 @@ class CalibrateRecipe(Recipe):
 
     def weight_formats(self, bits: int) -> tuple[FloatFormat, ...]:
         """Return the candidates for a weight: always signed; uniform only, where integers were asked for."""
-        signed = formats_of_width(bits, signed=True)
+        signed = formats_within(bits, WEIGHT_INTEGER_BITS, signed=True)
         if self.formats == "integer":
             return tuple(fmt for fmt in signed if fmt.is_uniform)
         if self.formats in FORMAT_SETS:
             return signed
         named = {FloatFormat.parse(name) for name in self.formats.split(",")}
-        return tuple(fmt for fmt in signed if fmt in named) or signed
+        return tuple(fmt for fmt in formats_of_width(bits, signed=True) if fmt in named) or signed
+
+
+def formats_within(bits: int, integer_bits: int, *, signed: bool) -> tuple[FloatFormat, ...]:
+    """List the formats of a width whose integers are that narrow: what is chosen should also run on 8-bit units."""
+    return tuple(fmt for fmt in formats_of_width(bits, signed=signed) if fmt.integer_bits <= integer_bits)
 
 
 @dataclass(frozen=True, kw_only=True)
