@@ -26,9 +26,9 @@ from msfp_cli.calibrate import calibrate_
 from msfp_cli.chain import RecordOptions, record_both
 from msfp_cli.denoiser import replay
 from msfp_cli.export import load_calibrated
-from msfp_cli.layers import LayerParameters
 from msfp_cli.loading import load_pipeline
 from msfp_cli.observe import observe
+from msfp_cli.parameters import LayerParameters
 from msfp_cli.recipe import CalibrateRecipe
 from msfp_cli.recording import Recording
 from msfp_cli.rounding import Grid

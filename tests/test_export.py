@@ -29,7 +29,7 @@ from msfp_cli.quantizer import SCHEMA_VERSION
 from msfp_cli.recording import Recording
 from msfp_cli.routing import ROUTER, TABLE_SIZE
 from msfp_cli.run import Run
-from msfp_cli.surgery import quantized_layers
+from msfp_cli.surgery import prepare_, quantized_layers
 from msfp_cli.talora import tuned_names
 from msfp_cli.tuned import Tuned, served
 
@@ -239,7 +239,10 @@ def test_fine_tuned_export_computes_bit_for_bit_what_was_trained(
     memory = getattr(load_calibrated(calibration, "cpu", {component: tuned}), component)
     for call in Recording(run.held_out).calls(component):
         assert torch.equal(replay(reloaded, call), replay(memory, call))
+    rounded = held_out_errors(reloaded, run, component)
+    prepare_(reloaded, "reference")  # training computes in floating point, too
     error, last = held_out_errors(reloaded, run, component), tuned.history[-1]
+    assert rounded.relative() == pytest.approx(error.relative(), rel=1e-3)
     assert (error.relative(), tuple(error.by_timestep())) == (last.error, last.by_timestep)
     assert last.error != tuned.history[0].error
     assert tuned.unit == (1000.0 if name == "FluxPipeline" else 1.0)
@@ -257,6 +260,7 @@ def test_best_state_is_exported_and_not_the_last(fresh_run: Callable[..., Run], 
         device="cpu",
     )
     reloaded = DiffusionPipeline.from_pretrained(tmp_path / "export").unet
+    prepare_(reloaded, "reference")
     assert held_out_errors(reloaded, run, "unet").relative() == tuned.best.error
 
 

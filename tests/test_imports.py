@@ -19,8 +19,8 @@ FLOORS = {
     3: "batches calibration denoiser evaluation figures gallery generation loading measures noise observe pipeline "
     "quantizer recording reproduce run sensitivity student surgery training tuned",
     2: "extractors kernels layers plots reference search talora",
-    1: "asked atomic classifier clip cost denoising digest metrics packing processes report_page rounding routing "
-    "squeezenet",
+    1: "asked atomic classifier clip cost denoising digest metrics packing parameters processes report_page "
+    "rounding routing squeezenet",
     0: "__init__ errors formats keep progress recipe registration",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
@@ -77,8 +77,17 @@ def floor(name: str) -> int:
 
 
 def test_the_walk_sees_the_imports_it_is_to_judge() -> None:
-    assert imports_of("layers") == {"formats", "kernels", "packing", "rounding", "routing"}
-    assert imports_of("kernels.reference") == {"rounding"}
+    assert imports_of("layers") == {
+        "formats",
+        "kernels",
+        "kernels.kernel",
+        "kernels.reference",
+        "packing",
+        "parameters",
+        "rounding",
+        "routing",
+    }
+    assert imports_of("kernels.reference") == {"kernels.kernel", "rounding"}
     assert imports_of("export") >= {"__init__", "calibration", "quantizer"}
     assert imports_of("commands") >= {"commands.calibrate", "commands.console"}
     assert imports_of("__main__") == {"commands"}

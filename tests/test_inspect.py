@@ -51,3 +51,20 @@ def test_run_without_fine_tuning_names_the_command(tiny_tuned: Finetuned, copied
     for file in (copied(tiny_tuned.run.directory, "msfp-run") / "finetune").iterdir():
         file.unlink()
     assert only_line(msfp("inspect"), 1).endswith("run `msfp finetune` first")
+
+
+def test_kernels_are_shown_for_every_layer_of_the_export(tiny_tuned: Finetuned, copied: Copied, msfp: Invoke) -> None:
+    copied(tiny_tuned.run.directory, "msfp-run")
+    result = msfp("inspect", "--kernels", "--device", "cpu", "--json")
+    shown = json.loads(result.stdout)["unet"]
+    assert set(shown) == set(tiny_tuned.calibration.table("unet"))
+    assert {how["kernel"] for how in shown.values()} <= {"cpu", "reference"}
+    assert all(how["why"] if how["kernel"] == "reference" else not how["why"] for how in shown.values())
+    some = json.loads(msfp("inspect", "--kernels", "--layers", "*conv1", "--device", "cpu", "--json").stdout)["unet"]
+    assert some == {name: how for name, how in shown.items() if name.endswith("conv1")} != {}
+
+
+def test_kernels_of_no_layer_are_one_clear_line(tiny_tuned: Finetuned, copied: Copied, msfp: Invoke) -> None:
+    copied(tiny_tuned.run.directory, "msfp-run")
+    result = msfp("inspect", "--kernels", "--layers", "nothing*", "--device", "cpu")
+    assert "no layer matches 'nothing*'" in only_line(result, 2)

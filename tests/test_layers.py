@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from msfp_cli.errors import MsfpError, UsageError
 from msfp_cli.formats import FloatFormat
-from msfp_cli.layers import LayerParameters, QuantConv2d, QuantLinear
+from msfp_cli.layers import QuantConv2d, QuantLinear
 from msfp_cli.packing import packed_size
+from msfp_cli.parameters import LayerParameters
 from msfp_cli.rounding import Grid, fake_quantize, quantize
 from msfp_cli.routing import Route
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from safetensors.torch import load_file, save_file
 
 import msfp_cli
 from conftest import Chained, Finetuned, Invoke
-from msfp_cli.errors import CheckpointError, ModelError, MsfpError
+from msfp_cli.errors import CheckpointError, ModelError, MsfpError, UsageError
 from msfp_cli.layers import QuantConv2d, QuantLinear
 from msfp_cli.pipeline import MSFPPipeline, read_configs
 from msfp_cli.quantizer import MSFPConfig
+from msfp_cli.rounding import quantize
 from msfp_cli.routing import ROUTER
+from msfp_cli.surgery import quantized_layers
 
 Damage = Callable[[Path], None]
 
@@ -244,7 +247,43 @@ def test_description_names_the_source_and_the_formats(wrapper: MSFPPipeline, pro
     assert line.startswith(f"unet: {len(table)} quantized layers of {prompted_chained.calibration.source.model};")
     assert {str(p.weight) for p in table} <= set(line.replace(";", "").split())
     assert {str(p.input.format) for p in table} <= set(line.replace(",", "").split())
-    assert line.endswith(f"{unsigned} of them unsigned")
+    assert f", {unsigned} of them unsigned; run by cpu (" in line
+
+
+def draw_and_watch(export: Path, kernel: str, *, keep_packed: bool = False) -> tuple[np.ndarray, list[tuple[Any, ...]]]:
+    """Return a picture, and each quantized layer's grid and input in the order of the calls."""
+    pipe = MSFPPipeline.from_pretrained(export, device="cpu", kernel=kernel, keep_packed=keep_packed)
+    assert f"run by {kernel} (" in pipe.describe()
+    seen: list[tuple[Any, ...]] = []
+    for layer in quantized_layers(pipe.unet).values():
+        grid = layer.parameters_of.input
+        layer.register_forward_pre_hook(lambda _, args, grid=grid: seen.append((grid, args[0].clone())))
+    generator = torch.Generator().manual_seed(0)
+    picture = pipe("a red dress", num_inference_steps=2, guidance_scale=3.0, generator=generator).images[0]
+    return np.asarray(picture), seen
+
+
+def test_kernels_differ_by_last_digits_until_one_moves_a_code(fashion_chained: Chained) -> None:
+    """Pictures are alike, not equal: a last digit may move a value over a border to the next code, and codes cascade.
+
+    So it is with the reference itself: with sums in float64 instead of float32 its pictures differ as much from its own
+    as the integer kernel's do (docs/performance.md).
+    """
+    picture, by_cpu = draw_and_watch(fashion_chained.export, "cpu")
+    assert np.array_equal(picture, draw_and_watch(fashion_chained.export, "cpu", keep_packed=True)[0])
+    _, by_reference = draw_and_watch(fashion_chained.export, "reference")
+    compared = 0
+    for (grid, x), (_, y) in zip(by_cpu, by_reference, strict=True):
+        assert (x - y).abs().max() <= 1e-5 * y.abs().max()
+        compared += 1
+        if not torch.equal(quantize(x, grid), quantize(y, grid)):
+            break
+    assert compared > 10
+
+
+def test_unknown_kernel_is_refused(fashion_chained: Chained) -> None:
+    with pytest.raises(UsageError, match="unknown kernel 'gpu'; choose one of auto, "):
+        MSFPPipeline.from_pretrained(fashion_chained.export, device="cpu", kernel="gpu")
 
 
 def test_configs_are_read_by_component(prompted_chained: Chained) -> None:
@@ -260,7 +299,7 @@ def test_half_precision_leaves_codes_and_scales_alone(tiny_chained: Chained) -> 
     layers = {n: m for n, m in pipe.unet.named_modules() if isinstance(m, QuantLinear | QuantConv2d)}
     for name, layer in layers.items():
         assert layer.bias is None or layer.bias.dtype == torch.bfloat16
-        assert layer.weight_codes.dtype == torch.uint8
+        assert layer.packed_codes().dtype == torch.uint8
         assert torch.equal(layer.weight_scale, tiny_chained.calibration.scales["unet"][name])
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     whole, half = (p.unet(x.to(p.dtype), 500).sample.float() for p in (full, pipe))

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from msfp_cli.errors import CheckpointError, MsfpError
 from msfp_cli.formats import FloatFormat
-from msfp_cli.layers import LayerParameters, QuantConv2d, QuantLinear
+from msfp_cli.layers import QuantConv2d, QuantLinear
+from msfp_cli.parameters import LayerParameters
 from msfp_cli.rounding import Grid
 from msfp_cli.routing import ROUTER, TABLE_SIZE, RouterTable
 from msfp_cli.surgery import QuantizedModule, find_layers, quantized_layers, replace_layers_
@@ -190,6 +191,7 @@ def test_switching_denoiser_and_its_copy_do_not_touch_each_other() -> None:
     twin = copy.deepcopy(unet)
     assert all(torch.equal(output_at(twin, t), output) for t, output in zip(TIMESTEPS, expected, strict=True))
     twin.get_submodule(ROUTER).table.zero_()
+    twin.conv_out.restore_()
     twin.conv_out.weight_codes.zero_()
     assert not torch.equal(output_at(twin, 400), expected[1])
     assert all(torch.equal(output_at(unet, t), output) for t, output in zip(TIMESTEPS, expected, strict=True))

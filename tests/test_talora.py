@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from msfp_cli.errors import MsfpError
 from msfp_cli.formats import FloatFormat, formats_of_width
-from msfp_cli.layers import LayerParameters, QuantConv2d, QuantLinear
+from msfp_cli.layers import QuantConv2d, QuantLinear
+from msfp_cli.parameters import LayerParameters
 from msfp_cli.recipe import FinetuneRecipe
 from msfp_cli.rounding import Grid, dequantize, fake_quantize, quantize
 from msfp_cli.routing import TABLE_SIZE, Route, table_index
@@ -114,6 +115,7 @@ def test_zero_initialised_hub_is_the_identity(kind: str, grid: str, dtype: torch
     layer = float_layer(kind).to(dtype)
     expected = quantized_layer(layer, [INPUTS[grid]], hub=1)
     expected.store_(layer.weight.detach(), scales_of(layer.weight))
+    expected.prepare_("reference")
     tuned, x = tuned_layer(layer, INPUTS[grid]), input_of(layer).to(dtype)
     for member in range(SMALL.hub_size):
         open_(tuned, member)
@@ -129,6 +131,7 @@ def test_trained_member_computes_what_its_export_will(kind: str, grid: str) -> N
     stir_(tuned)
     export = quantized_layer(layer, moved_inputs(tuned), SMALL.hub_size)
     export.route = Route[int]()
+    export.prepare_("reference")
     for k in range(SMALL.hub_size):
         export.store_steps_(steps_of(tuned, k), tuned.scale, k)
     outputs = []

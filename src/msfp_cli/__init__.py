@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from msfp_cli.recipe import CalibrateRecipe, ModelSource, RecordRecipe
     from msfp_cli.record import record_calls
     from msfp_cli.rounding import Grid, dequantize, fake_quantize, quantize
+    from msfp_cli.surgery import prepare_
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _HOMES = {
     "recipe": ("CalibrateRecipe", "ModelSource", "RecordRecipe"),
     "record": ("record_calls",),
     "rounding": ("Grid", "dequantize", "fake_quantize", "quantize"),
+    "surgery": ("prepare_",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -52,6 +54,7 @@ __all__ = [  # noqa: PLE0604 (checked against _HOMES by a test)
     "fake_quantize",
     "load_calibrated",
     "load_pipeline",
+    "prepare_",
     "quantize",
     "quantize_",
     "record_calls",

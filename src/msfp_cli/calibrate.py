@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from msfp_cli.calibration import Calibration, LayerChoice, Score, quantize_
 from msfp_cli.denoiser import DenoiserCall, find_denoisers
 from msfp_cli.errors import CalibrationError
-from msfp_cli.layers import LayerParameters
 from msfp_cli.noise import output_error
 from msfp_cli.observe import LayerObservation, observe
+from msfp_cli.parameters import LayerParameters
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recipe import CalibrateRecipe, ModelSource, RecordRecipe
 from msfp_cli.recording import Recording
@@ -34,7 +34,7 @@ _SPACE = SearchSpace()
 
 
 @dataclass(frozen=True)
-class _Searched:
+class Searched:
     """One layer's choice and the scales of its weight."""
 
     choice: LayerChoice
@@ -84,7 +84,7 @@ def calibrate_(
 
 def _calibrate_one(
     component: str, denoiser: nn.Module, recording: Recording, recipe: CalibrateRecipe, progress: Progress
-) -> dict[str, _Searched]:
+) -> dict[str, Searched]:
     """Observe, search, measure and lift one denoiser."""
     _refuse_damaged(denoiser)
     num_calls = recording.num_calls(component)
@@ -99,26 +99,32 @@ def _calibrate_one(
             advance=advance,
         )
     layers = {name: layer for name, layer in find_layers(denoiser).items() if name in seen}
-    searched: dict[str, _Searched] = {}
+    searched: dict[str, Searched] = {}
     with progress.task(f"Searching {component}", len(layers)) as advance:
         for name, layer in layers.items():
-            searched[name] = _search_layer(name, layer, seen[name], recipe)
+            searched[name] = search_layer(name, layer, seen[name], recipe)
             advance(1)
     if recipe.lift == 0:
         return searched
     return _lift(component, denoiser, recording, recipe, seen, searched, progress)
 
 
-def _search_layer(
-    name: str, layer: nn.Linear | nn.Conv2d, seen: LayerObservation, recipe: CalibrateRecipe, *, lifted: bool = False
-) -> _Searched:
+def search_layer(
+    name: str,
+    layer: nn.Linear | nn.Conv2d,
+    seen: LayerObservation,
+    recipe: CalibrateRecipe,
+    space: SearchSpace = _SPACE,
+    *,
+    lifted: bool = False,
+) -> Searched:
     """Search one layer at the bits that the recipe gives it."""
     reason, weight_bits, input_bits = _bits(name, recipe, lifted=lifted)
     weight = inputs = None
     if weight_bits is not None:
-        weight = search_rows(layer.weight, recipe.weight_formats(weight_bits), _SPACE.for_bits(weight_bits))
+        weight = search_rows(layer.weight, recipe.weight_formats(weight_bits), space.for_bits(weight_bits))
     if input_bits is not None:
-        inputs = search_tensor(seen.values(), recipe.input_formats(input_bits), _SPACE.for_bits(input_bits))
+        inputs = search_tensor(seen.values(), recipe.input_formats(input_bits), space.for_bits(input_bits))
     best = inputs.winner if inputs else None
     grid = Grid.with_maximum(best.format, best.max_value[0], best.zero_point) if best else None
     choice = LayerChoice(
@@ -133,7 +139,7 @@ def _search_layer(
         input_scores=_scores(inputs),
     )
     scale = weight.winner.max_value.cpu() / weight.winner.format.largest if weight else None
-    return _Searched(choice, scale)
+    return Searched(choice, scale)
 
 
 def _bits(name: str, recipe: CalibrateRecipe, *, lifted: bool) -> tuple[str, int | None, int | None]:
@@ -175,9 +181,9 @@ def _lift(
     recording: Recording,
     recipe: CalibrateRecipe,
     seen: Mapping[str, LayerObservation],
-    searched: Mapping[str, _Searched],
+    searched: Mapping[str, Searched],
     progress: Progress,
-) -> dict[str, _Searched]:
+) -> dict[str, Searched]:
     """Measure the sensitivity of every layer left at the default bits, and lift the worst within the budget."""
     layers = find_layers(denoiser)
     calls = spread_calls(recording, component, recipe.sensitivity_calls)
@@ -189,12 +195,12 @@ def _lift(
         for name in candidates:
             with quantized_alone(layers[name], searched[name].choice.parameters, searched[name].scale):
                 error = output_error(denoiser, calls).relative()
-            result[name] = _Searched(replace(searched[name].choice, sensitivity=error), searched[name].scale)
+            result[name] = Searched(replace(searched[name].choice, sensitivity=error), searched[name].scale)
             advance(1)
     for name in choose_lifted({name: s.choice for name, s in result.items()}, recipe.lift):
-        lifted = _search_layer(name, layers[name], seen[name], recipe, lifted=True)
+        lifted = search_layer(name, layers[name], seen[name], recipe, lifted=True)
         choice = replace(lifted.choice, sensitivity=result[name].choice.sensitivity)
-        result[name] = _Searched(choice, lifted.scale)
+        result[name] = Searched(choice, lifted.scale)
     return result
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from msfp_cli.atomic import replace_directory
 from msfp_cli.digest import digest
 from msfp_cli.errors import CheckpointError, RunError, UsageError
-from msfp_cli.layers import LayerParameters
+from msfp_cli.parameters import LayerParameters
 from msfp_cli.recipe import CalibrateRecipe, ModelSource, RecordRecipe
 from msfp_cli.surgery import find_layers, replace_layers_
 

@@ -110,7 +110,7 @@ def export_(
         directory=str(directory),
         denoiser_bytes=size,
         half_precision_bytes=half,
-        hub_bytes=sum(layer.get_buffer("weight_codes")[1:].numel() + TABLE_SIZE for layer in switching),
+        hub_bytes=sum(layer.packed_codes()[1:].numel() + TABLE_SIZE for layer in switching),
         switching_layers=len(switching),
     )
 

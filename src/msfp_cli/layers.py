@@ -6,83 +6,34 @@ member of the layer's hub) and ``weight_scale`` (float32, one per output channel
 number per layer (formats, the input's scale and zero point) is no tensor: it is `LayerParameters`, a plain value that
 the checkpoint stores as JSON. A layer whose hub has several members reads from its route which one serves the timestep
 that the denoiser is at.
+
+How a layer runs is its kernel's business. A layer chooses one when it first runs, for the device it is on then; a
+kernel that keeps the weight in a form of its own lets the layer drop its codes, which come back when they are asked
+for: to be saved, copied, or moved to another device.
 """
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from msfp_cli.formats import FloatFormat
-from msfp_cli.kernels import KERNELS
+from msfp_cli.kernels import AUTO, choose_kernel
+from msfp_cli.kernels.kernel import Kernel
+from msfp_cli.kernels.reference import run_reference
 from msfp_cli.packing import pack, packed_size, unpack
+from msfp_cli.parameters import LayerParameters
 from msfp_cli.rounding import Grid, dequantize, quantize
 from msfp_cli.routing import Route
 
-
-@dataclass(frozen=True, kw_only=True)
-class LayerParameters:
-    """What one quantized layer needs besides its tensors.
-
-    Arguments:
-        weight: format of the weight, one scale per output channel; None leaves the weight in floating point.
-        input: grid of the input, one for the whole tensor; None leaves the input in floating point.
-        hub: sets of weights, of which the denoiser's router picks one by timestep.
-        further_inputs: grids of the input for the second set of weights and those after it; empty if they share one.
-    """
-
-    weight: FloatFormat | None = None
-    input: Grid | None = None
-    hub: int = 1
-    further_inputs: tuple[Grid, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.hub < 1 or len(self.further_inputs) not in (0, self.hub - 1):
-            raise ValueError(f"{len(self.further_inputs)} further inputs do not fit {self.hub} sets of weights")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; floats are exact in float32 and survive the trip."""
-        return {
-            "weight": None if self.weight is None else self.weight.name,
-            "input": None if self.input is None else _grid_to_json(self.input),
-            "hub": self.hub,
-            "further_inputs": [_grid_to_json(grid) for grid in self.further_inputs],
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "LayerParameters":
-        """Undo `to_json`.
-
-        Raises:
-            UsageError: a format is unknown.
-            KeyError, TypeError: a field is missing or of the wrong kind.
-        """
-        weight, grid = data["weight"], data["input"]
-        return cls(
-            weight=None if weight is None else FloatFormat.parse(weight),
-            input=None if grid is None else _grid_from_json(grid),
-            hub=int(data.get("hub", 1)),
-            further_inputs=tuple(_grid_from_json(further) for further in data.get("further_inputs", ())),
-        )
-
-    def input_of(self, member: int) -> Grid | None:
-        """Return the grid of the input that goes with a set of weights."""
-        return self.further_inputs[member - 1] if member and self.further_inputs else self.input
-
-
-def _grid_to_json(grid: Grid) -> dict[str, Any]:
-    return {"format": grid.format.name, "scale": grid.scale, "zero_point": grid.zero_point}
-
-
-def _grid_from_json(data: dict[str, Any]) -> Grid:
-    return Grid(FloatFormat.parse(data["format"]), float(data["scale"]), float(data["zero_point"]))
+_PIECE = 1 << 20  # bytes that are looked up at once: bounds the temporaries of a large weight
 
 
 class QuantizedLayer(Protocol):
     """What a kernel may ask of a layer."""
 
     parameters_of: LayerParameters
+    weight_shape: torch.Size
     bias: Tensor | None
 
     @property
@@ -90,7 +41,15 @@ class QuantizedLayer(Protocol):
         """The dequantized weight, shape of the float layer's."""
         ...
 
-    def member(self) -> int:
+    def get_buffer(self, target: str) -> Tensor:
+        """One of the layer's buffers."""
+        ...
+
+    def integers(self, member: int | Tensor) -> Tensor:
+        """Return the integers of a set of weights, int8, shape of the float weight."""
+        ...
+
+    def member(self) -> int | Tensor:
         """Which set of weights serves the timestep that the denoiser is at."""
         ...
 
@@ -103,9 +62,10 @@ class _Quantized(nn.Module):
     """The part that both layers share; the float layer's class comes second in the bases."""
 
     parameters_of: LayerParameters
-    kernel: str
+    kernel: Kernel | None
+    wish: tuple[str, bool]
     weight_shape: torch.Size
-    route: Route[int] | None
+    route: Route[int | Tensor] | None
     slot: int
     bias: Any  # nn.Parameter or None; torch types it differently in its two layers
 
@@ -114,7 +74,8 @@ class _Quantized(nn.Module):
         nn.Module.__init__(self)
         tensors = {"weight", "bias"} | set(layer.__dict__.keys() & nn.Module().__dict__.keys())
         self.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in tensors})
-        self.parameters_of, self.kernel, self.weight_shape = parameters, "reference", layer.weight.shape
+        self.parameters_of, self.kernel, self.weight_shape = parameters, None, layer.weight.shape
+        self.wish = (AUTO, False)
         self.training, self.route, self.slot = layer.training, None, 0
         self.register_parameter("bias", layer.bias)  # type: ignore[arg-type]
         if parameters.weight is None:
@@ -125,15 +86,68 @@ class _Quantized(nn.Module):
         self.register_buffer("weight_codes", torch.empty(parameters.hub, size, dtype=torch.uint8, device=device))
         self.register_buffer("weight_scale", torch.empty(layer.weight.shape[0], dtype=torch.float32, device=device))
 
+    def prepare_(self, kernel: str = AUTO, *, keep_packed: bool = False) -> str:
+        """Choose the kernel that runs this layer where it is now, and prepare it.
+
+        Arguments:
+            kernel: a name in `kernels.KERNELS`, or ``auto``.
+            keep_packed: keep the weight in 4 bits in memory, too, and unpack it at every call.
+
+        Returns:
+            Why other kernels were passed over; empty where the first one took it.
+
+        Raises:
+            UsageError: there is no such kernel.
+        """
+        chosen, reason = choose_kernel(self, kernel)  # type: ignore[arg-type]  # a layer, by way of its subclasses
+        self.restore_()
+        self.wish = (kernel, keep_packed)
+        self.kernel = chosen(self, keep_packed=keep_packed)  # type: ignore[arg-type]
+        if self.kernel.holds_weight:
+            del self._buffers["weight_codes"]
+        return reason
+
+    def restore_(self) -> None:
+        """Let go of the kernel, and take back the codes if it holds them; the next call chooses again."""
+        if self.kernel is not None and self.kernel.holds_weight:
+            self._buffers["weight_codes"] = self.packed_codes()
+        self.kernel = None
+
+    def packed_codes(self) -> Tensor:
+        """Return the packed codes, uint8, one row per set of weights, wherever they are held."""
+        if self.kernel is None or not self.kernel.holds_weight:
+            return self.get_buffer("weight_codes")
+        fmt = self._weight_format()
+        rows = [self.kernel.integers(member) for member in range(self.parameters_of.hub)]
+        return torch.stack([pack(quantize(row, Grid(fmt, 1.0)), fmt.bits) for row in rows])
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: ANN401 (torch's signature)
         """Move or convert the layer, but keep its scales in float32: float16 would turn small ones to 0."""
         scale = self._buffers.get("weight_scale")
+        if scale is not None and self.kernel is not None and fn(scale[:0]).device != scale.device:
+            self.restore_()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if scale is not None:
             moved = self.get_buffer("weight_scale")
             if moved.dtype != torch.float32:
                 self._buffers["weight_scale"] = scale.to(moved.device)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:  # noqa: ANN401 (torch's)
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        if self.kernel is not None and self.kernel.holds_weight:
+            destination[f"{prefix}weight_codes"] = self.packed_codes()
+
+    def _load_from_state_dict(self, *args: Any) -> None:  # noqa: ANN401 (torch's signature)
+        self.restore_()
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs: codes rather than a kernel, whose own form of the weight cannot be copied."""
+        state = self.__dict__.copy()
+        if self.kernel is not None and self.kernel.holds_weight:
+            state["_buffers"] = {**self._buffers, "weight_codes": self.packed_codes()}
+        return {**state, "kernel": None}
 
     @property
     def weight(self) -> Tensor:
@@ -144,26 +158,48 @@ class _Quantized(nn.Module):
         """
         if "weight" in self._parameters:
             return self._parameters["weight"]  # type: ignore[return-value]
-        if "weight_codes" not in self._buffers:
+        if "weight_scale" not in self._buffers:
             raise AttributeError("weight")
+        if self.kernel is not None and self.kernel.holds_weight:
+            return self.kernel.integers(self.member()).float() * self.weight_grid().scale
         return dequantize(self.codes(self.member()), self.weight_grid())
 
-    def member(self) -> int:
-        """Return which set of weights serves the timestep that the denoiser is at."""
+    def member(self) -> int | Tensor:
+        """Return which set of weights serves the timestep that the denoiser is at; a tensor while it is compiled."""
         return 0 if self.route is None else self.route.of(self.slot)
 
-    def codes(self, member: int = 0) -> Tensor:
+    def codes(self, member: int | Tensor = 0) -> Tensor:
         """Return the codes of one set of weights, uint8, shape of the float weight."""
+        return unpack(self._packed_row(member), self._weight_format().bits, self.weight_shape)
+
+    def integers(self, member: int | Tensor = 0) -> Tensor:
+        """Return the integers of one set of weights, int8, shape of the float weight; the format has to fit."""
+        if self.kernel is not None and self.kernel.holds_weight:
+            return self.kernel.integers(member)
+        bits, scale = self._weight_format().bits, self.get_buffer("weight_scale")
+        book = torch.tensor(self._weight_format().code_book, dtype=torch.int8, device=scale.device)
+        if bits != 4:
+            return book.index_select(0, self.codes(member).view(-1).int()).view(self.weight_shape)
+        # Both codes of a byte are looked up at once, as one int16, and a piece at a time: weights can be large.
+        byte = torch.arange(256, device=scale.device)
+        pairs = torch.stack([book[byte & 15], book[byte >> 4]], dim=1).view(torch.int16).view(-1)
+        pieces = torch.split(self._packed_row(member), _PIECE)
+        found = torch.cat([pairs.index_select(0, piece.int()) for piece in pieces])
+        return found.view(torch.int8)[: self.weight_shape.numel()].view(self.weight_shape)
+
+    def _packed_row(self, member: int | Tensor) -> Tensor:
+        packed = self.packed_codes()
+        return packed[member] if isinstance(member, int) else packed.index_select(0, member.view(1))[0]
+
+    def _weight_format(self) -> FloatFormat:
         fmt = self.parameters_of.weight
         assert fmt is not None, "this layer's weight is in floating point"
-        return unpack(self.get_buffer("weight_codes")[member], fmt.bits, self.weight_shape)
+        return fmt
 
     def weight_grid(self) -> Grid:
         """Return the weight's grid, one scale per output channel."""
-        fmt = self.parameters_of.weight
-        assert fmt is not None, "this layer's weight is in floating point"
         scale = self.get_buffer("weight_scale")
-        return Grid(fmt, scale.view(-1, *[1] * (len(self.weight_shape) - 1)))
+        return Grid(self._weight_format(), scale.view(-1, *[1] * (len(self.weight_shape) - 1)))
 
     def store_(self, weight: Tensor, scale: Tensor, member: int = 0) -> None:
         """Round a float weight to the layer's format and keep the codes.
@@ -184,14 +220,18 @@ class _Quantized(nn.Module):
             scale: float32, ``(out,)``; all members share it.
             member: which set of weights.
         """
-        fmt = self.parameters_of.weight
-        assert fmt is not None, "this layer's weight is in floating point"
+        fmt = self._weight_format()
+        self.restore_()
         self.get_buffer("weight_scale").copy_(scale)
         self.get_buffer("weight_codes")[member].copy_(pack(quantize(steps, Grid(fmt, 1.0)), fmt.bits))
 
     def forward(self, x: Tensor) -> Tensor:
         """Round the input, run the layer; the kernel decides how."""
-        return KERNELS[self.kernel](self, x)  # type: ignore[arg-type]
+        if self.kernel is None and not torch.compiler.is_compiling():
+            self.prepare_(self.wish[0], keep_packed=self.wish[1])
+        if self.kernel is None:
+            return run_reference(self, x)  # type: ignore[arg-type]
+        return self.kernel(self, x)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         """Name the formats beside torch's own description."""

@@ -1,6 +1,7 @@
 """`MSFPPipeline`: an exported checkpoint as a pipeline, with what only we know about it."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from msfp_cli.errors import CheckpointError, ModelError
+from msfp_cli.kernels import AUTO
 from msfp_cli.loading import load_pipeline
 from msfp_cli.quantizer import METHOD, MSFPConfig
 from msfp_cli.recipe import ModelSource
+from msfp_cli.surgery import prepare_, quantized_layers
 
 
 def read_configs(directory: Path) -> dict[str, MSFPConfig]:
@@ -63,22 +66,34 @@ class MSFPPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, *, dtype: torch.dtype | None = None, device: str | None = None
+        cls,
+        directory: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | None = None,
+        kernel: str = AUTO,
+        keep_packed: bool = False,
     ) -> "MSFPPipeline":
         """Load an exported directory.
 
         Arguments:
             dtype: of everything that is not quantized; None chooses float32 on a CPU and bfloat16 elsewhere.
             device: where to put it; None takes an accelerator if there is one.
+            kernel: how to run its layers, a name in `kernels.KERNELS`; ``auto`` takes the fastest that can.
+            keep_packed: keep weights in 4 bits in memory, too: half the memory, and slower.
 
         Raises:
             ModelError: it is not an export.
             CheckpointError: it is truncated, altered, or newer than this msfp.
+            UsageError: there is no such kernel, or it can run no layer.
         """
         directory = Path(directory)
         configs = read_configs(directory)
         name = None if dtype is None else str(dtype).removeprefix("torch.")
-        return cls(load_pipeline(ModelSource(model=str(directory), dtype=name), device), configs)
+        pipe = load_pipeline(ModelSource(model=str(directory), dtype=name), device)
+        for component in configs:
+            prepare_(getattr(pipe, component), kernel, keep_packed=keep_packed)
+        return cls(pipe, configs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the pipeline's own signature)
         """Call the stock pipeline."""
@@ -106,6 +121,13 @@ class MSFPPipeline:
             unsigned = sum(p.input is not None and not p.input.format.signed for p in table)
             lines.append(
                 f"{component}: {len(table)} quantized layers of {config.source.get('model', 'unknown')}; "
-                f"weights {' '.join(weights)}; inputs {' '.join(inputs)}, {unsigned} of them unsigned"
+                f"weights {' '.join(weights)}; inputs {' '.join(inputs)}, {unsigned} of them unsigned; "
+                f"run by {self._kernels(component)}"
             )
         return "\n".join(lines)
+
+    def _kernels(self, component: str) -> str:
+        """Return how many layers of a component each kernel runs."""
+        layers = quantized_layers(getattr(self.pipe, component)).values()
+        names = Counter("no kernel yet" if layer.kernel is None else layer.kernel.name for layer in layers)
+        return ", ".join(f"{name} ({count})" for name, count in names.most_common())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from msfp_cli.digest import digest
 from msfp_cli.errors import CheckpointError, MsfpError
-from msfp_cli.layers import LayerParameters
+from msfp_cli.parameters import LayerParameters
 from msfp_cli.registration import register
 from msfp_cli.surgery import replace_layers_
 

@@ -17,7 +17,7 @@ from msfp_cli.calibration import Calibration, LayerChoice
 from msfp_cli.errors import UsageError
 from msfp_cli.evaluation import Evaluation, Measured, OutputNoise
 from msfp_cli.figures import DISTANCES, FIGURES
-from msfp_cli.layers import LayerParameters
+from msfp_cli.parameters import LayerParameters
 from msfp_cli.pipeline import read_configs
 from msfp_cli.plots import draw_plots
 from msfp_cli.report_page import render

@@ -64,10 +64,16 @@ def _borders(fmt: FloatFormat, device: torch.device) -> Tensor:
     return torch.where(upper_is_even, torch.nextafter(middle, torch.zeros_like(middle)), middle)
 
 
-@lru_cache(maxsize=256)
-def code_book(fmt: FloatFormat, device: torch.device) -> Tensor:
-    """Return the code book as float32, ``(2**bits,)``."""
+def _make_code_book(fmt: FloatFormat, device: torch.device) -> Tensor:
     return torch.tensor(fmt.code_book, dtype=torch.float32, device=device)
+
+
+_cached_code_book = lru_cache(maxsize=256)(_make_code_book)
+
+
+def code_book(fmt: FloatFormat, device: torch.device) -> Tensor:
+    """Return the code book as float32, ``(2**bits,)``; a constant of the graph while it is compiled."""
+    return (_make_code_book if torch.compiler.is_compiling() else _cached_code_book)(fmt, device)
 
 
 def quantize(x: Tensor, grid: Grid) -> Tensor:
@@ -129,6 +135,8 @@ def round_steps(steps: Tensor, fmt: FloatFormat) -> Tensor:
     Arguments:
         steps: float32; overwritten where the format is unsigned.
     """
+    if fmt.is_uniform:
+        return (steps.clamp(-fmt.largest, fmt.largest) if fmt.signed else steps.clamp_(0, fmt.largest)).round_()
     if not fmt.signed:
         return _round_magnitudes(steps.clamp_(0, fmt.largest), fmt)
     return _round_magnitudes(steps.abs().clamp_max_(fmt.largest), fmt).copysign_(steps)

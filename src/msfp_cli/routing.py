@@ -90,7 +90,7 @@ class RouterTable(nn.Module):
 
     def __init__(self, num_layers: int, unit: float, device: torch.device | None = None) -> None:
         super().__init__()
-        self.unit, self.route = unit, Route[int]()
+        self.unit, self.route = unit, Route[int | Tensor]()
         self.register_buffer("table", torch.zeros(TABLE_SIZE, num_layers, dtype=torch.uint8, device=device))
 
     def choices(self, timestep: float) -> list[int]:
@@ -98,18 +98,30 @@ class RouterTable(nn.Module):
         row: list[int] = self.get_buffer("table")[table_index(timestep, self.unit)].tolist()
         return row
 
+    def compiled_choices(self, timestep: Tensor) -> Sequence[Tensor]:
+        """Return the same as tensors, int64 of one element, for a graph that serves every timestep.
+
+        A compiled call cannot look whether the rows of a batch share their timestep; the first row's counts.
+        """
+        row = (timestep.reshape(-1)[:1].double() * self.unit).round().clamp(0, TABLE_SIZE - 1)
+        return torch.split(self.get_buffer("table").index_select(0, row.long())[0].long(), 1)
+
     def attach_(self, denoiser: nn.Module) -> None:
         """Become a module of the denoiser and listen to its calls."""
         denoiser.add_module(ROUTER, self)
-        self._signature = inspect.signature(denoiser.forward)
+        names = list(inspect.signature(denoiser.forward).parameters)
+        self._position = names.index("timestep") if "timestep" in names else len(names)
         denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
         denoiser.register_forward_hook(self._after, always_call=True)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = self._signature.bind(*args, **kwargs).arguments.get("timestep")
+        timestep = args[self._position] if len(args) > self._position else kwargs.get("timestep")
         if timestep is None:
             raise MsfpError("the denoiser was called without its timestep, which its router needs")
-        self.route.open(self.choices(shared_timestep(timestep)))
+        if torch.compiler.is_compiling() and isinstance(timestep, Tensor):
+            self.route.open(self.compiled_choices(timestep))
+        else:
+            self.route.open(self.choices(shared_timestep(timestep)))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
         self.route.close()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from msfp_cli.calibration import LayerChoice
 from msfp_cli.denoiser import DenoiserCall, take_rows
-from msfp_cli.layers import LayerParameters
+from msfp_cli.parameters import LayerParameters
 from msfp_cli.recording import Recording
 from msfp_cli.rounding import Grid, fake_quantize
 

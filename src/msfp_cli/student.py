@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from msfp_cli.denoiser import DenoiserCall, call_again
-from msfp_cli.layers import LayerParameters
 from msfp_cli.noise import OutputError
+from msfp_cli.parameters import LayerParameters
 from msfp_cli.recipe import FinetuneRecipe
 from msfp_cli.surgery import replace_layers_
 from msfp_cli.talora import Router, tune_layers_

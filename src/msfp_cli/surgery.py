@@ -4,8 +4,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from msfp_cli.errors import CheckpointError
-from msfp_cli.layers import LayerParameters, QuantConv2d, QuantLinear
+from msfp_cli.errors import CheckpointError, UsageError
+from msfp_cli.kernels import AUTO
+from msfp_cli.layers import QuantConv2d, QuantLinear
+from msfp_cli.parameters import LayerParameters
 from msfp_cli.routing import RouterTable
 
 QuantizedModule = QuantLinear | QuantConv2d
@@ -64,12 +66,39 @@ def replace_layers_(
     return replaced
 
 
+def prepare_(denoiser: nn.Module, kernel: str = AUTO, *, keep_packed: bool = False) -> dict[str, tuple[str, str]]:
+    """Choose and prepare the kernel of every quantized layer, for the device it is on.
+
+    A layer does so by itself when it first runs. Call this to choose otherwise, to have it done before the first call,
+    or before ``torch.compile``, which takes the layers as they are: unprepared ones run the reference.
+
+    Arguments:
+        kernel: a name in `kernels.KERNELS`, or ``auto``; a layer that it refuses runs the reference.
+        keep_packed: keep weights in 4 bits in memory, too, and unpack each at every call.
+
+    Returns:
+        By layer name, the kernel that it got, and why others were passed over.
+
+    Raises:
+        UsageError: there is no such kernel, or it refuses every layer.
+    """
+    chosen: dict[str, tuple[str, str]] = {}
+    for name, layer in quantized_layers(denoiser).items():
+        reason = layer.prepare_(kernel, keep_packed=keep_packed)
+        assert layer.kernel is not None, "it was prepared"
+        chosen[name] = (layer.kernel.name, reason)
+    if chosen and kernel != AUTO and all(name != kernel for name, _ in chosen.values()):
+        name, (_, reason) = next(iter(chosen.items()))
+        raise UsageError(f"kernel {kernel!r} can run none of the {len(chosen)} layers; {name}: {reason}")
+    return chosen
+
+
 def _attach_router_(denoiser: nn.Module, layers: Mapping[str, QuantizedModule], unit: float) -> None:
     """Give the layers with several sets of weights a common router, if there are any."""
     switching = [layers[name] for name in sorted(layers) if layers[name].parameters_of.hub > 1]
     if not switching:
         return
-    router = RouterTable(len(switching), unit, device=switching[0].get_buffer("weight_codes").device)
+    router = RouterTable(len(switching), unit, device=switching[0].get_buffer("weight_scale").device)
     for slot, layer in enumerate(switching):
         layer.route, layer.slot = router.route, slot
     router.attach_(denoiser)

@@ -26,7 +26,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from msfp_cli.formats import FloatFormat
-from msfp_cli.layers import LayerParameters
+from msfp_cli.parameters import LayerParameters
 from msfp_cli.recipe import FinetuneRecipe
 from msfp_cli.rounding import Grid, fake_quantize, fake_quantize_learned, round_steps
 from msfp_cli.routing import TABLE_SIZE, Route, table_index

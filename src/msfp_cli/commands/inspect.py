@@ -1,13 +1,14 @@
-"""`msfp inspect`: show what fine-tuning learned, timestep by timestep."""
+"""`msfp inspect`: show what fine-tuning learned, timestep by timestep, and how the layers of an export run."""
 
 import fnmatch
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from msfp_cli.commands import console
-from msfp_cli.commands.options import JsonOption, RunOption
+from msfp_cli.commands.options import DeviceOption, JsonOption, RunOption
 from msfp_cli.recipe import DEFAULT_RUN
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ Examples:
     msfp inspect
 
     msfp inspect --layers 'up_blocks.1*'
+
+    msfp inspect --kernels
 """
 _DEPTH = 2  # parts of a layer's name that make a row of the map
 
@@ -30,9 +33,16 @@ _DEPTH = 2  # parts of a layer's name that make a row of the map
 def inspect(
     run: RunOption = DEFAULT_RUN,
     layers: Annotated[str | None, typer.Option(help="Pattern of layers to show one by one.")] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Show which kernel runs each layer of the latest export here, and why.")
+    ] = False,
+    device: DeviceOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Show what fine-tuning learned."""
+    """Show what fine-tuning learned, or how an export runs."""
+    if kernels:
+        _show_kernels(run, layers, device, as_json=json_)
+        return
     from msfp_cli.errors import RunError, UsageError
     from msfp_cli.run import Run
     from msfp_cli.talora import tuned_names
@@ -54,6 +64,33 @@ def inspect(
         _show_errors(component, tuned)
         _show_map(component, {name: members[name] for name in shown}, one_by_one=layers is not None)
     console.result(str(state.directory / "finetune"), result, as_json=json_)
+
+
+def _show_kernels(run: Path, pattern: str | None, device: str | None, *, as_json: bool) -> None:
+    """Print which kernel runs which layers of the latest export, and why others were passed over."""
+    from msfp_cli.errors import UsageError
+    from msfp_cli.loading import quiet_libraries
+    from msfp_cli.pipeline import MSFPPipeline
+    from msfp_cli.run import Run
+    from msfp_cli.surgery import prepare_
+
+    export = Run(run).latest_export()
+    quiet_libraries()
+    pipe = MSFPPipeline.from_pretrained(export, device=device)
+    result: dict[str, dict[str, dict[str, str]]] = {}
+    for component in pipe.configs:
+        chosen = prepare_(getattr(pipe, component))
+        shown = {name: how for name, how in chosen.items() if pattern is None or fnmatch.fnmatchcase(name, pattern)}
+        if not shown:
+            raise UsageError(f"no layer matches {pattern!r}; the first of {len(chosen)} is {next(iter(chosen))!r}")
+        result[component] = {name: {"kernel": kernel, "why": why} for name, (kernel, why) in shown.items()}
+        if pattern is not None:
+            rows = [[name, kernel, why] for name, (kernel, why) in shown.items()]
+            console.table(f"{component}: kernels", ["layer", "kernel", "why no other"], rows)
+        else:
+            rows = [[kernel, why, str(count)] for (kernel, why), count in Counter(shown.values()).most_common()]
+            console.table(f"{component}: kernels", ["kernel", "why no other", "layers"], rows)
+    console.result(str(export), result, as_json=as_json)
 
 
 def _errors(tuned: "Tuned") -> list[dict[str, float]]:

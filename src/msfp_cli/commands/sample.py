@@ -42,6 +42,10 @@ def sample(
         bool, typer.Option("--compare", help="Add the full-precision pictures of the same seeds.")
     ] = False,
     batch_size: BatchOption = 8,
+    kernel: Annotated[str, typer.Option(help="How to run the layers: auto, cpu, or reference.")] = "auto",
+    keep_packed: Annotated[
+        bool, typer.Option("--keep-packed", help="Keep weights in 4 bits in memory, too: half the memory, and slower.")
+    ] = False,
     run: RunOption = DEFAULT_RUN,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -51,13 +55,15 @@ def sample(
     """Make pictures."""
     from msfp_cli.recipe import ModelSource
 
-    given = ModelSource(model="", dtype=dtype)
+    ModelSource(model="", dtype=dtype)  # an unknown dtype is refused before torch is loaded
+
+    import torch
 
     from msfp_cli.atomic import refuse_existing
     from msfp_cli.chain import expand_conditions, read_prompts
     from msfp_cli.generation import Sampling, conditioning_of
     from msfp_cli.loading import load_pipeline, quiet_libraries
-    from msfp_cli.pipeline import read_configs
+    from msfp_cli.pipeline import MSFPPipeline, read_configs
     from msfp_cli.run import Run
     from msfp_cli.sample import make_pictures, save_pictures
 
@@ -74,7 +80,11 @@ def sample(
     )
     quiet_libraries()
     progress = console.ConsoleProgress()
-    pipe = load_pipeline(ModelSource(model=str(directory), dtype=given.dtype), device)
+    dtype_ = None if dtype is None else getattr(torch, dtype)
+    quantized = MSFPPipeline.from_pretrained(
+        directory, dtype=dtype_, device=device, kernel=kernel, keep_packed=keep_packed
+    )
+    pipe = quantized.pipe
     conditions = expand_conditions(asked, num_images, conditioning_of(pipe))
     sheets = [make_pictures(pipe, conditions, sampling, title="MSFP", progress=progress)]
     if compare:
