@@ -1,0 +1,359 @@
+"""Time and memory of one denoiser call: float32, our kernels, and the peers that run on a CPU.
+
+    python benchmarks/execution.py --work DIR [--models a,b] [--only TEXT] [--calls N] [--peers PYTHON] [--profile]
+        [--markdown FILE]
+
+Three denoisers: the built-in pipeline's UNet, 16 rows; a UNet with the configuration of Stable Diffusion 1.5, latents
+of 64x64, 2 rows; a DiTTransformer2DModel with that of DiT-XL/2 at 512 pixels, 2 rows. The last two have random weights,
+and their input grids are chosen on random inputs: that says nothing of pictures, and all of speed, which does not
+depend on the values. Each row of the table is a fresh process that loads the denoiser from disk and calls it; the
+median of the calls after the first counts, and the largest resident size of the process, libraries and all. Weights in
+memory are counted tensor by tensor. Peers are called through their own interface, in an environment where they are
+installed (`peers.py` makes one); what fails is listed with the reason. Leave the machine alone meanwhile. Linux only.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+Arguments = dict[str, Any]
+SD15 = {"sample_size": 64, "cross_attention_dim": 768}  # the class's other defaults are SD 1.5's
+DIT_XL = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "sample_size": 64,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+    "norm_type": "ada_norm_zero",
+}
+CLASSES: dict[str, Any] = {
+    "built-in": UNet2DConditionModel,
+    "sd15": UNet2DConditionModel,
+    "dit-xl": DiTTransformer2DModel,
+}
+TITLES = {"built-in": "built-in pipeline, 16 rows", "sd15": "SD 1.5-sized UNet, 2 rows", "dit-xl": "DiT-XL/2, 2 rows"}
+ROWS = (
+    "float32",
+    "msfp reference",
+    "msfp cpu",
+    "msfp cpu, packed",
+    "msfp cpu, compiled",
+    "float32, compiled",
+    "sdnq int8, int8 inputs",
+    "sdnq uint4",
+    "torchao int8, int8 inputs",
+    "torchao int8",
+    "quanto qint8",
+    "quanto qint4",
+)
+
+
+def inputs_of(name: str, denoiser: Any) -> Arguments:  # noqa: ANN401 (a diffusers model)
+    """Return the arguments of one call, drawn with seed 0."""
+    generator = torch.Generator().manual_seed(0)
+    config = denoiser.config
+    rows = 16 if name == "built-in" else 2
+    sample = torch.randn(rows, config.in_channels, config.sample_size, config.sample_size, generator=generator)
+    if name == "dit-xl":
+        return {
+            "hidden_states": sample,
+            "timestep": torch.full((rows,), 500),
+            "class_labels": torch.arange(rows),
+            "return_dict": False,
+        }
+    text = torch.randn(rows, 77, config.cross_attention_dim, generator=generator)
+    return {"sample": sample, "timestep": torch.tensor(500), "encoder_hidden_states": text, "return_dict": False}
+
+
+# What is loaded: made once, kept in --work.
+
+
+def make_float(name: str, directory: Path) -> None:
+    """Write the float32 denoiser."""
+    if name == "built-in":
+        from msfp_cli.loading import BUILT_IN, load_pipeline
+        from msfp_cli.recipe import ModelSource
+
+        load_pipeline(ModelSource(model=BUILT_IN), "cpu").unet.save_pretrained(directory)
+        return
+    torch.manual_seed(0)
+    denoiser = UNet2DConditionModel(**SD15) if name == "sd15" else DiTTransformer2DModel(**DIT_XL)
+    denoiser.save_pretrained(directory)
+
+
+@torch.no_grad()
+def make_quantized(name: str, source: Path, directory: Path) -> None:
+    """Choose W4A4 formats on one call, with the default recipe's rules but no lift, and write the denoiser."""
+    from msfp_cli.calibrate import search_layer
+    from msfp_cli.denoiser import DenoiserCall
+    from msfp_cli.observe import observe
+    from msfp_cli.quantizer import MSFPConfig, mark_quantized_
+    from msfp_cli.recipe import CalibrateRecipe
+    from msfp_cli.search import SearchSpace
+    from msfp_cli.surgery import find_layers, quantized_layers, replace_layers_
+
+    denoiser = CLASSES[name].from_pretrained(source)
+    arguments = inputs_of(name, denoiser)
+    del arguments["return_dict"]
+    call = DenoiserCall(component="denoiser", timestep=500.0, arguments=arguments, output=torch.zeros(2))
+    generator = torch.Generator().manual_seed(0)
+    seen = observe(denoiser, [call], 1, max_samples=20_000, generator=generator, advance=lambda steps, note="": None)
+    layers = {layer: module for layer, module in find_layers(denoiser).items() if layer in seen}
+    space = SearchSpace(num_maxima=20, num_zero_points=5, num_refinements=0)
+    table, scales = {}, {}
+    for layer, module in layers.items():
+        found = search_layer(layer, module, seen[layer], CalibrateRecipe(lift=0.0), space)
+        table[layer], scales[layer] = found.choice.parameters, found.scale
+    for layer, quantized in replace_layers_(denoiser, table).items():
+        quantized.store_(layers.pop(layer).weight.detach(), scales[layer])
+    described = {layer: quantized.parameters_of.to_json() for layer, quantized in quantized_layers(denoiser).items()}
+    mark_quantized_(denoiser, MSFPConfig(layers=described))
+    denoiser.save_pretrained(directory)
+
+
+# One row: load, call, report. Runs in a process of its own.
+
+
+def load_msfp(path: Path, name: str, kernel: str, *, keep_packed: bool = False) -> nn.Module:
+    """Load a quantized denoiser and prepare its layers."""
+    import msfp_cli
+
+    denoiser: nn.Module = CLASSES[name].from_pretrained(path / f"{name}-msfp")
+    msfp_cli.prepare_(denoiser, kernel, keep_packed=keep_packed)
+    return denoiser
+
+
+def load_peer(path: Path, name: str, row: str) -> nn.Module:
+    """Load the float32 denoiser and quantize it with a peer."""
+    denoiser: Any = CLASSES[name].from_pretrained(path / f"{name}-float32")
+    if row.startswith("sdnq"):
+        os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")
+        from sdnq import SDNQConfig, sdnq_post_load_quant
+
+        options = {"weights_dtype": "uint4"} if "uint4" in row else {"use_quantized_matmul": True}
+        sdnq_post_load_quant(denoiser, quantization_config=SDNQConfig(quant_conv=True, **options))
+    elif row.startswith("torchao"):
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+
+        quantize_(denoiser, Int8DynamicActivationInt8WeightConfig() if "inputs" in row else Int8WeightOnlyConfig())
+    else:
+        from optimum.quanto import freeze, quantize
+
+        quantize(denoiser, weights=row.split()[1])
+        freeze(denoiser)
+    return denoiser
+
+
+def load_row(path: Path, name: str, row: str) -> nn.Module:
+    """Load the denoiser of a row."""
+    if row.startswith("float32"):
+        denoiser: nn.Module = CLASSES[name].from_pretrained(path / f"{name}-float32")
+    elif row.startswith("msfp"):
+        kernel = row.removeprefix("msfp ").partition(",")[0]
+        denoiser = load_msfp(path, name, kernel, keep_packed=row.endswith("packed"))
+    else:
+        denoiser = load_peer(path, name, row)
+    return denoiser
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Count the bytes of a model's tensors, what kernels hold among them."""
+    held = list(module.parameters()) + list(module.buffers())
+    for layer in module.modules():
+        kernel = getattr(layer, "kernel", None)
+        held += [tensor for tensor in getattr(kernel, "weights", ())]
+    return sum(_bytes(tensor) for tensor in held)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Count one tensor's bytes; those of a tensor that wraps others are theirs."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+def peak_bytes() -> int:
+    """Return the largest resident size of this process so far."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("no VmHWM in /proc/self/status: this needs Linux")
+
+
+@torch.no_grad()
+def measure(path: Path, name: str, row: str, calls: int) -> Arguments:
+    """Load, call, and return what it took."""
+    if row.startswith("msfp"):
+        import msfp_cli.pipeline  # noqa: F401 (libraries are not what loading costs)
+    before, start = peak_bytes(), time.perf_counter()
+    denoiser = load_row(path, name, row)
+    loading, loaded = time.perf_counter() - start, peak_bytes()
+    arguments = inputs_of(name, denoiser)
+    called: Callable[..., Any] = torch.compile(denoiser, fullgraph=True) if "compiled" in row else denoiser
+    seconds = []
+    for _ in range(calls + 1):
+        start = time.perf_counter()
+        called(**arguments)
+        seconds.append(time.perf_counter() - start)
+    return {
+        "seconds": statistics.median(seconds[1:]),
+        "first": seconds[0],
+        "loading": loading,
+        "loading_bytes": loaded - before,
+        "peak_bytes": peak_bytes(),
+        "weight_bytes": tensor_bytes(denoiser),
+    }
+
+
+# Where the time of a call goes.
+
+
+@contextmanager
+def named_rounding() -> Iterator[None]:
+    """Let the profiler see the rounding of inputs as one thing."""
+    from msfp_cli.kernels import cpu
+
+    plain = cpu.round_to_bytes
+
+    def named(*arguments: Any) -> list[Tensor]:  # noqa: ANN401
+        with torch.profiler.record_function("msfp: rounding inputs"):
+            return plain(*arguments)
+
+    cpu.round_to_bytes = named  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        cpu.round_to_bytes = plain
+
+
+KINDS = {
+    "8-bit products": ("onednn::q",),
+    "rounding inputs": ("msfp: rounding",),
+    "attention": ("aten::scaled_dot_product_attention",),
+    "norms": ("aten::group_norm", "aten::layer_norm"),
+    "activation functions": ("aten::silu", "aten::gelu"),
+}
+
+
+@torch.no_grad()
+def profile(path: Path, name: str) -> dict[str, float]:
+    """Return the seconds of one call by kind of work."""
+    denoiser = load_msfp(path, name, "cpu")
+    arguments = inputs_of(name, denoiser)
+    denoiser(**arguments)
+    with named_rounding(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        start = time.perf_counter()
+        denoiser(**arguments)
+        total = time.perf_counter() - start
+    seconds = {
+        kind: sum(e.cpu_time_total for e in profiler.key_averages() if e.key.startswith(names)) / 1e6
+        for kind, names in KINDS.items()
+    }
+    return {**seconds, "everything else": total - sum(seconds.values()), "the whole call": total}
+
+
+# The table.
+
+
+def run_row(arguments: argparse.Namespace, name: str, row: str) -> Arguments:
+    """Measure a row in a fresh process, and return its figures or the reason that there are none."""
+    ours = row.startswith(("float32", "msfp"))
+    python = sys.executable if ours else arguments.peers
+    if python is None:
+        return {"failed": "give --peers, a Python where it is installed"}
+    command = [python, __file__, "--work", str(arguments.work), "--calls", str(arguments.calls)]
+    finished = subprocess.run(
+        [*command, "--measure", name, "--only", row], capture_output=True, text=True, timeout=arguments.timeout
+    )
+    lines = finished.stdout.strip().splitlines()
+    if finished.returncode:
+        return {"failed": (finished.stderr.strip().splitlines() or ["killed"])[-1][:160]}
+    figures: Arguments = json.loads(lines[-1])
+    return figures
+
+
+def table(name: str, results: dict[str, Arguments]) -> list[str]:
+    """Return a model's table."""
+    base = results.get("float32", {})
+    lines = [
+        f"### {TITLES[name]}",
+        "",
+        "| | seconds a call | times faster | weights, MB | of float32 | peak of the process, MB | loading, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row, figures in results.items():
+        if "failed" in figures:
+            lines.append(f"| {row} | {figures['failed']} | | | | | |")
+            continue
+        faster, smaller = base["seconds"] / figures["seconds"], figures["weight_bytes"] / base["weight_bytes"]
+        lines.append(
+            f"| {row} | {figures['seconds']:.3f} | {faster:.2f} | {figures['weight_bytes'] / 1e6:.1f} | {smaller:.3f} "
+            f"| {figures['peak_bytes'] / 1e6:.0f} | {figures['loading']:.1f} |"
+        )
+    return lines
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="keep the models here")
+    parser.add_argument("--models", default=",".join(CLASSES), help="which of them")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--calls", type=int, default=3, help="counted calls")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds that a row may take")
+    parser.add_argument("--peers", help="a Python where the peers are installed")
+    parser.add_argument("--profile", action="store_true", help="show where the time goes instead")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file as well")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Make what is missing, measure, print."""
+    arguments = parse()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.work, arguments.measure, arguments.only, arguments.calls)))
+        return
+    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.calls} calls a row", ""]
+    for name in arguments.models.split(","):
+        plain, quantized = (arguments.work / f"{name}-{kind}" for kind in ("float32", "msfp"))
+        if not plain.exists():
+            make_float(name, plain)
+        if not quantized.exists():
+            make_quantized(name, plain, quantized)
+        if arguments.profile:
+            seconds = profile(arguments.work, name)
+            lines += [f"### {TITLES[name]}", "", "| | seconds | share |", "|---|---|---|"]
+            lines += [f"| {kind} | {s:.3f} | {s / seconds['the whole call']:.0%} |" for kind, s in seconds.items()]
+        else:
+            results = {}
+            for row in (row for row in ROWS if arguments.only in row or row == "float32"):
+                results[row] = run_row(arguments, name, row)
+                print(name, row, results[row], file=sys.stderr, flush=True)
+            lines += table(name, results)
+        lines.append("")
+    print("\n".join(lines))
+    if arguments.markdown:
+        arguments.markdown.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
