@@ -310,6 +310,15 @@ def test_cpu_without_vnni_refuses_what_could_overflow_16_bits(monkeypatch: pytes
             assert (choose_kernel(layer)[0].name == "cpu") == fits, (fmt, weight)
 
 
+def test_other_processors_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = linear(grid=grid_of(INPUTS["ue2m2"]))
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert choose_kernel(layer) == (KERNELS["reference"], "cpu: it needs oneDNN on an x86 CPU")
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert choose_kernel(layer)[0].name == "reference"
+
+
 def test_unknown_kernel_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(UsageError, match="unknown kernel 'gpu'; choose one of auto, .*cpu.*reference"):
         choose_kernel(linear(), "gpu")

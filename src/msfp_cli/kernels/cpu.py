@@ -20,6 +20,7 @@ fused pass by inductor took 3.3. Under ``torch.compile`` it is fused with what c
 Without VNNI a CPU adds two products in 16 bits, so formats whose pair could overflow are refused there.
 """
 
+import platform
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -96,6 +97,8 @@ class Cpu(Kernel):
         device = layer.get_buffer("weight_scale").device.type
         if device != "cpu":
             return f"the layer is on {device}"
+        if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+            return "it needs oneDNN on an x86 CPU"
         for fmt, integer_bits in ((weight, WEIGHT_INTEGER_BITS), (grid.format, INPUT_INTEGER_BITS)):
             if fmt.integer_bits > integer_bits:
                 return f"{fmt} takes integers of {fmt.integer_bits} bits"
