@@ -1,7 +1,7 @@
 """Time and memory of one denoiser call: float32, our kernels, and the peers that run on a CPU.
 
-    python benchmarks/execution.py --work DIR [--models a,b] [--only TEXT] [--calls N] [--peers PYTHON] [--profile]
-        [--markdown FILE]
+    python benchmarks/execution.py --work DIR [--models a,b] [--only TEXT] [--skip TEXT] [--calls N] [--peers PYTHON]
+        [--profile] [--markdown FILE]
 
 Three denoisers: the built-in pipeline's UNet, 16 rows; a UNet with the configuration of Stable Diffusion 1.5, latents
 of 64x64, 2 rows; a DiTTransformer2DModel with that of DiT-XL/2 at 512 pixels, 2 rows. The last two have random weights,
@@ -280,9 +280,11 @@ def run_row(arguments: argparse.Namespace, name: str, row: str) -> Arguments:
     if python is None:
         return {"failed": "give --peers, a Python where it is installed"}
     command = [python, __file__, "--work", str(arguments.work), "--calls", str(arguments.calls)]
-    finished = subprocess.run(
-        [*command, "--measure", name, "--only", row], capture_output=True, text=True, timeout=arguments.timeout
-    )
+    command += ["--measure", name, "--only", row]
+    try:
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took more than {arguments.timeout:.0f} s for {arguments.calls + 1} calls"}
     lines = finished.stdout.strip().splitlines()
     if finished.returncode:
         return {"failed": (finished.stderr.strip().splitlines() or ["killed"])[-1][:160]}
@@ -317,6 +319,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="keep the models here")
     parser.add_argument("--models", default=",".join(CLASSES), help="which of them")
     parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--skip", default="nothing", help="leave out rows whose name contains this")
     parser.add_argument("--calls", type=int, default=3, help="counted calls")
     parser.add_argument("--timeout", type=float, default=900, help="seconds that a row may take")
     parser.add_argument("--peers", help="a Python where the peers are installed")
@@ -345,7 +348,8 @@ def main() -> None:
             lines += [f"| {kind} | {s:.3f} | {s / seconds['the whole call']:.0%} |" for kind, s in seconds.items()]
         else:
             results = {}
-            for row in (row for row in ROWS if arguments.only in row or row == "float32"):
+            asked = [row for row in ROWS if arguments.only in row and arguments.skip not in row]
+            for row in dict.fromkeys(("float32", *asked)):
                 results[row] = run_row(arguments, name, row)
                 print(name, row, results[row], file=sys.stderr, flush=True)
             lines += table(name, results)
