@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where everything is kept")
     parser.add_argument("--updates", type=int, default=300)
     parser.add_argument("--num-images", type=int, default=64)
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="just the rows whose name has it")
     parser.add_argument("--steps", type=int, default=20, help="of the sampler")
     parser.add_argument("--reference", type=Path, help="real pictures, see `msfp evaluate --reference`")
     parser.add_argument("--device", default="cpu")
@@ -164,7 +165,7 @@ def main() -> None:
     quiet_libraries()
     model = arguments.model if arguments.model == BUILT_IN else os.path.abspath(arguments.model)
     source, evaluations = ModelSource(model=model), {}
-    for name in ROWS:
+    for name in (name for name in ROWS if not arguments.only or any(text in name for text in arguments.only)):
         evaluations[name] = evaluated(arguments.work, source, name, arguments)
         print(line(name, evaluations[name].models[-1], [figure.key for figure in FIGURES]), flush=True)
     text = f"{head(next(iter(evaluations.values())), arguments)}\n\n{table(evaluations)}\n"
