@@ -10,7 +10,7 @@ unsigned, and the shift is oneDNN's integer zero point, which it subtracts in in
 bits may have integers of up to 16 bits: these are two planes of bytes, two products, and a sum.
 
 A convolution pads with real zeros, not with ``z``, so the constant is too much where the kernel reaches over the edge.
-Those outputs are a frame, at most as wide as the padding: `_subtract_frame_` takes from them ``z s_w[o] sum(q_w[o])``
+Those outputs are a frame, at most as wide as the padding: `subtract_frame_` takes from them ``z s_w[o] sum(q_w[o])``
 over the taps that lie outside, in four strips (derivation: ours).
 
 Rounding the input is a dozen passes, and over a whole tensor they cost more than the product. They are done piece by
@@ -22,13 +22,13 @@ Without VNNI a CPU adds two products in 16 bits, so formats whose pair could ove
 
 import platform
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from msfp_cli.formats import INPUT_INTEGER_BITS, WEIGHT_INTEGER_BITS
+from msfp_cli.kernels.geometry import Geometry, subtract_frame_, tap_sums
 from msfp_cli.kernels.kernel import Kernel
 from msfp_cli.kernels.reference import input_grid, run_reference
 from msfp_cli.rounding import Grid, round_steps
@@ -38,45 +38,6 @@ if TYPE_CHECKING:
 
 _PIECE = 1 << 16  # elements for each thread: 256 KiB of float32, which stay in its cache from pass to pass
 _INT16, _INT32 = 2**15 - 1, 2**31 - 1
-
-
-class Geometry(NamedTuple):
-    """How a convolution slides; each but the last is a pair, vertical and horizontal."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    @classmethod
-    def of(cls, layer: nn.Conv2d) -> "Geometry | None":
-        """Return how a layer slides, or None where it does not pad with the same number of zeros on both sides."""
-        reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        named = {"valid": (0, 0), "same": (reach[0] // 2, reach[1] // 2)}
-        padding = named[layer.padding] if isinstance(layer.padding, str) else layer.padding
-        if (layer.padding == "same" and any(r % 2 for r in reach)) or (layer.padding_mode != "zeros" and any(padding)):
-            return None
-        kernel, stride, dilation = ((a, b) for a, b in (layer.kernel_size, layer.stride, layer.dilation))
-        return cls(kernel, stride, (padding[0], padding[1]), dilation, layer.groups)
-
-    def flat(self) -> list[int]:
-        """Return the numbers in a row, as an operator takes them."""
-        return [*self.kernel, *self.stride, *self.padding, *self.dilation, self.groups]
-
-    @classmethod
-    def from_flat(cls, numbers: Sequence[int]) -> "Geometry | None":
-        """Undo `flat`; no numbers are no convolution."""
-        if not numbers:
-            return None
-        kernel, stride, padding, dilation = ((numbers[i], numbers[i + 1]) for i in range(0, 8, 2))
-        return cls(kernel, stride, padding, dilation, numbers[8])
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the output's height and width."""
-        sizes = zip((height, width), *self[:4], strict=True)
-        rows, columns = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
-        return rows, columns
 
 
 class Cpu(Kernel):
@@ -124,7 +85,7 @@ class Cpu(Kernel):
         taps = []
         for member, grid in enumerate(grids):
             integers = layer.integers(member)
-            taps.append(_tap_sums(integers) * (self.weight_scale.double() * grid.zero_point).view(-1, 1, 1))
+            taps.append(tap_sums(integers) * (self.weight_scale.double() * grid.zero_point).view(-1, 1, 1))
             if not keep_packed:
                 self.weights.append(_prepack(integers, self.geometry))
         bias = 0.0 if layer.bias is None else layer.bias.detach().double()
@@ -214,12 +175,6 @@ def _planes(integers: Tensor, wide: bool) -> list[Tensor]:
     return [whole.bitwise_and(255).to(torch.uint8), whole.bitwise_right_shift(8).to(torch.uint8)]
 
 
-def _tap_sums(integers: Tensor) -> Tensor:
-    """Sum a weight's integers over its input channels: float64, ``(out, kernel height, kernel width)``."""
-    sums = integers.sum(dim=1, dtype=torch.int64).double()
-    return sums if sums.ndim == 3 else sums.view(-1, 1, 1)
-
-
 def _prepack(integers: Tensor, geometry: Geometry | None) -> Tensor:
     """Lay a weight out as oneDNN wants it; an opaque tensor of as many bytes."""
     if geometry is None:
@@ -251,7 +206,7 @@ def _multiply(
         y = product if y is None else y.add_(product)
     assert y is not None, "there is at least one plane"
     if frame is not None and geometry is not None:
-        _subtract_frame_(y, frame, geometry, planes[0].shape[2], planes[0].shape[3])
+        subtract_frame_(y, frame, geometry, planes[0].shape[2], planes[0].shape[3])
     return y
 
 
@@ -300,38 +255,3 @@ def _(
         return codes.new_empty((*codes.shape[:-1], len(weight_scale)), dtype=torch.float32)
     shape = (codes.shape[0], len(weight_scale), *where.output_size(codes.shape[2], codes.shape[3]))
     return torch.empty(shape, dtype=torch.float32, device=codes.device, memory_format=torch.channels_last)
-
-
-@lru_cache(maxsize=256)
-def _inside(size: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[Tensor, int, int]:
-    """Say for every output position of one dimension which taps fall inside the picture.
-
-    Returns:
-        float32 0 or 1, ``(positions, kernel)``; how many positions at the start have a tap outside; and where those at
-        the end begin.
-    """
-    positions = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-    where = torch.arange(positions)[:, None] * stride - padding + torch.arange(kernel) * dilation
-    inside = (where >= 0) & (where < size)
-    whole = inside.all(dim=1).nonzero().view(-1).tolist()
-    start, end = (whole[0], whole[-1] + 1) if whole else (positions, positions)
-    return inside.float(), start, end
-
-
-def _subtract_frame_(y: Tensor, taps: Tensor, geometry: Geometry, height: int, width: int) -> None:
-    """Take the zero point's share of the taps that lie outside the picture from the output's edges.
-
-    Arguments:
-        y: ``(batch, out, rows, columns)``.
-        taps: ``(out, kernel height, kernel width)``, the share of each tap.
-    """
-    (rows, top, bottom), (columns, left, right) = (
-        _inside(size, *(pair[i] for pair in geometry[:4])) for i, size in enumerate((height, width))
-    )
-    total = taps.sum(dim=(1, 2))[:, None, None]
-    for strip in (slice(0, top), slice(bottom, None)):
-        if len(rows[strip]):
-            y[:, :, strip] -= total - torch.einsum("oij,hi,wj->ohw", taps, rows[strip], columns)
-    for strip in (slice(0, left), slice(right, None)):
-        if len(columns[strip]) and top < bottom:
-            y[:, :, top:bottom, strip] -= total - torch.einsum("oij,wj->ow", taps, columns[strip])[:, None]

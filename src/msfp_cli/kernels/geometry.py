@@ -1,0 +1,131 @@
+"""Where the windows of a convolution lie, and what falls over the edge of the picture.
+
+A layer pads with real zeros, after its input was rounded. Written as ``x = scale q + z``, a zero inside of the picture
+has some integer ``q``, but the padding is not on the grid unless ``z`` is 0: it contributes neither ``q`` nor ``z``.
+Kernels multiply integers, where padding with the integer 0 is right, and add a constant per output channel for the
+share of ``z``, which is too much wherever the window reaches over the edge. Two ways to get it right are here.
+
+`subtract_frame_` takes the difference from the finished output, in four strips: few operations, each on little.
+
+`window_kinds` is for kernels that look their constant up as they write. Along one dimension, the taps inside of the
+picture are always neighbours, from some ``a`` to before some ``b``, so there are ``k (k + 1) / 2 + 1`` kinds of window
+(one is empty), whatever the picture's size. A constant for each pair of a vertical and a horizontal kind, 49 for 3x3,
+is computed once with the layer, and a window's kind is a few integer operations (derivation: ours).
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Geometry(NamedTuple):
+    """How a convolution slides; each but the last is a pair, vertical and horizontal."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d) -> "Geometry | None":
+        """Return how a layer slides, or None where it does not pad with the same number of zeros on both sides."""
+        reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        named = {"valid": (0, 0), "same": (reach[0] // 2, reach[1] // 2)}
+        padding = named[layer.padding] if isinstance(layer.padding, str) else layer.padding
+        if (layer.padding == "same" and any(r % 2 for r in reach)) or (layer.padding_mode != "zeros" and any(padding)):
+            return None
+        kernel, stride, dilation = ((a, b) for a, b in (layer.kernel_size, layer.stride, layer.dilation))
+        return cls(kernel, stride, (padding[0], padding[1]), dilation, layer.groups)
+
+    def flat(self) -> list[int]:
+        """Return the numbers in a row, as an operator takes them."""
+        return [*self.kernel, *self.stride, *self.padding, *self.dilation, self.groups]
+
+    @classmethod
+    def from_flat(cls, numbers: Sequence[int]) -> "Geometry | None":
+        """Undo `flat`; no numbers are no convolution."""
+        if not numbers:
+            return None
+        kernel, stride, padding, dilation = ((numbers[i], numbers[i + 1]) for i in range(0, 8, 2))
+        return cls(kernel, stride, padding, dilation, numbers[8])
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the output's height and width."""
+        sizes = zip((height, width), *self[:4], strict=True)
+        rows, columns = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
+        return rows, columns
+
+
+def tap_sums(integers: Tensor) -> Tensor:
+    """Sum a weight's integers over its input channels: float64, ``(out, kernel height, kernel width)``."""
+    sums = integers.sum(dim=1, dtype=torch.int64).double()
+    return sums if sums.ndim == 3 else sums.view(-1, 1, 1)
+
+
+@lru_cache(maxsize=256)
+def _inside(size: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[Tensor, int, int]:
+    """Say for every output position of one dimension which taps fall inside the picture.
+
+    Returns:
+        float32 0 or 1, ``(positions, kernel)``; how many positions at the start have a tap outside; and where those at
+        the end begin.
+    """
+    positions = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    where = torch.arange(positions)[:, None] * stride - padding + torch.arange(kernel) * dilation
+    inside = (where >= 0) & (where < size)
+    whole = inside.all(dim=1).nonzero().view(-1).tolist()
+    start, end = (whole[0], whole[-1] + 1) if whole else (positions, positions)
+    return inside.float(), start, end
+
+
+def subtract_frame_(y: Tensor, taps: Tensor, geometry: Geometry, height: int, width: int) -> None:
+    """Take the zero point's share of the taps that lie outside the picture from the output's edges.
+
+    Arguments:
+        y: ``(batch, out, rows, columns)``.
+        taps: ``(out, kernel height, kernel width)``, the share of each tap.
+    """
+    (rows, top, bottom), (columns, left, right) = (
+        _inside(size, *(pair[i] for pair in geometry[:4])) for i, size in enumerate((height, width))
+    )
+    total = taps.sum(dim=(1, 2))[:, None, None]
+    for strip in (slice(0, top), slice(bottom, None)):
+        if len(rows[strip]):
+            y[:, :, strip] -= total - torch.einsum("oij,hi,wj->ohw", taps, rows[strip], columns)
+    for strip in (slice(0, left), slice(right, None)):
+        if len(columns[strip]) and top < bottom:
+            y[:, :, top:bottom, strip] -= total - torch.einsum("oij,wj->ow", taps, columns[strip])[:, None]
+
+
+def num_window_kinds(taps: int) -> int:
+    """Return how many sets of neighbouring taps there are, the empty one among them."""
+    return taps * (taps + 1) // 2 + 1
+
+
+def taps_of_kinds(taps: int) -> Tensor:
+    """Say which taps each kind of window has inside of the picture: 0 or 1, float64, ``(kinds, taps)``."""
+    kinds = torch.zeros(num_window_kinds(taps), taps, dtype=torch.float64)
+    row = 0
+    for first in range(taps):
+        for last in range(first + 1, taps + 1):
+            row += 1
+            kinds[row, first:last] = 1
+    return kinds
+
+
+def window_kinds(positions: Tensor, size: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
+    """Return the kind of the window at each output position of one dimension, a row of `taps_of_kinds`.
+
+    Arguments:
+        positions: int64, any shape.
+        size: the picture's height or width.
+    """
+    start = padding - positions * stride
+    first = (start.clamp(min=0) + dilation - 1).div(dilation, rounding_mode="floor").clamp(max=kernel)
+    last = ((start + size).clamp(min=0) + dilation - 1).div(dilation, rounding_mode="floor").clamp(max=kernel)
+    kind = first * kernel - first * (first - 1) // 2 + last - first
+    return torch.where(first < last, kind, 0)
