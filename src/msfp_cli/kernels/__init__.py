@@ -2,13 +2,15 @@
 
 A kernel is made from a layer once, on the device where the layer is, and then called with the layer and its input.
 `reference` defines what every other kernel has to compute; it is always available, runs on any device, and is what
-gradients take. The others say why they refuse a layer, and the first that does not refuse gets it.
+gradients take. The others say why they refuse a layer, and the first that does not refuse gets it; those for another
+type of device are not asked.
 """
 
 from typing import TYPE_CHECKING
 
 from msfp_cli.errors import UsageError
 from msfp_cli.kernels.cpu import Cpu
+from msfp_cli.kernels.cuda import Cuda, CudaFp8
 from msfp_cli.kernels.kernel import Kernel
 from msfp_cli.kernels.reference import Reference
 
@@ -16,8 +18,9 @@ if TYPE_CHECKING:
     from msfp_cli.layers import QuantizedLayer
 
 AUTO = "auto"
-_IN_TURN: tuple[type[Kernel], ...] = (Cpu, Reference)
-KERNELS = {kernel.name: kernel for kernel in _IN_TURN}
+_IN_TURN: tuple[type[Kernel], ...] = (Cuda, Cpu, Reference)
+_ON_REQUEST: tuple[type[Kernel], ...] = (CudaFp8,)
+KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in _ON_REQUEST + _IN_TURN}
 
 
 def choose_kernel(layer: "QuantizedLayer", wanted: str = AUTO) -> tuple[type[Kernel], str]:
@@ -32,10 +35,18 @@ def choose_kernel(layer: "QuantizedLayer", wanted: str = AUTO) -> tuple[type[Ker
     if wanted != AUTO and wanted not in KERNELS:
         raise UsageError(f"unknown kernel {wanted!r}; choose one of {', '.join((AUTO, *KERNELS))}")
     refusals: list[str] = []
-    for name, kernel in KERNELS.items():
-        reason = kernel.refusal(layer) if wanted in (AUTO, name) else None
-        if reason is not None:
-            refusals.append(f"{name}: {reason}")
-        elif wanted in (AUTO, name):
+    device = _device_type(layer)
+    for kernel in _IN_TURN if wanted == AUTO else (KERNELS[wanted],):
+        if wanted == AUTO and kernel.device not in (None, device):
+            continue
+        reason = kernel.refusal(layer)
+        if reason is None:
             return kernel, "; ".join(refusals)
+        refusals.append(f"{kernel.name}: {reason}")
     return Reference, "; ".join(refusals)
+
+
+def _device_type(layer: "QuantizedLayer") -> str:
+    """Return the type of device that a layer is on; a quantized weight itself would have to be computed."""
+    tensor = layer.weight if layer.parameters_of.weight is None else layer.get_buffer("weight_scale")
+    return tensor.device.type

@@ -48,6 +48,7 @@ class Cpu(Kernel):
     """
 
     name: ClassVar[str] = "cpu"
+    device: ClassVar[str | None] = "cpu"
 
     @staticmethod
     def refusal(layer: "QuantizedLayer") -> str | None:

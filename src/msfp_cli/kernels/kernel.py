@@ -17,6 +17,7 @@ class Kernel(ABC):
     """
 
     name: ClassVar[str]
+    device: ClassVar[str | None] = None  # the only type of device it runs on, where there is one
     holds_weight = False  # whether it holds the weight in a form of its own, so that the layer's codes can go
 
     @staticmethod
