@@ -42,7 +42,9 @@ def sample(
         bool, typer.Option("--compare", help="Add the full-precision pictures of the same seeds.")
     ] = False,
     batch_size: BatchOption = 8,
-    kernel: Annotated[str, typer.Option(help="How to run the layers: auto, cpu, or reference.")] = "auto",
+    kernel: Annotated[
+        str, typer.Option(help="How to run the layers: auto, cuda, cuda-fp8, cpu, or reference.")
+    ] = "auto",
     keep_packed: Annotated[
         bool, typer.Option("--keep-packed", help="Keep weights in 4 bits in memory, too: half the memory, and slower.")
     ] = False,
