@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from msfp_cli.layers import QuantizedLayer
 
 AUTO = "auto"
-_IN_TURN: tuple[type[Kernel], ...] = (Cuda, Cpu, Reference)
-_ON_REQUEST: tuple[type[Kernel], ...] = (CudaFp8,)
+_IN_TURN: tuple[type[Kernel], ...] = (Cpu, Reference)
+_ON_REQUEST: tuple[type[Kernel], ...] = (Cuda, CudaFp8)  # `Cuda` moves up once benchmarks/gpu.py has run on a GPU
 KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in _ON_REQUEST + _IN_TURN}
 
 

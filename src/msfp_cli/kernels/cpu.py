@@ -59,7 +59,7 @@ class Cpu(Kernel):
         device = layer.get_buffer("weight_scale").device.type
         if device != "cpu":
             return f"the layer is on {device}"
-        if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+        if platform.machine().lower() not in ("x86_64", "amd64") or not _has_onednn():
             return "it needs oneDNN on an x86 CPU"
         for fmt, integer_bits in ((weight, WEIGHT_INTEGER_BITS), (grid.format, INPUT_INTEGER_BITS)):
             if fmt.integer_bits > integer_bits:
@@ -125,6 +125,10 @@ class Cpu(Kernel):
         """Return the integers of one set of weights, int8, shape of the float weight."""
         plain = self.weights[int(member)].to_dense()
         return plain if self.geometry else plain.t()
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def _is_taken(x: Tensor, geometry: Geometry | None) -> bool:
