@@ -89,7 +89,9 @@ def prepare_(denoiser: nn.Module, kernel: str = AUTO, *, keep_packed: bool = Fal
         chosen[name] = (layer.kernel.name, reason)
     if chosen and kernel != AUTO and all(name != kernel for name, _ in chosen.values()):
         name, (_, reason) = next(iter(chosen.items()))
-        raise UsageError(f"kernel {kernel!r} can run none of the {len(chosen)} layers; {name}: {reason}")
+        raise UsageError(
+            f"kernel {kernel!r} can run none of the {len(chosen)} layers; {name}: {reason}; choose {AUTO!r}"
+        )
     return chosen
 
 
