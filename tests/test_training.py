@@ -22,6 +22,7 @@ from msfp_cli.recipe import FinetuneRecipe
 from msfp_cli.recording import Recording
 from msfp_cli.run import Run
 from msfp_cli.student import Student
+from msfp_cli.surgery import prepare_
 from msfp_cli.training import SAVE_EVERY, Trainer
 from msfp_cli.tuned import Tuned
 
@@ -212,10 +213,11 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
 
 
 def test_training_begins_at_the_calibrated_model(tiny_tuned: Finetuned) -> None:
-    denoiser = load_calibrated(tiny_tuned.calibration, "cpu").unet
-    error = output_error(denoiser, Recording(tiny_tuned.run.held_out).calls("unet"))
-    assert tiny_tuned.tuned.history[0].error == error.relative()
-    assert error.relative() == pytest.approx(tiny_tuned.calibration.held_out_error["unet"])
+    denoiser, calls = load_calibrated(tiny_tuned.calibration, "cpu").unet, Recording(tiny_tuned.run.held_out)
+    error = output_error(denoiser, calls.calls("unet")).relative()
+    assert error == pytest.approx(tiny_tuned.calibration.held_out_error["unet"])
+    prepare_(denoiser, "reference")  # training computes in floating point
+    assert tiny_tuned.tuned.history[0].error == output_error(denoiser, calls.calls("unet")).relative()
 
 
 def test_training_lowers_the_held_out_error(tiny_tuned: Finetuned) -> None:
