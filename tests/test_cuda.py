@@ -1,10 +1,12 @@
 """The GPU's kernel against the formula in float64: torch's operators on a CPU, Triton interpreted, and on a GPU."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -466,3 +468,27 @@ def test_tile_is_not_much_larger_than_the_output_and_keeps_the_gpu_busy(
     count = -(-windows // tile.windows) * -(-outs // tile.outs)
     others = [other for other in ops.TILES if other.windows < 2 * windows and other.outs < 2 * outs]
     assert count >= processors or tile == (others or [least])[-1]
+
+
+SHARED = {80: 163, 89: 99, 90: 227, 120: 99}  # KiB of shared memory that a program may take, by compute capability
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("capability", list(SHARED))
+def test_kernels_compile_for_gpus_that_are_not_here(capability: int) -> None:
+    script = Path(__file__).with_name("triton_builds.py")
+    done = subprocess.run(
+        [sys.executable, script, str(capability), "3"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    builds = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(builds) >= 11
+    for built in builds:
+        assert built["shared"] <= SHARED[capability] * 1024
+        assert built.get("on_units", True) and built.get("exact", True), built

@@ -218,10 +218,10 @@ def _refused_numbers(layer: "QuantizedLayer", weight: FloatFormat, fmt: FloatFor
 
 
 def _keep_in_place(*tensors: Tensor) -> None:
-    """Promise that tensors stay where they are, so that CUDA graphs read them there rather than copy them first."""
+    """Let CUDA graphs read tensors where they are rather than copy them first; another tensor is compiled anew."""
     for tensor in tensors:
         if tensor.is_cuda:
-            torch._dynamo.mark_static_address(tensor, guard=False)  # type: ignore[attr-defined, no-untyped-call]
+            torch._dynamo.mark_static_address(tensor)  # type: ignore[attr-defined, no-untyped-call]
 
 
 def triton_ops(device: torch.device) -> ModuleType | None:

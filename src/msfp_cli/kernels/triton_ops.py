@@ -35,7 +35,10 @@ _LEAST_DEPTH = 32  # what one instruction multiplies
 
 
 class Tile(NamedTuple):
-    """What one program computes, and with how much of the GPU."""
+    """What one program computes, and with how much of the GPU.
+
+    A larger one would need more registers than a thread has.
+    """
 
     windows: int
     outs: int
@@ -45,7 +48,6 @@ class Tile(NamedTuple):
 
 
 TILES = (
-    Tile(128, 256, 64, 8, 3),
     Tile(128, 128, 64, 8, 4),
     Tile(128, 64, 64, 4, 4),
     Tile(64, 64, 64, 4, 4),
@@ -65,7 +67,7 @@ def choose_tile(windows: int, outs: int, processors: int) -> Tile:
 
 
 @triton.jit
-def _round(steps: Any, largest: Any, SIGNED: tl.constexpr, MANTISSA: tl.constexpr) -> Any:  # noqa: ANN401
+def _round(steps, largest, SIGNED: tl.constexpr, MANTISSA: tl.constexpr):
     """Round multiples of the smallest step to the format's integers, as `rounding.round_steps` does; int32."""
     if SIGNED:
         size = tl.minimum(tl.abs(steps), largest)
@@ -89,11 +91,11 @@ def _round(steps: Any, largest: Any, SIGNED: tl.constexpr, MANTISSA: tl.constexp
 # fmt: off
 @triton.jit
 def round_kernel(
-    x: Any, numbers: Any, member: Any, low: Any, high: Any, pixels: Any, channels: Any,  # noqa: ANN401
-    per_picture: Any, per_channel: Any, per_pixel: Any, largest: Any,  # noqa: ANN401
+    x, numbers, member, low, high, pixels, channels,
+    per_picture, per_channel, per_pixel, largest,
     SIGNED: tl.constexpr, MANTISSA: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr, GAIN: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-) -> None:  # fmt: on
+):  # fmt: on
     """Round a tile of pixels times channels of one picture, and write it as one or two planes of bytes."""
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -105,7 +107,7 @@ def round_kernel(
     values = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
     whole = _round(tl.div_rn(values - zero_point, tl.broadcast_to(scale, values.shape)), largest, SIGNED, MANTISSA)
     places = (picture * pixels + pixel)[:, None] * channels + channel[None, :]
-    if GAIN:
+    if GAIN != 0.0:
         tl.store(low + places, (whole.to(tl.float32) * GAIN).to(tl.float8e4nv), mask=mask)
     elif WIDE:
         byte = ((whole + 128) & 255) - 128
@@ -116,7 +118,7 @@ def round_kernel(
 
 
 @triton.jit
-def _kind(position: Any, size: Any, stride: Any, padding: Any, dilation: Any, TAPS: tl.constexpr) -> Any:  # noqa: ANN401
+def _kind(position, size, stride, padding, dilation, TAPS: tl.constexpr):
     """Return `geometry.window_kinds` of positions in one dimension."""
     start = padding - position * stride
     first = tl.minimum((tl.maximum(start, 0) + dilation - 1) // dilation, TAPS)
@@ -125,7 +127,7 @@ def _kind(position: Any, size: Any, stride: Any, padding: Any, dilation: Any, TA
 
 
 @triton.jit
-def _tile_of(program: Any, tiles_down: Any, tiles_across: Any) -> Any:  # noqa: ANN401
+def _tile_of(program, tiles_down, tiles_across):
     """Return the row and column of a program's tile: bands of rows, each run column by column."""
     in_band = _BAND * tiles_across
     first = program // in_band * _BAND
@@ -136,13 +138,13 @@ def _tile_of(program: Any, tiles_down: Any, tiles_across: Any) -> Any:  # noqa: 
 # fmt: off
 @triton.jit
 def multiply_kernel(
-    codes: Any, weights: Any, member: Any, factors: Any, constants: Any, offsets: Any, y: Any,  # noqa: ANN401
-    height: Any, width: Any, channels: Any, rows: Any, columns: Any, windows: Any, outs: Any, row: Any,  # noqa: ANN401
-    groups: Any, stride_down: Any, stride_across: Any, pad_down: Any, pad_across: Any,  # noqa: ANN401
-    dilation_down: Any, dilation_across: Any, per_picture: Any, per_out: Any, per_pixel: Any,  # noqa: ANN401
+    codes, weights, member, factors, constants, offsets, y,
+    height, width, channels, rows, columns, windows, outs, row,
+    groups, stride_down, stride_across, pad_down, pad_across,
+    dilation_down, dilation_across, per_picture, per_out, per_pixel,
     DOWN: tl.constexpr, ACROSS: tl.constexpr, KINDS: tl.constexpr, KINDS_ACROSS: tl.constexpr,
     OUTSIDE: tl.constexpr, PLANE: tl.constexpr, WINDOWS: tl.constexpr, OUTS: tl.constexpr, DEPTH: tl.constexpr,
-) -> None:  # fmt: on
+):  # fmt: on
     """Convolve a tile of windows with a tile of output channels, and write it or, for a high plane, add to it."""
     group, group_outs, group_channels = tl.program_id(1), outs // groups, channels // groups
     down, across = _tile_of(tl.program_id(0), tl.cdiv(windows, WINDOWS), tl.cdiv(group_outs, OUTS))
@@ -216,7 +218,7 @@ def round_to_bytes(
             x.stride(0), x.stride(1), per_pixel, float(fmt.largest),
             SIGNED=fmt.signed, MANTISSA=fmt.mantissa_bits, SHIFT=shift_of(fmt), WIDE=count > 1,
             GAIN=0.0 if exponent is None else 2.0**exponent,
-            PIXELS=share[0], CHANNELS=share[1],
+            PIXELS=share[0], CHANNELS=share[1], enable_fp_fusion=False,
         )  # fmt: skip
     return planes
 
@@ -253,7 +255,7 @@ def multiply_(
                 DOWN=geometry.kernel[0], ACROSS=geometry.kernel[1],
                 KINDS=held.constants.shape[1], KINDS_ACROSS=num_window_kinds(geometry.kernel[1]),
                 OUTSIDE=-shift, PLANE=i, WINDOWS=tile.windows, OUTS=tile.outs, DEPTH=depth,
-                num_warps=tile.warps, num_stages=tile.stages,
+                num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
             )  # fmt: skip
 
 
