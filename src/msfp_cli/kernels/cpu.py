@@ -135,7 +135,7 @@ def _is_taken(x: Tensor, geometry: Geometry | None) -> bool:
     """Whether oneDNN takes an input of this shape.
 
     Its AMX convolution reads outside of the input where a window sees nothing but padding, and wrong rows where the
-    output is one pixel wide and the stride is not 1 (oneDNN of torch 2.13; 24,000 random shapes without these are
+    output is one pixel wide and the stride is not 1 (oneDNN of torch 2.13; 7,800 random shapes without these are
     exact).
     """
     if x.numel() == 0 or geometry is None:
