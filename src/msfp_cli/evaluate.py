@@ -209,8 +209,9 @@ def _measure_all(work: _Work, subjects: Sequence[Subject], full: Any) -> list[Me
     measured: list[Measured] = []
     reference: Reference | None = None
     for subject in subjects:
-        pipe = full if subject.key == "full" else subject.load()
-        gallery = Gallery.create(work.directory / "pictures" / subject.key, work.record, identity_of(pipe))
+        with work.processes.first_goes_first():
+            pipe = full if subject.key == "full" else subject.load()
+            gallery = Gallery.create(work.directory / "pictures" / subject.key, work.record, identity_of(pipe))
         gallery.fill(pipe, title=subject.title, share=work.processes, progress=work.progress)
         work.processes.wait()
         if not work.processes.is_first:

@@ -1,5 +1,7 @@
 """Several processes that share a task, as `accelerate launch` starts them; usually there is one."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from accelerate import PartialState
@@ -32,6 +34,15 @@ class Processes:
         """Wait until all are here."""
         if self.count > 1:
             PartialState().wait_for_everyone()
+
+    @contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """Let the first process alone make the files that the others then find."""
+        if self.count > 1:
+            with PartialState().main_process_first():
+                yield
+        else:
+            yield
 
 
 ALONE = Processes()
