@@ -7,9 +7,11 @@ Three denoisers: the built-in pipeline's UNet, 16 rows; a UNet with the configur
 of 64x64, 2 rows; a DiTTransformer2DModel with that of DiT-XL/2 at 512 pixels, 2 rows. The last two have random weights,
 and their input grids are chosen on random inputs: that says nothing of pictures, and all of speed, which does not
 depend on the values. Each row of the table is a fresh process that loads the denoiser from disk and calls it; the
-median of the calls after the first counts, and the largest resident size of the process, libraries and all. Weights in
-memory are counted tensor by tensor. Peers are called through their own interface, in an environment where they are
-installed (`peers.py` makes one); what fails is listed with the reason. Leave the machine alone meanwhile. Linux only.
+median of the calls after the first counts, and the largest resident size of the process, libraries and all. What
+loading takes, quantizing or laying out included, is given as well: seconds, and by how much the largest resident size
+rose. Weights in memory are counted tensor by tensor. Peers are called through their own interface, in an environment
+where they are installed (`peers.py` makes one); what fails is listed with the reason. Leave the machine alone
+meanwhile. Linux only.
 """
 
 import argparse
@@ -52,6 +54,7 @@ CLASSES: dict[str, Any] = {
 TITLES = {"built-in": "built-in pipeline, 16 rows", "sd15": "SD 1.5-sized UNet, 2 rows", "dit-xl": "DiT-XL/2, 2 rows"}
 ROWS = (
     "float32",
+    "msfp simulated",
     "msfp reference",
     "msfp cpu",
     "msfp cpu, packed",
@@ -298,17 +301,17 @@ def table(name: str, results: dict[str, Arguments]) -> list[str]:
     lines = [
         f"### {TITLES[name]}",
         "",
-        "| | seconds a call | times faster | weights, MB | of float32 | peak of the process, MB | loading, s |",
-        "|---|---|---|---|---|---|---|",
+        "| | seconds a call | times faster | weights, MB | of float32 | peak, MB | loading, s | loading adds, MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row, figures in results.items():
         if "failed" in figures:
-            lines.append(f"| {row} | {figures['failed']} | | | | | |")
+            lines.append(f"| {row} | {figures['failed']} | | | | | | |")
             continue
         faster, smaller = base["seconds"] / figures["seconds"], figures["weight_bytes"] / base["weight_bytes"]
         lines.append(
             f"| {row} | {figures['seconds']:.3f} | {faster:.2f} | {figures['weight_bytes'] / 1e6:.1f} | {smaller:.3f} "
-            f"| {figures['peak_bytes'] / 1e6:.0f} | {figures['loading']:.1f} |"
+            f"| {figures['peak_bytes'] / 1e6:.0f} | {figures['loading']:.1f} | {figures['loading_bytes'] / 1e6:.0f} |"
         )
     return lines
 

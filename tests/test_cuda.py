@@ -224,11 +224,11 @@ def test_weight_is_held_once_and_comes_back(make: Any, kind: Any, keep_packed: b
     assert torch.equal(layer.weight_codes.cpu(), state["weight_codes"])
 
 
-def test_gradients_take_the_reference() -> None:
+def test_gradients_are_simulated() -> None:
     layer, x = prepare(linear(grid=grid_of(INPUTS["ue2m2"])), "torch"), draw(3, 12).requires_grad_()
     layer(x).sum().backward()
     other = x.detach().clone().requires_grad_()
-    layer.prepare_("reference")
+    layer.prepare_("simulated")
     layer(other).sum().backward()
     assert x.grad is not None and torch.equal(x.grad, other.grad) and bool(x.grad.any())
 
@@ -237,7 +237,7 @@ def test_gradients_take_the_reference() -> None:
 def test_convolution_takes_what_the_float_layer_takes(shape: tuple[int, ...]) -> None:
     layer, x = conv(grid=grid_of(INPUTS["ue2m2"]), padding=1), draw(*shape)
     y = run(prepare(layer, "torch"), x)
-    layer.prepare_("reference")
+    layer.prepare_("simulated")
     assert torch.equal(y, run(layer, x))
 
 
@@ -358,15 +358,15 @@ def test_capability_decides(
     for kind, runs, least in ((Cuda, int8_runs, "7.5"), (CudaFp8, fp8_runs, "8.9" if int8_runs else "7.5")):
         reason = kind.refusal(layer)
         assert reason == (None if runs else f"the GPU has compute capability {number}, below {least}")
-    assert choose_kernel(layer)[0].name == "reference"  # until it has been measured on one
-    assert choose_kernel(layer, "cuda")[0].name == ("cuda" if int8_runs else "reference")
-    assert choose_kernel(layer, "cuda-fp8")[0].name == ("cuda-fp8" if fp8_runs else "reference")
+    assert choose_kernel(layer)[0].name == "simulated"  # until it has been measured on one
+    assert choose_kernel(layer, "cuda")[0].name == ("cuda" if int8_runs else "simulated")
+    assert choose_kernel(layer, "cuda-fp8")[0].name == ("cuda-fp8" if fp8_runs else "simulated")
 
 
 def test_layer_on_another_device_does_not_hear_of_it_unless_asked() -> None:
     layer = linear(grid=grid_of(INPUTS["e2m1"]))
     assert choose_kernel(layer, AUTO) == (KERNELS["cpu"], "")
-    assert choose_kernel(layer, "cuda") == (KERNELS["reference"], "cuda: the layer is on cpu")
+    assert choose_kernel(layer, "cuda") == (KERNELS["simulated"], "cuda: the layer is on cpu")
     with pytest.raises(UsageError, match="'cuda-fp8' can run none of the 1 layers; 0: cuda-fp8: the layer is on cpu"):
         prepare_(nn.Sequential(layer), "cuda-fp8")
 

@@ -240,7 +240,7 @@ def test_fine_tuned_export_computes_bit_for_bit_what_was_trained(
     for call in Recording(run.held_out).calls(component):
         assert torch.equal(replay(reloaded, call), replay(memory, call))
     rounded = held_out_errors(reloaded, run, component)
-    prepare_(reloaded, "reference")  # training computes in floating point, too
+    prepare_(reloaded, "simulated")  # training computes in floating point, too
     error, last = held_out_errors(reloaded, run, component), tuned.history[-1]
     assert rounded.relative() == pytest.approx(error.relative(), rel=1e-3)
     assert (error.relative(), tuple(error.by_timestep())) == (last.error, last.by_timestep)
@@ -260,7 +260,7 @@ def test_best_state_is_exported_and_not_the_last(fresh_run: Callable[..., Run], 
         device="cpu",
     )
     reloaded = DiffusionPipeline.from_pretrained(tmp_path / "export").unet
-    prepare_(reloaded, "reference")
+    prepare_(reloaded, "simulated")
     assert held_out_errors(reloaded, run, "unet").relative() == tuned.best.error
 
 

@@ -81,13 +81,13 @@ def test_the_walk_sees_the_imports_it_is_to_judge() -> None:
         "formats",
         "kernels",
         "kernels.kernel",
-        "kernels.reference",
+        "kernels.simulated",
         "packing",
         "parameters",
         "rounding",
         "routing",
     }
-    assert imports_of("kernels.reference") == {"kernels.kernel", "rounding"}
+    assert imports_of("kernels.simulated") == {"kernels.kernel", "rounding"}
     assert imports_of("export") >= {"__init__", "calibration", "quantizer"}
     assert imports_of("commands") >= {"commands.calibrate", "commands.console"}
     assert imports_of("__main__") == {"commands"}

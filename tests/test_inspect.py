@@ -58,8 +58,8 @@ def test_kernels_are_shown_for_every_layer_of_the_export(tiny_tuned: Finetuned, 
     result = msfp("inspect", "--kernels", "--device", "cpu", "--json")
     shown = json.loads(result.stdout)["unet"]
     assert set(shown) == set(tiny_tuned.calibration.table("unet"))
-    assert {how["kernel"] for how in shown.values()} <= {"cpu", "reference"}
-    assert all(how["why"] if how["kernel"] == "reference" else not how["why"] for how in shown.values())
+    assert {how["kernel"] for how in shown.values()} <= {"cpu", "simulated"}
+    assert all(how["why"] if how["kernel"] == "simulated" else not how["why"] for how in shown.values())
     some = json.loads(msfp("inspect", "--kernels", "--layers", "*conv1", "--device", "cpu", "--json").stdout)["unet"]
     assert some == {name: how for name, how in shown.items() if name.endswith("conv1")} != {}
 

@@ -1,4 +1,4 @@
-"""Every kernel against the reference, which is the float layer on rounded values."""
+"""The CPU kernel against the reference, bit for bit, and both against the formula in float64."""
 
 import copy
 import re
@@ -115,12 +115,21 @@ def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got.double(), expected.double(), rtol=1e-5, atol=bound)
 
 
+def agree(layer: Any, x: Tensor) -> None:  # noqa: ANN401
+    """Every kernel computes the formula, and those in integers have the same bits."""
+    expected = in_float64(layer, x)
+    outputs = [by_kernel(layer, x, name) for name in ("cpu", "reference", "simulated")]
+    for output in outputs:
+        close(output, expected)
+    assert torch.equal(outputs[0], outputs[1])
+
+
 @pytest.mark.parametrize("weight", list(WEIGHTS))
 @pytest.mark.parametrize("fmt", list(INPUTS))
 def test_linear_equals_the_formula_for_all_formats(fmt: str, weight: str) -> None:
     layer = linear(weight=WEIGHTS[weight], grid=grid_of(INPUTS[fmt]))
     x = draw(3, 7, 12)
-    close(by_kernel(layer, x, "cpu"), in_float64(layer, x))
+    agree(layer, x)
 
 
 @pytest.mark.parametrize("weight", ["e1m2", "e3m0", "e1m6"])
@@ -129,7 +138,7 @@ def test_linear_equals_the_formula_for_all_formats(fmt: str, weight: str) -> Non
 def test_convolution_equals_the_formula(options: dict[str, Any], fmt: str, weight: str) -> None:
     layer = conv(weight=WEIGHTS[weight], grid=grid_of(INPUTS[fmt]), **options)
     x = draw(2, 4, 9, 6)
-    close(by_kernel(layer, x, "cpu"), in_float64(layer, x))
+    agree(layer, x)
 
 
 @given(
@@ -158,7 +167,7 @@ def test_any_convolution_equals_the_formula(
     options = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
     layer = conv(grid=grid_of(INPUTS["ue2m2"]), groups=groups, bias=bias, **options)
     x = draw(batch, 4, *size)
-    close(by_kernel(layer, x, "cpu"), in_float64(layer, x))
+    agree(layer, x)
 
 
 @given(st.lists(st.integers(0, 4), max_size=3), st.integers(1, 70), st.integers(1, 70), st.booleans())
@@ -166,13 +175,28 @@ def test_any_convolution_equals_the_formula(
 def test_linear_takes_any_leading_shape(leading: list[int], inputs: int, outputs: int, bias: bool) -> None:
     layer = layer_of(nn.Linear, inputs, outputs, bias=bias, grid=grid_of(INPUTS["ue2m2"]))
     x = draw(*leading, inputs)
-    close(by_kernel(layer, x, "cpu"), in_float64(layer, x))
+    agree(layer, x)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 5, 5), (4, 5, 5)], ids=["empty batch", "no batch"])
 def test_convolution_takes_what_the_float_layer_takes(shape: tuple[int, ...]) -> None:
-    layer, x = conv(grid=grid_of(INPUTS["ue2m2"]), padding=1), draw(*shape)
-    close(by_kernel(layer, x, "cpu"), by_kernel(layer, x, "reference"))
+    agree(conv(grid=grid_of(INPUTS["ue2m2"]), padding=1), draw(*shape))
+
+
+@pytest.mark.parametrize("fmt", ["e2m1", "ue2m2", "e2m5", "ue4m0"])
+@pytest.mark.parametrize("kernel", ["reference", "simulated"])
+def test_nan_shows(kernel: str, fmt: str) -> None:
+    x = draw(3, 12)
+    x[1, 5] = float("nan")
+    y = by_kernel(linear(grid=grid_of(INPUTS[fmt])), x, kernel)
+    assert y[1].isnan().all() and not y[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kernels_agree_on_shorter_types(dtype: torch.dtype) -> None:
+    layer, x = conv(grid=grid_of(INPUTS["ue2m2"]), padding=1).to(dtype), draw(2, 4, 9, 6).to(dtype)
+    outputs = [by_kernel(layer, x, name) for name in ("cpu", "reference")]
+    assert outputs[0].dtype == dtype and torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("fmt", ["e2m1", "ue2m2", "ue2m6"])
@@ -260,16 +284,17 @@ def test_moved_layer_chooses_again() -> None:
     kernel = layer.kernel
     assert layer.to("cpu").kernel is kernel
     assert layer.to("meta").kernel is None
-    assert choose_kernel(layer)[0].name == "reference"
+    assert choose_kernel(layer)[0].name == "simulated"
 
 
-def test_gradients_take_the_reference() -> None:
+@pytest.mark.parametrize("other_kernel", ["reference", "simulated"])
+def test_gradients_are_simulated(other_kernel: str) -> None:
     layer = linear(grid=grid_of(INPUTS["ue2m2"]))
     x = draw(3, 12).requires_grad_()
     layer.prepare_("cpu")
     layer(x).sum().backward()
     other = x.detach().clone().requires_grad_()
-    layer.prepare_("reference")
+    layer.prepare_(other_kernel)
     layer(other).sum().backward()
     assert x.grad is not None and torch.equal(x.grad, other.grad) and bool(x.grad.any())
 
@@ -285,13 +310,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", list(REFUSED))
-def test_layer_that_units_cannot_hold_runs_the_reference_and_says_why(reason: str) -> None:
+def test_layer_that_units_cannot_hold_is_simulated_and_says_why(reason: str) -> None:
     layer = REFUSED[reason]()
     kernel, why = choose_kernel(layer)
-    assert kernel.name == "reference"
+    assert kernel.name == "simulated"
     assert re.match(f"cpu: {reason}", why)
     layer.prepare_()
-    assert layer.kernel.name == "reference"
+    assert layer.kernel.name == "simulated"
 
 
 def test_sums_that_could_overflow_are_refused() -> None:
@@ -310,17 +335,17 @@ def test_cpu_without_vnni_refuses_what_could_overflow_16_bits(monkeypatch: pytes
             assert (choose_kernel(layer)[0].name == "cpu") == fits, (fmt, weight)
 
 
-def test_other_processors_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_processors_simulate(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = linear(grid=grid_of(INPUTS["ue2m2"]))
     monkeypatch.setattr("platform.machine", lambda: "arm64")
-    assert choose_kernel(layer) == (KERNELS["reference"], "cpu: it needs oneDNN on an x86 CPU")
+    assert choose_kernel(layer) == (KERNELS["simulated"], "cpu: it needs oneDNN on an x86 CPU")
     monkeypatch.undo()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert choose_kernel(layer)[0].name == "reference"
+    assert choose_kernel(layer)[0].name == "simulated"
 
 
 def test_unknown_kernel_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(UsageError, match="unknown kernel 'gpu'; choose one of auto, .*cpu.*reference"):
+    with pytest.raises(UsageError, match="unknown kernel 'gpu'; choose one of auto, .*cpu.*simulated"):
         choose_kernel(linear(), "gpu")
 
 
@@ -329,7 +354,7 @@ def test_kernel_that_refuses_every_layer_says_so() -> None:
     assert len(quantized_layers(net)) == 2
     with pytest.raises(UsageError, match="'cpu' can run none of the 2 layers; 0: cpu: the input is in floating point"):
         prepare_(net, "cpu")
-    assert {name for name, _ in prepare_(net, AUTO).values()} == {"reference"}
+    assert {name for name, _ in prepare_(net, AUTO).values()} == {"simulated"}
     assert prepare_(nn.Sequential(nn.Linear(2, 2)), "cpu") == {}
 
 
@@ -338,11 +363,11 @@ def test_every_format_is_run_or_refused() -> None:
         for signed in (True, False):
             for fmt in formats_of_width(bits, signed=signed):
                 kernel, why = choose_kernel(linear(grid=grid_of(fmt)))
-                assert (kernel.name == "cpu") == (fmt.integer_bits <= 16) and bool(why) == (kernel.name == "reference")
+                assert (kernel.name == "cpu") == (fmt.integer_bits <= 16) and bool(why) == (kernel.name == "simulated")
 
 
-def test_registry_ends_with_the_reference() -> None:
-    assert list(KERNELS)[-1] == "reference"
+def test_registry_ends_with_what_runs_anything() -> None:
+    assert list(KERNELS)[-1] == "simulated"
     assert all(kernel.name == name for name, kernel in KERNELS.items())
 
 
@@ -380,7 +405,7 @@ def call(denoiser: Any, timestep: int) -> Tensor:  # noqa: ANN401
     return y
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["cpu", "reference", "simulated"])
 @pytest.mark.parametrize("hub", [1, 2])
 def test_denoiser_compiles_without_a_graph_break(hub: int, kernel: str) -> None:
     denoiser = unet(hub)

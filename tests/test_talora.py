@@ -115,7 +115,7 @@ def test_zero_initialised_hub_is_the_identity(kind: str, grid: str, dtype: torch
     layer = float_layer(kind).to(dtype)
     expected = quantized_layer(layer, [INPUTS[grid]], hub=1)
     expected.store_(layer.weight.detach(), scales_of(layer.weight))
-    expected.prepare_("reference")
+    expected.prepare_("simulated")
     tuned, x = tuned_layer(layer, INPUTS[grid]), input_of(layer).to(dtype)
     for member in range(SMALL.hub_size):
         open_(tuned, member)
@@ -131,7 +131,7 @@ def test_trained_member_computes_what_its_export_will(kind: str, grid: str) -> N
     stir_(tuned)
     export = quantized_layer(layer, moved_inputs(tuned), SMALL.hub_size)
     export.route = Route[int]()
-    export.prepare_("reference")
+    export.prepare_("simulated")
     for k in range(SMALL.hub_size):
         export.store_steps_(steps_of(tuned, k), tuned.scale, k)
     outputs = []

@@ -216,7 +216,7 @@ def test_training_begins_at_the_calibrated_model(tiny_tuned: Finetuned) -> None:
     denoiser, calls = load_calibrated(tiny_tuned.calibration, "cpu").unet, Recording(tiny_tuned.run.held_out)
     error = output_error(denoiser, calls.calls("unet")).relative()
     assert error == pytest.approx(tiny_tuned.calibration.held_out_error["unet"])
-    prepare_(denoiser, "reference")  # training computes in floating point
+    prepare_(denoiser, "simulated")  # training computes in floating point
     assert tiny_tuned.tuned.history[0].error == output_error(denoiser, calls.calls("unet")).relative()
 
 

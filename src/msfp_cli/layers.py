@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from msfp_cli.formats import FloatFormat
 from msfp_cli.kernels import AUTO, choose_kernel
 from msfp_cli.kernels.kernel import Kernel
-from msfp_cli.kernels.reference import run_reference
+from msfp_cli.kernels.simulated import simulate
 from msfp_cli.packing import pack, packed_size, unpack
 from msfp_cli.parameters import LayerParameters
 from msfp_cli.rounding import Grid, dequantize, quantize
@@ -230,7 +230,7 @@ class _Quantized(nn.Module):
         if self.kernel is None and not torch.compiler.is_compiling():
             self.prepare_(self.wish[0], keep_packed=self.wish[1])
         if self.kernel is None:
-            return run_reference(self, x)  # type: ignore[arg-type]
+            return simulate(self, x)  # type: ignore[arg-type]
         return self.kernel(self, x)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:

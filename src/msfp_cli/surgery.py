@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from msfp_cli.errors import CheckpointError, UsageError
-from msfp_cli.kernels import AUTO
+from msfp_cli.kernels import AUTO, choose_kernel
 from msfp_cli.layers import QuantConv2d, QuantLinear
 from msfp_cli.parameters import LayerParameters
 from msfp_cli.routing import RouterTable
@@ -70,10 +70,10 @@ def prepare_(denoiser: nn.Module, kernel: str = AUTO, *, keep_packed: bool = Fal
     """Choose and prepare the kernel of every quantized layer, for the device it is on.
 
     A layer does so by itself when it first runs. Call this to choose otherwise, to have it done before the first call,
-    or before ``torch.compile``, which takes the layers as they are: unprepared ones run the reference.
+    or before ``torch.compile``, which takes the layers as they are: unprepared ones are simulated.
 
     Arguments:
-        kernel: a name in `kernels.KERNELS`, or ``auto``; a layer that it refuses runs the reference.
+        kernel: a name in `kernels.KERNELS`, or ``auto``; a layer that it refuses is simulated.
         keep_packed: keep weights in 4 bits in memory, too, and unpack each at every call.
 
     Returns:
@@ -83,7 +83,11 @@ def prepare_(denoiser: nn.Module, kernel: str = AUTO, *, keep_packed: bool = Fal
         UsageError: there is no such kernel, or it refuses every layer.
     """
     chosen: dict[str, tuple[str, str]] = {}
-    for name, layer in quantized_layers(denoiser).items():
+    layers = quantized_layers(denoiser)
+    fresh = [layer for layer in layers.values() if layer.kernel is None]
+    if not keep_packed and any(choose_kernel(layer, kernel)[0].lays_out for layer in fresh):
+        _leave_file_(denoiser)
+    for name, layer in layers.items():
         reason = layer.prepare_(kernel, keep_packed=keep_packed)
         assert layer.kernel is not None, "it was prepared"
         chosen[name] = (layer.kernel.name, reason)
@@ -93,6 +97,20 @@ def prepare_(denoiser: nn.Module, kernel: str = AUTO, *, keep_packed: bool = Fal
             f"kernel {kernel!r} can run none of the {len(chosen)} layers; {name}: {reason}; choose {AUTO!r}"
         )
     return chosen
+
+
+def _leave_file_(denoiser: nn.Module) -> None:
+    """Copy tensors on the CPU, which a model that was just loaded reads from its file.
+
+    The file is mapped as a whole, until its last tensor is gone: laid out weights would come on top of it.
+    """
+    for module in denoiser.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.device.type == "cpu":
+                parameter.data = parameter.data.clone()
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type == "cpu":
+                module._buffers[name] = buffer.clone()  # loaded buffers are views, and would keep what they view
 
 
 def _attach_router_(denoiser: nn.Module, layers: Mapping[str, QuantizedModule], unit: float) -> None:

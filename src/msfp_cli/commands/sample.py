@@ -43,7 +43,7 @@ def sample(
     ] = False,
     batch_size: BatchOption = 8,
     kernel: Annotated[
-        str, typer.Option(help="How to run the layers: auto, cuda, cuda-fp8, cpu, or reference.")
+        str, typer.Option(help="How to run the layers: auto, cpu, cuda, cuda-fp8, reference, or simulated.")
     ] = "auto",
     keep_packed: Annotated[
         bool, typer.Option("--keep-packed", help="Keep weights in 4 bits in memory, too: half the memory, and slower.")

@@ -1,9 +1,9 @@
 """Ways to execute a quantized layer: one file each, one registry that picks.
 
 A kernel is made from a layer once, on the device where the layer is, and then called with the layer and its input.
-`reference` defines what every other kernel has to compute; it is always available, runs on any device, and is what
-gradients take. The others say why they refuse a layer, and the first that does not refuse gets it; those for another
-type of device are not asked.
+`simulated` computes in floating point, with any layer on any device, and is what gradients take. `reference` defines
+what a layer is in integers (see `arithmetic`), and `cpu` has its bits; both are there to be compared with. Kernels say
+why they refuse a layer, and the first that does not refuse gets it; those for another type of device are not asked.
 """
 
 from typing import TYPE_CHECKING
@@ -13,13 +13,18 @@ from msfp_cli.kernels.cpu import Cpu
 from msfp_cli.kernels.cuda import Cuda, CudaFp8
 from msfp_cli.kernels.kernel import Kernel
 from msfp_cli.kernels.reference import Reference
+from msfp_cli.kernels.simulated import Simulated
 
 if TYPE_CHECKING:
     from msfp_cli.layers import QuantizedLayer
 
 AUTO = "auto"
-_IN_TURN: tuple[type[Kernel], ...] = (Cpu, Reference)
-_ON_REQUEST: tuple[type[Kernel], ...] = (Cuda, CudaFp8)  # `Cuda` moves up once benchmarks/gpu.py has run on a GPU
+_IN_TURN: tuple[type[Kernel], ...] = (Cpu, Simulated)
+_ON_REQUEST: tuple[type[Kernel], ...] = (
+    Cuda,
+    CudaFp8,
+    Reference,
+)  # `Cuda` moves up once benchmarks/gpu.py has run on a GPU
 KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in _ON_REQUEST + _IN_TURN}
 
 
@@ -43,7 +48,7 @@ def choose_kernel(layer: "QuantizedLayer", wanted: str = AUTO) -> tuple[type[Ker
         if reason is None:
             return kernel, "; ".join(refusals)
         refusals.append(f"{kernel.name}: {reason}")
-    return Reference, "; ".join(refusals)
+    return Simulated, "; ".join(refusals)
 
 
 def _device_type(layer: "QuantizedLayer") -> str:

@@ -7,7 +7,7 @@ same arithmetic runs as torch's own operators (`int8`), in more passes; a warnin
 
 Under ``torch.compile`` rounding is left to the compiler, which fuses it with the norm or activation before it. Compiled
 code may divide with an error in the last bit, so a value on the border between two codes may fall to the other side, in
-our layers as in the reference.
+our layers as in simulated ones.
 
 `CudaFp8` has to be asked for. Every 4-bit grid times a power of two is exact in float8 e4m3: the magnitudes have at
 most four significant bits and span less than its 18 octaves. So the products are exact, too, but the sum is as good as
@@ -32,7 +32,7 @@ from msfp_cli.kernels import int8
 from msfp_cli.kernels.geometry import Geometry, num_window_kinds
 from msfp_cli.kernels.int8 import POINT, Held
 from msfp_cli.kernels.kernel import Kernel
-from msfp_cli.kernels.reference import run_reference
+from msfp_cli.kernels.simulated import simulate
 
 if TYPE_CHECKING:
     from msfp_cli.layers import QuantizedLayer
@@ -52,6 +52,7 @@ class Cuda(Kernel):
 
     name: ClassVar[str] = "cuda"
     device: ClassVar[str | None] = "cuda"
+    lays_out: ClassVar[bool] = True
 
     @staticmethod
     def refusal(layer: "QuantizedLayer") -> str | None:
@@ -85,9 +86,9 @@ class Cuda(Kernel):
         return self.held.weights
 
     def __call__(self, layer: "QuantizedLayer", x: Tensor) -> Tensor:
-        """Run the layer; what needs gradients, or is empty or beyond 2^31 elements, goes to the reference."""
+        """Run the layer; what needs gradients, or is empty or beyond 2^31 elements, is simulated."""
         if not self._is_taken(x) or (torch.is_grad_enabled() and x.requires_grad):
-            return run_reference(layer, x)
+            return simulate(layer, x)
         member = layer.member()
         at = self.members[member : member + 1] if isinstance(member, int) else member.view(1)
         return self.run(layer, x, at)

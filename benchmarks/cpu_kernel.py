@@ -1,0 +1,172 @@
+"""What the CPU kernel rests on: rounding in pieces, whether pictures are the same, and which formats it asks for.
+
+    python benchmarks/cpu_kernel.py [--only rounding|pictures|candidates] [--markdown FILE]
+
+Rounding: 2.6 million values (a 320-channel picture of 64x64, twice) to bytes, in pieces as the kernel does, as one
+piece, and in one pass compiled by inductor; median of 15. Pictures: the built-in pipeline, 20 steps, guidance 3, four
+prompts, by every kernel; mean and greatest difference in units of 1/255 between each two. Candidates: the error of a
+calibration on held-out calls where inputs may have integers of one byte, of two, and any. Leave the machine alone.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from msfp_cli import recipe
+from msfp_cli.calibrate import calibrate_
+from msfp_cli.calibration import Calibration
+from msfp_cli.chain import RecordOptions, record_both
+from msfp_cli.export import load_calibrated
+from msfp_cli.formats import FloatFormat
+from msfp_cli.kernels import cpu
+from msfp_cli.loading import BUILT_IN, BUILT_IN_GUIDANCE, BUILT_IN_STEPS, load_pipeline, quiet_libraries
+from msfp_cli.recipe import CalibrateRecipe, ModelSource
+from msfp_cli.recording import Recording
+from msfp_cli.rounding import Grid, fake_quantize
+from msfp_cli.run import Run
+from msfp_cli.surgery import prepare_, quantized_layers
+
+SOURCE = ModelSource(model=BUILT_IN)
+PROMPTS = ["a red dress", "a blue sneaker", "a green bag", "a yellow t-shirt"]
+
+
+def milliseconds(function: Callable[[], object]) -> float:
+    """Return the median of 15 calls after two."""
+    seconds = []
+    for _ in range(17):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:]) * 1e3
+
+
+def rounding() -> Iterator[str]:
+    """Time ways to round an input."""
+
+    def fused(x: Tensor, grid: Grid, shift: int) -> Tensor:
+        return cpu.round_to_bytes(x, grid, shift)[0]
+
+    x = torch.randn(2, 320, 64, 64, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last)
+    yield "| format | threads | in pieces, ms | as one piece, ms | one pass by inductor, ms |"
+    yield "|---|---|---|---|---|"
+    size, most = cpu._PIECE, torch.get_num_threads()
+    for name, zero_point in (("ue2m2", -0.25), ("ue1m3", -0.25), ("e2m1", 0.0)):
+        grid = Grid(FloatFormat.parse(name), 0.1, zero_point)
+        shift = grid.format.largest if grid.format.signed else 0
+        for threads in sorted({1, most}):
+            torch.set_num_threads(threads)
+            compiled = torch.compile(fused)
+            pieces = milliseconds(lambda g=grid, s=shift: cpu.round_to_bytes(x, g, s))
+            cpu._PIECE = x.numel()
+            whole = milliseconds(lambda g=grid, s=shift: cpu.round_to_bytes(x, g, s))
+            cpu._PIECE = size
+            one_pass = milliseconds(lambda c=compiled, g=grid, s=shift: c(x, g, s))
+            yield f"| {name} | {threads} | {pieces:.1f} | {whole:.1f} | {one_pass:.1f} |"
+        torch.set_num_threads(most)
+
+
+def sum_in_float64_(layer: nn.Module) -> None:
+    """Let a layer compute what `simulated` does, but add up in float64."""
+    bias = None if layer.bias is None else layer.bias.double()
+
+    def forward(x: Tensor) -> Tensor:
+        grid = layer.parameters_of.input
+        rounded = (x if grid is None else fake_quantize(x, grid)).double()
+        if isinstance(layer, nn.Linear):
+            return nn.functional.linear(rounded, layer.weight.double(), bias).float()
+        return layer._conv_forward(rounded, layer.weight.double(), bias).float()
+
+    layer.forward = forward
+
+
+def draw(calibration: Calibration, kernel: str, *, float64: bool = False) -> np.ndarray:
+    """Return the pictures of a kernel."""
+    pipe = load_calibrated(calibration, "cpu")
+    prepare_(pipe.unet, kernel)
+    if float64:
+        for layer in quantized_layers(pipe.unet).values():
+            sum_in_float64_(layer)
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": BUILT_IN_STEPS, "guidance_scale": BUILT_IN_GUIDANCE, "generator": generator}
+    return np.stack([np.asarray(picture).astype(float) for picture in pipe(PROMPTS, **options).images])
+
+
+def recorded(work: Path) -> tuple[Recording, Recording]:
+    """Record the default calls."""
+    return record_both(load_pipeline(SOURCE, "cpu"), Run(work), SOURCE, RecordOptions())
+
+
+def pictures(calls: tuple[Recording, Recording]) -> Iterator[str]:
+    """Compare the pictures that kernels draw."""
+    calibration = calibrate_(load_pipeline(SOURCE, "cpu"), *calls, CalibrateRecipe())
+    rows = {
+        "kernel `cpu`": {"kernel": "cpu"},
+        "kernel `reference`": {"kernel": "reference"},
+        "kernel `simulated`": {"kernel": "simulated"},
+        "the same, sums in float64": {"kernel": "simulated", "float64": True},
+    }
+    drawn = {title: draw(calibration, **options) for title, options in rows.items()}
+    yield "| against | " + " | ".join(rows) + " |"
+    yield "|---|" + "---|" * len(rows)
+    for title, pictures_of in drawn.items():
+        cells = []
+        for other in drawn.values():
+            difference = np.abs(pictures_of - other)
+            cells.append(f"{difference.mean():.2f}, {difference.max():.0f}")
+        yield f"| {title} | {' | '.join(cells)} |"
+
+
+@contextmanager
+def widest_input(bits: int) -> Iterator[None]:
+    """Let inputs have integers of so many bits."""
+    usual, recipe.INPUT_INTEGER_BITS = recipe.INPUT_INTEGER_BITS, bits
+    try:
+        yield
+    finally:
+        recipe.INPUT_INTEGER_BITS = usual
+
+
+def candidates(calls: tuple[Recording, Recording]) -> Iterator[str]:
+    """Measure what narrower integers of the inputs cost."""
+    yield "| integers of inputs, bits | W4A4 | W6A6 | W8A8 |"
+    yield "|---|---|---|---|"
+    for title, bits in (("8", 8), ("16 (default)", 16), ("any", 64)):
+        errors = []
+        for width in (4, 6, 8):
+            with widest_input(bits):
+                asked = CalibrateRecipe(weights=width, activations=width)
+                calibration = calibrate_(load_pipeline(SOURCE, "cpu"), *calls, asked)
+            errors.append(f"{calibration.held_out_error['unet']:.5f}")
+        yield f"| {title} | {' | '.join(errors)} |"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["rounding", "pictures", "candidates"], help="just one of the tables")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file as well")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    lines = [f"torch {torch.__version__}, CPU, {torch.get_num_threads()} threads", ""]
+    with tempfile.TemporaryDirectory() as work, torch.no_grad():
+        if arguments.only in (None, "rounding"):
+            lines += [*rounding(), ""]
+        for table in (pictures, candidates):
+            if arguments.only in (None, table.__name__):
+                lines += [*table(recorded(Path(work))), ""]
+    print("\n".join(lines))
+    if arguments.markdown:
+        arguments.markdown.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
