@@ -2,9 +2,9 @@
 
     python benchmarks/calibration.py [--work DIR] [--markdown FILE]
 
-Every row has the same policy (first and last convolution and time embedding at 8 bits), weights and activations at 4
-bits, and is measured on the full-precision trajectories of 20 prompts and seeds that no calibration has seen, 20 DDIM
-steps, guidance 3. Takes about ten minutes on two cores; --work keeps the recordings for the next run.
+Every row has the same policy (first and last convolution in floating point, time embedding at 8 bits), weights and
+activations at 4 bits, and is measured on the full-precision trajectories of 20 prompts and seeds that no calibration
+has seen, 20 DDIM steps, guidance 3. Takes about ten minutes on two cores; --work keeps the recordings for the next run.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 Each peer goes through its own documented interface, at the 4-bit setting that did best here. Two rules hold for all,
 unless a row says otherwise. What a peer cannot quantize stays in floating point, and so do the first and the last
-convolution and the time embedding (`DELICATE`), which ours keep at 8 bits: at 4 bits these 0.4 % of the weights would
-be most of the error.
+convolution and the time embedding (`DELICATE`), of which ours has the last at 8 bits: at 4 bits these 0.4 % of the
+weights would be most of the error.
 
 A peer is imported in its function only, because it is installed in the peers' environment alone.
 """
@@ -184,7 +184,9 @@ def min_max(pipe: Pipe, material: Material) -> Pipe:
     layers, table, scales = find_layers(pipe.unet), {}, {}
     for name, observed in seen.items():
         kept, kept_bits = recipe.kept_bits(name)
-        bits = kept_bits if kept and kept_bits else 4
+        if kept and kept_bits is None:
+            continue
+        bits = kept_bits or 4
         weight, inputs = recipe.weight_formats(bits)[0], recipe.input_formats(bits)[0]
         span = torch.tensor(observed.maximum - observed.minimum)
         table[name] = LayerParameters(weight=weight, input=Grid.with_maximum(inputs, span, observed.minimum))

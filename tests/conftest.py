@@ -39,11 +39,12 @@ from tiny_pipelines import save_tiny
 torch.set_warn_always(True)
 quiet_libraries()
 
-QUICK = CalibrateRecipe(max_samples=1000, sensitivity_calls=1)
+EVERY_LAYER = tuple(f"{name}:8" for name in ("conv_in", "conv_out", "x_embedder", "pos_embed.*", "proj_out*"))
+QUICK = CalibrateRecipe(max_samples=1000, sensitivity_calls=1, keep=EVERY_LAYER)
 TWO_PICTURES = RecordOptions(num_images=2, num_inference_steps=2, batch_size=2)
 # Three shards of three timesteps, one of them held out.
 SIX_PICTURES = RecordOptions(num_images=6, num_inference_steps=3, batch_size=2)
-CHEAP = CalibrateRecipe(max_samples=200, sensitivity_calls=1, lift=0.0, formats="e2m1,ue2m2")
+CHEAP = CalibrateRecipe(max_samples=200, sensitivity_calls=1, lift=0.0, formats="e2m1,ue2m2", keep=EVERY_LAYER)
 FEW_UPDATES = FinetuneRecipe(
     steps=6, batch_size=2, rank=2, hub_size=3, learning_rate=0.1, router_learning_rate=0.01, evaluate_every=3
 )

@@ -77,18 +77,25 @@ def test_layers_left_behind_fit_no_more_or_matter_less_than_those_lifted(fashion
 
 def test_trained_unet_takes_unsigned_formats_where_inputs_are_one_sided(fashion_chained: Chained) -> None:
     # SiLU, the activation before most convolutions, never goes below -0.2785.
-    layers = [c for c in chosen(fashion_chained.calibration).values() if c.parameters.input.format.bits == 4]
+    inputs = [c for c in chosen(fashion_chained.calibration).values() if c.parameters.input is not None]
+    layers = [c for c in inputs if c.parameters.input.format.bits == 4]
     one_sided = [c for c in layers if c.minimum > -0.2785 and c.maximum > 10 * 0.2785]
     assert len(one_sided) > 5
     assert all(not c.parameters.input.format.signed for c in one_sided)
     assert any(c.parameters.input.format.signed for c in layers)
 
 
-def test_first_and_last_layers_are_kept_at_eight_bits(fashion_chained: Chained) -> None:
-    for name in ("conv_in", "conv_out", "time_embedding.linear_1"):
-        layer = chosen(fashion_chained.calibration)[name]
-        assert layer.reason == "kept"
-        assert layer.parameters.weight.bits == layer.parameters.input.format.bits == 8
+def test_outermost_layers_are_kept_in_floating_point_and_timestep_layers_at_eight_bits(
+    fashion_chained: Chained,
+) -> None:
+    layers = chosen(fashion_chained.calibration)
+    for name in ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"):
+        assert layers[name].reason == "kept"
+        parameters = layers[name].parameters
+        if name.startswith("conv"):
+            assert parameters.weight is parameters.input is None
+        else:
+            assert parameters.weight.bits == parameters.input.format.bits == 8
 
 
 def test_keep_rules_leave_layers_in_floating_point_or_at_their_bits(prompted_chained: Chained, tmp_path: Path) -> None:

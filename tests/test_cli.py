@@ -172,11 +172,11 @@ def test_json_is_all_that_is_on_stdout(
 
 
 def test_json_of_a_calibration_tells_what_was_asked_for_and_chosen(msfp: Invoke, tiny_source: ModelSource) -> None:
-    options = ("--weights", 6, "--activations", "none", "--formats", "signed", "--keep", "conv_out:none", "--lift", 0)
+    options = ("--weights", 6, "--activations", "none", "--formats", "signed", "--keep", "conv_out:8", "--lift", 0)
     data = json.loads(msfp("calibrate", tiny_source.model, *QUICKLY, *options, "--seed", 4, "--json").stdout)
     recipe, unet = data["recipe"], data["components"]["unet"]
     assert (recipe["weights"], recipe["activations"], recipe["formats"]) == (6, None, "signed")
-    assert (recipe["keep"], recipe["lift"], recipe["seed"]) == (["conv_out:none"], 0, 4)
+    assert (recipe["keep"], recipe["lift"], recipe["seed"]) == (["conv_out:8"], 0, 4)
     assert unet["lifted"] == []
     assert unet["input_formats"] == {"float": unet["layers"]}
     assert sum(unet["weight_formats"].values()) == unet["layers"]

@@ -157,20 +157,17 @@ def test_last_matching_rule_wins_and_default_comes_first() -> None:
     assert CalibrateRecipe(keep=("conv_in:5", "*:6")).kept_bits("conv_in") == (True, 6)
 
 
+@pytest.mark.parametrize("name", ["conv_in", "conv_out", "x_embedder", "proj_out", "proj_out_2", "pos_embed.proj"])
+def test_default_policy_keeps_first_and_last_layers_in_floating_point(name: str) -> None:
+    assert CalibrateRecipe().kept_bits(name) == (True, None)
+
+
 @pytest.mark.parametrize(
     "name",
-    [
-        "conv_in",
-        "conv_out",
-        "time_embedding.linear_1",
-        "time_embedding.linear_2",
-        "x_embedder",
-        "proj_out",
-        "proj_out_2",
-    ]
-    + ["pos_embed.proj", "norm_out.linear", "adaln_single.linear", "time_text_embed.timestep_embedder.linear_1"],
+    ["time_embedding.linear_1", "time_embedding.linear_2", "context_embedder", "norm_out.linear"]
+    + ["adaln_single.linear", "time_text_embed.timestep_embedder.linear_1"],
 )
-def test_default_policy_keeps_first_last_and_timestep_layers_at_8_bits(name: str) -> None:
+def test_default_policy_keeps_layers_on_timestep_and_text_at_8_bits(name: str) -> None:
     assert CalibrateRecipe().kept_bits(name) == (True, 8)
 
 

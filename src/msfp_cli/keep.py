@@ -6,25 +6,16 @@ from dataclasses import dataclass
 from msfp_cli.errors import UsageError
 from msfp_cli.formats import MAX_BITS, MIN_BITS
 
-# Layers that diffusers' denoisers run first, last, or on the timestep: few multiply-adds, and all errors pass through
-# them, so 8 bits are the custom (EfficientDM, Q-Diffusion).
-DEFAULT_KEEP = tuple(
-    f"{pattern}:8"
-    for pattern in (
-        *(
-            "conv_in",
-            "conv_out",
-            "x_embedder",
-            "pos_embed.*",
-            "patch_embed*",
-            "context_embedder",
-            "proj_out",
-            "proj_out_?",
-        ),
-        *("norm_out.*", "caption_projection.*", "time_embedding.*", "add_embedding.*", "class_embedding.*"),
-        *("time_text_embed.*", "time_embed.*", "adaln_single.*", "condition_embedder.*", "*timestep_embedder.*"),
-    )
+# Layers that diffusers' denoisers run first or last stay in floating point: near the end of the sampling little noise
+# is left in the sample, and a rounded sample hides it. Those that run on the timestep or lead into others take few
+# multiply-adds, and all errors pass through them, so 8 bits are the custom (EfficientDM, Q-Diffusion).
+_OUTERMOST = ("conv_in", "conv_out", "x_embedder", "pos_embed.*", "patch_embed*", "proj_out", "proj_out_?")
+_EMBEDDINGS = (
+    *("context_embedder", "norm_out.*", "caption_projection.*", "time_embedding.*", "add_embedding.*"),
+    *("class_embedding.*", "time_text_embed.*", "time_embed.*", "adaln_single.*", "condition_embedder.*"),
+    "*timestep_embedder.*",
 )
+DEFAULT_KEEP = tuple(f"{name}:none" for name in _OUTERMOST) + tuple(f"{name}:8" for name in _EMBEDDINGS)
 
 
 @dataclass(frozen=True)
