@@ -45,7 +45,10 @@ def calibrate(
     ] = "mixed",
     keep: Annotated[
         list[str] | None,
-        typer.Option(help="PATTERN:BITS of layers to keep at other bits (or none); repeat it, the last match wins."),
+        typer.Option(
+            help="PATTERN:BITS of layers to keep at other bits (or none); repeat it, the last match wins. Unless one "
+            "matches, first and last layers stay in floating point, those on timestep and text at 8 bits."
+        ),
     ] = None,
     lift: Annotated[
         float, typer.Option(help="Share of the multiply-adds that may be lifted to 8 bits, worst layers first.")
