@@ -124,7 +124,8 @@ def make_quantized(name: str, source: Path, directory: Path) -> None:
     table, scales = {}, {}
     for layer, module in layers.items():
         found = search_layer(layer, module, seen[layer], CalibrateRecipe(lift=0.0), space)
-        table[layer], scales[layer] = found.choice.parameters, found.scale
+        if found.scale is not None:  # the default recipe leaves the first and the last layer in floating point
+            table[layer], scales[layer] = found.choice.parameters, found.scale
     for layer, quantized in replace_layers_(denoiser, table).items():
         quantized.store_(layers.pop(layer).weight.detach(), scales[layer])
     described = {layer: quantized.parameters_of.to_json() for layer, quantized in quantized_layers(denoiser).items()}

@@ -2,7 +2,7 @@
 
     python benchmarks/finetune_step.py [--threads N] [--rounds N] [--updates N] [--markdown FILE]
 
-The built-in pipeline's UNet, the same 202 layers, rank 16, 8 rows of a recorded call per update, AdamW, mean squared
+The built-in pipeline's UNet, the same layers, rank 16, 8 rows of a recorded call per update, AdamW, mean squared
 error. peft trains on the full-precision base; msfp trains inside the quantizers, with a hub of two and the router. Each
 measurement is a process of its own, the two take turns, and the medians are compared. Linux only (peak memory).
 """

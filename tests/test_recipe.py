@@ -164,7 +164,7 @@ def test_default_policy_keeps_first_and_last_layers_in_floating_point(name: str)
 
 @pytest.mark.parametrize(
     "name",
-    ["time_embedding.linear_1", "time_embedding.linear_2", "context_embedder", "norm_out.linear"]
+    ["time_embedding.linear_1", "time_embedding.linear_2", "context_embedder", "norm_out.linear", "proj_out_1"]
     + ["adaln_single.linear", "time_text_embed.timestep_embedder.linear_1"],
 )
 def test_default_policy_keeps_layers_on_timestep_and_text_at_8_bits(name: str) -> None:

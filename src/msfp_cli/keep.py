@@ -9,9 +9,9 @@ from msfp_cli.formats import MAX_BITS, MIN_BITS
 # Layers that diffusers' denoisers run first or last stay in floating point: near the end of the sampling little noise
 # is left in the sample, and a rounded sample hides it. Those that run on the timestep or lead into others take few
 # multiply-adds, and all errors pass through them, so 8 bits are the custom (EfficientDM, Q-Diffusion).
-_OUTERMOST = ("conv_in", "conv_out", "x_embedder", "pos_embed.*", "patch_embed*", "proj_out", "proj_out_?")
+_OUTERMOST = ("conv_in", "conv_out", "x_embedder", "pos_embed.*", "patch_embed*", "proj_out", "proj_out_2")
 _EMBEDDINGS = (
-    *("context_embedder", "norm_out.*", "caption_projection.*", "time_embedding.*", "add_embedding.*"),
+    *("context_embedder", "norm_out.*", "proj_out_1", "caption_projection.*", "time_embedding.*", "add_embedding.*"),
     *("class_embedding.*", "time_text_embed.*", "time_embed.*", "adaln_single.*", "condition_embedder.*"),
     "*timestep_embedder.*",
 )

@@ -20,11 +20,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 _IN_TURN: tuple[type[Kernel], ...] = (Cpu, Simulated)
-_ON_REQUEST: tuple[type[Kernel], ...] = (
-    Cuda,
-    CudaFp8,
-    Reference,
-)  # `Cuda` moves up once benchmarks/gpu.py has run on a GPU
+# `Cuda` moves up once benchmarks/gpu.py has run on a GPU.
+_ON_REQUEST: tuple[type[Kernel], ...] = (Cuda, CudaFp8, Reference)
 KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in _ON_REQUEST + _IN_TURN}
 
 

@@ -14,6 +14,7 @@ Those outputs are a frame, at most as wide as the padding: `subtract_frame_` tak
 over the taps that lie outside, in four strips (derivation: ours).
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -38,16 +39,18 @@ class Arithmetic(NamedTuple):
     frames: Tensor | None  # float32 (sets, out, kernel height, kernel width): the zero point's share of each tap
 
     @classmethod
-    def of(cls, layer: "QuantizedLayer") -> "Arithmetic":
-        """Fold scales into one factor per output channel, zero point and bias into one constant."""
+    def of(cls, layer: "QuantizedLayer", integers: Sequence[Tensor]) -> "Arithmetic":
+        """Fold scales into one factor per output channel, zero point and bias into one constant.
+
+        Arguments:
+            integers: int8, shape of the layer's weight, one per set of weights.
+        """
         grids = [grid for grid in layer.parameters_of.inputs() if grid is not None]
         geometry = Geometry.of(layer) if isinstance(layer, nn.Conv2d) else None
         scale = layer.get_buffer("weight_scale").double()
         factors = torch.stack([(scale * grid.scale).float() for grid in grids])
-        shares = [
-            tap_sums(layer.integers(member)) * (scale * grid.zero_point).view(-1, 1, 1)
-            for member, grid in enumerate(grids)
-        ]
+        zeros = [(scale * grid.zero_point).view(-1, 1, 1) for grid in grids]
+        shares = [tap_sums(weight) * zero for weight, zero in zip(integers, zeros, strict=True)]
         bias = 0.0 if layer.bias is None else layer.bias.detach().double()
         constants = torch.stack([(share.sum(dim=(1, 2)) + bias).float() for share in shares])
         framed = geometry is not None and any(geometry.padding) and any(grid.zero_point for grid in grids)

@@ -65,10 +65,10 @@ class Cpu(Kernel):
 
     def __init__(self, layer: "QuantizedLayer", *, keep_packed: bool) -> None:
         """Lay out the weights, and fold scales, zero point and bias."""
-        self.arithmetic = Arithmetic.of(layer)
+        integers = [layer.integers(member) for member in range(layer.parameters_of.hub)]
+        self.arithmetic = Arithmetic.of(layer, integers)
         self.holds_weight = not keep_packed
-        sets = [] if keep_packed else range(layer.parameters_of.hub)
-        self.weights = [_prepack(layer.integers(member), self.arithmetic.geometry) for member in sets]
+        self.weights = [] if keep_packed else [_prepack(each, self.arithmetic.geometry) for each in integers]
 
     def __call__(self, layer: "QuantizedLayer", x: Tensor) -> Tensor:
         """Run the layer; a shape that oneDNN does not take goes to the reference, what needs gradients is simulated."""

@@ -36,7 +36,7 @@ class Reference(Kernel):
 
     def __init__(self, layer: "QuantizedLayer", *, keep_packed: bool) -> None:
         """Fold scales, zero point and bias; the layer's codes are read at each call."""
-        self.arithmetic = Arithmetic.of(layer)
+        self.arithmetic = Arithmetic.of(layer, [layer.integers(i) for i in range(layer.parameters_of.hub)])
 
     def __call__(self, layer: "QuantizedLayer", x: Tensor) -> Tensor:
         """Run `layer` on `x`."""

@@ -1,4 +1,4 @@
-"""Round the input to its grid, then run the layer in floating point: what training and calibration do.
+"""Round the input to its grid, then run the layer in floating point: what training does.
 
     y = conv(fake_quantize(x), dequantize(codes)) + bias
 
