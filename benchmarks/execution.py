@@ -111,7 +111,7 @@ def make_quantized(name: str, source: Path, directory: Path) -> None:
     from msfp_cli.quantizer import MSFPConfig, mark_quantized_
     from msfp_cli.recipe import CalibrateRecipe
     from msfp_cli.search import SearchSpace
-    from msfp_cli.surgery import find_layers, quantized_layers, replace_layers_
+    from msfp_cli.surgery import find_layers, quantized_layers, store_layers_
 
     denoiser = CLASSES[name].from_pretrained(source)
     arguments = inputs_of(name, denoiser)
@@ -126,8 +126,8 @@ def make_quantized(name: str, source: Path, directory: Path) -> None:
         found = search_layer(layer, module, seen[layer], CalibrateRecipe(lift=0.0), space)
         if found.scale is not None:  # the default recipe leaves the first and the last layer in floating point
             table[layer], scales[layer] = found.choice.parameters, found.scale
-    for layer, quantized in replace_layers_(denoiser, table).items():
-        quantized.store_(layers.pop(layer).weight.detach(), scales[layer])
+    del layers
+    store_layers_(denoiser, table, scales)
     described = {layer: quantized.parameters_of.to_json() for layer, quantized in quantized_layers(denoiser).items()}
     mark_quantized_(denoiser, MSFPConfig(layers=described))
     denoiser.save_pretrained(directory)

@@ -103,19 +103,19 @@ def quantize_(denoiser: nn.Module) -> None:
     from msfp_cli.formats import FloatFormat
     from msfp_cli.layers import LayerParameters
     from msfp_cli.rounding import Grid
-    from msfp_cli.surgery import find_layers, replace_layers_
+    from msfp_cli.surgery import find_layers, store_layers_
 
     grids = [("e2m1", 4.0, 0.0), ("ue2m2", 4.0, -0.25), ("e2m5", 4.0, 0.0)]
     signed, unsigned, wide = (Grid(FloatFormat.parse(n), top / FloatFormat.parse(n).largest, z) for n, top, z in grids)
-    layers, table = find_layers(denoiser), {}
-    for i, name in enumerate(layers):
+    table, scales = {}, {}
+    for i, (name, layer) in enumerate(find_layers(denoiser).items()):
+        is_table = isinstance(layer, torch.nn.Embedding)
         is_edge = name.startswith(("conv_in", "conv_out", "time_embedding", "pos_embed", "proj_out"))
-        weight = FloatFormat.parse("e1m6" if is_edge else "e2m1")
-        table[name] = LayerParameters(weight=weight, input=wide if is_edge else (signed, unsigned)[i % 2])
-    for name, quantized in replace_layers_(denoiser, table).items():
-        weight = layers.pop(name).weight.detach()
-        largest = quantized.weight_grid().format.largest
-        quantized.store_(weight, weight.float().abs().flatten(1).amax(dim=1).clamp(min=1e-6) * 0.8 / largest)
+        fmt = FloatFormat.parse("e1m6" if is_edge or is_table else "e2m1")
+        grid = None if is_table else wide if is_edge else (signed, unsigned)[i % 2]
+        table[name] = LayerParameters(weight=fmt, input=grid, lookup=is_table)
+        scales[name] = layer.weight.float().abs().flatten(1).amax(dim=1).clamp(min=1e-6) * 0.8 / fmt.largest
+    store_layers_(denoiser, table, scales)
 
 
 def time_calls(called: Callable[..., Any], arguments: dict[str, Any], calls: int) -> Figures:

@@ -33,7 +33,7 @@ from msfp_cli.recipe import CalibrateRecipe
 from msfp_cli.recording import Recording
 from msfp_cli.rounding import Grid
 from msfp_cli.run import Run
-from msfp_cli.surgery import find_layers, replace_layers_
+from msfp_cli.surgery import find_layers, store_layers_
 
 Pipe = Any  # a diffusers pipeline
 DELICATE = ("conv_in", "conv_out", "time_embedding")
@@ -191,8 +191,7 @@ def min_max(pipe: Pipe, material: Material) -> Pipe:
         span = torch.tensor(observed.maximum - observed.minimum)
         table[name] = LayerParameters(weight=weight, input=Grid.with_maximum(inputs, span, observed.minimum))
         scales[name] = layers[name].weight.detach().flatten(1).abs().amax(1) / weight.largest
-    for name, quantized in replace_layers_(pipe.unet, table).items():
-        quantized.store_(layers[name].weight.detach(), scales[name])
+    store_layers_(pipe.unet, table, scales)
     return pipe
 
 

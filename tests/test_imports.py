@@ -81,6 +81,7 @@ def test_the_walk_sees_the_imports_it_is_to_judge() -> None:
         "formats",
         "kernels",
         "kernels.kernel",
+        "kernels.lookup",
         "kernels.simulated",
         "packing",
         "parameters",

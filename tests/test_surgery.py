@@ -15,6 +15,7 @@ from msfp_cli.routing import ROUTER, TABLE_SIZE, RouterTable
 from msfp_cli.surgery import QuantizedModule, find_layers, quantized_layers, replace_layers_
 from tiny_pipelines import build_tiny
 
+TABLE = LayerParameters(weight=FloatFormat.parse("e3m4"), lookup=True)
 PARAMETERS = LayerParameters(weight=FloatFormat.parse("e2m1"), input=Grid(FloatFormat.parse("ue2m2"), 0.1, -0.2))
 
 
@@ -45,8 +46,12 @@ class Net(nn.Module):
         self.embedding = nn.Embedding(3, 4)
 
 
-def test_finds_linear_and_conv2d_in_order_of_definition() -> None:
-    assert list(find_layers(Net())) == ["conv_in", "blocks.0.0", "blocks.0.2", "odd.plain"]
+def parameters_of_all(net: nn.Module) -> dict[str, LayerParameters]:
+    return {n: TABLE if isinstance(m, nn.Embedding) else PARAMETERS for n, m in find_layers(net).items()}
+
+
+def test_finds_layers_and_tables_in_order_of_definition() -> None:
+    assert list(find_layers(Net())) == ["conv_in", "blocks.0.0", "blocks.0.2", "odd.plain", "embedding"]
 
 
 def test_found_layers_are_the_modules_themselves() -> None:
@@ -62,16 +67,16 @@ def test_replaces_only_the_named_layers_in_place() -> None:
     for name, module in net.named_modules():
         if name:
             assert module is (new[name] if name in new else before[name])
-    assert list(find_layers(net)) == ["blocks.0.0"]
+    assert list(find_layers(net)) == ["blocks.0.0", "embedding"]
     assert all(layer.parameters_of == PARAMETERS for layer in new.values())
 
 
 def test_new_layers_share_the_bias_and_have_the_settings_of_the_old() -> None:
     net = Net()
     old = find_layers(net)
-    new = replace_layers_(net, dict.fromkeys(old, PARAMETERS))
+    new = replace_layers_(net, parameters_of_all(net))
     for name, layer in new.items():
-        assert layer.bias is old[name].bias
+        assert layer.bias is getattr(old[name], "bias", None)
         assert layer.weight_shape == old[name].weight.shape
     conv = new["conv_in"]
     assert isinstance(conv, QuantConv2d)
@@ -81,10 +86,11 @@ def test_new_layers_share_the_bias_and_have_the_settings_of_the_old() -> None:
 def test_replaced_network_runs() -> None:
     net = Net()
     old = find_layers(net)
-    for name, layer in replace_layers_(net, dict.fromkeys(old, PARAMETERS)).items():
+    for name, layer in replace_layers_(net, parameters_of_all(net)).items():
         layer.store_(old[name].weight.detach(), torch.full(layer.weight_shape[:1], 0.05))
     assert net.blocks[0](torch.ones(2, 4)).shape == (2, 6)
     assert net.conv_in(torch.ones(1, 3, 8, 8)).shape == (1, 4, 4, 4)
+    assert net.embedding(torch.ones(2, dtype=torch.int)).shape == (2, 4)
 
 
 @pytest.mark.parametrize("name", ["conv_out", "blocks.0.1", "blocks.7.0", "odd.doubling", "upsample"])
@@ -93,6 +99,15 @@ def test_unknown_layer_is_named_and_nothing_is_replaced(name: str) -> None:
     before = dict(net.named_modules())
     with pytest.raises(CheckpointError, match=f"Net has no layer '{name}'.*another model"):
         replace_layers_(net, {"conv_in": PARAMETERS, name: PARAMETERS})
+    assert dict(net.named_modules()) == before
+
+
+@pytest.mark.parametrize(("name", "kind"), [("embedding", "Embedding"), ("odd.plain", "Plain")])
+def test_layer_of_another_kind_is_named_and_nothing_is_replaced(name: str, kind: str) -> None:
+    net = Net()
+    before = dict(net.named_modules())
+    with pytest.raises(CheckpointError, match=f"layer '{name}' is of another kind, {kind}.*another model"):
+        replace_layers_(net, {"conv_in": PARAMETERS, name: TABLE if name == "odd.plain" else PARAMETERS})
     assert dict(net.named_modules()) == before
 
 
@@ -113,7 +128,7 @@ def test_quantized_layers_are_listed_in_order_of_definition() -> None:
 
 def test_layers_of_one_member_need_no_router() -> None:
     net = Net()
-    for layer in replace_layers_(net, dict.fromkeys(find_layers(net), PARAMETERS)).values():
+    for layer in replace_layers_(net, parameters_of_all(net)).values():
         assert layer.route is None
     assert not hasattr(net, ROUTER)
     assert not net._forward_pre_hooks and not net._forward_hooks

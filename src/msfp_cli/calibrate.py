@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from msfp_cli.calibration import Calibration, LayerChoice, Score, quantize_
 from msfp_cli.denoiser import DenoiserCall, find_denoisers
 from msfp_cli.errors import CalibrationError
+from msfp_cli.layers import KINDS, FloatLayer
 from msfp_cli.noise import output_error
 from msfp_cli.observe import LayerObservation, observe
 from msfp_cli.parameters import LayerParameters
@@ -29,7 +30,7 @@ from msfp_cli.search import SearchResult, SearchSpace, search_rows, search_tenso
 from msfp_cli.sensitivity import choose_lifted, quantized_alone, spread_calls
 from msfp_cli.surgery import find_layers
 
-LIFTED_BITS = 8
+LIFTED_BITS = TABLE_BITS = 8
 _SPACE = SearchSpace()
 
 
@@ -111,7 +112,7 @@ def _calibrate_one(
 
 def search_layer(
     name: str,
-    layer: nn.Linear | nn.Conv2d,
+    layer: FloatLayer,
     seen: LayerObservation,
     recipe: CalibrateRecipe,
     space: SearchSpace = _SPACE,
@@ -119,7 +120,7 @@ def search_layer(
     lifted: bool = False,
 ) -> Searched:
     """Search one layer at the bits that the recipe gives it."""
-    reason, weight_bits, input_bits = _bits(name, recipe, lifted=lifted)
+    reason, weight_bits, input_bits = _bits(name, layer, recipe, lifted=lifted)
     weight = inputs = None
     if weight_bits is not None:
         weight = search_rows(layer.weight, recipe.weight_formats(weight_bits), space.for_bits(weight_bits))
@@ -128,13 +129,15 @@ def search_layer(
     best = inputs.winner if inputs else None
     grid = Grid.with_maximum(best.format, best.max_value[0], best.zero_point) if best else None
     choice = LayerChoice(
-        kind="linear" if isinstance(layer, nn.Linear) else "conv2d",
+        kind=next(kind for kind, float_layer in KINDS.items() if isinstance(layer, float_layer)),
         reason=reason,
         num_weights=layer.weight.numel(),
         multiply_adds=seen.multiply_adds,
         minimum=seen.minimum,
         maximum=seen.maximum,
-        parameters=LayerParameters(weight=weight.winner.format if weight else None, input=grid),
+        parameters=LayerParameters(
+            weight=weight.winner.format if weight else None, input=grid, lookup=isinstance(layer, nn.Embedding)
+        ),
         weight_scores=_scores(weight),
         input_scores=_scores(inputs),
     )
@@ -142,9 +145,11 @@ def search_layer(
     return Searched(choice, scale)
 
 
-def _bits(name: str, recipe: CalibrateRecipe, *, lifted: bool) -> tuple[str, int | None, int | None]:
+def _bits(name: str, layer: FloatLayer, recipe: CalibrateRecipe, *, lifted: bool) -> tuple[str, int | None, int | None]:
     """Return why a layer gets its bits, those of its weight, and those of its input."""
     kept, bits = recipe.kept_bits(name)
+    if isinstance(layer, nn.Embedding):  # a class or a position, and all that follows depends on it
+        return "kept", None if recipe.weights is None else bits if kept else TABLE_BITS, None
     if not lifted and not kept:
         return "default", recipe.weights, recipe.activations
     bits = LIFTED_BITS if lifted else bits

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from msfp_cli.digest import digest
 from msfp_cli.errors import CheckpointError, RunError, UsageError
 from msfp_cli.parameters import LayerParameters
 from msfp_cli.recipe import CalibrateRecipe, ModelSource, RecordRecipe
-from msfp_cli.surgery import find_layers, replace_layers_
+from msfp_cli.surgery import store_layers_
 
 _SCHEMA = 1
 
@@ -46,7 +45,7 @@ class LayerChoice:
     """What was chosen for one layer, and why.
 
     Arguments:
-        kind: ``linear`` or ``conv2d``.
+        kind: a name in `layers.KINDS`.
         reason: ``default``, ``kept`` (a rule) or ``lifted`` (its sensitivity).
         num_weights: elements of the weight.
         multiply_adds: of one denoiser call.
@@ -205,12 +204,7 @@ def _unflatten(flat: Mapping[str, Tensor], components: Mapping[str, Any]) -> dic
     }
 
 
-@torch.no_grad()
 def quantize_(denoiser: nn.Module, calibration: Calibration, component: str) -> nn.Module:
     """Replace the denoiser's layers by quantized ones; the float weights are let go layer by layer."""
-    layers, table = find_layers(denoiser), calibration.table(component)
-    for name, quantized in replace_layers_(denoiser, table).items():
-        weight = layers.pop(name).weight.detach()
-        if table[name].weight is not None:
-            quantized.store_(weight, calibration.scales[component][name].to(weight.device))
+    store_layers_(denoiser, calibration.table(component), calibration.scales[component])
     return denoiser

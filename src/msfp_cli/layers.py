@@ -1,11 +1,11 @@
-"""Linear and Conv2d layers that hold 4-bit codes and round their input.
+"""Linear and Conv2d layers that hold 4-bit codes and round their input, and tables that hold codes.
 
-Both subclass torch's own layers, so libraries that ask ``isinstance(layer, nn.Linear)`` (PEFT among them) see what
+All subclass torch's own layers, so libraries that ask ``isinstance(layer, nn.Linear)`` (PEFT among them) see what
 they expect; ``layer.weight`` dequantizes on the fly. The state is two buffers, ``weight_codes`` (packed, one row per
-member of the layer's hub) and ``weight_scale`` (float32, one per output channel), beside the float bias. What is one
-number per layer (formats, the input's scale and zero point) is no tensor: it is `LayerParameters`, a plain value that
-the checkpoint stores as JSON. A layer whose hub has several members reads from its route which one serves the timestep
-that the denoiser is at.
+member of the layer's hub) and ``weight_scale`` (float32, one per output channel, or per row of a table), beside the
+float bias. What is one number per layer (formats, the input's scale and zero point) is no tensor: it is
+`LayerParameters`, a plain value that the checkpoint stores as JSON. A layer whose hub has several members reads from
+its route which one serves the timestep that the denoiser is at.
 
 How a layer runs is its kernel's business. A layer chooses one when it first runs, for the device it is on then; a
 kernel that keeps the weight in a form of its own lets the layer drop its codes, which come back when they are asked
@@ -20,12 +20,15 @@ from torch import Tensor, nn
 from msfp_cli.formats import FloatFormat
 from msfp_cli.kernels import AUTO, choose_kernel
 from msfp_cli.kernels.kernel import Kernel
+from msfp_cli.kernels.lookup import look_up
 from msfp_cli.kernels.simulated import simulate
 from msfp_cli.packing import pack, packed_size, unpack
 from msfp_cli.parameters import LayerParameters
 from msfp_cli.rounding import Grid, dequantize, quantize
 from msfp_cli.routing import Route
 
+FloatLayer = nn.Linear | nn.Conv2d | nn.Embedding
+KINDS: dict[str, type[FloatLayer]] = {"linear": nn.Linear, "conv2d": nn.Conv2d, "embedding": nn.Embedding}
 _PIECE = 1 << 20  # bytes that are looked up at once: bounds the temporaries of a large weight
 
 
@@ -58,8 +61,8 @@ class QuantizedLayer(Protocol):
         ...
 
 
-class _Quantized(nn.Module):
-    """The part that both layers share; the float layer's class comes second in the bases."""
+class Quantized(nn.Module):
+    """The part that all share; the float layer's class comes second in the bases."""
 
     parameters_of: LayerParameters
     kernel: Kernel | None
@@ -69,15 +72,18 @@ class _Quantized(nn.Module):
     slot: int
     bias: Any  # nn.Parameter or None; torch types it differently in its two layers
 
-    def _take_over(self, layer: nn.Linear | nn.Conv2d, parameters: LayerParameters) -> None:
+    def _take_over(self, layer: FloatLayer, parameters: LayerParameters) -> None:
         """Take the settings and bias of a float layer, and room for its codes (on its device, meta included)."""
         nn.Module.__init__(self)
         tensors = {"weight", "bias"} | set(layer.__dict__.keys() & nn.Module().__dict__.keys())
         self.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in tensors})
         self.parameters_of, self.kernel, self.weight_shape = parameters, None, layer.weight.shape
         self.wish = (AUTO, False)
+        grid = parameters.input
+        for fmt in (parameters.weight, grid and grid.format):
+            _ = fmt and fmt.code_book  # now: before Python 3.12 it is made under a lock, where torch.compile stops
         self.training, self.route, self.slot = layer.training, None, 0
-        self.register_parameter("bias", layer.bias)  # type: ignore[arg-type]
+        self.register_parameter("bias", getattr(layer, "bias", None))  # type: ignore[arg-type]
         if parameters.weight is None:
             self.register_parameter("weight", layer.weight)  # type: ignore[arg-type]
             return
@@ -239,7 +245,7 @@ class _Quantized(nn.Module):
         return f"{super().extra_repr()}, weight={self.parameters_of.weight}, input={grid and grid.format}"
 
 
-class QuantLinear(_Quantized, nn.Linear):  # type: ignore[misc, override]  # weight is a property here
+class QuantLinear(Quantized, nn.Linear):  # type: ignore[misc, override]  # weight is a property here
     """A Linear layer with quantized weight and input: ``(..., in_features) -> (..., out_features)``."""
 
     def __init__(self, layer: nn.Linear, parameters: LayerParameters) -> None:
@@ -251,7 +257,7 @@ class QuantLinear(_Quantized, nn.Linear):  # type: ignore[misc, override]  # wei
         return nn.functional.linear(x, weight, self.bias)
 
 
-class QuantConv2d(_Quantized, nn.Conv2d):  # type: ignore[misc, override]  # weight is a property here
+class QuantConv2d(Quantized, nn.Conv2d):  # type: ignore[misc, override]  # weight is a property here
     """A Conv2d layer with quantized weight and input: ``(batch, in_channels, height, width)`` to the layer's output."""
 
     def __init__(self, layer: nn.Conv2d, parameters: LayerParameters) -> None:
@@ -262,3 +268,19 @@ class QuantConv2d(_Quantized, nn.Conv2d):  # type: ignore[misc, override]  # wei
         """Convolve with `weight` and add the bias; the input is padded here, after it was rounded."""
         y: Tensor = self._conv_forward(x, weight, self.bias)
         return y
+
+
+class QuantEmbedding(Quantized, nn.Embedding):  # type: ignore[misc, override]  # weight is a property here
+    """A table of quantized rows: indices ``(...)`` to ``(..., embedding_dim)`` in the type of the float table."""
+
+    def __init__(self, table: nn.Embedding, parameters: LayerParameters) -> None:
+        """Take the place of `table`; call `store_` or load a state dict to give it codes."""
+        self._take_over(table, parameters)
+        # The input is whole numbers, so only this says which type the rows have; it moves with the module.
+        self.register_buffer("like", torch.empty(0, dtype=table.weight.dtype), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Look rows up."""
+        if self.kernel is None and not torch.compiler.is_compiling():
+            self.prepare_(self.wish[0])
+        return look_up(self, x)

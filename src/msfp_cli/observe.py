@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from msfp_cli.denoiser import DenoiserCall, replay
 from msfp_cli.errors import CalibrationError
+from msfp_cli.layers import FloatLayer
 from msfp_cli.progress import Advance
 from msfp_cli.surgery import find_layers
 
@@ -37,9 +38,9 @@ class LayerObservation:
         return torch.cat([*self.samples, torch.tensor([self.minimum, self.maximum])])
 
 
-def count_multiply_adds(layer: nn.Linear | nn.Conv2d, output: Tensor) -> int:
+def count_multiply_adds(layer: FloatLayer, output: Tensor) -> int:
     """Return the multiply-adds that produced `output`: its elements times the inputs that each one sums."""
-    return output.numel() * layer.weight[0].numel()
+    return 0 if isinstance(layer, nn.Embedding) else output.numel() * layer.weight[0].numel()
 
 
 def observe(
@@ -51,7 +52,7 @@ def observe(
     generator: torch.Generator,
     advance: Advance,
 ) -> dict[str, LayerObservation]:
-    """Watch the input of every Linear and Conv2d layer over the recorded calls.
+    """Watch the input of every layer over the recorded calls; a table's are indices, of which none are kept.
 
     Arguments:
         num_calls: how many calls there are, to share `max_samples` among them.
@@ -67,7 +68,7 @@ def observe(
     seen: dict[str, LayerObservation] = {}
     timestep = 0.0
 
-    def hook(name: str, layer: nn.Linear | nn.Conv2d, args: tuple[Any, ...], output: Tensor) -> None:
+    def hook(name: str, layer: FloatLayer, args: tuple[Any, ...], output: Tensor) -> None:
         x = args[0].detach().reshape(-1)
         low, high = (float(bound) for bound in torch.aminmax(x))
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
@@ -78,6 +79,8 @@ def observe(
         observation = seen.setdefault(name, LayerObservation())
         observation.minimum, observation.maximum = min(observation.minimum, low), max(observation.maximum, high)
         observation.multiply_adds += count_multiply_adds(layer, output) / num_calls
+        if isinstance(layer, nn.Embedding):
+            return
         index = torch.randint(x.numel(), (min(per_call, x.numel()),), generator=generator)
         observation.samples.append(x[index.to(x.device)].float().cpu())
 

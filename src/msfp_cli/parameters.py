@@ -16,16 +16,20 @@ class LayerParameters:
         input: grid of the input, one for the whole tensor; None leaves the input in floating point.
         hub: sets of weights, of which the denoiser's router picks one by timestep.
         further_inputs: grids of the input for the second set of weights and those after it; empty if they share one.
+        lookup: whether this is a table, whose rows are looked up: one scale per row, no input to round, no hub.
     """
 
     weight: FloatFormat | None = None
     input: Grid | None = None
     hub: int = 1
     further_inputs: tuple[Grid, ...] = ()
+    lookup: bool = False
 
     def __post_init__(self) -> None:
         if self.hub < 1 or len(self.further_inputs) not in (0, self.hub - 1):
             raise ValueError(f"{len(self.further_inputs)} further inputs do not fit {self.hub} sets of weights")
+        if self.lookup and (self.input is not None or self.hub > 1):
+            raise ValueError("a table has one set of weights, and no input to round")
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; floats are exact in float32 and survive the trip."""
@@ -34,6 +38,7 @@ class LayerParameters:
             "input": None if self.input is None else _grid_to_json(self.input),
             "hub": self.hub,
             "further_inputs": [_grid_to_json(grid) for grid in self.further_inputs],
+            **({"lookup": True} if self.lookup else {}),
         }
 
     @classmethod
@@ -50,6 +55,7 @@ class LayerParameters:
             input=None if grid is None else _grid_from_json(grid),
             hub=int(data.get("hub", 1)),
             further_inputs=tuple(_grid_from_json(further) for further in data.get("further_inputs", ())),
+            lookup=bool(data.get("lookup", False)),
         )
 
     def input_of(self, member: int) -> Grid | None:

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from msfp_cli.calibration import LayerChoice
 from msfp_cli.denoiser import DenoiserCall, take_rows
+from msfp_cli.layers import FloatLayer
 from msfp_cli.parameters import LayerParameters
 from msfp_cli.recording import Recording
 from msfp_cli.rounding import Grid, fake_quantize
@@ -47,7 +48,7 @@ def spread_calls(recording: Recording, component: str, count: int) -> list[Denoi
 
 
 @contextmanager
-def quantized_alone(layer: nn.Linear | nn.Conv2d, parameters: LayerParameters, scale: Tensor | None) -> Iterator[None]:
+def quantized_alone(layer: FloatLayer, parameters: LayerParameters, scale: Tensor | None) -> Iterator[None]:
     """Quantize one layer's weight (with its `scale` per output channel) and input while the context is open."""
     weight, handle = layer.weight.data, None
     if parameters.weight is not None and scale is not None:

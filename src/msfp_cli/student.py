@@ -10,8 +10,8 @@ from msfp_cli.denoiser import DenoiserCall, call_again
 from msfp_cli.noise import OutputError
 from msfp_cli.parameters import LayerParameters
 from msfp_cli.recipe import FinetuneRecipe
-from msfp_cli.surgery import replace_layers_
-from msfp_cli.talora import Router, tune_layers_
+from msfp_cli.surgery import store_layers_
+from msfp_cli.talora import Router, tune_layers_, tuned_names
 
 
 class Student(nn.Module):
@@ -35,7 +35,8 @@ class Student(nn.Module):
         super().__init__()
         self.denoiser = denoiser.requires_grad_(False)
         generator = torch.Generator().manual_seed(recipe.seed)
-        replace_layers_(denoiser, {name: parameters for name, parameters in table.items() if parameters.weight is None})
+        tuned = set(tuned_names(table))
+        store_layers_(denoiser, {name: table[name] for name in table if name not in tuned}, scales)
         self.layers, self.route = tune_layers_(denoiser, table, scales, recipe, generator)
         self.router = Router(len(self.layers), recipe.hub_size, unit, generator)
         self.router.to(next(denoiser.parameters()).device)

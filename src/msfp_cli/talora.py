@@ -275,5 +275,5 @@ def tune_layers_(
 
 
 def tuned_names(table: Mapping[str, LayerParameters]) -> list[str]:
-    """List the layers that have a hub, in the order of the router's rows."""
-    return [name for name, parameters in table.items() if parameters.weight is not None]
+    """List the layers that have a hub, in the order of the router's rows: those that multiply by a quantized weight."""
+    return [name for name, parameters in table.items() if parameters.weight is not None and not parameters.lookup]

@@ -27,7 +27,7 @@ from msfp_cli.errors import CheckpointError, RunError, UsageError
 from msfp_cli.recipe import FinetuneRecipe
 from msfp_cli.rounding import Grid
 from msfp_cli.routing import ROUTER, table_index
-from msfp_cli.surgery import find_layers, replace_layers_
+from msfp_cli.surgery import find_layers, replace_layers_, store_layers_
 from msfp_cli.talora import Router, moved_input, tuned_names, updated_steps
 
 _SCHEMA = 1
@@ -181,10 +181,11 @@ def quantize_tuned_(denoiser: nn.Module, calibration: Calibration, component: st
         chosen[:, slot] = torch.searchsorted(torch.tensor(used[name], dtype=torch.uint8), chosen[:, slot].contiguous())
         inputs = _tuned_inputs(table[name].input, [best.get(f"{name}.input_shift.{k}") for k in used[name]])
         table[name] = replace(table[name], hub=len(used[name]), input=inputs[0], further_inputs=inputs[1:])
+    store_layers_(denoiser, {n: table[n] for n in table if n not in used}, calibration.scales[component])
     layers = find_layers(denoiser)
-    for name, quantized in replace_layers_(denoiser, table, timestep_unit=tuned.unit).items():
+    for name, quantized in replace_layers_(denoiser, {n: table[n] for n in names}, timestep_unit=tuned.unit).items():
         weight = layers.pop(name).weight.detach()
-        for member, k in enumerate(used.get(name, ())):
+        for member, k in enumerate(used[name]):
             tensors = (calibration.scales[component][name], best[f"{name}.lora_a.{k}"], best[f"{name}.lora_b.{k}"])
             scale, a, b = (tensor.to(weight.device) for tensor in tensors)
             quantized.store_steps_(updated_steps(weight, scale, a, b), scale, member)

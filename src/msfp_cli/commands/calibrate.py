@@ -47,7 +47,7 @@ def calibrate(
         list[str] | None,
         typer.Option(
             help="PATTERN:BITS of layers to keep at other bits (or none); repeat it, the last match wins. Unless one "
-            "matches, first and last layers stay in floating point, those on timestep and text at 8 bits."
+            "matches, first and last layers stay in floating point, those on timestep and text, and tables, at 8 bits."
         ),
     ] = None,
     lift: Annotated[

@@ -4,6 +4,7 @@ A kernel is made from a layer once, on the device where the layer is, and then c
 `simulated` computes in floating point, with any layer on any device, and is what gradients take. `reference` defines
 what a layer is in integers (see `arithmetic`), and `cpu` has its bits; both are there to be compared with. Kernels say
 why they refuse a layer, and the first that does not refuse gets it; those for another type of device are not asked.
+Tables have a kernel of their own, `lookup`.
 """
 
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from msfp_cli.errors import UsageError
 from msfp_cli.kernels.cpu import Cpu
 from msfp_cli.kernels.cuda import Cuda, CudaFp8
 from msfp_cli.kernels.kernel import Kernel
+from msfp_cli.kernels.lookup import Lookup
 from msfp_cli.kernels.reference import Reference
 from msfp_cli.kernels.simulated import Simulated
 
@@ -36,6 +38,8 @@ def choose_kernel(layer: "QuantizedLayer", wanted: str = AUTO) -> tuple[type[Ker
     """
     if wanted != AUTO and wanted not in KERNELS:
         raise UsageError(f"unknown kernel {wanted!r}; choose one of {', '.join((AUTO, *KERNELS))}")
+    if layer.parameters_of.lookup:
+        return Lookup, ""
     refusals: list[str] = []
     device = _device_type(layer)
     for kernel in _IN_TURN if wanted == AUTO else (KERNELS[wanted],):
