@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from material import FORMER, RECORD, UNSEEN
 from safetensors.torch import load_file, save_file
 
 from msfp_cli.atomic import replace_file, write_text
-from msfp_cli.chain import RecordOptions, calibrate_run
+from msfp_cli.chain import calibrate_run
 from msfp_cli.denoiser import find_denoisers
 from msfp_cli.export import load_calibrated
 from msfp_cli.finetune import finetune_run
@@ -39,7 +40,6 @@ from msfp_cli.loading import (
     BUILT_IN,
     BUILT_IN_GUIDANCE,
     BUILT_IN_STEPS,
-    default_prompts,
     load_pipeline,
     quiet_libraries,
 )
@@ -94,15 +94,15 @@ class Job:
         """Return what is trained."""
         changes: dict[str, Any] = {**RUNGS[self.rung][1], **json.loads(self.settings)}
         every = max(1, self.updates // 4)
-        recipe = FinetuneRecipe(steps=self.updates, learning_rate=self.rate, seed=self.seed, evaluate_every=every)
-        return replace(recipe, **changes)
+        changes |= {"steps": self.updates, "learning_rate": self.rate, "seed": self.seed, "evaluate_every": every}
+        return replace(FORMER, **changes)
 
 
 def calibrated(work: Path, formats: str) -> Run:
     """Calibrate with some formats, once."""
     run = Run(work / f"calibrated-{formats}")
     if not run.calibration.exists():
-        calibrate_run(run, SOURCE, RecordOptions(), CalibrateRecipe(formats=formats, keep=_KEEP), device="cpu")
+        calibrate_run(run, SOURCE, RECORD, CalibrateRecipe(formats=formats, keep=_KEEP), device="cpu")
     return run
 
 
@@ -127,8 +127,7 @@ def references(work: Path) -> Recording:
 
 def test_prompts() -> tuple[str, ...]:
     """Return 200 prompts: those that calibration does not use, over again with other noise."""
-    unseen = default_prompts(BUILT_IN)[RecordOptions().num_images :]
-    return tuple(unseen[i % len(unseen)] for i in range(NUM_TESTS))
+    return tuple(UNSEEN[i % len(UNSEEN)] for i in range(NUM_TESTS))
 
 
 @torch.no_grad()

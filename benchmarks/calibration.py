@@ -12,11 +12,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+from material import RECORD, UNSEEN
 
 from msfp_cli.calibrate import calibrate_
 from msfp_cli.calibration import Calibration
-from msfp_cli.chain import RecordOptions, record_recipes
-from msfp_cli.loading import BUILT_IN, BUILT_IN_GUIDANCE, default_prompts, load_pipeline, quiet_libraries
+from msfp_cli.chain import record_recipes
+from msfp_cli.loading import BUILT_IN, BUILT_IN_GUIDANCE, load_pipeline, quiet_libraries
 from msfp_cli.recipe import CalibrateRecipe, ModelSource, RecordRecipe
 from msfp_cli.record import record_calls
 from msfp_cli.recording import Recording
@@ -27,11 +28,10 @@ SILU_MINIMUM = -0.27847  # of x * sigmoid(x)
 
 
 def make_recordings(work: Path) -> tuple[Recording, Recording]:
-    """Record the default calibration calls, and 20 prompts that are not among its forty."""
+    """Record the calibration calls, and those of 20 prompts that are not among its forty."""
     pipe = load_pipeline(SOURCE, "cpu")
-    options = RecordOptions()
-    calibration, _ = record_recipes(pipe, SOURCE, options)
-    unseen = default_prompts(BUILT_IN)[options.num_images : options.num_images + NUM_HELD_OUT]
+    calibration, _ = record_recipes(pipe, SOURCE, RECORD)
+    unseen = UNSEEN[:NUM_HELD_OUT]
     held_out = RecordRecipe(
         conditions=unseen, num_inference_steps=20, guidance_scale=BUILT_IN_GUIDANCE, seed=HELD_OUT_SEED, batch_size=10
     )

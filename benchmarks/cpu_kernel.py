@@ -19,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from material import RECORD
 from torch import Tensor, nn
 
 from msfp_cli import recipe
 from msfp_cli.calibrate import calibrate_
 from msfp_cli.calibration import Calibration
-from msfp_cli.chain import RecordOptions, record_both
+from msfp_cli.chain import record_both
 from msfp_cli.export import load_calibrated
 from msfp_cli.formats import FloatFormat
 from msfp_cli.kernels import cpu
@@ -102,8 +103,8 @@ def draw(calibration: Calibration, kernel: str, *, float64: bool = False) -> np.
 
 
 def recorded(work: Path) -> tuple[Recording, Recording]:
-    """Record the default calls."""
-    return record_both(load_pipeline(SOURCE, "cpu"), Run(work), SOURCE, RecordOptions())
+    """Record the calls."""
+    return record_both(load_pipeline(SOURCE, "cpu"), Run(work), SOURCE, RECORD)
 
 
 def pictures(calls: tuple[Recording, Recording]) -> Iterator[str]:

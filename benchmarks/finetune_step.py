@@ -20,10 +20,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from material import RECORD
 
 from msfp_cli.batches import Batches
 from msfp_cli.calibration import Calibration
-from msfp_cli.chain import RecordOptions, calibrate_run
+from msfp_cli.chain import calibrate_run
 from msfp_cli.denoiser import call_again, find_denoisers
 from msfp_cli.finetune import timestep_weights
 from msfp_cli.loading import BUILT_IN, load_pipeline, quiet_libraries
@@ -119,7 +120,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary) / "run"
         if not Run(work).calibration.exists():
-            calibrate_run(Run(work), SOURCE, RecordOptions(), CalibrateRecipe())
+            calibrate_run(Run(work), SOURCE, RECORD, CalibrateRecipe())
         table = compare(work, arguments.rounds, arguments.updates, arguments.threads)
     print(table)
     if arguments.markdown:

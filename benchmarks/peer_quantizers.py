@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from ablation import SOURCE
 from diffusers import DiffusionPipeline
+from material import RECORD
 from torch import nn
 
 from msfp_cli.calibrate import calibrate_
-from msfp_cli.chain import RecordOptions, record_both
+from msfp_cli.chain import record_both
 from msfp_cli.denoiser import replay
 from msfp_cli.export import load_calibrated
 from msfp_cli.loading import load_pipeline
@@ -53,8 +54,8 @@ class Material:
 
     @cached_property
     def recordings(self) -> tuple[Recording, Recording]:
-        """The calls that `msfp calibrate` records by default, and its held-out ones."""
-        return record_both(load_pipeline(SOURCE, "cpu"), Run(self.work / "calibration"), SOURCE, RecordOptions())
+        """The calls that all are calibrated on, and the held-out ones."""
+        return record_both(load_pipeline(SOURCE, "cpu"), Run(self.work / "calibration"), SOURCE, RECORD)
 
 
 @dataclass(frozen=True)

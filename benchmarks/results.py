@@ -14,21 +14,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from material import FORMER, RECORD, UNSEEN
 from page import put
 from PIL import Image
 
-from msfp_cli.chain import RecordOptions, calibrate_run
+from msfp_cli.chain import calibrate_run
 from msfp_cli.evaluate import EvaluateOptions, evaluate_run
 from msfp_cli.evaluation import Evaluation, Measured
 from msfp_cli.export import export_
 from msfp_cli.figures import DISTANCES, FIGURES
 from msfp_cli.finetune import finetune_run
 from msfp_cli.generation import contact_sheet
-from msfp_cli.loading import BUILT_IN, default_prompts, quiet_libraries
+from msfp_cli.loading import BUILT_IN, quiet_libraries
 from msfp_cli.recipe import CalibrateRecipe, FinetuneRecipe, ModelSource
 from msfp_cli.run import Run
 
-_PLAIN = FinetuneRecipe(hub_size=1, loss="plain")
+_PLAIN = replace(FORMER, hub_size=1, loss="plain")
 ROWS: dict[str, tuple[CalibrateRecipe, FinetuneRecipe | None]] = {
     "W4A4, signed formats, no lift": (CalibrateRecipe(formats="signed", lift=0.0), None),
     "W4A4, mixed signs, no lift": (CalibrateRecipe(lift=0.0), None),
@@ -59,7 +60,7 @@ def calibrated(work: Path, source: ModelSource, recipe: CalibrateRecipe, argumen
         for place in (run.recording, run.held_out):
             (shared / place.name).mkdir(parents=True, exist_ok=True)
             link(place, shared / place.name)
-        options = RecordOptions(num_inference_steps=arguments.steps)
+        options = replace(RECORD, num_inference_steps=arguments.steps)
         calibrate_run(run, source, options, recipe, device=arguments.device)
     return run
 
@@ -92,7 +93,7 @@ def evaluated(work: Path, source: ModelSource, name: str, arguments: argparse.Na
         (run.evaluation / "pictures").mkdir(parents=True, exist_ok=True)
         link(run.evaluation / part, work / "full-precision" / part)
     # Without the prompts of the held-out calls as well: they choose which state of a fine-tuning is kept.
-    prompts = default_prompts(BUILT_IN)[RecordOptions().num_images :] if source.model == BUILT_IN else None
+    prompts = UNSEEN if source.model == BUILT_IN else None
     options = EvaluateOptions(
         prompts=prompts,
         num_images=arguments.num_images,

@@ -15,7 +15,7 @@ from msfp_cli.denoiser import find_denoisers
 from msfp_cli.errors import RunError, UsageError
 from msfp_cli.export import load_calibrated
 from msfp_cli.generation import Sampling, call_pipeline, conditioning_of
-from msfp_cli.layers import QuantConv2d, QuantLinear
+from msfp_cli.layers import QuantConv2d, QuantEmbedding, QuantLinear
 from msfp_cli.loading import BUILT_IN, BUILT_IN_GUIDANCE, default_prompts, load_pipeline
 from msfp_cli.pipeline import MSFPPipeline
 from msfp_cli.recipe import ModelSource
@@ -81,10 +81,10 @@ def test_every_layer_of_the_calibration_is_quantized_after_reloading(reloaded: R
     for component, denoiser in find_denoisers(reloaded.stock).items():
         table = reloaded.chained.calibration.table(component)
         modules = dict(denoiser.named_modules())
-        quantized = {n: m.parameters_of for n, m in modules.items() if isinstance(m, QuantLinear | QuantConv2d)}
+        quantized = {n: m.parameters_of for n, m in modules.items() if isinstance(m, QuantLinear | QuantConv2d | QuantEmbedding)}
         assert quantized == table
         original = find_denoisers(reloaded.float_pipe)[component]
-        assert set(table) == {n for n, m in original.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
+        assert set(table) == {n for n, m in original.named_modules() if type(m) in (nn.Linear, nn.Conv2d, nn.Embedding)}
 
 
 def test_quantization_moves_the_denoisers_output_a_little(reloaded: Reloaded) -> None:

@@ -34,7 +34,7 @@ class RecordOptions:
     """
 
     prompts: tuple[str, ...] | None = None
-    num_images: int = 40
+    num_images: int = 100
     num_inference_steps: int | None = 20
     guidance_scale: float | None = None
     seed: int = 0

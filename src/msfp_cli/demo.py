@@ -17,7 +17,7 @@ from msfp_cli.recipe import CalibrateRecipe, FinetuneRecipe, ModelSource
 from msfp_cli.report import write_report
 from msfp_cli.run import Run
 
-_UPDATES, _PICTURES = 200, 24
+_RECORDED, _UPDATES, _PICTURES = 40, 200, 24
 _PROMPTS = (
     "a red dress",
     "a photo of a blue sneaker",
@@ -50,9 +50,8 @@ class DemoReport:
 def run_demo(directory: Path, *, device: str | None = None, progress: Progress = SILENT) -> DemoReport:
     """Calibrate, fine-tune shortly, export, evaluate and report the built-in pipeline."""
     run, source = Run(directory), ModelSource(model=BUILT_IN)
-    calibration = calibrate_run(
-        run, source, RecordOptions(), CalibrateRecipe(), device=device, overwrite=True, progress=progress
-    )
+    few = RecordOptions(num_images=_RECORDED)
+    calibration = calibrate_run(run, source, few, CalibrateRecipe(), device=device, overwrite=True, progress=progress)
     recipe = FinetuneRecipe(steps=_UPDATES, evaluate_every=_UPDATES // 2)
     finetune_run(run, recipe, device=device, restart=True, progress=progress)
     export = directory / "export"

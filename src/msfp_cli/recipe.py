@@ -190,7 +190,7 @@ class FinetuneRecipe(Recipe):
         init: a name in `INITS`: B begins at ``zero``, or A and B at the singular value decomposition (``svd``) of the
             weight's rounding error.
         learning_rate: of the LoRAs, decaying linearly to 0; B counts in steps of the weight's grid.
-        router_learning_rate: of the router.
+        router_learning_rate: of the router; a fast one moves timesteps among members before these have learned.
         input_learning_rate: of the scale and zero point of each layer's input; 0 leaves them as calibrated.
         loss: ``dfa`` weights each timestep by its denoising factor, ``plain`` does not.
         loss_power: the factor's exponent.
@@ -207,11 +207,11 @@ class FinetuneRecipe(Recipe):
     hub_size: int = 2
     rank: int = 16
     init: str = "zero"
-    learning_rate: float = 1e-2
-    router_learning_rate: float = 1e-3
+    learning_rate: float = 2e-2
+    router_learning_rate: float = 1e-4
     input_learning_rate: float = 1e-3
     loss: str = "dfa"
-    loss_power: float = 1.0
+    loss_power: float = 0.5
     timesteps: str = "error"
     mixed_precision: str = "no"
     seed: int = 0

@@ -1,0 +1,12 @@
+"""What benchmarks share: what they record and test on, and the settings that the tables in docs/ were made with.
+
+Forty prompts are fewer than `msfp calibrate` takes by default: a calibration wants no more, and benchmarks make many.
+"""
+
+from msfp_cli.chain import RecordOptions
+from msfp_cli.loading import BUILT_IN, default_prompts
+from msfp_cli.recipe import FinetuneRecipe
+
+RECORD = RecordOptions(num_images=40)
+FORMER = FinetuneRecipe(learning_rate=1e-2, router_learning_rate=1e-3, loss_power=1.0)  # the defaults of that time
+UNSEEN = default_prompts(BUILT_IN)[40:150]
