@@ -81,7 +81,9 @@ def test_every_layer_of_the_calibration_is_quantized_after_reloading(reloaded: R
     for component, denoiser in find_denoisers(reloaded.stock).items():
         table = reloaded.chained.calibration.table(component)
         modules = dict(denoiser.named_modules())
-        quantized = {n: m.parameters_of for n, m in modules.items() if isinstance(m, QuantLinear | QuantConv2d | QuantEmbedding)}
+        quantized = {
+            n: m.parameters_of for n, m in modules.items() if isinstance(m, QuantLinear | QuantConv2d | QuantEmbedding)
+        }
         assert quantized == table
         original = find_denoisers(reloaded.float_pipe)[component]
         assert set(table) == {n for n, m in original.named_modules() if type(m) in (nn.Linear, nn.Conv2d, nn.Embedding)}
