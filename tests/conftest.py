@@ -46,7 +46,14 @@ TWO_PICTURES = RecordOptions(num_images=2, num_inference_steps=2, batch_size=2)
 SIX_PICTURES = RecordOptions(num_images=6, num_inference_steps=3, batch_size=2)
 CHEAP = CalibrateRecipe(max_samples=200, sensitivity_calls=1, lift=0.0, formats="e2m1,ue2m2", keep=EVERY_LAYER)
 FEW_UPDATES = FinetuneRecipe(
-    steps=6, batch_size=2, rank=2, hub_size=3, learning_rate=0.1, router_learning_rate=0.01, evaluate_every=3
+    steps=6,
+    batch_size=2,
+    rank=2,
+    hub_size=3,
+    learning_rate=0.1,
+    router_learning_rate=0.01,
+    loss_power=1.0,
+    evaluate_every=3,
 )
 CONDITIONS: dict[str, tuple[str | None, ...]] = {"prompt": ("a cat",), "class_labels": ("1",), "none": (None,)}
 

@@ -17,6 +17,7 @@ from msfp_cli.kernels import KERNELS, choose_kernel
 from msfp_cli.kernels.lookup import Lookup
 from msfp_cli.layers import QuantEmbedding, QuantLinear
 from msfp_cli.loading import load_pipeline
+from msfp_cli.measures import input_histograms
 from msfp_cli.parameters import LayerParameters
 from msfp_cli.pipeline import MSFPPipeline
 from msfp_cli.recipe import CalibrateRecipe, ModelSource
@@ -178,3 +179,11 @@ def test_export_holds_tables_and_fine_tuning_leaves_them(fresh_run: Callable[...
     grid = Grid(table.weight_grid().format, calibration.scales["transformer"][TABLE][index, None])
     assert torch.equal(table(index), dequantize(quantize(plain.weight[index], grid), grid))
     assert "lookup (" in pipe.describe()
+
+
+def test_histograms_leave_tables_out(calibrated: Callable[[str], Run]) -> None:
+    run = calibrated("DiTPipeline")
+    pipe = load_pipeline(run.load_calibration().source, "cpu")
+    calls = list(Recording(run.held_out).calls("transformer"))[:1]
+    found = input_histograms(pipe.transformer, calls)
+    assert found.keys() == {name for name in find_layers(pipe.transformer) if "embedding_table" not in name}

@@ -54,6 +54,8 @@ def input_histograms(denoiser: nn.Module, calls: Sequence[DenoiserCall]) -> dict
     )
     found = {}
     for name, observation in seen.items():
+        if not observation.samples:
+            continue  # a table: its input is indices
         low, high = observation.minimum, observation.maximum
         counts = torch.histc(torch.cat(observation.samples), _BINS, low, high) if low < high else torch.zeros(_BINS)
         found[name] = Histogram(minimum=low, maximum=high, counts=tuple(int(count) for count in counts))
