@@ -18,8 +18,9 @@ from material import FORMER, RECORD, UNSEEN
 from page import put
 from PIL import Image
 
+from msfp_cli.asked import EvaluateOptions
 from msfp_cli.chain import calibrate_run
-from msfp_cli.evaluate import EvaluateOptions, evaluate_run
+from msfp_cli.evaluate import evaluate_run
 from msfp_cli.evaluation import Evaluation, Measured
 from msfp_cli.export import export_
 from msfp_cli.figures import DISTANCES, FIGURES

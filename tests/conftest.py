@@ -21,10 +21,11 @@ from typer.testing import CliRunner, Result
 
 import msfp_cli.chain
 import msfp_cli.demo
+from msfp_cli.asked import EvaluateOptions
 from msfp_cli.calibration import Calibration
 from msfp_cli.chain import RecordOptions, calibrate_run, record_both
 from msfp_cli.commands import app
-from msfp_cli.evaluate import EvaluateOptions, evaluate_run
+from msfp_cli.evaluate import evaluate_run
 from msfp_cli.evaluation import Evaluation
 from msfp_cli.export import ExportReport, export_
 from msfp_cli.finetune import FinetuneReport, finetune_run

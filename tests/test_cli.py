@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 
 from conftest import Chained, Finetuned, Invoke, only_line
 from msfp_cli import __version__
+from msfp_cli.asked import EvaluateOptions
 from msfp_cli.commands import app
 from msfp_cli.errors import RunError
-from msfp_cli.evaluate import EvaluateOptions, evaluate_run
+from msfp_cli.evaluate import evaluate_run
 from msfp_cli.evaluation import Evaluation
 from msfp_cli.recipe import ModelSource
 from msfp_cli.run import Run

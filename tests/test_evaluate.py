@@ -25,10 +25,11 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from conftest import Chained, Finetuned, Invoke, files_of, only_error, only_line
 from msfp_cli import __version__
+from msfp_cli.asked import EvaluateOptions
 from msfp_cli.classifier import agreement, load_classifier
 from msfp_cli.cost import Cost
 from msfp_cli.errors import RunError, UsageError
-from msfp_cli.evaluate import EvaluateOptions, evaluate_run
+from msfp_cli.evaluate import evaluate_run
 from msfp_cli.evaluation import Evaluation, Measured
 from msfp_cli.export import export_, load_calibrated
 from msfp_cli.extractors import load_extractor
@@ -307,7 +308,7 @@ def test_cost_alone_differs_between_evaluations(
         asked.append((source.model, (conditions, rest)))
         return Cost(load_seconds=1.0, seconds_per_picture=float(len(asked)), peak_memory_bytes=5)
 
-    monkeypatch.setattr("msfp_cli.evaluate.measure_cost", measure)
+    monkeypatch.setattr("msfp_cli.measuring.measure_cost", measure)
     found = again(tiny_chained, tmp_path / "cost", replace(THREE, cost=True))
     assert [replace(model, cost=None) for model in found.models] == list(evaluated.models)
     settings = ((None, None), {"num_inference_steps": 2, "guidance_scale": None, "device": "cpu"})
@@ -373,7 +374,7 @@ def test_finished_evaluation_is_read_and_not_drawn_again(
     evaluated: Evaluation, tiny_chained: Chained, copied: Copied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = copied(evaluated.directory)
-    for name in ("msfp_cli.gallery.call_pipeline", "msfp_cli.record.call_pipeline", "msfp_cli.evaluate.output_error"):
+    for name in ("msfp_cli.gallery.call_pipeline", "msfp_cli.record.call_pipeline", "msfp_cli.measuring.output_error"):
         monkeypatch.setattr(name, lambda *args, **kwargs: pytest.fail("it was done again"))
     assert again(tiny_chained, place).models == evaluated.models
     assert files_of(place) == files_of(evaluated.directory)
@@ -493,7 +494,7 @@ def test_prompts_file_and_clip_score(
         seen.append(arguments)
         return 20.0 + len(seen)
 
-    monkeypatch.setattr("msfp_cli.evaluate.clip_score", score)
+    monkeypatch.setattr("msfp_cli.measuring.clip_score", score)
     result = msfp("evaluate", *ALONE, "--prompts", "prompts.txt", "--clip", "some/clip")
     assert result.exit_code == 0, result.stderr
     found = Evaluation.load(Path("msfp-run/evaluation"))
@@ -741,7 +742,7 @@ def test_interrupted_command_says_how_to_go_on(here: Path, msfp: Invoke, monkeyp
         def stop(*args: object, **kwargs: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("msfp_cli.evaluate.compare_pictures", stop)
+        patch.setattr("msfp_cli.measuring.compare_pictures", stop)
         message = only_error(msfp("evaluate", *ALONE), 1)
     assert message == "stopped; what was finished is kept, run the same command to go on"
     assert msfp("evaluate", *ALONE).exit_code == 0

@@ -15,7 +15,7 @@ SOURCE = Path(msfp_cli.__file__).parent
 # Who may import whom at the top of a module: only what stands on the same floor or below, and never in a circle.
 FLOORS = {
     5: "__main__ commands",
-    4: "calibrate chain demo evaluate export finetune record report sample subjects",
+    4: "calibrate chain demo evaluate export finetune measuring record report sample subjects",
     3: "batches calibration denoiser evaluation figures gallery generation loading measures noise observe pipeline "
     "quantizer recording reproduce run sensitivity student surgery training tuned",
     2: "extractors kernels layers plots reference search talora",

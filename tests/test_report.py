@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from conftest import FEW_UPDATES, Chained, Finetuned, Invoke, finetune
+from msfp_cli.asked import EvaluateOptions
 from msfp_cli.errors import RunError
-from msfp_cli.evaluate import EvaluateOptions, evaluate_run
+from msfp_cli.evaluate import evaluate_run
 from msfp_cli.evaluation import Evaluation
 from msfp_cli.pipeline import read_configs
 from msfp_cli.report import gather, write_report

@@ -1,18 +1,60 @@
-"""The directory of an evaluation at work: what was asked of it, and what it may go on with."""
+"""What was asked of an evaluation, and its directory at work: what it may go on with."""
 
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from msfp_cli.atomic import write_text
-from msfp_cli.errors import CheckpointError, RunError
+from msfp_cli.errors import CheckpointError, RunError, UsageError
 
+_SEED = 5_000_011  # far from the seeds of the recordings
 _ASKED = "asked.json"
 _PARTS = (_ASKED, "trajectories", "pictures", "measured", "signed", "evaluation.json")
 _MEASURING = ("extractor", "reference", "clip", "layers", "cost")  # settings that no picture depends on
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """What the user may say about an evaluation.
+
+    Arguments:
+        prompts: prompts or class labels, over again with other seeds where there are fewer than pictures; None takes
+            built-in ones that the recording does not use.
+        num_images: pictures of each model.
+        num_trajectories: of these, how many are followed through the denoiser.
+        num_inference_steps, guidance_scale: None takes those of the calibration.
+        seed: picture i is drawn with ``seed + i``.
+        batch_size: pictures per call.
+        extractor: see `extractors`; None takes ``fashion`` for the built-in pipeline and ``squeezenet`` else.
+        reference: real pictures, see `load_reference`.
+        clip: a CLIP model to score with.
+        compare: steps before to measure as well, see `find_subjects`.
+        layers: whether to measure each layer's output, for which both denoisers are in memory at once.
+        cost: whether to measure time and memory, in processes of their own.
+    """
+
+    prompts: tuple[str, ...] | None = None
+    num_images: int = 32
+    num_trajectories: int = 8
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = _SEED
+    batch_size: int = 8
+    extractor: str | None = None
+    reference: Path | None = None
+    clip: str | None = None
+    compare: tuple[str, ...] | None = None
+    layers: bool = True
+    cost: bool = True
+
+    def __post_init__(self) -> None:
+        for option, value in (("--num-images", self.num_images), ("--num-trajectories", self.num_trajectories)):
+            if value < 1:
+                raise UsageError(f"{option} must be at least 1, got {value}")
 
 
 def refuse_other(place: Path, asked: dict[str, Any], *, overwrite: bool) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from msfp_cli.asked import EvaluateOptions
 from msfp_cli.chain import RecordOptions, calibrate_run
-from msfp_cli.evaluate import EvaluateOptions, evaluate_run
+from msfp_cli.evaluate import evaluate_run
 from msfp_cli.evaluation import Evaluation
 from msfp_cli.export import ExportReport, export_
 from msfp_cli.finetune import finetune_run

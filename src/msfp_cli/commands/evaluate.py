@@ -67,8 +67,9 @@ def evaluate(
     """Measure an export."""
     share_out(num_processes)
 
+    from msfp_cli.asked import EvaluateOptions
     from msfp_cli.chain import read_prompts
-    from msfp_cli.evaluate import EvaluateOptions, evaluate_run
+    from msfp_cli.evaluate import evaluate_run
     from msfp_cli.loading import quiet_libraries, resolve_model
     from msfp_cli.recipe import ModelSource
     from msfp_cli.run import Run
