@@ -38,7 +38,7 @@ def choose_kernel(layer: "QuantizedLayer", wanted: str = AUTO) -> tuple[type[Ker
     """
     if wanted != AUTO and wanted not in KERNELS:
         raise UsageError(f"unknown kernel {wanted!r}; choose one of {', '.join((AUTO, *KERNELS))}")
-    if layer.parameters_of.lookup:
+    if Lookup.refusal(layer) is None:
         return Lookup, ""
     refusals: list[str] = []
     device = _device_type(layer)
