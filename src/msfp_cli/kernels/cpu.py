@@ -90,7 +90,7 @@ class Cpu(Kernel):
     def integers(self, member: int | Tensor) -> Tensor:
         """Return the integers of one set of weights, int8, shape of the float weight."""
         plain = self.weights[int(member)].to_dense()
-        return plain if self.arithmetic.geometry else plain.t()
+        return plain if self.arithmetic.geometry else plain.t().contiguous()
 
 
 def _has_onednn() -> bool:
