@@ -8,5 +8,6 @@ from msfp_cli.loading import BUILT_IN, default_prompts
 from msfp_cli.recipe import FinetuneRecipe
 
 RECORD = RecordOptions(num_images=40)
-FORMER = FinetuneRecipe(learning_rate=1e-2, router_learning_rate=1e-3, loss_power=1.0)  # the defaults of that time
+# The defaults of that time.
+FORMER = FinetuneRecipe(lanes=1, learning_rate=1e-2, router_learning_rate=1e-3, loss_power=1.0)
 UNSEEN = default_prompts(BUILT_IN)[40:150]

@@ -55,7 +55,7 @@ def drawn(source: Batches, asked: list[tuple[int, int]]) -> dict[tuple[int, int]
 
 
 def shards_seen(source: Batches, lane: int, steps: int = 60) -> set[int]:
-    found = drawn(source, [(step, lane) for step in range(steps) if source.timestep(step) > 1])
+    found = drawn(source, [(step, lane) for step in range(steps) if source.timestep(step, lane) > 1])
     return {int(row // 100) - 1 for _, rows in found.values() for row in rows}
 
 
@@ -80,23 +80,26 @@ def test_other_seeds_draw_otherwise(recording: Recording) -> None:
     assert all(one != other for i, one in enumerate(found) for other in found[:i])
 
 
-def test_lanes_of_an_update_share_the_timestep_and_differ_in_rows(recording: Recording) -> None:
-    source = batches(recording)
-    assert all(source.batch(step, lane).timestep == source.timestep(step) for step, lane in ASKED)
-    assert all(source.batch(step, 0).output.tolist() != source.batch(step, 1).output.tolist() for step in range(20))
+@pytest.mark.parametrize("lanes", [1, 2, 3, 5])
+def test_lanes_of_an_update_take_the_timesteps_one_after_another(recording: Recording, lanes: int) -> None:
+    """However calls are grouped into updates, they come in the same order of timesteps."""
+    alone, source = batches(recording, lanes=1), batches(recording, lanes=lanes)
+    seen = [source.batch(step, lane).timestep for step in range(20) for lane in range(lanes)]
+    assert seen == [alone.timestep(step, 0) for step in range(20 * lanes)]
+    assert seen == [source.timestep(step, lane) for step in range(20) for lane in range(lanes)]
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 1000))
 @few
 def test_each_timestep_comes_once_a_round(recording: Recording, seed: int, turn: int) -> None:
-    source, count = batches(recording, seed=seed), len(TIMESTEPS)
-    seen = [source.timestep(turn * count + position) for position in range(count)]
+    source, count = batches(recording, lanes=1, seed=seed), len(TIMESTEPS)
+    seen = [source.timestep(turn * count + position, 0) for position in range(count)]
     assert sorted(seen, reverse=True) == list(TIMESTEPS) == list(source.timesteps)
 
 
 def test_rounds_are_in_different_orders(recording: Recording) -> None:
-    source, count = batches(recording), len(TIMESTEPS)
-    rounds = {tuple(source.timestep(turn * count + position) for position in range(count)) for turn in range(30)}
+    source, count = batches(recording, lanes=1), len(TIMESTEPS)
+    rounds = {tuple(source.timestep(turn * count + position, 0) for position in range(count)) for turn in range(30)}
     assert len(rounds) > 20
 
 
@@ -117,17 +120,17 @@ def test_half_of_the_shares_is_equal_and_half_follows_the_weights(recording: Rec
 def test_visits_of_a_round_follow_the_shares_to_the_next_whole_number(
     recording: Recording, parts: list[float], turn: int
 ) -> None:
-    source, count = batches(recording), len(TIMESTEPS)
+    source, count = batches(recording, lanes=1), len(TIMESTEPS)
     source.share_out_(dict(zip(TIMESTEPS, parts, strict=True)))
-    visits = Counter(source.timestep(turn * count + position) for position in range(count))
+    visits = Counter(source.timestep(turn * count + position, 0) for position in range(count))
     for timestep, share in source.shares.items():
         assert abs(visits[timestep] - count * share) < 1 + 1e-9
 
 
 def test_visits_of_many_rounds_are_the_shares(recording: Recording) -> None:
-    source, steps = batches(recording), 400 * len(TIMESTEPS)
+    source, steps = batches(recording, lanes=1), 400 * len(TIMESTEPS)
     source.share_out_({801.0: 6.0, 601.0: 3.0, 401.0: 0.5, 201.0: 0.5, 1.0: 0.0})
-    visits = Counter(source.timestep(step) for step in range(steps))
+    visits = Counter(source.timestep(step, 0) for step in range(steps))
     for timestep, share in source.shares.items():
         assert visits[timestep] / steps == pytest.approx(share, abs=0.02)
 
@@ -154,7 +157,7 @@ def test_lanes_without_a_shard_of_their_own_read_any(recording: Recording) -> No
 
 def test_lanes_whose_shards_lack_the_timestep_read_any_that_has_it(recording: Recording) -> None:
     source = batches(recording)
-    for step in (step for step in range(40) if source.timestep(step) == 1.0):
+    for step in (step for step in range(40) if source.timestep(step, 1) == 1.0):
         timestep, rows = drawn(source, [(step, 1)])[step, 1]
         assert timestep == 1.0 and int(rows[0] // 100) - 1 in (0, 2)
 

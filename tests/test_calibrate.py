@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from conftest import QUICK, Chained, Invoke
-from msfp_cli.calibrate import LIFTED_BITS, calibrate_, held_out_error
+from msfp_cli.calibrate import LIFTED_BITS, calibrate_, held_out_error, observed_shards
 from msfp_cli.calibration import Calibration, LayerChoice, quantize_
 from msfp_cli.errors import CalibrationError, CheckpointError, RunError
 from msfp_cli.layers import QuantConv2d, QuantLinear
@@ -326,3 +328,15 @@ def test_broken_calibration_is_refused_in_one_helpful_line(
 def test_missing_calibration_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="run `msfp calibrate` first"):
         Calibration.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("num_shards", "batch_size", "expected"),
+    [(3, 8, 3), (10, 8, 10), (25, 8, 10), (200, 1, 80), (7, 100, 1)],
+)
+def test_search_looks_at_a_fair_share_of_a_long_recording(num_shards: int, batch_size: int, expected: int) -> None:
+    recording: Any = SimpleNamespace(num_shards=num_shards, recipe={"record": {"batch_size": batch_size}})
+    shards = observed_shards(recording)
+    assert len(set(shards)) == len(shards) == expected
+    gaps = {after - before for before, after in zip(shards, [*shards[1:], num_shards], strict=True)}
+    assert shards[0] == 0 and max(gaps) - min(gaps) <= 1

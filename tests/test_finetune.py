@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from conftest import CHEAP, FEW_UPDATES, TWO_PICTURES, Invoke, only_error, only_line, train
 from msfp_cli.chain import calibrate_run
 from msfp_cli.commands.console import stop_on_interrupt
+from msfp_cli.commands.finetune import calls_per_update
 from msfp_cli.errors import RunError
 from msfp_cli.finetune import timestep_weights
 from msfp_cli.noise import OutputError
@@ -29,7 +30,10 @@ from msfp_cli.training import Trainer
 from msfp_cli.tuned import Tuned
 
 FreshRun = Callable[..., Run]
-OPTIONS = ("--steps", 4, "--batch-size", 2, "--rank", 2, "--evaluate-every", 2, "--device", "cpu")
+OPTIONS = (
+    *("--steps", 4, "--batch-size", 2, "--gradient-accumulation", 1),
+    *("--rank", 2, "--evaluate-every", 2, "--device", "cpu"),
+)
 
 
 def state(run: Run) -> Path:
@@ -162,6 +166,16 @@ def test_wrong_input_is_one_helpful_line(
     assert not state(run).exists()
 
 
+@pytest.mark.parametrize(
+    ("accumulation", "world", "lanes"),
+    [(None, 1, None), (None, 2, None), (None, 3, 3), (1, 1, 1), (1, 2, 2), (3, 2, 6)],
+)
+def test_calls_per_update_are_as_usual_where_processes_can_share_them(
+    accumulation: int | None, world: int, lanes: int | None
+) -> None:
+    assert calls_per_update(accumulation, world) == lanes
+
+
 @pytest.mark.parametrize("option", ["--num-processes", "--gradient-accumulation"])
 def test_no_processes_and_no_calls_are_a_wrong_command_line(option: str, msfp: Invoke) -> None:
     result = msfp("finetune", option, 0)
@@ -269,7 +283,7 @@ def test_too_little_memory_names_the_options_that_help(
     monkeypatch.setattr(Trainer, "_backward", fail)
     message = only_error(msfp("finetune", *OPTIONS), 1)
     assert message == (
-        "out of memory; give --gradient-checkpointing, or half the --batch-size with --gradient-accumulation 2"
+        "out of memory; give --gradient-checkpointing, or half --batch-size and twice --gradient-accumulation"
     )
 
 

@@ -113,6 +113,8 @@ def test_calls_of_one_component_are_counted_and_yielded_alone(tmp_path: Path) ->
     recording.write_shard(1, [call(5.0, "unet")])
     assert [c.timestep for c in recording.calls("unet")] == [9.0, 5.0]
     assert [recording.num_calls(c) for c in ("unet", "prior", "other", None)] == [2, 1, 0, 3]
+    assert [c.timestep for c in recording.calls("unet", [1])] == [5.0]
+    assert [recording.num_calls(c, [1]) for c in ("unet", "prior", "other", None)] == [1, 0, 0, 1]
     assert recording.timesteps(0, "prior") == [None, 9.0]
 
 

@@ -49,9 +49,12 @@ OTHERS: dict[str, object] = {
 
 
 def options_of(recipe: FinetuneRecipe) -> list[str]:
-    """Return a recipe as it is typed (but for its lanes, which several options make)."""
-    pairs = [("--" + f.name.replace("_", "-"), str(getattr(recipe, f.name))) for f in fields(recipe)]
-    return [word for option, value in pairs if option != "--lanes" for word in (option, value)] + ["--device", "cpu"]
+    """Return a recipe as it is typed for one process."""
+    names = {f.name: "--" + f.name.replace("_", "-") for f in fields(recipe)} | {"lanes": "--gradient-accumulation"}
+    return [word for name, option in names.items() for word in (option, str(getattr(recipe, name)))] + [
+        "--device",
+        "cpu",
+    ]
 
 
 def assert_same(one: Tuned, other: Tuned) -> None:
@@ -141,12 +144,13 @@ def test_two_processes_do_what_one_does_with_accumulation(
 ) -> None:
     assert Recording(calibrated("DDIMPipeline").recording).num_shards >= 2
     two, one = fresh_run("DDIMPipeline"), fresh_run("DDIMPipeline", "one")
-    options = options_of(replace(FEW_UPDATES, steps=4, evaluate_every=2))
-    command = [sys.executable, "-m", "msfp_cli", "finetune", "--run", "msfp-run", "--num-processes", "2", *options]
+    recipe = replace(FEW_UPDATES, steps=4, evaluate_every=2)
+    words = [*options_of(recipe), "--num-processes", "2"]
+    command = [sys.executable, "-m", "msfp_cli", "finetune", "--run", "msfp-run", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (0, "msfp-run/finetune\n"), done.stderr
     assert done.stderr.count("before held-out error") == 1
-    assert msfp("finetune", "--run", "one", "--gradient-accumulation", 2, *options).exit_code == 0
+    assert msfp("finetune", "--run", "one", *options_of(replace(recipe, lanes=2))).exit_code == 0
     shared, alone = (Tuned.load(run.finetuned("unet")) for run in (two, one))
     assert shared.recipe == alone.recipe
     assert shared.recipe.lanes == 2

@@ -1,10 +1,10 @@
 """Draw training batches from a recording: what update n sees is a function of the seed and n alone.
 
-The recording is parted into lanes, shard s to lane ``s mod lanes``; every update takes one call from each lane, all of
-the same timestep, and some rows of each call. Because a draw depends on nothing but (seed, update, lane), a killed run
-resumes by counting, and lanes can be shared among processes without changing what the update sees.
+The recording is parted into lanes, shard s to lane ``s mod lanes``; every update takes one call from each lane, each of
+a timestep of its own, and some rows of each call. Because a draw depends on nothing but (seed, update, lane), a killed
+run resumes by counting, and lanes can be shared among processes without changing what the update sees.
 
-Timesteps come in rounds of as many updates as there are timesteps. With equal shares each is visited once a round, in
+Timesteps come in rounds of as many calls as there are timesteps. With equal shares each is visited once a round, in
 random order; a timestep with a greater share is visited more often, and `Trainer` divides its loss by that, so the
 gradient's mean stays what it was and its noise falls (importance sampling; the shares are ours).
 """
@@ -49,9 +49,9 @@ class Batches:
         if 0 < total < math.inf:
             self.shares = {t: 0.5 / count + 0.5 * weights[t] / total for t in self.timesteps}
 
-    def timestep(self, step: int) -> float:
-        """Return the timestep of an update: evenly spaced draws from the shares, in an order drawn for the round."""
-        turn, position = divmod(step, len(self.timesteps))
+    def timestep(self, step: int, lane: int) -> float:
+        """Return the timestep of a call: evenly spaced draws from the shares, in an order drawn for the round."""
+        turn, position = divmod(step * self._lanes + lane, len(self.timesteps))
         generator = self._generator(turn, -1)
         order = torch.randperm(len(self.timesteps), generator=generator)
         start = torch.rand((), generator=generator, dtype=torch.float64)
@@ -62,7 +62,7 @@ class Batches:
     def batch(self, step: int, lane: int) -> DenoiserCall:
         """Return the rows that a lane contributes to an update."""
         generator = self._generator(step, lane)
-        places = self._where[self.timestep(step)]
+        places = self._where[self.timestep(step, lane)]
         own = [place for place in places if place[0] % self._lanes == lane] or places
         shard, position = own[int(torch.randint(len(own), (), generator=generator))]
         call = self._shard(shard)[position]

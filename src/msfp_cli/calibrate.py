@@ -8,6 +8,7 @@
 4. The whole is quantized and measured on held-out calls.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +32,7 @@ from msfp_cli.sensitivity import choose_lifted, quantized_alone, spread_calls
 from msfp_cli.surgery import find_layers
 
 LIFTED_BITS = TABLE_BITS = 8
+_OBSERVED_PICTURES = 80
 _SPACE = SearchSpace()
 
 
@@ -88,12 +90,13 @@ def _calibrate_one(
 ) -> dict[str, Searched]:
     """Observe, search, measure and lift one denoiser."""
     _refuse_damaged(denoiser)
-    num_calls = recording.num_calls(component)
+    shards = observed_shards(recording)
+    num_calls = recording.num_calls(component, shards)
     generator = torch.Generator().manual_seed(recipe.seed)
     with progress.task(f"Observing {component}", num_calls) as advance:
         seen = observe(
             denoiser,
-            recording.calls(component),
+            recording.calls(component, shards),
             num_calls,
             max_samples=recipe.max_samples,
             generator=generator,
@@ -108,6 +111,13 @@ def _calibrate_one(
     if recipe.lift == 0:
         return searched
     return _lift(component, denoiser, recording, recipe, seen, searched, progress)
+
+
+def observed_shards(recording: Recording) -> list[int]:
+    """Spread shards of so many pictures over the recording: fine-tuning wants more, the search does not."""
+    batch_size = recording.recipe["record"]["batch_size"]
+    count = min(recording.num_shards, math.ceil(_OBSERVED_PICTURES / batch_size))
+    return [i * recording.num_shards // count for i in range(count)]
 
 
 def search_layer(

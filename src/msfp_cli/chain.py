@@ -28,13 +28,13 @@ class RecordOptions:
 
     Arguments:
         prompts: prompts or class labels; None takes a built-in list, class labels spread over all, or nothing.
-        num_images: how many of them; a fifth is held out.
+        num_images: how many of them; a fifth is held out, of many some 24.
         num_inference_steps, guidance_scale, seed, batch_size: as in `RecordRecipe`.
         max_bytes: bound on the recording's size.
     """
 
     prompts: tuple[str, ...] | None = None
-    num_images: int = 100
+    num_images: int = 200
     num_inference_steps: int | None = 20
     guidance_scale: float | None = None
     seed: int = 0

@@ -223,7 +223,7 @@ def _explain_memory() -> Iterator[None]:
         ):
             raise
         raise TrainingError(
-            "out of memory; give --gradient-checkpointing, or half the --batch-size with --gradient-accumulation 2"
+            "out of memory; give --gradient-checkpointing, or half --batch-size and twice --gradient-accumulation"
         ) from None
 
 

@@ -18,6 +18,7 @@ SAMPLINGS = ("error", "uniform")
 PRECISIONS = ("no", "bf16")
 STEPS_BEFORE = ("signed", "calibrated")  # what an export may be compared with, besides full precision
 MAX_HUB = 255
+_HELD_OUT = 24
 DTYPES = ("float32", "float16", "bfloat16")
 
 T = TypeVar("T", bound="Recipe")
@@ -184,7 +185,8 @@ class FinetuneRecipe(Recipe):
     Arguments:
         steps: updates.
         batch_size: rows of a recorded call that each lane contributes to an update.
-        lanes: calls per update, shared evenly among processes; the recording is parted among them.
+        lanes: calls per update, each of another timestep, shared evenly among processes; the recording is parted among
+            them.
         hub_size: LoRAs per layer; 1 is plain LoRA.
         rank: of each LoRA.
         init: a name in `INITS`: B begins at ``zero``, or A and B at the singular value decomposition (``svd``) of the
@@ -203,7 +205,7 @@ class FinetuneRecipe(Recipe):
 
     steps: int = 2000
     batch_size: int = 8
-    lanes: int = 1
+    lanes: int = 2
     hub_size: int = 2
     rank: int = 16
     init: str = "zero"
@@ -255,13 +257,13 @@ def _at_least(what: str, value: int, least: int) -> None:
 
 
 def split_held_out(conditions: Sequence[str | None]) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
-    """Set every fifth condition aside; a lone one serves for both (with other seeds).
+    """Set every fifth condition aside, of many only some 24 in all; a lone one serves for both (with other seeds).
 
     Returns:
         The conditions to calibrate on, and those held out to measure on.
     """
-    if len(conditions) == 1:
-        return tuple(conditions), tuple(conditions)
-    held_out = tuple(c for i, c in enumerate(conditions) if i % 5 == 4) or (conditions[-1],)
-    calibration = tuple(c for i, c in enumerate(conditions) if i % 5 != 4)
-    return (calibration if len(conditions) >= 5 else tuple(conditions[:-1])), held_out
+    if len(conditions) < 5:
+        return tuple(conditions[:-1] or conditions), tuple(conditions[-1:])
+    every = max(5, len(conditions) // _HELD_OUT)
+    held_out = tuple(c for i, c in enumerate(conditions) if i % every == every - 1)
+    return tuple(c for i, c in enumerate(conditions) if i % every != every - 1), held_out

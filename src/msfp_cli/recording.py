@@ -13,7 +13,7 @@ shards are all there is complete, and an interrupted one goes on with the first 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +197,9 @@ class Recording:
             self._intact.add(name)
         return tensor
 
-    def calls(self, component: str | None = None) -> Iterator[DenoiserCall]:
-        """Yield every call in order (of one component), one shard in memory at a time."""
-        for index in range(self.num_shards):
+    def calls(self, component: str | None = None, shards: Iterable[int] | None = None) -> Iterator[DenoiserCall]:
+        """Yield every call in order (of one component, of some shards), one shard in memory at a time."""
+        for index in range(self.num_shards) if shards is None else shards:
             for call in self.shard(index):
                 if component is None or call.component == component:
                     yield call
@@ -219,9 +219,10 @@ class Recording:
         calls = self._record(index)["calls"]
         return [call["timestep"] if call["component"] == component else None for call in calls]
 
-    def num_calls(self, component: str | None = None) -> int:
-        """Count the calls (of one component) by reading headers only."""
-        calls = (call for index in range(self.num_shards) for call in self._record(index)["calls"])
+    def num_calls(self, component: str | None = None, shards: Iterable[int] | None = None) -> int:
+        """Count the calls (of one component, of some shards) by reading headers only."""
+        chosen = range(self.num_shards) if shards is None else shards
+        calls = (call for index in chosen for call in self._record(index)["calls"])
         return sum(component in (None, call["component"]) for call in calls)
 
     def factors(self) -> list[tuple[float, float]] | None:

@@ -7,7 +7,14 @@ from typing import Any
 from msfp_cli.calibration import Calibration
 from msfp_cli.evaluation import Evaluation
 from msfp_cli.loading import default_prompts
-from msfp_cli.recipe import STEPS_BEFORE, CalibrateRecipe, FinetuneRecipe, ModelSource, RecordRecipe
+from msfp_cli.recipe import (
+    STEPS_BEFORE,
+    CalibrateRecipe,
+    FinetuneRecipe,
+    ModelSource,
+    RecordRecipe,
+    split_held_out,
+)
 from msfp_cli.reference import BUILT_IN_REFERENCE
 from msfp_cli.tuned import Tuned
 
@@ -29,14 +36,15 @@ def commands_of(calibration: Calibration | None, tuned: Mapping[str, Tuned], eva
 
 def _calibrate(calibration: Calibration) -> str:
     source, record = calibration.source, calibration.record
-    count = len(record.conditions)
+    count, known = len(record.conditions), default_prompts(source.model)
+    total = next((n for n in range(count + 1, 2 * count + 2) if len(split_held_out([None] * n)[0]) == count), count)
     options = {
         **_changed(source, ModelSource(model=source.model)),
         **_changed(calibration.recipe, CalibrateRecipe()),
-        "num_prompts": count + max(1, count // 4),  # every fifth was held out
+        "num_prompts": total,
         **_sampling(record),
     }
-    usual = [prompt for i, prompt in enumerate(default_prompts(source.model)) if i % 5 != 4]
+    usual = split_held_out(known[:total])[0]
     return _command("calibrate", options | _prompts(record.conditions, usual), source.model)
 
 
@@ -64,7 +72,7 @@ def _sampling(record: RecordRecipe) -> dict[str, Any]:
     return {key: value for key, value in record.to_json().items() if key != "conditions"}
 
 
-def _prompts(conditions: Sequence[str | None], usual: Sequence[str]) -> dict[str, str]:
+def _prompts(conditions: Sequence[str | None], usual: Sequence[str | None]) -> dict[str, str]:
     """Return the option for prompts that are not the built-in ones; the settings list them."""
     if all(condition is None or condition == usual[i % len(usual)] for i, condition in enumerate(conditions)):
         return {}

@@ -1,9 +1,9 @@
 """One run of updates on one denoiser: the loop of `msfp finetune`, and how it stops and goes on.
 
-An update takes one timestep; its loss is the mean squared error of the output against the recorded one, times the
-timestep's weight. Gradients of all processes are added up in one message, which also carries the loss and the wish to
-stop, so that all processes agree on both. On a CPU a run that was killed and resumed ends bit for bit where an
-uninterrupted one does.
+An update takes one call from each lane, of different timesteps; its loss is the mean squared error of the output
+against the recorded one, times the timestep's weight. Gradients of all processes are added up in one message, which
+also carries the loss and the wish to stop, so that all processes agree on both. On a CPU a run that was killed and
+resumed ends bit for bit where an uninterrupted one does.
 """
 
 import math
@@ -58,7 +58,8 @@ class Trainer:
     ) -> None:
         if recipe.lanes % accelerator.num_processes:
             raise UsageError(
-                f"{accelerator.num_processes} processes cannot share {recipe.lanes} calls per update evenly"
+                f"{accelerator.num_processes} processes cannot share {recipe.lanes} calls per update evenly; "
+                f"take as many as divide {recipe.lanes}, or give --gradient-accumulation 1 and --restart"
             )
         self.student, self.batches, self.weights, self.held_out = student, batches, weights, held_out
         self.recipe, self.path, self.calibration, self.accelerator = recipe, path, calibration, accelerator
@@ -150,17 +151,20 @@ class Trainer:
     def _share(self, loss: float, stop: bool) -> tuple[float, bool]:
         """Add up gradients, loss and the wish to stop over all processes, in one message.
 
-        All processes are at the same timestep, so the same members have gradients.
+        A member has a gradient where some process has chosen it, and none where nobody has: AdamW leaves it alone then.
         """
         if self.accelerator.num_processes == 1:
             return loss, stop
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        facts = torch.tensor([loss, float(stop)], device=gradients[0].device)
-        flat: Tensor = self.accelerator.reduce(torch.cat([g.reshape(-1) for g in gradients] + [facts]), reduction="sum")
-        parts = torch.split(flat, [g.numel() for g in gradients] + [2])
-        for gradient, part in zip(gradients, parts[:-1], strict=True):
-            gradient.copy_(part.view_as(gradient))
-        return float(parts[-1][0]), bool(parts[-1][1] > 0)
+        parameters = list(self.parameters.values())
+        chosen = [float(p.grad is not None) for p in parameters]
+        facts = torch.tensor([*chosen, loss, float(stop)], device=parameters[0].device)
+        gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters]
+        flat: Tensor = self.accelerator.reduce(torch.cat([*gradients, facts]), reduction="sum")
+        *parts, facts = torch.split(flat, [p.numel() for p in parameters] + [len(facts)])
+        *anywhere, loss, stopping = facts.tolist()
+        for parameter, part, some in zip(parameters, parts, anywhere, strict=True):
+            parameter.grad = part.view_as(parameter) if some else None
+        return loss, stopping > 0
 
     def _evaluate(self, progress: Progress) -> None:
         """Measure the held-out error, and keep the state if it is the best."""

@@ -54,7 +54,9 @@ def calibrate(
         float, typer.Option(help="Share of the multiply-adds that may be lifted to 8 bits, worst layers first.")
     ] = 0.05,
     prompts: Annotated[Path | None, typer.Option(help="Prompts (or class labels), one a line.")] = None,
-    num_prompts: Annotated[int, typer.Option(help="Pictures to record; every fifth is held out to measure on.")] = 100,
+    num_prompts: Annotated[
+        int, typer.Option(help="Pictures to record; a fifth, at most some 24, is held out to measure on.")
+    ] = 200,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 20,
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance; the pipeline's default.")] = None,
     seed: SeedOption = 0,

@@ -70,8 +70,13 @@ def finetune(
         int | None, typer.Option(help=f"Updates between two measurements; {_default('evaluate_every')}")
     ] = None,
     gradient_accumulation: Annotated[
-        int, typer.Option(min=1, help="Calls per update in each process, one after the other.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Calls per update in each process, one after the other, each of another timestep; "
+            f"{_default('lanes')[:-1]} over all processes.",
+        ),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Save memory: compute activations twice.")
     ] = False,
@@ -84,11 +89,11 @@ def finetune(
     json_: JsonOption = False,
 ) -> None:
     """Train LoRA hubs and a router."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = int(os.environ.get("WORLD_SIZE", num_processes))
     given = {
         "steps": steps,
         "batch_size": batch_size,
-        "lanes": None if gradient_accumulation * num_processes * world == 1 else gradient_accumulation * world,
+        "lanes": calls_per_update(gradient_accumulation, world),
         "rank": rank,
         "hub_size": hub_size,
         "learning_rate": learning_rate,
@@ -127,6 +132,13 @@ def finetune(
         _show(state, reports, as_json=json_)
     if not all(report.finished for report in reports):
         raise typer.Exit(1)
+
+
+def calls_per_update(gradient_accumulation: int | None, world: int) -> int | None:
+    """Return the calls per update over all processes, or None for the default, where these can share it."""
+    if gradient_accumulation is None and FinetuneRecipe().lanes % world == 0:
+        return None
+    return (gradient_accumulation or 1) * world
 
 
 def _recipe(run: "Run", chosen: dict[str, Any], resume: bool | None) -> FinetuneRecipe:
