@@ -2,10 +2,9 @@
 
     python benchmarks/finetune_step.py [--threads N] [--rounds N] [--updates N] [--markdown FILE]
 
-The built-in pipeline's UNet, the same layers, rank 16, the same two recorded calls of 8 rows per update, one after the
-other, AdamW, mean squared error. peft trains on the full-precision base; msfp trains inside the quantizers, with a hub
-of two and the router. Each measurement is a process of its own, the two take turns, and the medians are compared. Linux
-only (peak memory).
+The built-in pipeline's UNet, the same layers, rank 16, 8 rows of a recorded call per update, AdamW, mean squared
+error. peft trains on the full-precision base; msfp trains inside the quantizers, with a hub of two and the router. Each
+measurement is a process of its own, the two take turns, and the medians are compared. Linux only (peak memory).
 """
 
 import argparse
@@ -36,16 +35,16 @@ from msfp_cli.student import Student
 from msfp_cli.training import Trainer
 
 SOURCE = ModelSource(model=BUILT_IN)
-RECIPE = FinetuneRecipe()
 WARM_UP = 3
 
 
 def msfp_update(calibration: Calibration, batches: Batches, recording: Recording) -> Callable[[], object]:
     """Return one update of msfp with the default recipe."""
+    recipe = FinetuneRecipe()
     unet = find_denoisers(load_pipeline(SOURCE, "cpu"))["unet"]
-    student = Student(unet, calibration.table("unet"), calibration.scales["unet"], RECIPE, 1.0)
-    weights = timestep_weights(batches.timesteps, recording.factors(), RECIPE, 1.0)
-    return Trainer(student, batches, weights, [], RECIPE, Path(os.devnull), "", Accelerator(cpu=True)).update
+    student = Student(unet, calibration.table("unet"), calibration.scales["unet"], recipe, 1.0)
+    weights = timestep_weights(batches.timesteps, recording.factors(), recipe, 1.0)
+    return Trainer(student, batches, weights, [], recipe, Path(os.devnull), "", Accelerator(cpu=True)).update
 
 
 def peft_update(calibration: Calibration, batches: Batches) -> Callable[[], object]:
@@ -54,16 +53,14 @@ def peft_update(calibration: Calibration, batches: Batches) -> Callable[[], obje
 
     unet = find_denoisers(load_pipeline(SOURCE, "cpu"))["unet"].requires_grad_(False)
     layers = [name for name, parameters in calibration.table("unet").items() if parameters.weight is not None]
-    unet.add_adapter(LoraConfig(r=RECIPE.rank, target_modules=layers))
+    unet.add_adapter(LoraConfig(r=FinetuneRecipe().rank, target_modules=layers))
     trained = [p for p in unet.parameters() if p.requires_grad]
     optimizer, step = torch.optim.AdamW(trained, lr=1e-4), iter(range(10**9))
 
     def update() -> None:
-        now = next(step)
-        for lane in range(RECIPE.lanes):
-            call = batches.batch(now, lane)
-            loss = (call_again(unet, call) - call.output).square().mean()
-            (loss / RECIPE.lanes).backward()
+        call = batches.batch(next(step), 0)
+        loss = (call_again(unet, call) - call.output).square().mean()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -76,7 +73,7 @@ def measure(which: str, work: Path, updates: int) -> None:
     quiet_libraries()
     run = Run(work)
     recording, calibration = Recording(run.recording), run.load_calibration()
-    batches = Batches(recording, "unet", batch_size=RECIPE.batch_size, lanes=RECIPE.lanes, seed=0)
+    batches = Batches(recording, "unet", batch_size=FinetuneRecipe().batch_size, lanes=1, seed=0)
     update = msfp_update(calibration, batches, recording) if which == "msfp" else peft_update(calibration, batches)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     seconds = []

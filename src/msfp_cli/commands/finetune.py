@@ -73,8 +73,7 @@ def finetune(
         int | None,
         typer.Option(
             min=1,
-            help="Calls per update in each process, one after the other, each of another timestep; "
-            f"{_default('lanes')[:-1]} over all processes.",
+            help="Calls per update in each process, one after the other, each of another timestep; 1 by default.",
         ),
     ] = None,
     gradient_checkpointing: Annotated[
@@ -135,10 +134,8 @@ def finetune(
 
 
 def calls_per_update(gradient_accumulation: int | None, world: int) -> int | None:
-    """Return the calls per update over all processes, or None for the default, where these can share it."""
-    if gradient_accumulation is None and FinetuneRecipe().lanes % world == 0:
-        return None
-    return (gradient_accumulation or 1) * world
+    """Return the calls per update over all processes, or None where nobody asked for a number."""
+    return None if gradient_accumulation is None and world == 1 else (gradient_accumulation or 1) * world
 
 
 def _recipe(run: "Run", chosen: dict[str, Any], resume: bool | None) -> FinetuneRecipe:
