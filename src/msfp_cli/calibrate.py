@@ -1,6 +1,6 @@
 """Choose a format, maximum and zero point for every layer of a denoiser: the workflow behind `msfp calibrate`.
 
-1. `observe` replays the recorded calls through the float denoiser and samples every layer's input.
+1. `observe` replays recorded calls, of some 80 pictures, through the float denoiser and samples every layer's input.
 2. `search` finds the best grid for each weight (per output channel) and each input (per tensor).
 3. Each layer is quantized alone on a few calls; how much that moves the denoiser's output is its sensitivity. The
    worst layers per multiply-add are lifted to 8 bits until the budget is spent. A handful of layers makes most of the

@@ -18,7 +18,7 @@ SAMPLINGS = ("error", "uniform")
 PRECISIONS = ("no", "bf16")
 STEPS_BEFORE = ("signed", "calibrated")  # what an export may be compared with, besides full precision
 MAX_HUB = 255
-_HELD_OUT = 24
+_HELD_OUT = 24  # conditions of a long recording, some more where it does not divide: each measurement takes time
 DTYPES = ("float32", "float16", "bfloat16")
 
 T = TypeVar("T", bound="Recipe")
@@ -196,7 +196,7 @@ class FinetuneRecipe(Recipe):
         input_learning_rate: of the scale and zero point of each layer's input; 0 leaves them as calibrated.
         loss: ``dfa`` weights each timestep by its denoising factor, ``plain`` does not.
         loss_power: the factor's exponent.
-        timesteps: how an update's timestep is drawn: by the ``error`` that it makes, or ``uniform``ly; the gradient's
+        timesteps: how a call's timestep is drawn: by the ``error`` that it makes, or ``uniform``ly; the gradient's
             mean is the same.
         mixed_precision: a name in `PRECISIONS`, what the denoiser computes in while training.
         seed: of the initial values and of the order of the data.
