@@ -19,7 +19,9 @@ from msfp_cli.errors import RunError
 from msfp_cli.evaluate import evaluate_run
 from msfp_cli.evaluation import Evaluation
 from msfp_cli.pipeline import read_configs
+from msfp_cli.recipe import split_held_out
 from msfp_cli.report import gather, write_report
+from msfp_cli.reproduce import num_recorded
 from msfp_cli.run import Run
 from msfp_cli.talora import tuned_names
 from msfp_cli.tuned import served
@@ -144,3 +146,8 @@ def test_layers_are_in_the_order_of_the_model(document: dict[str, Any], tiny_pip
     names = [layer["name"] for layer in document["components"]["unet"]["layers"]]
     assert names != sorted(names)
     assert names == [name for name, _ in tiny_pipe.unet.named_modules() if name in set(names)]
+
+
+@pytest.mark.parametrize("asked", [2, 3, 5, 6, 40, 100, 140, 144, 160, 200, 240])
+def test_number_of_prompts_is_found_again(asked: int) -> None:
+    assert num_recorded(len(split_held_out([None] * asked)[0])) == asked

@@ -37,7 +37,7 @@ def commands_of(calibration: Calibration | None, tuned: Mapping[str, Tuned], eva
 def _calibrate(calibration: Calibration) -> str:
     source, record = calibration.source, calibration.record
     count, known = len(record.conditions), default_prompts(source.model)
-    total = next((n for n in range(count + 1, 2 * count + 2) if len(split_held_out([None] * n)[0]) == count), count)
+    total = num_recorded(count)
     options = {
         **_changed(source, ModelSource(model=source.model)),
         **_changed(calibration.recipe, CalibrateRecipe()),
@@ -46,6 +46,11 @@ def _calibrate(calibration: Calibration) -> str:
     }
     usual = split_held_out(known[:total])[0]
     return _command("calibrate", options | _prompts(record.conditions, usual), source.model)
+
+
+def num_recorded(count: int) -> int:
+    """Return how many prompts leave so many to calibrate on; of two that do, the one that holds out one more."""
+    return max((n for n in range(count, 2 * count + 2) if len(split_held_out([None] * n)[0]) == count), default=count)
 
 
 def _evaluate(calibration: Calibration | None, evaluation: Evaluation) -> str:
