@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,18 +178,17 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
 
 
 class _LearnedGrid(torch.autograd.Function):
-    """Round in the forward pass; the gradient is straight through to the values, exact to scale and zero point."""
+    """Round in the forward pass; the gradient is straight through to the values, exact to what moves the grid."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fmt: FloatFormat, scale: Tensor, zero_point: Tensor) -> Tensor:  # noqa: ANN401
-        grid = Grid(fmt, float(scale), float(zero_point))  # numbers, as in an export: they divide alike everywhere
+    def forward(ctx: Any, x: Tensor, grid: Grid, shift: Tensor, unit: float) -> Tensor:  # noqa: ANN401
         y = _round(x, grid)
-        ctx.grid = grid
+        ctx.grid, ctx.unit = grid, unit
         ctx.save_for_backward(x, y)
         return y.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:  # noqa: ANN401
         (x, y), grid = ctx.saved_tensors, ctx.grid
         high = grid.zero_point + grid.max_value
         low = grid.zero_point - grid.max_value * grid.format.signed
@@ -196,27 +196,29 @@ class _LearnedGrid(torch.autograd.Function):
         # In one pass what `wanted * ((exact >= low) & (exact <= high))` takes four for; its bounds are exclusive.
         passed = torch.ops.aten.hardtanh_backward(wanted, exact, _next(low, -math.inf), _next(high, math.inf))
         clipped = wanted.sum() - passed.sum()
-        # y = zero_point + scale * q: inside, q follows x and leaves (y - x) / scale; outside, q stands still.
+        # y = zero_point + scale * q: inside, q follows x and log(scale) is left with y - x; outside, q stands still.
         along = _dot(wanted, y) - _dot(passed, exact) - grid.zero_point * clipped
-        return passed.to(grad.dtype), None, along / grid.scale, clipped
+        return passed.to(grad.dtype), None, torch.stack([along, clipped * ctx.unit]), None
 
 
 def _next(value: float, towards: float) -> float:
     """Return the next float32 in a direction."""
-    return float(torch.nextafter(torch.tensor(value, dtype=torch.float32), torch.tensor(towards)))
+    return float(np.nextafter(np.float32(value), np.float32(towards)))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
-def fake_quantize_learned(x: Tensor, fmt: FloatFormat, scale: Tensor, zero_point: Tensor) -> Tensor:
+def fake_quantize_learned(x: Tensor, grid: Grid, shift: Tensor, unit: float) -> Tensor:
     """Round as `fake_quantize` does, with gradients for the grid as well.
 
     The gradients are those of a learned step size (Esser et al. 2020, arXiv:1902.08153), and of a zero point.
 
     Arguments:
-        scale, zero_point: float32, ``()``; the zero point has to be 0 where the format is signed.
+        grid: where it is now, with a number for a scale.
+        shift: float32, ``(2,)``; takes the gradients of the scale's logarithm and of the zero point counted in `unit`.
+            Where the format is signed, the zero point's is to be left alone.
     """
-    rounded: Tensor = _LearnedGrid.apply(x, fmt, scale, zero_point)  # type: ignore[no-untyped-call]
+    rounded: Tensor = _LearnedGrid.apply(x, grid, shift, unit)  # type: ignore[no-untyped-call]
     return rounded

@@ -11,7 +11,7 @@ from msfp_cli.noise import OutputError
 from msfp_cli.parameters import LayerParameters
 from msfp_cli.recipe import FinetuneRecipe
 from msfp_cli.surgery import store_layers_
-from msfp_cli.talora import Router, tune_layers_, tuned_names
+from msfp_cli.talora import Choice, Router, moved_input, tune_layers_, tuned_names
 
 
 class Student(nn.Module):
@@ -44,11 +44,25 @@ class Student(nn.Module):
     @contextmanager
     def at(self, timestep: float) -> Iterator[None]:
         """Route every layer for a timestep while the context is open: forward, and backward if it recomputes."""
-        self.route.open(self.router(timestep))
+        self.route.open(self._with_inputs(self.router(timestep)))
         try:
             yield
         finally:
             self.route.close()
+
+    @torch.no_grad()
+    def _with_inputs(self, choices: list[Choice]) -> list[Choice]:
+        """Add where training has moved the chosen input grids: one transfer from the device instead of one a layer."""
+        trained = {
+            slot: (layer.input, layer.input_shift[choices[slot].member])
+            for slot, layer in enumerate(self.layers.values())
+            if layer.input is not None and layer.input_shift is not None
+        }
+        if trained:
+            numbers = torch.stack([shift for _, shift in trained.values()]).tolist()
+            for (slot, (grid, _)), moved in zip(trained.items(), numbers, strict=True):
+                choices[slot] = choices[slot]._replace(input=moved_input(grid, *moved))
+        return choices
 
     def forward(self, call: DenoiserCall) -> Tensor:
         """Return the denoiser's output for a recorded call, within `at`."""

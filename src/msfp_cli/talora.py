@@ -21,6 +21,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
@@ -36,10 +37,17 @@ _MARGIN = 1.0  # of the first choice's logit over the others
 
 
 class Choice(NamedTuple):
-    """What the router chose for one layer: the member, and one weight per member, ``(hub,)``, that takes gradients."""
+    """What the router chose for one layer.
+
+    Arguments:
+        member: of the layer's hub.
+        weights: one per member, ``(hub,)``, that takes gradients.
+        input: where training has moved the member's input grid; None if nobody has looked yet.
+    """
 
     member: int
     weights: Tensor
+    input: Grid | None = None
 
 
 class Router(nn.Module):
@@ -154,15 +162,16 @@ def updated_steps(weight: Tensor, scale: Tensor, a: Tensor, b: Tensor) -> Tensor
         return torch.addmm(weight.detach().float().flatten(1) / scale[:, None], b, a)
 
 
-def moved_input(grid: Grid, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point of a layer's input after training, float32 ``()`` each.
+def moved_input(grid: Grid, growth: float, steps: float) -> Grid:
+    """Return the grid of a layer's input after training, its numbers exact in float32.
 
     Arguments:
         grid: as calibrated.
-        shift: ``(2,)``, of one member: the logarithm of the scale's growth, the zero point's move in calibrated steps.
+        growth: the logarithm of the scale's growth.
+        steps: the zero point's move in calibrated steps; signed formats have none.
     """
-    zero_point = grid.zero_point + grid.scale * shift[1] * (not grid.format.signed)
-    return grid.scale * shift[0].exp(), zero_point
+    zero_point = grid.zero_point + grid.scale * steps * (not grid.format.signed)
+    return Grid(grid.format, float(np.float32(grid.scale * math.exp(growth))), float(np.float32(zero_point)))
 
 
 class TunedLayer(nn.Module):
@@ -178,8 +187,8 @@ class TunedLayer(nn.Module):
         generator: draws A.
 
     Each member of the hub has ``lora_a``, ``(rank, in * k * k)``, ``lora_b``, ``(out, rank)``, and where the input's
-    grid is trained ``input_shift``, ``(2,)``, see `moved_input`. All begin alike, B at zero, so that training begins
-    at the calibrated model (unless the recipe asks for another beginning).
+    grid is trained ``input_shift``, ``(2,)``, the two numbers of `moved_input`. All begin alike, B at zero, so that
+    training begins at the calibrated model (unless the recipe asks for another beginning).
     """
 
     def __init__(
@@ -238,8 +247,9 @@ class TunedLayer(nn.Module):
             return x
         if self.input_shift is None:
             return fake_quantize(x, self.input)
-        shift = self.input_shift[self.route.of(self.slot).member]
-        return fake_quantize_learned(x, self.input.format, *moved_input(self.input, shift))
+        choice = self.route.of(self.slot)
+        shift, unit = self.input_shift[choice.member], float(self.input.scale) * (not self.input.format.signed)
+        return fake_quantize_learned(x, choice.input or moved_input(self.input, *shift.tolist()), shift, unit)
 
     def forward(self, x: Tensor) -> Tensor:
         """Round the input and the updated weight, and run the layer."""

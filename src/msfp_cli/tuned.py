@@ -209,8 +209,7 @@ def _tuned_inputs(grid: Grid | None, shifts: Sequence[Tensor | None]) -> tuple[G
     """Return the grid of a layer's input for each member after training; only one where it was not trained."""
     if grid is None:
         return (None,)
-    moved = [moved_input(grid, shift) for shift in shifts if shift is not None]
-    return tuple(Grid(grid.format, float(scale), float(zero_point)) for scale, zero_point in moved) or (grid,)
+    return tuple(moved_input(grid, *shift.tolist()) for shift in shifts if shift is not None) or (grid,)
 
 
 def _evaluation(entry: dict[str, Any]) -> Evaluation:
