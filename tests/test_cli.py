@@ -28,7 +28,7 @@ from msfp_cli.recipe import ModelSource
 from msfp_cli.run import Run
 
 COMMANDS = [command.name for command in app.registered_commands]
-QUICKLY = ("--num-prompts", 2, "--steps", 2)
+QUICKLY = ("--num-images", 2, "--steps", 2)
 
 
 def help_of(command: str) -> str:
@@ -247,7 +247,7 @@ _EXPORTED, _CALIBRATED = "sample", "export"
         (None, "calibrate --lift 1.5", "--lift 1.5 is out of range; it is a share of the multiply-adds, 0 to 1", 2),
         (None, "calibrate --lift nan", "--lift nan is out of range", 2),
         (None, "calibrate --dtype float8", "unknown dtype 'float8'; choose one of float32, float16, bfloat16", 2),
-        (None, "calibrate --num-prompts 0", "--num-prompts must be at least 1, got 0", 2),
+        (None, "calibrate --num-images 0", "--num-images must be at least 1, got 0", 2),
         (None, "calibrate {unconditional} --prompts prompts.txt", "DDIMPipeline takes no prompts; leave --prompts", 2),
         (None, "calibrate {classes} --prompts prompts.txt", "'a red dress' is no class label of this pipeline", 2),
         (None, "export", "no run directory msfp-run here; `msfp calibrate` makes one", 1),

@@ -38,7 +38,7 @@ with serve_hub(served, gated=["tiny/gated"]) as hub:
     from msfp_cli.commands import app
 
     def calibrate(name, *arguments):
-        command = ["calibrate", *arguments, "--run", name, "--num-prompts", "2", "--steps", "1", "--lift", "0"]
+        command = ["calibrate", *arguments, "--run", name, "--num-images", "2", "--steps", "1", "--lift", "0"]
         result = CliRunner().invoke(app, command, prog_name="msfp")
         results[name] = [result.exit_code, result.stdout, result.stderr]
 

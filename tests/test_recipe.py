@@ -12,6 +12,7 @@ from msfp_cli.recipe import (
     ModelSource,
     Recipe,
     RecordRecipe,
+    recorded_conditions,
     split_held_out,
 )
 
@@ -221,6 +222,18 @@ def test_free_choice_is_among_formats_that_8_bit_units_hold(bits: int, inputs: s
 def test_formats_asked_for_by_name_may_be_any() -> None:
     recipe = CalibrateRecipe(weights=8, activations=8, formats="e4m3")
     assert [fmt.name for fmt in recipe.input_formats(8)] == [fmt.name for fmt in recipe.weight_formats(8)] == ["e4m3"]
+
+
+@given(st.integers(1, 60), st.integers(1, 200))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_conditions_that_are_not_held_out_come_again_where_more_pictures_are_asked_for(known: int, asked: int) -> None:
+    conditions = tuple(str(i) for i in range(known))
+    chosen, held_out = recorded_conditions(conditions, asked)
+    distinct, same = split_held_out(conditions)
+    assert held_out == same
+    assert len(chosen) == max(len(distinct), asked - len(held_out))
+    assert {chosen.count(condition) for condition in distinct} <= {len(chosen) // len(distinct) + i for i in (0, 1)}
+    assert chosen[: len(distinct)] == distinct
 
 
 @given(st.integers(1, 400))

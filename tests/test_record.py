@@ -101,7 +101,7 @@ def test_pictures_are_recorded_alike_in_any_batch(
 def test_recording_beyond_the_bound_is_refused_before_any_shard_is_written(
     tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
-    with pytest.raises(RunError, match=r"more than the bound .* give fewer --num-prompts or --steps"):
+    with pytest.raises(RunError, match=r"more than the bound .* give fewer --num-images or --steps"):
         record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "recording", max_bytes=10_000)
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -129,7 +129,7 @@ def test_full_disk_is_foreseen(
 def test_refused_recording_can_be_made_smaller_as_the_message_says(
     tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
-    with pytest.raises(RunError, match="give fewer --num-prompts"):
+    with pytest.raises(RunError, match="give fewer --num-images"):
         record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "recording", max_bytes=40_000)
     smaller = replace(THREE_BATCHES, conditions=(None,) * 2)
     assert record_calls(tiny_pipe, tiny_source, smaller, tmp_path / "recording", max_bytes=40_000).num_calls() == 2
@@ -199,7 +199,7 @@ def test_pipeline_without_a_denoiser_is_refused_by_its_parts(
 def test_interrupt_keeps_finished_shards_and_says_how_to_go_on(
     msfp: Invoke, tiny_source: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["calibrate", tiny_source.model, "--num-prompts", 5, "--steps", 2, "--batch-size", 2, "--lift", 0]
+    command = ["calibrate", tiny_source.model, "--num-images", 5, "--steps", 2, "--batch-size", 2, "--lift", 0]
     with monkeypatch.context() as patched:
         stop_before_call(patched, 2, KeyboardInterrupt)
         result = msfp(*command)
@@ -214,7 +214,7 @@ def test_interrupt_keeps_finished_shards_and_says_how_to_go_on(
 
 
 def test_bound_is_an_option(msfp: Invoke, tiny_source: ModelSource) -> None:
-    result = msfp("calibrate", tiny_source.model, "--num-prompts", 2, "--steps", 2, "--max-recording-gib", 1e-6)
+    result = msfp("calibrate", tiny_source.model, "--num-images", 2, "--steps", 2, "--max-recording-gib", 1e-6)
     assert result.exit_code == 1
     assert "--max-recording-gib" in result.stderr
     assert len(result.stderr.splitlines()) == 1

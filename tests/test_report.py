@@ -19,7 +19,7 @@ from msfp_cli.errors import RunError
 from msfp_cli.evaluate import evaluate_run
 from msfp_cli.evaluation import Evaluation
 from msfp_cli.pipeline import read_configs
-from msfp_cli.recipe import split_held_out
+from msfp_cli.recipe import MAX_CONDITIONS, recorded_conditions
 from msfp_cli.report import gather, write_report
 from msfp_cli.reproduce import num_recorded
 from msfp_cli.run import Run
@@ -117,7 +117,7 @@ def test_commands_in_the_report_give_the_same_figures_again(
 ) -> None:
     own = ("--prompts", "own.txt") if prompts else ()
     Path("own.txt").write_text(prompts or "")
-    calibrate = ("--num-prompts", 3, "--steps", 2, "--guidance-scale", 2.5, "--seed", 3, "--lift", 0, "--batch-size", 2)
+    calibrate = ("--num-images", 3, "--steps", 2, "--guidance-scale", 2.5, "--seed", 3, "--lift", 0, "--batch-size", 2)
     evaluate = ("--num-images", 3, "--num-trajectories", 1, "--steps", 1, "--seed", 17, "--no-layers", "--no-cost")
     for command in (
         ("calibrate", tiny("StableDiffusionPipeline"), *calibrate),
@@ -148,6 +148,12 @@ def test_layers_are_in_the_order_of_the_model(document: dict[str, Any], tiny_pip
     assert names == [name for name, _ in tiny_pipe.unet.named_modules() if name in set(names)]
 
 
-@pytest.mark.parametrize("asked", [2, 3, 5, 6, 40, 100, 140, 144, 160, 200, 240])
-def test_number_of_prompts_is_found_again(asked: int) -> None:
-    assert num_recorded(len(split_held_out([None] * asked)[0])) == asked
+@pytest.mark.parametrize("prompts", [True, False], ids=["prompts", "unconditional"])
+@pytest.mark.parametrize("asked", [2, 3, 5, 6, 40, 100, 140, 144, 160, 200, 201, 240, 400])
+def test_number_of_pictures_is_found_again(asked: int, prompts: bool) -> None:
+    known = [f"prompt {i}" if prompts else None for i in range(min(asked, MAX_CONDITIONS))]
+    assert num_recorded(recorded_conditions(known, asked)[0]) == asked
+
+
+def test_number_of_pictures_of_a_few_prompts_is_found_again() -> None:
+    assert num_recorded(recorded_conditions(["a cat", "a dog", "a cow", "a hen", "an owl"], 23)[0]) == 23

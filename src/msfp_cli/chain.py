@@ -14,7 +14,14 @@ from msfp_cli.errors import UsageError
 from msfp_cli.generation import conditioning_of
 from msfp_cli.loading import BUILT_IN, BUILT_IN_GUIDANCE, default_prompts, load_pipeline
 from msfp_cli.progress import SILENT, Progress
-from msfp_cli.recipe import CalibrateRecipe, ModelSource, RecordRecipe, split_held_out
+from msfp_cli.recipe import (
+    MAX_CONDITIONS,
+    NUM_IMAGES,
+    CalibrateRecipe,
+    ModelSource,
+    RecordRecipe,
+    recorded_conditions,
+)
 from msfp_cli.record import DEFAULT_MAX_BYTES, asked_for, record_calls
 from msfp_cli.recording import Recording
 from msfp_cli.run import Run
@@ -28,13 +35,14 @@ class RecordOptions:
 
     Arguments:
         prompts: prompts or class labels; None takes a built-in list, class labels spread over all, or nothing.
-        num_images: how many of them; a fifth is held out, of many some 24.
+        num_images: pictures to record, a fifth held out, of many some 24; with few prompts these come again, with other
+            noise. None takes one for each of `prompts`, else `NUM_IMAGES`.
         num_inference_steps, guidance_scale, seed, batch_size: as in `RecordRecipe`.
         max_bytes: bound on the recording's size.
     """
 
     prompts: tuple[str, ...] | None = None
-    num_images: int = 200
+    num_images: int | None = None
     num_inference_steps: int | None = 20
     guidance_scale: float | None = None
     seed: int = 0
@@ -90,9 +98,13 @@ def record_recipes(pipe: Any, source: ModelSource, options: RecordOptions) -> tu
     guidance = options.guidance_scale
     if guidance is None:
         guidance = BUILT_IN_GUIDANCE if source.model == BUILT_IN else _default(pipe, "guidance_scale")
-    if options.num_images < 1:
-        raise UsageError(f"--num-prompts must be at least 1, got {options.num_images}")
-    chosen, held_out = split_held_out(conditions_for(pipe, source, options.prompts, options.num_images))
+    given, count = options.prompts, options.num_images
+    if count is None:
+        count = NUM_IMAGES if given is None else len(given)
+    if count < 1:
+        raise UsageError(f"--num-images must be at least 1, got {count}")
+    distinct = conditions_for(pipe, source, given, min(count, MAX_CONDITIONS) if given is None else count)
+    chosen, held_out = recorded_conditions(distinct, count)
 
     def recipe(conditions: tuple[str | None, ...], seed: int) -> RecordRecipe:
         return RecordRecipe(

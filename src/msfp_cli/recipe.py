@@ -18,6 +18,8 @@ SAMPLINGS = ("error", "uniform")
 PRECISIONS = ("no", "bf16")
 STEPS_BEFORE = ("signed", "calibrated")  # what an export may be compared with, besides full precision
 MAX_HUB = 255
+NUM_IMAGES = 400  # recorded where nobody says how many
+MAX_CONDITIONS = 200  # recorded of a list that nobody gave: the rest is left to evaluate on
 _HELD_OUT = 24  # conditions of a long recording, some more where it does not divide: each measurement takes time
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -254,6 +256,19 @@ class FinetuneRecipe(Recipe):
 def _at_least(what: str, value: int, least: int) -> None:
     if value < least:
         raise UsageError(f"{what} must be at least {least}, got {value}")
+
+
+def recorded_conditions(
+    conditions: Sequence[str | None], num_images: int
+) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """Share so many pictures out: conditions that are not held out come again, with other noise, if there are too few.
+
+    Returns:
+        The condition of each picture to calibrate on, and of each that is held out.
+    """
+    chosen, held_out = split_held_out(conditions)
+    count = max(len(chosen), num_images - len(held_out))
+    return tuple(chosen[i % len(chosen)] for i in range(count)), held_out
 
 
 def split_held_out(conditions: Sequence[str | None]) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:

@@ -47,7 +47,7 @@ class _Watcher:
             raise RunError(
                 f"the recording would take about {estimate / 2**30:.1f} GiB, more than "
                 f"{'the bound' if bound == self.max_bytes else 'the disk has free'} ({bound / 2**30:.1f} GiB); "
-                "give fewer --num-prompts or --steps, or raise --max-recording-gib"
+                "give fewer --num-images or --steps, or raise --max-recording-gib"
             )
 
     def num_steps(self) -> int:

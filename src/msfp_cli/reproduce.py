@@ -8,11 +8,13 @@ from msfp_cli.calibration import Calibration
 from msfp_cli.evaluation import Evaluation
 from msfp_cli.loading import default_prompts
 from msfp_cli.recipe import (
+    MAX_CONDITIONS,
     STEPS_BEFORE,
     CalibrateRecipe,
     FinetuneRecipe,
     ModelSource,
     RecordRecipe,
+    recorded_conditions,
     split_held_out,
 )
 from msfp_cli.reference import BUILT_IN_REFERENCE
@@ -36,21 +38,30 @@ def commands_of(calibration: Calibration | None, tuned: Mapping[str, Tuned], eva
 
 def _calibrate(calibration: Calibration) -> str:
     source, record = calibration.source, calibration.record
-    count, known = len(record.conditions), default_prompts(source.model)
-    total = num_recorded(count)
+    total = num_recorded(record.conditions)
     options = {
         **_changed(source, ModelSource(model=source.model)),
         **_changed(calibration.recipe, CalibrateRecipe()),
-        "num_prompts": total,
+        "num_images": total,
         **_sampling(record),
     }
-    usual = split_held_out(known[:total])[0]
+    usual = split_held_out(default_prompts(source.model)[: min(total, MAX_CONDITIONS)])[0]
     return _command("calibrate", options | _prompts(record.conditions, usual), source.model)
 
 
-def num_recorded(count: int) -> int:
-    """Return how many prompts leave so many to calibrate on; of two that do, the one that holds out one more."""
-    return max((n for n in range(count, 2 * count + 2) if len(split_held_out([None] * n)[0]) == count), default=count)
+def num_recorded(conditions: Sequence[str | None]) -> int:
+    """Return how many pictures to ask for, so that just these are left to calibrate on."""
+    count = len(conditions)
+    if set(conditions) == {None}:
+        asked = [n for n in range(count, 2 * count + 2) if _num_left([None] * min(n, MAX_CONDITIONS), n) == count]
+        return max(asked, default=count)
+    distinct = next(n for n in range(1, count + 1) if all(c == conditions[i % n] for i, c in enumerate(conditions)))
+    listed = max(n for n in range(distinct, 2 * distinct + 2) if len(split_held_out([None] * n)[0]) == distinct)
+    return count + len(split_held_out([None] * listed)[1])
+
+
+def _num_left(conditions: Sequence[str | None], num_images: int) -> int:
+    return len(recorded_conditions(conditions, num_images)[0])
 
 
 def _evaluate(calibration: Calibration | None, evaluation: Evaluation) -> str:

@@ -17,7 +17,7 @@ from msfp_cli.commands.options import (
     SeedOption,
 )
 from msfp_cli.keep import parse_bits
-from msfp_cli.recipe import DEFAULT_RUN, CalibrateRecipe, ModelSource
+from msfp_cli.recipe import DEFAULT_RUN, NUM_IMAGES, CalibrateRecipe, ModelSource
 
 if TYPE_CHECKING:
     from msfp_cli.calibration import Calibration, LayerChoice
@@ -54,9 +54,15 @@ def calibrate(
         float, typer.Option(help="Share of the multiply-adds that may be lifted to 8 bits, worst layers first.")
     ] = 0.05,
     prompts: Annotated[Path | None, typer.Option(help="Prompts (or class labels), one a line.")] = None,
-    num_prompts: Annotated[
-        int, typer.Option(help="Pictures to record; a fifth, at most some 24, is held out to measure on.")
-    ] = 200,
+    num_images: Annotated[
+        int | None,
+        typer.Option(
+            "--num-images",
+            "--num-prompts",
+            help="Pictures to record; a fifth, at most some 24, is held out to measure on. By default one for each of "
+            f"--prompts, else {NUM_IMAGES}; with fewer prompts these come again.",
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 20,
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance; the pipeline's default.")] = None,
     seed: SeedOption = 0,
@@ -88,7 +94,7 @@ def calibrate(
 
     options = RecordOptions(
         prompts=None if prompts is None else read_prompts(prompts),
-        num_images=num_prompts,
+        num_images=num_images,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         seed=seed,
