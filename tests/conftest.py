@@ -49,6 +49,7 @@ CHEAP = CalibrateRecipe(max_samples=200, sensitivity_calls=1, lift=0.0, formats=
 FEW_UPDATES = FinetuneRecipe(
     steps=6,
     batch_size=2,
+    lanes=1,
     rank=2,
     hub_size=3,
     learning_rate=0.1,

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import CHEAP, FEW_UPDATES, TWO_PICTURES, Invoke, only_error, only_line, train
 from msfp_cli.chain import calibrate_run
+from msfp_cli.commands import launch
 from msfp_cli.commands.console import stop_on_interrupt
 from msfp_cli.commands.finetune import calls_per_update
 from msfp_cli.errors import RunError
@@ -30,7 +31,8 @@ from msfp_cli.training import Trainer
 from msfp_cli.tuned import Tuned
 
 FreshRun = Callable[..., Run]
-OPTIONS = ("--steps", 4, "--batch-size", 2, "--rank", 2, "--evaluate-every", 2, "--device", "cpu")
+OPTIONS = ("--steps", 4, "--batch-size", 2, "--gradient-accumulation", 1, "--rank", 2, "--evaluate-every", 2)
+OPTIONS += ("--device", "cpu")
 
 
 def state(run: Run) -> Path:
@@ -164,11 +166,45 @@ def test_wrong_input_is_one_helpful_line(
 
 
 @pytest.mark.parametrize(
-    ("accumulation", "world", "lanes"),
-    [(None, 1, None), (None, 3, 3), (1, 1, 1), (1, 2, 2), (3, 2, 6)],
+    ("usual", "processes", "calls"), [(1, 1, 1), (2, 1, 2), (2, 2, 2), (1, 3, 3), (2, 3, 3), (4, 3, 6), (4, 2, 4)]
 )
-def test_each_process_takes_so_many_calls_per_update(accumulation: int | None, world: int, lanes: int | None) -> None:
-    assert calls_per_update(accumulation, world) == lanes
+def test_calls_of_an_update_are_as_many_as_usual_or_just_enough_for_equal_shares(
+    usual: int, processes: int, calls: int
+) -> None:
+    assert calls_per_update(usual, processes) == calls
+
+
+@pytest.mark.parametrize(
+    ("options", "launched"),
+    [(("--gradient-accumulation", 2), [2]), ((), []), (("--gradient-accumulation", 2, "--num-processes", 1), [])],
+    ids=["two calls", "one call", "one process asked for"],
+)
+def test_processes_share_the_calls_of_an_update_on_a_cpu(
+    options: tuple[object, ...],
+    launched: list[int],
+    fresh_run: FreshRun,
+    msfp: Invoke,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, seen = fresh_run(), list[int]()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(launch, "_cores", lambda: 2)
+    monkeypatch.setattr(launch, "_launch", lambda count: seen.append(count) or 0)
+    assert msfp("finetune", *OPTIONS, *options).exit_code == 0
+    assert seen == launched
+    assert state(run).exists() == (not launched)
+
+
+def test_nothing_is_launched_where_all_updates_are_done(
+    fresh_run: FreshRun, msfp: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh_run()
+    options = (*OPTIONS, "--gradient-accumulation", 2)
+    assert msfp("finetune", *options).exit_code == 0
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(launch, "_cores", lambda: 2)
+    monkeypatch.setattr(launch, "_launch", lambda count: pytest.fail("launched"))
+    assert "all 4 updates were done before" in msfp("finetune", *options).stderr
 
 
 @pytest.mark.parametrize("option", ["--num-processes", "--gradient-accumulation"])
@@ -190,7 +226,7 @@ def test_recording_of_another_model_is_refused(
     message = only_line(msfp("finetune", *OPTIONS), 1)
     assert message.startswith(f"msfp-run/recording is of another model than {model} is now")
     assert message.endswith("run `msfp calibrate --overwrite`")
-    again = msfp("calibrate", model, "--overwrite", "--num-prompts", 2, "--steps", 2, "--device", "cpu")
+    again = msfp("calibrate", model, "--overwrite", "--num-images", 2, "--steps", 2, "--device", "cpu")
     assert again.exit_code == 0, again.stderr
     assert msfp("finetune", *OPTIONS).exit_code == 0
 
@@ -215,7 +251,7 @@ def test_incomplete_recording_is_refused(name: str, fresh_run: FreshRun, msfp: I
         (("--rank", 3), "begun with --rank 2, not 3; give --rank 2 to go on, or --restart to begin again"),
         (("--steps", 9), "begun with --steps 4, not 9"),
         (("--mixed-precision", "bf16"), "begun with --mixed-precision no, not bf16"),
-        (("--gradient-accumulation", 2), "begun with --gradient-accumulation times the processes 1, not 2"),
+        (("--gradient-accumulation", 2), "begun with --gradient-accumulation 1, not 2"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, tuple) else "",
 )
@@ -236,7 +272,7 @@ def test_fine_tuning_of_another_calibration_is_explained_everywhere(fresh_run: F
     run = fresh_run()
     train(run, replace(FEW_UPDATES, steps=1))
     calibration = run.load_calibration()
-    options = ("--num-prompts", 6, "--steps", 3, "--batch-size", 2, "--formats", "signed", "--device", "cpu")
+    options = ("--num-images", 6, "--steps", 3, "--batch-size", 2, "--formats", "signed", "--device", "cpu")
     result = msfp("calibrate", calibration.source.model, *options, "--overwrite")
     assert (result.exit_code, result.stdout) == (0, "msfp-run/calibration\n"), result.stderr
     assert result.stderr.splitlines()[-1] == "next: msfp finetune --restart"

@@ -78,6 +78,34 @@ def test_one_process_and_those_that_were_launched_do_the_work(
     launch.share_out(num_processes)
 
 
+@pytest.mark.parametrize(
+    ("calls", "cores", "count"),
+    [(1, 8, 1), (2, 1, 1), (2, 2, 2), (2, 16, 2), (4, 2, 2), (4, 3, 2), (4, 4, 4), (6, 4, 3), (5, 4, 1)],
+)
+def test_on_a_cpu_as_many_processes_share_the_calls_as_have_a_core_and_equal_shares(
+    calls: int, cores: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_cores", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert launch.processes_for(calls, "cpu") == count
+    monkeypatch.setattr("msfp_cli.loading.choose_device", lambda device: "cuda")
+    assert launch.processes_for(calls, None) == 1
+
+
+@pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "WORLD_SIZE"])
+def test_one_process_where_somebody_has_shared_the_machine_out(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_cores", lambda: 4)
+    for name in ("OMP_NUM_THREADS", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "2")
+    assert launch.processes_for(4, "cpu") == 1
+
+
+def test_cores_are_those_that_this_process_may_use() -> None:
+    assert 1 <= launch._cores() <= (os.cpu_count() or 1)
+
+
 @pytest.mark.parametrize(("rank", "speaks"), [(None, True), ("0", True), ("1", False)])
 def test_main_process_is_the_first(rank: str | None, speaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)

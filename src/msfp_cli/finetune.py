@@ -23,7 +23,7 @@ from msfp_cli.denoiser import find_denoisers
 from msfp_cli.denoising import loss_weights
 from msfp_cli.digest import fingerprint
 from msfp_cli.errors import MsfpError, RunError, TrainingError, UsageError
-from msfp_cli.loading import load_pipeline
+from msfp_cli.loading import choose_device, load_pipeline
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recipe import FinetuneRecipe
 from msfp_cli.recording import Recording
@@ -33,7 +33,7 @@ from msfp_cli.student import Student
 from msfp_cli.training import Trainer
 from msfp_cli.tuned import Tuned
 
-_OPTIONS = {"lanes": "--gradient-accumulation times the processes", "mixed_precision": "--mixed-precision"}
+_OPTIONS = {"lanes": "--gradient-accumulation", "mixed_precision": "--mixed-precision"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +94,14 @@ def finetune_run(
         _refuse_incomplete(each)
     _refuse_other_recording(recording, calibration)
     known = {} if restart else _saved(run, calibration, recipe)
-    accelerator = Accelerator(cpu=device == "cpu")
+    on_cpu = choose_device(device) == "cpu"  # accelerate does not find out by itself, and numbers the one there is
+    accelerator = Accelerator(cpu=on_cpu)
     if restart and accelerator.is_main_process:
         for component in calibration.layers:
             run.finetuned(component).unlink(missing_ok=True)
-    denoisers = find_denoisers(load_pipeline(calibration.source, device or str(accelerator.device)))
+    denoisers = find_denoisers(
+        load_pipeline(calibration.source, "cpu" if on_cpu else device or str(accelerator.device))
+    )
     reports = []
     for component in calibration.layers:
         denoiser = denoisers.pop(component)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from accelerate import PartialState
 
+from msfp_cli.loading import choose_device
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -22,7 +24,7 @@ class Processes:
     @classmethod
     def current(cls, device: str | None) -> "Processes":
         """Return how this process was started, and meet the others."""
-        state = PartialState(cpu=device == "cpu")
+        state = PartialState(cpu=choose_device(device) == "cpu")  # accelerate does not find out by itself
         return cls(state.process_index, state.num_processes)
 
     @property

@@ -207,7 +207,7 @@ class FinetuneRecipe(Recipe):
 
     steps: int = 2000
     batch_size: int = 8
-    lanes: int = 1
+    lanes: int = 2
     hub_size: int = 2
     rank: int = 16
     init: str = "zero"

@@ -59,7 +59,7 @@ class Trainer:
         if recipe.lanes % accelerator.num_processes:
             raise UsageError(
                 f"{accelerator.num_processes} processes cannot share {recipe.lanes} calls per update evenly; "
-                f"take as many as divide {recipe.lanes}, or give --gradient-accumulation 1 and --restart"
+                f"take as many as divide {recipe.lanes}, or give another --gradient-accumulation and --restart"
             )
         self.student, self.batches, self.weights, self.held_out = student, batches, weights, held_out
         self.recipe, self.path, self.calibration, self.accelerator = recipe, path, calibration, accelerator
@@ -168,7 +168,7 @@ class Trainer:
 
     def _evaluate(self, progress: Progress) -> None:
         """Measure the held-out error, and keep the state if it is the best."""
-        measured = self.student.output_error(self.held_out)
+        measured = self._output_error()
         if not self.history:
             self._begin(measured)
         loss = sum(self._losses) / len(self._losses) if self._losses else None
@@ -183,6 +183,17 @@ class Trainer:
         self.history.append(now)
         shown = "before" if loss is None else f"update {self.step}: loss {loss:.2e},"
         progress.log(f"{shown} held-out error {now.error:.5f}")
+
+    def _output_error(self) -> OutputError:
+        """Measure this process's share of the held-out calls, and add up what all processes have measured."""
+        index, count = self.accelerator.process_index, self.accelerator.num_processes
+        measured = self.student.output_error(self.held_out[index::count])
+        if count == 1:
+            return measured
+        timesteps = sorted({call.timestep for call in self.held_out})
+        own = torch.tensor([measured.sums.get(timestep, (0.0, 0.0)) for timestep in timesteps], dtype=torch.float64)
+        total: Tensor = self.accelerator.reduce(own.to(self.accelerator.device), reduction="sum")
+        return OutputError({timestep: (e, s) for timestep, (e, s) in zip(timesteps, total.tolist(), strict=True)})
 
     def _begin(self, measured: OutputError) -> None:
         """Share out the updates among the timesteps, and the timesteps among the members of the hubs.

@@ -1,12 +1,13 @@
 """`msfp finetune`: train LoRA hubs and a router against the recording, and keep what helps."""
 
+import math
 import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from msfp_cli.commands import console
-from msfp_cli.commands.launch import ProcessesOption, is_main, share_out
+from msfp_cli.commands.launch import is_main, processes_for, share_out
 from msfp_cli.commands.options import DeviceOption, JsonOption, RunOption
 from msfp_cli.progress import SILENT
 from msfp_cli.recipe import DEFAULT_RUN, INITS, LOSSES, PRECISIONS, SAMPLINGS, FinetuneRecipe
@@ -26,7 +27,7 @@ Examples:
 
     msfp finetune --steps 500 --hub-size 4 --rank 32 --restart
 
-    msfp finetune --num-processes 2
+    msfp finetune --num-processes 4 --gradient-accumulation 8
 
     accelerate launch -m msfp_cli finetune
 """
@@ -73,13 +74,20 @@ def finetune(
         int | None,
         typer.Option(
             min=1,
-            help="Calls per update in each process, one after the other, each of another timestep; 1 by default.",
+            help=f"Calls per update, each of another timestep, shared among the processes; {_default('lanes')}",
         ),
     ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Save memory: compute activations twice.")
     ] = False,
-    num_processes: ProcessesOption = 1,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes that share the work on this machine; by default one, but on a CPU one a core, as far as "
+            "there are calls per update.",
+        ),
+    ] = None,
     resume: Annotated[
         bool | None,
         typer.Option("--resume/--restart", help="Go on, or begin again; by default go on if there is something."),
@@ -88,11 +96,10 @@ def finetune(
     json_: JsonOption = False,
 ) -> None:
     """Train LoRA hubs and a router."""
-    world = int(os.environ.get("WORLD_SIZE", num_processes))
     given = {
         "steps": steps,
         "batch_size": batch_size,
-        "lanes": calls_per_update(gradient_accumulation, world),
+        "lanes": gradient_accumulation,
         "rank": rank,
         "hub_size": hub_size,
         "learning_rate": learning_rate,
@@ -108,7 +115,7 @@ def finetune(
     }
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     FinetuneRecipe(**chosen)
-    share_out(num_processes)
+    share_out(num_processes or 1)
 
     from msfp_cli.finetune import finetune_run
     from msfp_cli.loading import quiet_libraries
@@ -116,7 +123,9 @@ def finetune(
 
     quiet_libraries()
     state = Run(run)
-    recipe = _recipe(state, chosen, resume)
+    recipe, done = _recipe(state, chosen, resume, int(os.environ.get("WORLD_SIZE", 1)))
+    if num_processes is None and not done:
+        share_out(processes_for(recipe.lanes, device))
     with console.stop_on_interrupt() as stop:
         reports = finetune_run(
             state,
@@ -128,18 +137,24 @@ def finetune(
             stop=stop,
         )
     if is_main():
+        if done:
+            console.note(f"all {recipe.steps} updates were done before; --restart begins again")
         _show(state, reports, as_json=json_)
     if not all(report.finished for report in reports):
         raise typer.Exit(1)
 
 
-def calls_per_update(gradient_accumulation: int | None, world: int) -> int | None:
-    """Return the calls per update over all processes, or None where nobody asked for a number."""
-    return None if gradient_accumulation is None and world == 1 else (gradient_accumulation or 1) * world
+def calls_per_update(usual: int, processes: int) -> int:
+    """Return as many calls per update as usual, or a few more, so that all processes get equal shares."""
+    return math.ceil(usual / processes) * processes
 
 
-def _recipe(run: "Run", chosen: dict[str, Any], resume: bool | None) -> FinetuneRecipe:
-    """Return the settings: those that were given, then those of the state to go on from, then the defaults."""
+def _recipe(run: "Run", chosen: dict[str, Any], resume: bool | None, processes: int) -> tuple[FinetuneRecipe, bool]:
+    """Return the settings: those that were given, then those of the state to go on from, then the defaults.
+
+    Returns:
+        The settings, and whether all updates with them are done.
+    """
     from dataclasses import replace
 
     from msfp_cli.errors import RunError
@@ -149,11 +164,9 @@ def _recipe(run: "Run", chosen: dict[str, Any], resume: bool | None) -> Finetune
     if resume and not saved:
         raise RunError(f"{run.directory} holds no fine-tuning to go on with; leave --resume out to begin")
     base = next(iter(saved.values())).recipe if saved else FinetuneRecipe()
-    recipe = replace(base, **chosen)
+    recipe = replace(base, **{"lanes": calls_per_update(base.lanes, processes), **chosen})
     done = [component for component, tuned in saved.items() if tuned.finished and tuned.recipe == recipe]
-    if len(done) == len(calibration.layers) and is_main():
-        console.note(f"all {recipe.steps} updates were done before; --restart begins again")
-    return recipe
+    return recipe, len(done) == len(calibration.layers)
 
 
 def _show(run: "Run", reports: "list[FinetuneReport]", *, as_json: bool) -> None:

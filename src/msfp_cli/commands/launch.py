@@ -15,6 +15,7 @@ from msfp_cli.commands import console
 
 ProcessesOption = Annotated[int, typer.Option(min=1, help="Processes that share the work on this machine.")]
 _GRACE_SECONDS = 5
+_THREADS = "OMP_NUM_THREADS"
 
 
 def is_main() -> bool:
@@ -28,6 +29,24 @@ def share_out(num_processes: int) -> None:
         raise typer.Exit(_launch(num_processes))
 
 
+def processes_for(calls: int, device: str | None) -> int:
+    """Return how many processes had best share so many calls of a denoiser.
+
+    On a CPU as many as have a core each and equal shares: two processes of one thread do far more than one of two,
+    whose threads wait for each other at every layer. On an accelerator one, and so for who has chosen the threads.
+    """
+    from msfp_cli.loading import choose_device
+
+    if "WORLD_SIZE" in os.environ or _THREADS in os.environ or choose_device(device) != "cpu":
+        return 1
+    return max(count for count in range(1, calls + 1) if calls % count == 0 and count <= max(1, _cores()))
+
+
+def _cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _launch(num_processes: int) -> int:
     """Run this very command line in several processes that know of each other, and return the exit code.
 
@@ -37,12 +56,12 @@ def _launch(num_processes: int) -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    threads = os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // num_processes))
+    threads = os.environ.get(_THREADS, max(1, _cores() // num_processes))
     command = [sys.executable, "-m", "msfp_cli", *sys.argv[1:]]
     with tempfile.TemporaryFile() as aside, console.stop_on_interrupt():  # the processes hear of Ctrl-C themselves
         processes = []
         for rank in range(num_processes):
-            own = {**shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": threads}
+            own = {**shared, "RANK": rank, "LOCAL_RANK": rank, _THREADS: threads}
             environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
             out, err = (subprocess.DEVNULL, aside) if rank else (None, None)
             processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=err))
