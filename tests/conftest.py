@@ -276,7 +276,9 @@ def quick(monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path]) -> Itera
     def calibrate_quickly(
         run: Run, source: ModelSource, options: RecordOptions, recipe: CalibrateRecipe, **rest: object
     ) -> Calibration:
-        fewer = dataclasses.replace(options, num_images=min(options.num_images, 2), num_inference_steps=2)
+        fewer = dataclasses.replace(
+            options, num_images=2 if options.num_images is None else min(options.num_images, 2), num_inference_steps=2
+        )
         smaller = dataclasses.replace(recipe, max_samples=1000, sensitivity_calls=1)
         return calibrate_run(run, source, fewer, smaller, **rest)
 

@@ -1,7 +1,9 @@
 """Several processes run one command line: what they are told, and what is heard of them."""
 
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +67,49 @@ def test_process_that_waits_for_one_that_failed_is_taken_along(run: Script, capf
 
 def test_process_that_is_killed_is_a_failure(run: Script) -> None:
     assert run("[ $RANK = 1 ] && kill -9 $$; exit 0") == 1
+
+
+@pytest.mark.parametrize(("launched", "ends"), [("1", True), (None, False)])
+def test_launched_process_ends_when_its_input_does(launched: str | None, ends: bool) -> None:
+    code = "import time; from msfp_cli.commands.launch import end_with_launcher as begin; begin(); print(flush=True)"
+    code += "; time.sleep(60)"
+    environment = {**os.environ, "MSFP_LAUNCHED": launched} if launched else dict(os.environ)
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        process.stdin.close()
+        if ends:
+            assert process.wait(20) == 1
+        else:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)
+            process.kill()
+
+
+def test_input_of_launched_processes_ends_when_the_launcher_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text(f"#!/bin/sh\ncd '{tmp_path}'\ntouch began$RANK\ncat\ntouch ended$RANK\n")
+    (tmp_path / "python").chmod(0o755)
+    code = (
+        f"import sys; from msfp_cli.commands import launch; sys.executable = '{tmp_path}/python'; launch.share_out(2)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    launcher = subprocess.Popen([sys.executable, "-c", code], env=environment, stdin=subprocess.DEVNULL)
+    wait_for(tmp_path, "began")
+    assert not list(tmp_path.glob("ended*"))
+    launcher.kill()
+    launcher.wait()
+    wait_for(tmp_path, "ended")
+
+
+def wait_for(directory: Path, what: str) -> None:
+    """Wait until both processes have said so."""
+    for _ in range(300):
+        if len(list(directory.glob(f"{what}*"))) == 2:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"not {what}")
 
 
 @pytest.mark.parametrize(("num_processes", "inside"), [(1, False), (1, True), (2, True)])

@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from msfp_cli import __version__
-from msfp_cli.commands import calibrate, console, demo, evaluate, export, finetune, inspect, report, sample, status
+from msfp_cli.commands import (
+    calibrate,
+    console,
+    demo,
+    evaluate,
+    export,
+    finetune,
+    inspect,
+    launch,
+    report,
+    sample,
+    status,
+)
 
 app = typer.Typer(
     name="msfp",
@@ -36,6 +48,7 @@ def _root(
     ] = False,
 ) -> None:
     """Act on the options that come before a command."""
+    launch.end_with_launcher()
     if debug:
         console.show_tracebacks()
 

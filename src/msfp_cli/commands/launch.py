@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from msfp_cli.commands import console
 ProcessesOption = Annotated[int, typer.Option(min=1, help="Processes that share the work on this machine.")]
 _GRACE_SECONDS = 5
 _THREADS = "OMP_NUM_THREADS"
+_LAUNCHED = "MSFP_LAUNCHED"  # set for processes that another msfp has started
 
 
 def is_main() -> bool:
@@ -27,6 +29,18 @@ def share_out(num_processes: int) -> None:
     """Where several processes are asked for, let them run this very command line, and end this one as they ended."""
     if num_processes > 1 and "WORLD_SIZE" not in os.environ:
         raise typer.Exit(_launch(num_processes))
+
+
+def end_with_launcher() -> None:
+    """Let a process that another msfp has started end when that one does, however that came: a kill, too."""
+    if _LAUNCHED in os.environ:
+        threading.Thread(target=_wait_for_the_end_of_input, daemon=True).start()
+
+
+def _wait_for_the_end_of_input() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
 
 
 def processes_for(calls: int, device: str | None) -> int:
@@ -58,13 +72,20 @@ def _launch(num_processes: int) -> int:
     shared = {"WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     threads = os.environ.get(_THREADS, max(1, _cores() // num_processes))
     command = [sys.executable, "-m", "msfp_cli", *sys.argv[1:]]
-    with tempfile.TemporaryFile() as aside, console.stop_on_interrupt():  # the processes hear of Ctrl-C themselves
+    # The processes hear of Ctrl-C themselves. Their input ends when this process does: nobody else holds `_held`.
+    listening, held = os.pipe()
+    with (
+        open(listening) as given,
+        open(held, "w") as _held,
+        tempfile.TemporaryFile() as aside,
+        console.stop_on_interrupt(),
+    ):
         processes = []
         for rank in range(num_processes):
-            own = {**shared, "RANK": rank, "LOCAL_RANK": rank, _THREADS: threads}
+            own = {**shared, "RANK": rank, "LOCAL_RANK": rank, _THREADS: threads, _LAUNCHED: 1}
             environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
             out, err = (subprocess.DEVNULL, aside) if rank else (None, None)
-            processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=err))
+            processes.append(subprocess.Popen(command, env=environment, stdin=given, stdout=out, stderr=err))
         codes = _wait_for_all(processes)
         if any(codes) and codes[0] in (0, -signal.SIGKILL):
             aside.seek(0)
