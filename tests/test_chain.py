@@ -139,8 +139,22 @@ def test_recorded_conditions_follow_from_the_pipeline(tiny: Callable[[str], Path
     # Labels are spread over all 1000 classes.
     assert conditions("DiTPipeline", options) == ("0", "250", "500", "750")
     assert conditions("StableDiffusionPipeline", options) == default_prompts("any")[:4]
-    given = replace(options, prompts=("a", "b", "c"))
+    given = RecordOptions(prompts=("a", "b", "c"))
     assert conditions("StableDiffusionPipeline", given) == ("a", "b", "c")
+    assert conditions("StableDiffusionPipeline", replace(given, num_images=5)) == ("a", "b", "a", "b", "c")
+    assert conditions("StableDiffusionPipeline", replace(given, num_images=2)) == ("a", "b")
+
+
+def test_pictures_that_nobody_counted_are_many_and_leave_prompts_to_evaluate_on(
+    tiny: Callable[[str], Path],
+) -> None:
+    source = ModelSource(model=BUILT_IN)
+    for name, num_conditions in (("StableDiffusionPipeline", 200), ("DiTPipeline", 200), ("DDIMPipeline", 1)):
+        pipe = load_pipeline(ModelSource(model=str(tiny(name))), "cpu")
+        chosen, held_out = record_recipes(pipe, source, RecordOptions())
+        assert len(chosen.conditions) + len(held_out.conditions) == 400
+        assert len({*chosen.conditions, *held_out.conditions}) == num_conditions
+        assert name == "DDIMPipeline" or not {*chosen.conditions} & {*held_out.conditions}
 
 
 @pytest.mark.parametrize("asked", [None, 0.0, 2.0])

@@ -57,7 +57,7 @@ def evaluate_run(
         RunError: the directory holds an evaluation with other settings or of another export.
         ModelError: the export is of another model than `against`.
     """
-    processes, place = Processes.current(device), directory or run.evaluation
+    processes, place = Processes.current(choose_device(device)), directory or run.evaluation
     subjects = find_subjects(run, export, options.compare, work=place, against=against, device=device)
     source = subjects[0].source
     assert source is not None, "full precision has a source"

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from accelerate import PartialState
 
-from msfp_cli.loading import choose_device
-
 
 @dataclass(frozen=True)
 class Processes:
@@ -22,9 +20,13 @@ class Processes:
     count: int = 1
 
     @classmethod
-    def current(cls, device: str | None) -> "Processes":
-        """Return how this process was started, and meet the others."""
-        state = PartialState(cpu=choose_device(device) == "cpu")  # accelerate does not find out by itself
+    def current(cls, device: str) -> "Processes":
+        """Return how this process was started, and meet the others.
+
+        Arguments:
+            device: where the work is done; accelerate does not find out by itself that it is the CPU.
+        """
+        state = PartialState(cpu=device == "cpu")
         return cls(state.process_index, state.num_processes)
 
     @property
