@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -236,6 +237,19 @@ def test_recording_that_is_not_the_calibrations_is_refused(fresh_run: FreshRun, 
     shutil.rmtree(run.recording)
     shutil.copytree(run.held_out, run.recording)
     assert "is not the recording that the calibration was made from" in only_line(msfp("finetune", *OPTIONS), 1)
+
+
+def test_restart_that_is_refused_leaves_the_state_as_it_is(
+    fresh_run: FreshRun, msfp: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fresh_run()
+    assert msfp("finetune", *OPTIONS).exit_code == 0
+    before = state(run).read_bytes()
+    processes = SimpleNamespace(num_processes=2, process_index=0, is_main_process=True, device=torch.device("cpu"))
+    monkeypatch.setattr("msfp_cli.finetune.Accelerator", lambda cpu: processes)
+    message = only_line(msfp("finetune", *OPTIONS, "--restart"), 2)
+    assert message.startswith("2 processes cannot share 1 calls per update evenly")
+    assert state(run).read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["recording", "held-out"])

@@ -96,13 +96,10 @@ def finetune_run(
     known = {} if restart else _saved(run, calibration, recipe)
     on_cpu = choose_device(device) == "cpu"  # accelerate does not find out by itself, and numbers the one there is
     accelerator = Accelerator(cpu=on_cpu)
-    if restart and accelerator.is_main_process:
-        for component in calibration.layers:
-            run.finetuned(component).unlink(missing_ok=True)
     denoisers = find_denoisers(
         load_pipeline(calibration.source, "cpu" if on_cpu else device or str(accelerator.device))
     )
-    reports = []
+    reports = list[FinetuneReport]()
     for component in calibration.layers:
         denoiser = denoisers.pop(component)
         _refuse_other_model(denoiser, component, recording, calibration)
@@ -110,6 +107,9 @@ def finetune_run(
             _enable_checkpointing_(denoiser)
         with _explain_memory():
             trainer = _trainer(run, component, denoiser, calibration, recording, held_out, recipe, accelerator)
+            if restart and not reports and accelerator.is_main_process:  # what is refused costs nobody the old state
+                for name in calibration.layers:
+                    run.finetuned(name).unlink(missing_ok=True)
             if component in known:
                 trainer.resume(known[component])
             finished = trainer.train(progress=progress, stop=stop)
