@@ -53,15 +53,11 @@ def num_recorded(conditions: Sequence[str | None]) -> int:
     """Return how many pictures to ask for, so that just these are left to calibrate on."""
     count = len(conditions)
     if set(conditions) == {None}:
-        asked = [n for n in range(count, 2 * count + 2) if _num_left([None] * min(n, MAX_CONDITIONS), n) == count]
-        return max(asked, default=count)
+        left = {n: recorded_conditions([None] * min(n, MAX_CONDITIONS), n)[0] for n in range(count, 2 * count + 2)}
+        return max((n for n, chosen in left.items() if len(chosen) == count), default=count)
     distinct = next(n for n in range(1, count + 1) if all(c == conditions[i % n] for i, c in enumerate(conditions)))
     listed = max(n for n in range(distinct, 2 * distinct + 2) if len(split_held_out([None] * n)[0]) == distinct)
     return count + len(split_held_out([None] * listed)[1])
-
-
-def _num_left(conditions: Sequence[str | None], num_images: int) -> int:
-    return len(recorded_conditions(conditions, num_images)[0])
 
 
 def _evaluate(calibration: Calibration | None, evaluation: Evaluation) -> str:
