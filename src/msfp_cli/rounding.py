@@ -3,7 +3,7 @@
 `quantize` rounds to the nearest value; a tie goes to the even code, as IEEE 754 asks. Everything is computed in
 float32 whatever the input's type, because a 16-bit scale would move the grid itself. `fake_quantize` equals
 ``dequantize(quantize(x))`` bit for bit, but gets there without codes, in a few passes that run at the speed of memory
-(see `_round_magnitudes`); its gradient passes straight through inside the grid's range and is zero where the value was
+(see `_round_to_octaves`); its gradient passes straight through inside the grid's range and is zero where the value was
 clipped (Bengio et al. 2013, arXiv:1308.3432). Infinities saturate. A NaN has no code: `quantize` gives it an arbitrary
 one, `fake_quantize` keeps it a NaN, and calibration refuses it by the layer's name.
 """
@@ -102,8 +102,8 @@ def dequantize(codes: Tensor, grid: Grid) -> Tensor:
     return book.index_select(0, codes.reshape(-1).int()).view(codes.shape) * grid.scale + grid.zero_point
 
 
-def _round_magnitudes(steps: Tensor, fmt: FloatFormat) -> Tensor:
-    """Round non-negative multiples of the smallest step to the format's magnitudes, in place; ties to the even code.
+def _round_to_octaves(steps: Tensor, fmt: FloatFormat) -> Tensor:
+    """Round multiples of the smallest step to the format's magnitudes, signs kept, in place; ties to the even code.
 
     Masking a float32 down to its exponent gives the power of two below it, hence the step of its octave, once clamped
     to the subnormals' step. Adding and subtracting ``1.5 * 2^23`` such steps then rounds to whole steps, half to even
@@ -120,14 +120,14 @@ def _round_magnitudes(steps: Tensor, fmt: FloatFormat) -> Tensor:
 
 
 def _round_to_powers(steps: Tensor) -> Tensor:
-    """Round to 0, 1, 2, 4 ...: what remains of a float32 without its mantissa, after rounding half to even exponents.
+    """Round to 0, 1, 2, 4 ..., signs kept: what is left of a float32 without mantissa, rounded half to even exponents.
 
     The exponent field is 127 where the code is 1, so even codes have even fields.
     """
-    bits = steps.view(torch.int32)
+    bits = steps.abs().view(torch.int32)
     carried = bits.bitwise_right_shift(23).bitwise_and_(1).add_(bits).add_(0x3FFFFF)
-    powers = carried.bitwise_and_(0x7F800000).view(torch.float32).clamp_min_(1)
-    return torch.where(steps > 0.5, powers, steps * 0)  # a NaN is not above, and stays one
+    powers = carried.bitwise_and_(0x7F800000).view(torch.float32).clamp_min_(1).copysign_(steps)
+    return torch.where(steps.abs() > 0.5, powers, steps * 0)  # a NaN is not above, and stays one
 
 
 def round_steps(steps: Tensor, fmt: FloatFormat) -> Tensor:
@@ -136,17 +136,15 @@ def round_steps(steps: Tensor, fmt: FloatFormat) -> Tensor:
     Arguments:
         steps: float32; overwritten where the format is unsigned.
     """
-    if fmt.is_uniform:
-        return (steps.clamp(-fmt.largest, fmt.largest) if fmt.signed else steps.clamp_(0, fmt.largest)).round_()
-    if not fmt.signed:
-        return _round_magnitudes(steps.clamp_(0, fmt.largest), fmt)
-    return _round_magnitudes(steps.abs().clamp_max_(fmt.largest), fmt).copysign_(steps)
+    inside = steps.clamp(-fmt.largest, fmt.largest) if fmt.signed else steps.clamp_(0, fmt.largest)
+    return inside.round_() if fmt.is_uniform else _round_to_octaves(inside, fmt)
 
 
 def _round(x: Tensor, grid: Grid) -> Tensor:
     """Return ``dequantize(quantize(x, grid), grid)``, with NaN kept."""
-    steps = (x.detach().float() - grid.zero_point).div_(grid.scale)
-    return round_steps(steps, grid.format).mul_(grid.scale).add_(grid.zero_point)
+    exact = x.detach().float()
+    steps = (exact - grid.zero_point).div_(grid.scale) if grid.zero_point else exact / grid.scale
+    return round_steps(steps, grid.format).mul_(grid.scale).add_(grid.zero_point)  # adding 0 makes a -0 a 0
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -195,10 +193,13 @@ class _LearnedGrid(torch.autograd.Function):
         exact, wanted = x.float(), grad.float()  # sums in 16 bits would be noise
         # In one pass what `wanted * ((exact >= low) & (exact <= high))` takes four for; its bounds are exclusive.
         passed = torch.ops.aten.hardtanh_backward(wanted, exact, _next(low, -math.inf), _next(high, math.inf))
-        clipped = wanted.sum() - passed.sum()
         # y = zero_point + scale * q: inside, q follows x and log(scale) is left with y - x; outside, q stands still.
-        along = _dot(wanted, y) - _dot(passed, exact) - grid.zero_point * clipped
-        return passed.to(grad.dtype), None, torch.stack([along, clipped * ctx.unit]), None
+        along = _dot(wanted, y) - _dot(passed, exact)
+        if not ctx.unit:  # no zero point
+            return passed.to(grad.dtype), None, torch.stack([along, along * 0]), None
+        clipped = wanted.sum() - passed.sum()
+        moved = torch.stack([along - grid.zero_point * clipped, clipped * ctx.unit])
+        return passed.to(grad.dtype), None, moved, None
 
 
 def _next(value: float, towards: float) -> float:
@@ -218,7 +219,7 @@ def fake_quantize_learned(x: Tensor, grid: Grid, shift: Tensor, unit: float) -> 
     Arguments:
         grid: where it is now, with a number for a scale.
         shift: float32, ``(2,)``; takes the gradients of the scale's logarithm and of the zero point counted in `unit`.
-            Where the format is signed, the zero point's is to be left alone.
+        unit: 0 where the format is signed, which has no zero point.
     """
     rounded: Tensor = _LearnedGrid.apply(x, grid, shift, unit)  # type: ignore[no-untyped-call]
     return rounded
