@@ -2,12 +2,14 @@
 
     python benchmarks/finetune_step.py [--threads N] [--rounds N] [--updates N] [--markdown FILE]
 
-The built-in pipeline's UNet, the same layers, rank 16, 8 rows of a recorded call per update, AdamW, mean squared
-error. peft trains on the full-precision base; msfp trains inside the quantizers, with a hub of two and the router. Each
-measurement is a process of its own, the two take turns, and the medians are compared. Linux only (peak memory).
+The built-in pipeline's UNet, the same layers, rank 16, the same calls per update (two, as by default), AdamW,
+mean squared error. peft trains on the full-precision base; msfp trains inside the quantizers, with a hub of two and the
+router. Each measurement is the mean over some updates in a process of its own (in some the router learns, in most it
+does not), the two take turns, and the medians are compared. Linux only (peak memory).
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -25,7 +27,7 @@ from material import RECORD
 from msfp_cli.batches import Batches
 from msfp_cli.calibration import Calibration
 from msfp_cli.chain import calibrate_run
-from msfp_cli.denoiser import call_again, find_denoisers
+from msfp_cli.denoiser import call_with, find_denoisers
 from msfp_cli.finetune import timestep_weights
 from msfp_cli.loading import BUILT_IN, load_pipeline, quiet_libraries
 from msfp_cli.recipe import CalibrateRecipe, FinetuneRecipe, ModelSource
@@ -55,12 +57,13 @@ def peft_update(calibration: Calibration, batches: Batches) -> Callable[[], obje
     layers = [name for name, parameters in calibration.table("unet").items() if parameters.weight is not None]
     unet.add_adapter(LoraConfig(r=FinetuneRecipe().rank, target_modules=layers))
     trained = [p for p in unet.parameters() if p.requires_grad]
-    optimizer, step = torch.optim.AdamW(trained, lr=1e-4), iter(range(10**9))
+    optimizer, step = torch.optim.AdamW(trained, lr=1e-4), itertools.count()
 
     def update() -> None:
-        call = batches.batch(next(step), 0)
-        loss = (call_again(unet, call) - call.output).square().mean()
-        loss.backward()
+        now, lanes = next(step), FinetuneRecipe().lanes
+        for call in (call for lane in range(lanes) for call in batches.batch(now, lane)):
+            loss = (call_with(unet, call.arguments) - call.output).square().mean() / lanes
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -73,7 +76,8 @@ def measure(which: str, work: Path, updates: int) -> None:
     quiet_libraries()
     run = Run(work)
     recording, calibration = Recording(run.recording), run.load_calibration()
-    batches = Batches(recording, "unet", batch_size=FinetuneRecipe().batch_size, lanes=1, seed=0)
+    recipe = FinetuneRecipe()
+    batches = Batches(recording, "unet", batch_size=recipe.batch_size, lanes=recipe.lanes, seed=recipe.seed)
     update = msfp_update(calibration, batches, recording) if which == "msfp" else peft_update(calibration, batches)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     seconds = []
@@ -83,7 +87,7 @@ def measure(which: str, work: Path, updates: int) -> None:
         seconds.append(time.perf_counter() - start)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     peak = int(status["VmHWM"].split()[0]) / 1024
-    print(json.dumps({"seconds": statistics.median(seconds[WARM_UP:]), "peak": peak}))
+    print(json.dumps({"seconds": statistics.mean(seconds[WARM_UP:]), "peak": peak}))
 
 
 def compare(work: Path, rounds: int, updates: int, threads: int) -> str:
@@ -109,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="of each process")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
-    parser.add_argument("--updates", type=int, default=15, help="timed in each turn")
+    parser.add_argument("--updates", type=int, default=16, help="timed in each turn")
     parser.add_argument("--work", type=Path, help="keep the calibrated run here")
     parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
     parser.add_argument("--one", choices=("msfp", "peft"), help=argparse.SUPPRESS)

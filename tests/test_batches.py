@@ -1,5 +1,7 @@
+import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,18 +47,19 @@ def batches(recording: Recording, *, lanes: int = 2, seed: int = 0, batch_size: 
     return Batches(recording, "unet", batch_size=batch_size, lanes=lanes, seed=seed)
 
 
-def drawn(source: Batches, asked: list[tuple[int, int]]) -> dict[tuple[int, int], tuple[float, list[float]]]:
-    """What each (step, lane) sees: the timestep, and the rows."""
+def drawn(source: Batches, asked: list[tuple[int, int]]) -> dict[tuple[int, int], list[tuple[float, float]]]:
+    """What each (step, lane) sees: the timestep and the name of each row."""
     seen = {}
     for step, lane in asked:
-        batch = source.batch(step, lane)
-        seen[step, lane] = (batch.timestep, batch.arguments["sample"].flatten().tolist())
+        (batch,) = source.batch(step, lane)
+        seen[step, lane] = list(zip(batch.timesteps, batch.arguments["sample"].flatten().tolist(), strict=True))
     return seen
 
 
 def shards_seen(source: Batches, lane: int, steps: int = 60) -> set[int]:
-    found = drawn(source, [(step, lane) for step in range(steps) if source.timestep(step, lane) > 1])
-    return {int(row // 100) - 1 for _, rows in found.values() for row in rows}
+    """The shards of what a lane sees, but for the timestep that few shards have."""
+    found = drawn(source, [(step, lane) for step in range(steps)])
+    return {int(row // 100) - 1 for rows in found.values() for timestep, row in rows if timestep > 1}
 
 
 @given(st.permutations(ASKED), st.integers(0, 2**40))
@@ -80,27 +83,38 @@ def test_other_seeds_draw_otherwise(recording: Recording) -> None:
     assert all(one != other for i, one in enumerate(found) for other in found[:i])
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 3, 5])
-def test_lanes_of_an_update_take_the_timesteps_one_after_another(recording: Recording, lanes: int) -> None:
-    """However calls are grouped into updates, they come in the same order of timesteps."""
-    alone, source = batches(recording, lanes=1), batches(recording, lanes=lanes)
-    seen = [source.batch(step, lane).timestep for step in range(20) for lane in range(lanes)]
-    assert seen == [alone.timestep(step, 0) for step in range(20 * lanes)]
-    assert seen == [source.timestep(step, lane) for step in range(20) for lane in range(lanes)]
+def visits(source: Batches, steps: range, lanes: int) -> Counter[float]:
+    return Counter(timestep for step in steps for lane in range(lanes) for timestep in source.drawn(step, lane))
 
 
-@given(st.integers(0, 2**64 - 1), st.integers(0, 1000))
+@given(st.integers(0, 2**64 - 1), st.integers(0, 1000), st.integers(1, 3), st.integers(1, 7))
 @few
-def test_each_timestep_comes_once_a_round(recording: Recording, seed: int, turn: int) -> None:
-    source, count = batches(recording, lanes=1, seed=seed), len(TIMESTEPS)
-    seen = [source.timestep(turn * count + position, 0) for position in range(count)]
-    assert sorted(seen, reverse=True) == list(TIMESTEPS) == list(source.timesteps)
+def test_every_timestep_is_visited_again_and_again(
+    recording: Recording, seed: int, first: int, lanes: int, rows: int
+) -> None:
+    source = batches(recording, lanes=lanes, seed=seed, batch_size=rows)
+    steps = range(first, first + 3 * len(TIMESTEPS))
+    assert set(visits(source, steps, lanes)) == set(TIMESTEPS) == set(source.timesteps)
 
 
-def test_rounds_are_in_different_orders(recording: Recording) -> None:
-    source, count = batches(recording, lanes=1), len(TIMESTEPS)
-    rounds = {tuple(source.timestep(turn * count + position, 0) for position in range(count)) for turn in range(30)}
-    assert len(rounds) > 20
+@given(st.integers(0, 1000))
+@few
+def test_rows_of_a_call_go_from_noisy_to_clean(recording: Recording, step: int) -> None:
+    source = batches(recording, batch_size=9)
+    source.share_out_({801.0: 6.0, 601.0: 3.0, 401.0: 0.5, 201.0: 0.5, 1.0: 0.0})
+    for lane in range(2):
+        assert source.drawn(step, lane) == sorted(source.drawn(step, lane), reverse=True)
+        (batch,) = source.batch(step, lane)
+        assert list(batch.timesteps) == source.drawn(step, lane)
+
+
+@pytest.mark.parametrize("lanes", [2, 3])
+def test_lanes_part_the_schedule_and_take_turns(recording: Recording, lanes: int) -> None:
+    source = batches(recording, lanes=lanes, batch_size=5)
+    together = batches(recording, lanes=1, batch_size=5 * lanes)
+    for step in range(12):
+        stretches = [source.drawn(step, (k - step) % lanes) for k in range(lanes)]
+        assert sum(stretches, []) == together.drawn(step, 0)
 
 
 weights = st.lists(st.floats(0, 100), min_size=len(TIMESTEPS), max_size=len(TIMESTEPS)).filter(lambda w: sum(w) > 1e-3)
@@ -109,30 +123,49 @@ weights = st.lists(st.floats(0, 100), min_size=len(TIMESTEPS), max_size=len(TIME
 @given(weights)
 @few
 def test_half_of_the_shares_is_equal_and_half_follows_the_weights(recording: Recording, parts: list[float]) -> None:
-    source = batches(recording)
+    source = batches(recording, lanes=1)
     source.share_out_(dict(zip(TIMESTEPS, parts, strict=True)))
     assert list(source.shares.values()) == pytest.approx([0.1 + 0.5 * part / sum(parts) for part in parts])
     assert sum(source.shares.values()) == pytest.approx(1)
 
 
-@given(weights, st.integers(0, 1000))
+@given(weights, st.integers(2, 4), st.integers(0, 100))
 @few
-def test_visits_of_a_round_follow_the_shares_to_the_next_whole_number(
-    recording: Recording, parts: list[float], turn: int
+def test_lanes_do_not_part_a_timestep(recording: Recording, parts: list[float], lanes: int, step: int) -> None:
+    source, plain = batches(recording, lanes=lanes, batch_size=9), batches(recording, lanes=1)
+    for each in (source, plain):
+        each.share_out_(dict(zip(TIMESTEPS, parts, strict=True)))
+    assert sum(source.shares.values()) == pytest.approx(1)
+    before = itertools.accumulate(plain.shares.values(), initial=0.0)
+    stretch = {t: int((start + plain.shares[t] / 2) * lanes) for t, start in zip(TIMESTEPS, before, strict=False)}
+    if set(stretch.values()) == set(range(lanes)):  # where one timestep fills a lane and more, others have less
+        for k in range(lanes):
+            assert {stretch[t] for t in source.drawn(step, (k - step) % lanes)} == {k}
+            assert sum(source.shares[t] for t in TIMESTEPS if stretch[t] == k) == pytest.approx(1 / lanes)
+
+
+@given(weights, st.integers(0, 1000), st.integers(1, 3), st.integers(1, 40))
+@few
+def test_rows_of_an_update_follow_the_shares_to_the_next_whole_number(
+    recording: Recording, parts: list[float], step: int, lanes: int, rows: int
 ) -> None:
-    source, count = batches(recording, lanes=1), len(TIMESTEPS)
+    source = batches(recording, lanes=lanes, batch_size=rows)
     source.share_out_(dict(zip(TIMESTEPS, parts, strict=True)))
-    visits = Counter(source.timestep(turn * count + position, 0) for position in range(count))
+    seen = visits(source, range(step, step + 1), lanes)
     for timestep, share in source.shares.items():
-        assert abs(visits[timestep] - count * share) < 1 + 1e-9
+        assert abs(seen[timestep] - lanes * rows * share) < 1 + 1e-9
 
 
-def test_visits_of_many_rounds_are_the_shares(recording: Recording) -> None:
-    source, steps = batches(recording, lanes=1), 400 * len(TIMESTEPS)
-    source.share_out_({801.0: 6.0, 601.0: 3.0, 401.0: 0.5, 201.0: 0.5, 1.0: 0.0})
-    visits = Counter(source.timestep(step, 0) for step in range(steps))
+@given(weights, st.integers(0, 1000), st.integers(1, 3), st.integers(1, 3))
+@few
+def test_rows_of_many_updates_follow_the_shares_to_a_few(
+    recording: Recording, parts: list[float], first: int, lanes: int, rows: int
+) -> None:
+    source, steps = batches(recording, lanes=lanes, batch_size=rows), 200
+    source.share_out_(dict(zip(TIMESTEPS, parts, strict=True)))
+    seen = visits(source, range(first, first + steps), lanes)
     for timestep, share in source.shares.items():
-        assert visits[timestep] / steps == pytest.approx(share, abs=0.02)
+        assert abs(seen[timestep] - steps * lanes * rows * share) < 6
 
 
 @pytest.mark.parametrize("weight", [0.0, math.inf, math.nan])
@@ -156,31 +189,48 @@ def test_lanes_without_a_shard_of_their_own_read_any(recording: Recording) -> No
 
 
 def test_lanes_whose_shards_lack_the_timestep_read_any_that_has_it(recording: Recording) -> None:
-    source = batches(recording)
-    for step in (step for step in range(40) if source.timestep(step, 1) == 1.0):
-        timestep, rows = drawn(source, [(step, 1)])[step, 1]
-        assert timestep == 1.0 and int(rows[0] // 100) - 1 in (0, 2)
+    found = drawn(batches(recording), [(step, 1) for step in range(40)])
+    rare = [row for rows in found.values() for timestep, row in rows if timestep == 1.0]
+    assert rare and {int(row // 100) - 1 for row in rare} == {0, 2}
 
 
-@pytest.mark.parametrize(("batch_size", "rows"), [(1, 1), (3, 3), (ROWS, ROWS), (100, ROWS)])
-def test_rows_are_distinct_whole_and_at_most_the_batch_size(recording: Recording, batch_size: int, rows: int) -> None:
-    source, seen = batches(recording, batch_size=batch_size), set[float]()
-    for step in range(30):
-        batch = source.batch(step, 0)
-        sample = batch.arguments["sample"]
-        assert sample.shape == (rows, 1) and len(set(sample.flatten().tolist())) == rows
-        assert torch.equal(batch.output, sample + batch.timestep)
-        assert (batch.arguments["timestep"], batch.arguments["scale"]) == (batch.timestep, 0.5)
-        seen |= {float(row) % 100 for row in sample}
+@pytest.mark.parametrize("batch_size", [1, 3, ROWS])
+def test_rows_are_distinct_and_of_one_shard(recording: Recording, batch_size: int) -> None:
+    source, seen = batches(recording, lanes=1, batch_size=batch_size), set[float]()
+    source.share_out_({801.0: 1.0, 601.0: 1.0, 401.0: 1.0, 201.0: 1.0, 1.0: 0.0})
+    for step in range(40):
+        (batch,) = source.batch(step, 0)
+        rows = batch.arguments["sample"].flatten()
+        assert len(set((rows % 100).tolist())) == len(rows) == batch_size
+        assert len({int(row // 100) for t, row in zip(batch.timesteps, rows, strict=True) if t > 1}) <= 1
+        seen |= set((rows % 100).tolist())
     assert seen == set(range(ROWS))
+
+
+def test_more_rows_than_a_shard_has_come_again(recording: Recording) -> None:
+    (batch,) = batches(recording, batch_size=3 * ROWS).batch(0, 0)
+    sample, timesteps = batch.arguments["sample"], torch.tensor(batch.timesteps)
+    assert Counter((sample.flatten() % 100).tolist()) == dict.fromkeys(range(ROWS), 3)
+    assert torch.equal(batch.output, sample + timesteps[:, None])
+    assert torch.equal(batch.arguments["timestep"], timesteps) and batch.arguments["scale"] == 0.5
+
+
+def test_rows_that_cannot_be_one_call_are_several(tmp_path: Path) -> None:
+    """As where a pipeline calls its denoiser for the prompt and for the negative prompt, of other lengths."""
+    calls = [replace(call(0, t), arguments=call(0, t).arguments | {"scale": t}) for t in (801.0, 1.0)]
+    made = Recording.create(tmp_path, {"source": "x"}, 1)
+    made.write_shard(0, calls)
+    parts = batches(made, lanes=1, batch_size=4).batch(0, 0)
+    assert [part.timesteps for part in parts] == [(801.0, 801.0), (1.0, 1.0)]
+    assert [part.arguments["scale"] for part in parts] == [801.0, 1.0]
 
 
 def test_only_the_components_own_calls_are_drawn(recording: Recording) -> None:
     prior = Batches(recording, "prior", batch_size=2, lanes=1, seed=0)
     assert list(prior.timesteps) == [77.0]
     for step in range(5):
-        assert prior.batch(step, 0).component == "prior"
-        assert (prior.batch(step, 0).arguments["sample"] < 0).all()
+        (batch,) = prior.batch(step, 0)
+        assert set(batch.timesteps) == {77.0} and (batch.arguments["sample"] < 0).all()
 
 
 def test_component_that_was_not_recorded_is_refused_by_name(recording: Recording) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from msfp_cli.denoiser import DenoiserCall, find_denoisers, replay, take_rows, watch_calls
+from msfp_cli.denoiser import DenoiserCall, find_denoisers, replay, watch_calls
 from msfp_cli.errors import ModelError
 
 
@@ -163,20 +163,3 @@ def test_replay_repeats_the_output_without_gradients() -> None:
     assert torch.equal(again, call.output)
     assert not again.requires_grad
     assert not torch.equal(replay(Denoiser(seed=1), call), call.output)
-
-
-def test_rows_of_a_call_give_the_rows_of_its_output() -> None:
-    denoiser = Denoiser()
-    _, call = watched(denoiser, draw(1), torch.tensor([7, 7]), added={"text": draw(3)}, residuals=[draw(4), draw(5)])
-    for rows in ([1], [1, 0], [0]):
-        part = take_rows(call, torch.tensor(rows))
-        assert torch.equal(part.output, call.output[rows])
-        torch.testing.assert_close(replay(denoiser, part), part.output)
-    assert (part.component, part.timestep) == (call.component, call.timestep)
-
-
-def test_what_has_no_batch_is_left_whole_by_taking_rows() -> None:
-    _, call = watched(Denoiser(), draw(1), torch.tensor(7), encoder_hidden_states=draw(2)[0])
-    part = take_rows(call, torch.tensor([1]))
-    assert torch.equal(part.arguments["encoder_hidden_states"], draw(2)[0])
-    assert part.arguments["timestep"] is call.arguments["timestep"]

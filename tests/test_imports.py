@@ -17,10 +17,10 @@ FLOORS = {
     5: "__main__ commands",
     4: "calibrate chain demo evaluate export finetune measuring record report sample subjects",
     3: "batches calibration denoiser evaluation figures gallery generation loading measures noise observe pipeline "
-    "quantizer recording reproduce run sensitivity student surgery training tuned",
+    "quantizer recording reproduce rows run sensitivity student surgery training tuned",
     2: "extractors kernels layers plots reference search talora",
     1: "asked atomic classifier clip cost denoising digest metrics packing parameters processes report_page "
-    "rounding routing squeezenet",
+    "rounding router routing squeezenet",
     0: "__init__ errors formats keep progress recipe registration",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.embeddings import get_timestep_embedding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -15,17 +14,9 @@ from msfp_cli.layers import QuantConv2d, QuantLinear
 from msfp_cli.parameters import LayerParameters
 from msfp_cli.recipe import FinetuneRecipe
 from msfp_cli.rounding import Grid, dequantize, fake_quantize, quantize
-from msfp_cli.routing import TABLE_SIZE, Route, table_index
-from msfp_cli.talora import (
-    Choice,
-    Router,
-    TunedLayer,
-    _RoundedWeight,
-    moved_input,
-    tune_layers_,
-    tuned_names,
-    updated_steps,
-)
+from msfp_cli.router import Choice
+from msfp_cli.routing import Route
+from msfp_cli.talora import TunedLayer, _RoundedWeight, moved_input, tune_layers_, tuned_names, updated_steps
 
 E2M1, UE2M2 = FloatFormat.parse("e2m1"), FloatFormat.parse("ue2m2")
 INPUTS = {"float": None, "e2m1": Grid(E2M1, 0.25), "ue2m2": Grid(UE2M2, 0.125, -0.28125)}
@@ -74,11 +65,9 @@ def tuned_layer(
     return TunedLayer(layer, parameters, scales_of(layer.weight), Route(), 0, recipe, generator(seed))
 
 
-def open_(layer: TunedLayer, member: int) -> Tensor:
-    """Route to a member, and return the weights of all members, which take gradients."""
-    weights = nn.functional.one_hot(torch.tensor(member), SMALL.hub_size).float().requires_grad_()
-    layer.route.open([Choice(member, weights)])
-    return weights
+def open_(layer: TunedLayer, member: int) -> None:
+    """Route to a member."""
+    layer.route.open([[Choice(member)]])
 
 
 def quantized_layer(layer: nn.Linear | nn.Conv2d, grids: Sequence[Grid | None], hub: int) -> QuantLinear | QuantConv2d:
@@ -143,15 +132,55 @@ def test_trained_member_computes_what_its_export_will(kind: str, grid: str) -> N
     assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
 
 
+GIVEN = {"in order": [(0, 1), (2,), (3, 4)], "mixed up": [(0, 3), (1, 4), (2,)], "alone": [(0, 1, 2, 3, 4)]}
+
+
+@pytest.mark.parametrize("folded", [1, 3], ids=["rows", "folded"])
+@pytest.mark.parametrize("rows", GIVEN.values(), ids=GIVEN)
+@each_input
+@each_kind
+def test_every_row_is_computed_with_its_own_member(
+    kind: str, grid: str, rows: list[tuple[int, ...]], folded: int
+) -> None:
+    tuned = tuned_layer(float_layer(kind), INPUTS[grid])
+    stir_(tuned)
+    x = draw(5 * folded, *input_of(tuned.layer).shape[1:])
+    expected = torch.empty(5, 0)
+    for member, own in enumerate(rows):
+        open_(tuned, member)
+        y = tuned(x)
+        expected = expected if expected.numel() else torch.zeros_like(y)
+        places = [row * folded + i for row in own for i in range(folded)]
+        expected = expected.index_put((torch.tensor(places),), y[places])
+    upstream = draw(*expected.shape, seed=3)
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(expected, trained, upstream, allow_unused=True)
+    tuned.route.open([[Choice(member, own) for member, own in enumerate(rows)]])
+    y = tuned(x)
+    torch.testing.assert_close(y, expected)
+    for one, other in zip(torch.autograd.grad(y, trained, upstream, allow_unused=True), wanted, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_input_without_the_rows_of_the_call_is_refused_only_where_members_part_them() -> None:
+    tuned = tuned_layer(float_layer("linear"))
+    tuned.route.open([[Choice(0, (0, 1))]])
+    assert tuned(draw(3, 12)).shape == (3, 8)
+    tuned.route.open([[Choice(0, (0,)), Choice(1, (1,))]])
+    with pytest.raises(MsfpError, match=r"of shape \(3, 12\) does not begin with the 2 rows.*--hub-size 1"):
+        tuned(draw(3, 12))
+
+
 @each_kind
 def test_update_counts_in_steps_of_the_weights_grid(kind: str) -> None:
     layer = float_layer(kind)
     tuned = tuned_layer(layer)
     stir_(tuned)
-    open_(tuned, 1)
     wanted = layer.weight.detach().flatten(1) / tuned.scale[:, None] + (tuned.lora_b[1] @ tuned.lora_a[1]).detach()
     rounded = dequantize(quantize(wanted, Grid(E2M1, 1.0)), Grid(E2M1, tuned.scale[:, None]))
-    torch.testing.assert_close(tuned.rounded_weight().detach(), rounded.view(layer.weight.shape))
+    torch.testing.assert_close(tuned.rounded_weight(1).detach(), rounded.view(layer.weight.shape))
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 50])
@@ -184,11 +213,10 @@ def test_members_begin_alike_with_b_at_zero(kind: str) -> None:
 def test_only_the_hub_and_the_inputs_grid_are_trained(kind: str) -> None:
     tuned = tuned_layer(float_layer(kind), INPUTS["ue2m2"])
     stir_(tuned)
-    weights = open_(tuned, 2)
+    open_(tuned, 2)
     tuned(input_of(tuned.layer)).square().sum().backward()
     trained = {name: p.grad for name, p in tuned.named_parameters() if p.requires_grad}
     assert set(trained) == {f"{kind}.{k}" for kind in ("lora_a", "lora_b", "input_shift") for k in range(3)}
-    assert weights.grad is not None and weights.grad.all()
     for name, grad in trained.items():
         assert grad.any() if name.endswith("2") else grad is None  # type: ignore[union-attr]
 
@@ -201,28 +229,50 @@ def test_inputs_grid_stands_still_where_there_is_nothing_to_train(grid: Grid | N
     assert trained == {f"{kind}.{k}" for kind in ("lora_a", "lora_b") for k in range(2)}
 
 
-@pytest.mark.parametrize("hub", [1, 2, 4])
-@pytest.mark.parametrize("routed", [True, False], ids=["with router", "without router"])
-def test_gradient_of_the_weight_is_that_of_the_mixture_where_rounding_did_not_clip(hub: int, routed: bool) -> None:
+def test_gradient_of_the_weight_is_straight_through_where_rounding_did_not_clip() -> None:
     weight, scale, upstream = 2 * draw(7, 5, 2, seed=4), draw(7, seed=5).abs() + 0.1, draw(7, 10, seed=6)
-    for member in range(hub):
-        a, b = (
-            [draw(*shape, seed=9 * n + k).requires_grad_() for k in range(hub)]
-            for n, shape in ((1, (3, 10)), (2, (7, 3)))
-        )
-        members = nn.functional.one_hot(torch.tensor(member), hub).float().requires_grad_(routed)
-        steps = weight.flatten(1) / scale[:, None] + sum(members[k] * (b[k] @ a[k]) for k in range(hub))
-        straight = steps.clamp(-E2M1.largest, E2M1.largest) * scale[:, None]
-        rounded = _RoundedWeight.apply(weight, scale, E2M1, member, members, *a, *b)
-        torch.testing.assert_close(rounded, fake_quantize(steps.detach(), Grid(E2M1, 1.0)) * scale[:, None])
-        leaves = [a[member], b[member], *([members] if routed else [])]
-        got = torch.autograd.grad(rounded, leaves, upstream, retain_graph=True)
-        for one, other in zip(got, torch.autograd.grad(straight, leaves, upstream), strict=True):
-            assert one.any()
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-        others = [parameter for k in range(hub) if k != member for parameter in (a[k], b[k])]
-        assert not others or set(torch.autograd.grad(rounded, others, upstream, allow_unused=True)) == {None}
+    a, b = draw(3, 10, seed=1).requires_grad_(), draw(7, 3, seed=2).requires_grad_()
+    steps = weight.flatten(1) / scale[:, None] + b @ a
+    straight = steps.clamp(-E2M1.largest, E2M1.largest) * scale[:, None]
+    rounded = _RoundedWeight.apply(weight, scale, E2M1, a, b)
+    torch.testing.assert_close(rounded, fake_quantize(steps.detach(), Grid(E2M1, 1.0)) * scale[:, None])
+    got = torch.autograd.grad(rounded, (a, b), upstream)
+    for one, other in zip(got, torch.autograd.grad(straight, (a, b), upstream), strict=True):
+        assert one.any()
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert (steps.abs() > E2M1.largest).any()
+
+
+@pytest.mark.parametrize("folded", [1, 3], ids=["rows", "folded"])
+@pytest.mark.parametrize("rows", [[(0, 1), (2,)], [(0, 2), (1,)], [(0, 1, 2)]], ids=str)
+@each_input
+@each_kind
+def test_router_is_told_what_each_member_would_do_to_each_row(
+    kind: str, grid: str, rows: list[tuple[int, ...]], folded: int
+) -> None:
+    """Against the gradient of the mixture of members, one row at a time."""
+    tuned = tuned_layer(float_layer(kind), INPUTS[grid])
+    stir_(tuned)
+    x = draw(3 * folded, *input_of(tuned.layer).shape[1:])
+    told = torch.zeros(3, SMALL.hub_size, requires_grad=True)
+    tuned.route.open([[Choice(member, own, told[list(own)]) for member, own in enumerate(rows)]])
+    y = tuned(x)
+    upstream = draw(*y.shape, seed=3)
+    (got,) = torch.autograd.grad(y, told, upstream)
+    tuned.route.open([[Choice(member, own) for member, own in enumerate(rows)]])
+    assert torch.equal(tuned(x), y)
+    for member, own in enumerate(rows):
+        inside = steps_of(tuned, member).abs() <= E2M1.largest
+        for row in own:
+            places = slice(row * folded, (row + 1) * folded)
+            weights = torch.zeros(SMALL.hub_size, requires_grad=True)
+            update = sum(weights[k] * (tuned.lora_b[k] @ tuned.lora_a[k]).detach() for k in range(SMALL.hub_size))
+            mixed = (update * inside * tuned.scale[:, None]).view(tuned.layer.weight.shape)
+            with torch.no_grad():
+                rounded = tuned.rounded_input(x[places], Choice(member))
+            (expected,) = torch.autograd.grad(tuned._run(rounded, mixed, None), weights, upstream[places])
+            assert expected.all()
+            torch.testing.assert_close(got[row], expected, rtol=1e-3, atol=1e-3)
 
 
 float32s = st.floats(2.0**-20, 2.0**20, width=32)
@@ -251,81 +301,6 @@ def test_input_moves_by_a_factor_and_by_calibrated_steps(grid: Grid, growth: flo
         assert torch.tensor(number, dtype=torch.float32).item() == number
 
 
-def router(hub: int = 3, unit: float = 1.0, num_layers: int = 4, seed: int = 0) -> Router:
-    return Router(num_layers, hub, unit, generator(seed))
-
-
-def members(choices: list[Choice]) -> list[int]:
-    return [choice.member for choice in choices]
-
-
-def plain_softmax(model: Router, timestep: float) -> Tensor:
-    """The router's formula, ``(layers, hub)``."""
-    row = torch.tensor([float(table_index(timestep, model.unit))])
-    hidden = nn.functional.silu(model.hidden(get_timestep_embedding(row, model.hidden.in_features)))
-    return model.logits(hidden).view(model.num_layers, model.hub_size).softmax(dim=-1)
-
-
-@given(st.lists(positions, min_size=1, max_size=5), units)
-@few
-def test_same_timestep_routes_the_same_way(asked: list[float], unit: float) -> None:
-    timesteps = [position / unit for position in asked]
-    one, other = router(unit=unit), router(unit=unit)
-    first = {timestep: members(one(timestep)) for timestep in timesteps}
-    assert {timestep: members(one(timestep)) for timestep in timesteps} == first
-    assert {timestep: members(other(timestep)) for timestep in reversed(timesteps)} == first
-
-
-def test_other_timesteps_route_other_ways() -> None:
-    model = router()
-    table = model.table([float(t) for t in range(0, 1001, 10)])
-    assert all(len(set(column.tolist())) > 1 for column in table.t())
-    assert len({tuple(column.tolist()) for column in table.t()}) > 1
-    assert not torch.equal(router(seed=1).table([0.0, 500.0]), model.table([0.0, 500.0]))
-
-
-@given(positions, units)
-@few
-def test_choice_is_one_hot_in_value_and_softmax_in_gradient(position: float, unit: float) -> None:
-    model, upstream = router(unit=unit), draw(4, 3, seed=4)
-    choices, soft = model(position / unit), plain_softmax(model, position / unit)
-    weights = torch.stack([choice.weights for choice in choices])
-    assert members(choices) == soft.argmax(dim=-1).tolist()
-    assert torch.equal(weights, nn.functional.one_hot(soft.argmax(dim=-1), 3).float())
-    parameters = list(model.parameters())
-    got = torch.autograd.grad(weights, parameters, upstream)
-    expected = torch.autograd.grad(soft, parameters, upstream)
-    for one, other in zip(got, expected, strict=True):
-        assert one.any()
-        torch.testing.assert_close(one, other)
-
-
-@given(st.lists(positions, min_size=1, max_size=8), units)
-@few
-def test_table_is_the_routers_own_choice_at_the_timesteps_and_the_nearest_ones_between(
-    asked: list[float], unit: float
-) -> None:
-    model, timesteps = router(unit=unit), [position / unit for position in asked]
-    table = model.table(timesteps)
-    assert table.dtype == torch.uint8 and table.shape == (TABLE_SIZE, 4)
-    own = {table_index(timestep, unit): members(model(timestep)) for timestep in timesteps}
-    for row, choice in enumerate(table.tolist()):
-        distance = min(abs(row - known) for known in own)
-        assert choice in [own[known] for known in own if abs(row - known) == distance]
-
-
-@pytest.mark.parametrize("unit", [1.0, 1000.0])
-def test_router_begins_as_it_is_told_and_can_be_overturned(unit: float) -> None:
-    model = router(unit=unit)
-    told = {t / unit: k for t, k in zip(range(980, -1, -49), [0] * 6 + [1] * 9 + [2] * 6, strict=True)}
-    model.begin_(told)
-    for timestep, member in told.items():
-        assert members(model(timestep)) == [member] * 4
-        soft = plain_softmax(model, timestep)
-        assert (soft[:, member] > 0.4).all() and (soft < 0.9).all()
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -337,7 +312,7 @@ WEIGHT = LayerParameters(weight=E2M1, input=INPUTS["e2m1"])
 TABLE = {"conv": WEIGHT, "blocks.0": LayerParameters(input=INPUTS["e2m1"]), "blocks.1": WEIGHT}
 
 
-def tuned_net() -> tuple[Net, dict[str, TunedLayer], Route[Choice]]:
+def tuned_net() -> tuple[Net, dict[str, TunedLayer], Route[Sequence[Choice]]]:
     net = Net()
     scales = {name: scales_of(net.get_submodule(name).weight) for name in TABLE}
     return net, *tune_layers_(net, TABLE, scales, SMALL, generator())
@@ -356,11 +331,13 @@ def test_tuned_layers_share_one_route_and_read_their_own_rows() -> None:
     assert [layer.slot for layer in layers.values()] == [0, 1]
     for layer in layers.values():
         stir_(layer)
-    route.open(router(num_layers=2)(500.0))
+    route.open([[Choice(1)], [Choice(2)]])
     for layer in layers.values():
         grid = Grid(E2M1, layer.scale[:, None])
-        rounded = dequantize(quantize(steps_of(layer, route.of(layer.slot).member), Grid(E2M1, 1.0)), grid)
-        assert torch.equal(layer.rounded_weight(), rounded.view(layer.layer.weight.shape))
+        (choice,) = route.of(layer.slot)
+        assert choice.member == layer.slot + 1
+        rounded = dequantize(quantize(steps_of(layer, choice.member), Grid(E2M1, 1.0)), grid)
+        assert torch.equal(layer.rounded_weight(choice.member), rounded.view(layer.layer.weight.shape))
 
 
 def test_tuned_layer_outside_the_route_says_so() -> None:
@@ -368,7 +345,7 @@ def test_tuned_layer_outside_the_route_says_so() -> None:
     for layer in layers.values():
         with pytest.raises(MsfpError, match="ran outside its denoiser"):
             layer(input_of(layer.layer))
-    route.open(router(num_layers=2)(500.0))
+    route.open([[Choice(1)], [Choice(2)]])
     for layer in layers.values():
         layer(input_of(layer.layer))
     route.close()

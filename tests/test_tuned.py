@@ -14,10 +14,11 @@ from conftest import Finetuned, Invoke, only_line
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.loading import load_pipeline
 from msfp_cli.rounding import Grid, quantize
+from msfp_cli.router import Router
 from msfp_cli.routing import ROUTER, TABLE_SIZE
 from msfp_cli.run import Run
 from msfp_cli.surgery import find_layers, quantized_layers
-from msfp_cli.talora import Router, moved_input, tuned_names
+from msfp_cli.talora import moved_input, tuned_names
 from msfp_cli.tuned import Tuned, choices, quantize_tuned_
 
 
@@ -162,7 +163,7 @@ def test_table_says_what_the_router_does_at_every_trained_timestep(tiny_tuned: F
     router, table = router_of(tiny_tuned.tuned, len(names)), choices(tiny_tuned.tuned, names)
     assert table.shape == (TABLE_SIZE, len(names))
     for timestep in tiny_tuned.tuned.timesteps:
-        assert table[round(timestep)].tolist() == [choice.member for choice in router(timestep)]
+        assert table[round(timestep)].tolist() == [choice.member for (choice,) in router([timestep])]
 
 
 @torch.no_grad()
@@ -176,7 +177,7 @@ def test_layers_hold_the_members_that_serve_and_switch_as_the_router_does(tiny_t
     assert {1, 3} <= set(hubs.values())
     for timestep in tuned.timesteps:
         members = dict(zip((n for n in sorted(names) if hubs[n] > 1), table.choices(timestep), strict=True))
-        for name, choice in zip(names, router(timestep), strict=True):
+        for name, (choice,) in zip(names, router([timestep]), strict=True):
             layer, weight = quantized_layers(denoiser)[name], floats[name].weight
             a, b = (best[f"{name}.{part}.{choice.member}"] for part in ("lora_a", "lora_b"))
             scale = calibration.scales["unet"][name][:, None]

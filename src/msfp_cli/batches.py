@@ -1,24 +1,28 @@
 """Draw training batches from a recording: what update n sees is a function of the seed and n alone.
 
-The recording is parted into lanes, shard s to lane ``s mod lanes``; every update takes one call from each lane, each of
-a timestep of its own, and some rows of each call. Because a draw depends on nothing but (seed, update, lane), a killed
-run resumes by counting, and lanes can be shared among processes without changing what the update sees.
+The recording is parted into lanes, shard s to lane ``s mod lanes``; every update takes rows of one shard from each
+lane, each row at a timestep of its own. Because a draw depends on nothing but (seed, update, lane), a killed run
+resumes by counting, and lanes can be shared among processes without changing what the update sees.
 
-Timesteps come in rounds of as many calls as there are timesteps. With equal shares each is visited once a round, in
-random order; a timestep with a greater share is visited more often, and `Trainer` divides its loss by that, so the
-gradient's mean stays what it was and its noise falls (importance sampling; the shares are ours).
+Each timestep has a share of the rows, and `Trainer` divides its loss by that: whatever the shares, the gradient has the
+same mean, but not the same noise (importance sampling; the shares are ours). The rows of an update lie evenly over the
+shares, laid end to end from noisy to clean (systematic sampling), those of the next update a golden section further on:
+so a timestep gets its share of any stretch of updates to within a few rows. A lane takes a stretch of the schedule,
+another one each time, which mostly one member of a hub serves, so that its weights are rounded once for all rows.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from msfp_cli.denoiser import DenoiserCall, take_rows
+from msfp_cli.denoiser import DenoiserCall
 from msfp_cli.errors import RunError
 from msfp_cli.recording import Recording
+from msfp_cli.rows import JoinedCall, join_rows
 
 _MAX_CACHED_BYTES = 2 << 30
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Batches:
@@ -32,11 +36,11 @@ class Batches:
         """
         self._recording = recording
         self._batch_size, self._lanes, self._seed = batch_size, lanes, seed
-        self._where: dict[float, list[tuple[int, int]]] = {}
+        self._where: dict[float, dict[int, list[int]]] = {}  # timestep, shard, positions
         for shard in range(recording.num_shards):
             for position, timestep in enumerate(recording.timesteps(shard, component)):
                 if timestep is not None:
-                    self._where.setdefault(timestep, []).append((shard, position))
+                    self._where.setdefault(timestep, {}).setdefault(shard, []).append(position)
         if not self._where:
             raise RunError(f"the recording holds no call of {component}; run `msfp calibrate --overwrite`")
         self.timesteps: Sequence[float] = sorted(self._where, reverse=True)
@@ -44,30 +48,50 @@ class Batches:
         self._cache: dict[int, list[DenoiserCall]] = {}
 
     def share_out_(self, weights: Mapping[float, float]) -> None:
-        """Give each timestep a share of the updates: half of them equally, half in proportion to `weights`."""
+        """Give each timestep a share of the rows: half of them equally, half in proportion to `weights`.
+
+        Then the shares are scaled a little, so that where possible every lane's stretch ends where a timestep does.
+        """
         total, count = sum(weights[timestep] for timestep in self.timesteps), len(self.timesteps)
-        if 0 < total < math.inf:
-            self.shares = {t: 0.5 / count + 0.5 * weights[t] / total for t in self.timesteps}
+        if not 0 < total < math.inf:
+            return
+        shares = torch.tensor([0.5 / count + 0.5 * weights[t] / total for t in self.timesteps], dtype=torch.float64)
+        stretch = ((shares.cumsum(0) - shares / 2) * self._lanes).long()
+        shares /= torch.zeros(self._lanes, dtype=torch.float64).index_add_(0, stretch, shares)[stretch]
+        shares /= shares.sum()
+        self.shares = dict(zip(self.timesteps, shares.tolist(), strict=True))
 
-    def timestep(self, step: int, lane: int) -> float:
-        """Return the timestep of a call: evenly spaced draws from the shares, in an order drawn for the round."""
-        turn, position = divmod(step * self._lanes + lane, len(self.timesteps))
-        generator = self._generator(turn, -1)
-        order = torch.randperm(len(self.timesteps), generator=generator)
-        start = torch.rand((), generator=generator, dtype=torch.float64)
+    def drawn(self, step: int, lane: int) -> list[float]:
+        """Return the timestep of each row that a lane contributes to an update, from noisy to clean."""
+        rows, stretch = self._batch_size, (lane + step) % self._lanes
+        start = float(torch.rand((), generator=self._generator(0, -1), dtype=torch.float64))
+        first = stretch * rows + (start + step * _GOLDEN) % 1
+        places = (torch.arange(rows, dtype=torch.float64) + first) / (rows * self._lanes)
         ends = torch.tensor([self.shares[t] for t in self.timesteps], dtype=torch.float64).cumsum(0)
-        drawn = int(torch.searchsorted(ends, (order[position] + start) / len(order) * ends[-1], right=True))
-        return self.timesteps[min(drawn, len(order) - 1)]
+        found = torch.searchsorted(ends, places * ends[-1], right=True).clamp_max(len(ends) - 1)
+        return [self.timesteps[index] for index in found.tolist()]
 
-    def batch(self, step: int, lane: int) -> DenoiserCall:
-        """Return the rows that a lane contributes to an update."""
-        generator = self._generator(step, lane)
-        places = self._where[self.timestep(step, lane)]
-        own = [place for place in places if place[0] % self._lanes == lane] or places
-        shard, position = own[int(torch.randint(len(own), (), generator=generator))]
-        call = self._shard(shard)[position]
-        rows = torch.randperm(call.output.shape[0], generator=generator)[: self._batch_size]
-        return take_rows(call, rows.sort().values)
+    def batch(self, step: int, lane: int) -> list[JoinedCall]:
+        """Return the rows that a lane contributes to an update, in as few calls as they can be joined to."""
+        generator, timesteps = self._generator(step, lane), self.drawn(step, lane)
+        shard = self._pick(self._own({s for t in timesteps for s in self._where[t]}, lane), generator)
+        calls = []
+        for timestep in timesteps:
+            where = self._where[timestep]
+            source = shard if shard in where else self._pick(self._own(where, lane), generator)
+            calls.append(self._shard(source)[self._pick(where[source], generator)])
+        batch = max(len(call.output) for call in calls)
+        order = torch.randperm(batch, generator=generator).tolist()
+        return join_rows([(call, order[i % batch] % len(call.output)) for i, call in enumerate(calls)])
+
+    def _own(self, shards: Iterable[int], lane: int) -> list[int]:
+        """Return those of the shards that are the lane's, all where none is."""
+        ordered = sorted(shards)
+        return [shard for shard in ordered if shard % self._lanes == lane] or ordered
+
+    @staticmethod
+    def _pick(things: Sequence[int], generator: torch.Generator) -> int:
+        return things[int(torch.randint(len(things), (), generator=generator))]
 
     def _generator(self, step: int, lane: int) -> torch.Generator:
         # Distinct for every (seed, step, lane) that can occur; the primes keep neighbours apart.

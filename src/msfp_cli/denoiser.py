@@ -6,9 +6,9 @@ vectors and any scheduler come along without a line about them.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,38 +103,16 @@ def watch_calls(denoisers: dict[str, nn.Module], seen: Callable[[DenoiserCall], 
             handle.remove()
 
 
-def call_again(denoiser: nn.Module, call: DenoiserCall) -> Tensor:
-    """Call `denoiser` as it was called in `call` and return its output, with gradients where they are enabled."""
+def call_with(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
+    """Call `denoiser` with recorded arguments and return its output, with gradients where they are enabled."""
     device = next(denoiser.parameters()).device
-    return _first(denoiser(**_to_device(call.arguments, device), return_dict=False))
+    return _first(denoiser(**_to_device(dict(arguments), device), return_dict=False))
 
 
 @torch.no_grad()
 def replay(denoiser: nn.Module, call: DenoiserCall) -> Tensor:
     """Call `denoiser` as it was called in `call`, without gradients."""
-    return call_again(denoiser, call)
-
-
-# Arguments whose first dimension is a position and never the batch, whatever its size.
-_POSITIONS = ("img_ids", "txt_ids", "image_rotary_emb")
-
-
-def take_rows(call: DenoiserCall, rows: Tensor) -> DenoiserCall:
-    """Return a call of some rows of the batch only.
-
-    Arguments:
-        rows: int64, ``(rows,)``; every tensor whose first dimension is the batch is indexed by it.
-    """
-    batch = call.output.shape[0]
-
-    def take(value: Any) -> Any:  # noqa: ANN401 (a tree of arguments)
-        if isinstance(value, Tensor):
-            return value[rows] if value.ndim and value.shape[0] == batch else value
-        if isinstance(value, dict):
-            return {key: item if key in _POSITIONS else take(item) for key, item in value.items()}
-        return type(value)(take(item) for item in value) if isinstance(value, list | tuple) else value
-
-    return replace(call, arguments=take(call.arguments), output=call.output[rows])
+    return call_with(denoiser, call.arguments)
 
 
 def _to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401 (a tree of arguments)

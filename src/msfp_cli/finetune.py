@@ -1,8 +1,8 @@
 """Win the quality back: train the LoRA hubs and the router against the recording. The workflow of `msfp finetune`.
 
 Data-free distillation: the teacher's outputs lie in the recording, so the teacher is not in memory. The student is the
-denoiser with `TunedLayer`s, which computes exactly what the export will. One timestep per call; the loss is the mean
-squared error of the output times the timestep's denoising factor (DFA, Zhao et al. 2025, arXiv:2505.21591), normalised
+denoiser with `TunedLayer`s, which computes exactly what the export will. The loss is the mean squared error of the
+output times the denoising factor of the row's timestep (DFA, Zhao et al. 2025, arXiv:2505.21591), normalised
 to mean 1 over the sampler's steps. Held-out calls say which state is best, and that one is exported.
 """
 

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from msfp_cli.calibration import LayerChoice
-from msfp_cli.denoiser import DenoiserCall, take_rows
+from msfp_cli.denoiser import DenoiserCall
 from msfp_cli.layers import FloatLayer
 from msfp_cli.parameters import LayerParameters
 from msfp_cli.recording import Recording
 from msfp_cli.rounding import Grid, fake_quantize
+from msfp_cli.rows import take_rows
 
 
 def choose_lifted(layers: Mapping[str, LayerChoice], budget: float) -> list[str]:

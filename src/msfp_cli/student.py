@@ -1,17 +1,19 @@
 """A denoiser that is being fine-tuned: it computes exactly what its export will, and can be trained."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from msfp_cli.denoiser import DenoiserCall, call_again
+from msfp_cli.denoiser import DenoiserCall, call_with
 from msfp_cli.noise import OutputError
 from msfp_cli.parameters import LayerParameters
 from msfp_cli.recipe import FinetuneRecipe
+from msfp_cli.router import Choice, Router
 from msfp_cli.surgery import store_layers_
-from msfp_cli.talora import Choice, Router, moved_input, tune_layers_, tuned_names
+from msfp_cli.talora import moved_input, tune_layers_, tuned_names
 
 
 class Student(nn.Module):
@@ -42,31 +44,37 @@ class Student(nn.Module):
         self.router.to(next(denoiser.parameters()).device)
 
     @contextmanager
-    def at(self, timestep: float) -> Iterator[None]:
-        """Route every layer for a timestep while the context is open: forward, and backward if it recomputes."""
-        self.route.open(self._with_inputs(self.router(timestep)))
+    def at(self, timesteps: Sequence[float], *, learning: bool = False) -> Iterator[None]:
+        """Route every layer while the context is open: forward, and backward if it recomputes.
+
+        Arguments:
+            timesteps: one for each row of the call, or one for all.
+            learning: whether the router gets a gradient.
+        """
+        self.route.open(self._with_inputs(self.router(timesteps, learning=learning)))
         try:
             yield
         finally:
             self.route.close()
 
     @torch.no_grad()
-    def _with_inputs(self, choices: list[Choice]) -> list[Choice]:
+    def _with_inputs(self, routed: list[list[Choice]]) -> list[list[Choice]]:
         """Add where training has moved the chosen input grids: one transfer from the device instead of one a layer."""
-        trained = {
-            slot: (layer.input, layer.input_shift[choices[slot].member])
-            for slot, layer in enumerate(self.layers.values())
+        chosen = [
+            (choices, i, layer.input, layer.input_shift[choice.member])
+            for layer, choices in zip(self.layers.values(), routed, strict=True)
+            for i, choice in enumerate(choices)
             if layer.input is not None and layer.input_shift is not None
-        }
-        if trained:
-            numbers = torch.stack([shift for _, shift in trained.values()]).tolist()
-            for (slot, (grid, _)), moved in zip(trained.items(), numbers, strict=True):
-                choices[slot] = choices[slot]._replace(input=moved_input(grid, *moved))
-        return choices
+        ]
+        if chosen:
+            numbers = torch.stack([shift for *_, shift in chosen]).tolist()
+            for (choices, i, grid, _), moved in zip(chosen, numbers, strict=True):
+                choices[i] = choices[i]._replace(input=moved_input(grid, *moved))
+        return routed
 
-    def forward(self, call: DenoiserCall) -> Tensor:
-        """Return the denoiser's output for a recorded call, within `at`."""
-        return call_again(self.denoiser, call)
+    def forward(self, arguments: Mapping[str, Any]) -> Tensor:
+        """Return the denoiser's output for the arguments of a recorded call, within `at`."""
+        return call_with(self.denoiser, arguments)
 
     def trainable(self) -> dict[str, dict[str, nn.Parameter]]:
         """Return the trainable parameters by kind (``lora``, ``input``, ``router``), then by name."""
@@ -84,6 +92,6 @@ class Student(nn.Module):
         """Measure the error of the output over recorded calls."""
         error = OutputError()
         for call in calls:
-            with self.at(call.timestep):
-                error.add(call.timestep, self(call), call.output)
+            with self.at([call.timestep]):
+                error.add(call.timestep, self(call.arguments), call.output)
         return error

@@ -12,141 +12,70 @@ The choice is hard in the forward pass and soft in the backward pass (straight-t
 the learning rate instead) makes B count in steps of the grid, so that one learning rate fits all layers. For a
 convolution A is its k x k part and B the 1 x 1 that follows: as matrices, ``(rank, in * k * k)`` and ``(out, rank)``.
 
-Because the update lies inside the quantizer, an export holds h sets of 4-bit weights and no floating-point side branch,
-and because the router sees nothing but the timestep, it is exported as a table. The router rounds a timestep to the
-table's grid before it looks, so that table and router agree on every timestep, whole or continuous, by construction.
+Because the update lies inside the quantizer, an export holds h sets of 4-bit weights and no floating-point side branch.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
+from msfp_cli.errors import MsfpError
 from msfp_cli.formats import FloatFormat
 from msfp_cli.parameters import LayerParameters
 from msfp_cli.recipe import FinetuneRecipe
 from msfp_cli.rounding import Grid, fake_quantize, fake_quantize_learned, round_steps
-from msfp_cli.routing import TABLE_SIZE, Route, table_index
-
-_EMBEDDING = 64
-_MARGIN = 1.0  # of the first choice's logit over the others
-
-
-class Choice(NamedTuple):
-    """What the router chose for one layer.
-
-    Arguments:
-        member: of the layer's hub.
-        weights: one per member, ``(hub,)``, that takes gradients.
-        input: where training has moved the member's input grid; None if nobody has looked yet.
-    """
-
-    member: int
-    weights: Tensor
-    input: Grid | None = None
-
-
-class Router(nn.Module):
-    """Choose a hub member for every layer from the timestep alone.
-
-    Arguments:
-        num_layers, hub_size: shape of the choice.
-        unit: what brings timesteps to 0..1000, see `routing.timestep_unit`.
-        generator: draws the initial weights.
-    """
-
-    def __init__(self, num_layers: int, hub_size: int, unit: float, generator: torch.Generator) -> None:
-        super().__init__()
-        self.num_layers, self.hub_size, self.unit = num_layers, hub_size, unit
-        self.hidden = nn.Linear(_EMBEDDING, _EMBEDDING)
-        self.logits = nn.Linear(_EMBEDDING, num_layers * hub_size)
-        for layer in (self.hidden, self.logits):
-            nn.init.normal_(layer.weight, std=1 / math.sqrt(_EMBEDDING), generator=generator)
-            nn.init.zeros_(layer.bias)
-
-    def _scores(self, index: Tensor) -> Tensor:
-        """Return logits ``(timesteps, layers, hub)`` for table indices ``(timesteps,)``."""
-        embedding = get_timestep_embedding(index.float(), _EMBEDDING)
-        hidden = nn.functional.silu(self.hidden(embedding.to(self.hidden.weight)))
-        scores: Tensor = self.logits(hidden).view(-1, self.num_layers, self.hub_size)
-        return scores
-
-    def forward(self, timestep: float) -> list[Choice]:
-        """Choose for every layer; the members' weights are one-hot in value and softmax in gradient."""
-        index = torch.tensor([table_index(timestep, self.unit)], device=self.hidden.weight.device)
-        soft = self._scores(index)[0].softmax(dim=-1)
-        members = soft.argmax(dim=-1)
-        weights = nn.functional.one_hot(members, self.hub_size).to(soft) + (soft - soft.detach())
-        return [Choice(member, row) for member, row in zip(members.tolist(), weights.unbind(), strict=True)]
-
-    @torch.no_grad()
-    def begin_(self, members: Mapping[float, int]) -> None:
-        """Let every layer begin with the given member at each timestep, by a margin that training can overturn.
-
-        The last linear map is set to the least-squares solution on the hidden features of these timesteps.
-        """
-        index = torch.tensor([table_index(timestep, self.unit) for timestep in members])
-        device = self.hidden.weight.device
-        embedding = get_timestep_embedding(index.float(), _EMBEDDING).to(device)
-        features = nn.functional.silu(self.hidden(embedding)).double().cpu()
-        wanted = nn.functional.one_hot(torch.tensor(list(members.values())), self.hub_size).double() * _MARGIN
-        solution = torch.linalg.lstsq(features, wanted, driver="gelsd").solution.t().float()
-        self.logits.weight.copy_(solution.repeat(self.num_layers, 1))
-
-    @torch.no_grad()
-    def table(self, timesteps: Sequence[float]) -> Tensor:
-        """Return the chosen member for every row of the exported table, uint8 ``(1001, layers)``.
-
-        Arguments:
-            timesteps: those that the hub was trained at. A row between them gets the choice of the nearest: what the
-                router would say there, no member was trained for.
-        """
-        known = sorted({table_index(timestep, self.unit) for timestep in timesteps})
-        choices = {row: [choice.member for choice in self(row / self.unit)] for row in known}
-        rows = [choices[min(known, key=lambda k: (abs(k - row), k))] for row in range(TABLE_SIZE)]
-        return torch.tensor(rows, dtype=torch.uint8)
+from msfp_cli.router import Choice
+from msfp_cli.routing import Route
 
 
 class _RoundedWeight(torch.autograd.Function):
-    """``s * round(W / s + B_k A_k)`` for the chosen k, as a matrix ``(out, in * k * k)``.
+    """``s * round(W / s + B A)`` as a matrix ``(out, in * k * k)``.
 
-    The gradient is straight through the rounding and zero where it clipped; it reaches the chosen A and B, and the
-    weights of all members.
+    The gradient is straight through the rounding to A and B, and zero where it clipped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, fmt: FloatFormat, a: Tensor, b: Tensor) -> Tensor:  # noqa: ANN401 (torch does not name this type)
+        steps = updated_steps(weight, scale, a, b)
+        ctx.save_for_backward(steps.abs() <= fmt.largest, scale, a, b)
+        return round_steps(steps, fmt).mul_(scale[:, None])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor, Tensor]:  # noqa: ANN401
+        inside, scale, a, b = ctx.saved_tensors
+        grad = (grad * scale[:, None]).mul_(inside)
+        return None, None, None, b.t() @ grad, grad @ a.t()
+
+
+class _TellRouter(torch.autograd.Function):
+    """A layer's output as it is; its gradient also goes to the members' weights, for every row its own.
+
+    The straight-through gradient of a choice is that of the mixture ``sum_k weights[row, k] * changes_k(x)[row]`` in
+    its place. Backward computes it from the input, which is kept anyway, so it costs no memory.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401 (torch does not name this type)
-        weight: Tensor,
-        scale: Tensor,
-        fmt: FloatFormat,
-        member: int,
-        members: Tensor,
-        *loras: Tensor,
+        ctx: Any,  # noqa: ANN401
+        y: Tensor,
+        weights: Tensor,
+        x: Tensor,
+        changes: Callable[[Tensor], Iterator[Tensor]],
     ) -> Tensor:
-        hub = len(loras) // 2
-        steps = updated_steps(weight, scale, loras[member], loras[hub + member])
-        ctx.member = member
-        ctx.save_for_backward(steps.abs() <= fmt.largest, scale, *loras)
-        return round_steps(steps, fmt).mul_(scale[:, None])
+        ctx.save_for_backward(x)
+        ctx.changes, ctx.num_rows = changes, len(weights)
+        return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        inside, scale, *loras = ctx.saved_tensors
-        hub, chosen = len(loras) // 2, ctx.member
-        a, b = loras[:hub], loras[hub:]
-        grad = (grad * scale[:, None]).mul_(inside)
-        # What B_k gets, and what the members' weights get, need the same product with A.
-        asked = range(hub) if ctx.needs_input_grad[4] else (chosen,)
-        projected = {k: grad @ a[k].t() for k in asked}
-        members = torch.stack([(b[k] * projected[k]).sum() for k in asked]) if ctx.needs_input_grad[4] else None
-        to_loras: list[Tensor | None] = [None] * len(loras)
-        to_loras[chosen], to_loras[hub + chosen] = b[chosen].t() @ grad, projected[chosen]
-        return None, None, None, None, members, *to_loras
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # noqa: ANN401
+        (x,) = ctx.saved_tensors
+        told = [(grad * change).reshape(ctx.num_rows, -1).float().sum(dim=1) for change in ctx.changes(x)]
+        return grad, torch.stack(told, dim=1), None, None
 
 
 def updated_steps(weight: Tensor, scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -196,7 +125,7 @@ class TunedLayer(nn.Module):
         layer: nn.Linear | nn.Conv2d,
         parameters: LayerParameters,
         scale: Tensor,
-        route: Route[Choice],
+        route: Route[Sequence[Choice]],
         slot: int,
         recipe: FinetuneRecipe,
         generator: torch.Generator,
@@ -227,35 +156,65 @@ class TunedLayer(nn.Module):
         a = torch.empty(rank, inner).uniform_(-bound, bound, generator=generator)
         return a.to(weight.device), torch.zeros(out, rank, device=weight.device)
 
-    def rounded_weight(self) -> Tensor:
-        """Return the weight of the member that the route chose, rounded; float32, shape of the weight."""
-        choice, weight = self.route.of(self.slot), self.layer.weight
+    def rounded_weight(self, member: int) -> Tensor:
+        """Return the weight of a member, rounded; float32, shape of the weight."""
         rounded: Tensor = _RoundedWeight.apply(  # type: ignore[no-untyped-call]
-            weight,
+            self.layer.weight,
             self.get_buffer("scale"),
             self.weight_format,
-            choice.member,
-            choice.weights,
-            *self.lora_a,
-            *self.lora_b,
+            self.lora_a[member],
+            self.lora_b[member],
         )
-        return rounded.view(weight.shape)
+        return rounded.view(self.layer.weight.shape)
 
-    def rounded_input(self, x: Tensor) -> Tensor:
-        """Round the input to its grid, where it has one."""
+    def rounded_input(self, x: Tensor, choice: Choice) -> Tensor:
+        """Round the input to the chosen member's grid, where it has one."""
         if self.input is None:
             return x
         if self.input_shift is None:
             return fake_quantize(x, self.input)
-        choice = self.route.of(self.slot)
         shift, unit = self.input_shift[choice.member], float(self.input.scale) * (not self.input.format.signed)
         return fake_quantize_learned(x, choice.input or moved_input(self.input, *shift.tolist()), shift, unit)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Give each chosen member its rows, and put what they return in order again.
+
+        Raises:
+            MsfpError: several members are chosen, and the input's first dimension does not hold the batch's rows.
+        """
+        choices = self.route.of(self.slot)
+        if len(choices) == 1:
+            return self._with_member(x, choices[0])
+        order = torch.tensor([row for choice in choices for row in choice.rows], device=x.device)
+        if len(x) % len(order):
+            raise MsfpError(
+                f"a layer's input of shape {tuple(x.shape)} does not begin with the {len(order)} rows of the call, so "
+                "they cannot be given to the members of its hub; give --hub-size 1"
+            )
+        rows = x.reshape(len(order), -1, *x.shape[1:])
+        parts = torch.split(rows.index_select(0, order), [len(choice.rows) for choice in choices])
+        y = torch.cat([self._with_member(part.flatten(0, 1), c) for part, c in zip(parts, choices, strict=True)])
+        return y.reshape(len(order), -1, *y.shape[1:]).index_select(0, order.argsort()).flatten(0, 1)
+
+    def _with_member(self, x: Tensor, choice: Choice) -> Tensor:
         """Round the input and the updated weight, and run the layer."""
-        x = self.rounded_input(x)
-        weight = self.rounded_weight().to(x.dtype)
-        bias = None if self.layer.bias is None else self.layer.bias.to(x.dtype)
+        x = self.rounded_input(x, choice)
+        y = self._run(x, self.rounded_weight(choice.member), self.layer.bias)
+        if choice.weights is None:
+            return y
+        told: Tensor = _TellRouter.apply(y, choice.weights, x, partial(self._changes, choice.member))  # type: ignore[no-untyped-call]
+        return told
+
+    @torch.no_grad()
+    def _changes(self, now: int, x: Tensor) -> Iterator[Tensor]:
+        """Return what each member adds to the output, where the update of the one that serves `now` is not clipped."""
+        weight, scale, a, b = self.layer.weight, self.get_buffer("scale"), self.lora_a, self.lora_b
+        inside = updated_steps(weight, scale, a[now], b[now]).abs() <= self.weight_format.largest
+        for k in range(len(a)):
+            yield self._run(x, (scale[:, None] * (b[k] @ a[k]) * inside).view(weight.shape), None)
+
+    def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if isinstance(self.layer, nn.Conv2d):
             y: Tensor = self.layer._conv_forward(x, weight, bias)
             return y
@@ -268,13 +227,13 @@ def tune_layers_(
     scales: Mapping[str, Tensor],
     recipe: FinetuneRecipe,
     generator: torch.Generator,
-) -> tuple[dict[str, TunedLayer], Route[Choice]]:
+) -> tuple[dict[str, TunedLayer], Route[Sequence[Choice]]]:
     """Replace every layer that has a quantized weight by a `TunedLayer`.
 
     Returns:
         The new layers by name, and the route that they read; give it the router's choice in each forward.
     """
-    route, tuned = Route[Choice](), {}
+    route, tuned = Route[Sequence[Choice]](), {}
     for slot, name in enumerate(tuned_names(table)):
         parent, _, child = name.rpartition(".")
         owner = denoiser.get_submodule(parent)

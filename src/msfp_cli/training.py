@@ -1,6 +1,6 @@
 """One run of updates on one denoiser: the loop of `msfp finetune`, and how it stops and goes on.
 
-An update takes one call from each lane, of different timesteps; its loss is the mean squared error of the output
+An update takes rows from each lane, each at a timestep of its own; its loss is the mean squared error of the output
 against the recorded one, times the timestep's weight. Gradients of all processes are added up in one message, which
 also carries the loss and the wish to stop, so that all processes agree on both. On a CPU a run that was killed and
 resumed ends bit for bit where an uninterrupted one does.
@@ -21,11 +21,13 @@ from msfp_cli.errors import TrainingError, UsageError
 from msfp_cli.noise import OutputError
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recipe import FinetuneRecipe
+from msfp_cli.rows import JoinedCall
 from msfp_cli.student import Student
 from msfp_cli.tuned import Evaluation, Tuned
 
 _CLIP = 1.0  # of the gradient's norm, for each kind of parameter
 SAVE_EVERY = 50  # updates
+_ROUTE_EVERY = 16  # updates: what each member would do to each row costs two thirds of an update to know
 
 
 class Trainer:
@@ -117,7 +119,8 @@ class Trainer:
             group["lr"] = group["base"] * (1 - self.step / self.recipe.steps)
         own = 0.0
         for lane in range(self.accelerator.process_index, self.recipe.lanes, self.accelerator.num_processes):
-            own += self._backward(self.batches.batch(self.step, lane))
+            for call in self.batches.batch(self.step, lane):
+                own += self._backward(call)
         loss, stopping = self._share(own, stop)
         norms = [nn.utils.clip_grad_norm_(parameters, _CLIP) for parameters in self.kinds.values()]
         if not math.isfinite(loss) or not all(bool(norm.isfinite()) for norm in norms):
@@ -132,14 +135,16 @@ class Trainer:
         self._losses.append(loss)
         return loss, stopping
 
-    def _backward(self, call: DenoiserCall) -> float:
-        """Add the gradient of one lane, and return its share of the loss."""
-        with self.student.at(call.timestep):
+    def _backward(self, call: JoinedCall) -> float:
+        """Add the gradient of some rows, and return their share of the loss."""
+        shares, rows = self.batches.shares, self.recipe.lanes * self.recipe.batch_size
+        learning = "router" in self.kinds and self.step % _ROUTE_EVERY == 1  # before the first update members are alike
+        with self.student.at(call.timesteps, learning=learning):
             with self._precision():
-                output = self.student(call)
-            error = (output.float() - call.output.to(output.device).float()).square().mean()
-            weight = self.weights[call.timestep] / (self.batches.shares[call.timestep] * len(self.batches.shares))
-            loss = error * (weight / self.recipe.lanes)
+                output = self.student(call.arguments)
+            error = (output.float() - call.output.to(output.device).float()).square().flatten(1).mean(dim=1)
+            weights = [self.weights[t] / (shares[t] * len(shares) * rows) for t in call.timesteps]
+            loss = error @ error.new_tensor(weights)
             loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 

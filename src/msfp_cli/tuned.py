@@ -26,9 +26,10 @@ from msfp_cli.digest import digest
 from msfp_cli.errors import CheckpointError, RunError, UsageError
 from msfp_cli.recipe import FinetuneRecipe
 from msfp_cli.rounding import Grid
+from msfp_cli.router import Router
 from msfp_cli.routing import ROUTER, table_index
 from msfp_cli.surgery import find_layers, replace_layers_, store_layers_
-from msfp_cli.talora import Router, moved_input, tuned_names, updated_steps
+from msfp_cli.talora import moved_input, tuned_names, updated_steps
 
 _SCHEMA = 1
 

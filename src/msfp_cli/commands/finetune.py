@@ -40,7 +40,9 @@ def _default(name: str) -> str:
 def finetune(
     run: RunOption = DEFAULT_RUN,
     steps: Annotated[int | None, typer.Option(help=f"Updates; {_default('steps')}")] = None,
-    batch_size: Annotated[int | None, typer.Option(help=f"Rows of a call per update; {_default('batch_size')}")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help=f"Rows of a call, each at a timestep of its own; {_default('batch_size')}")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help=f"Rank of each LoRA; {_default('rank')}")] = None,
     hub_size: Annotated[
         int | None, typer.Option(help=f"LoRAs per layer, 1 for plain LoRA; {_default('hub_size')}")
@@ -74,7 +76,7 @@ def finetune(
         int | None,
         typer.Option(
             min=1,
-            help=f"Calls per update, each of another timestep, shared among the processes; {_default('lanes')}",
+            help=f"Calls per update, one for each stretch of the schedule, shared among processes; {_default('lanes')}",
         ),
     ] = None,
     gradient_checkpointing: Annotated[

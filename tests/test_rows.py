@@ -1,0 +1,111 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from msfp_cli.denoiser import DenoiserCall
+from msfp_cli.rows import join_rows, take_rows
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def denoise(
+    sample: Tensor,
+    timestep: Tensor | float,
+    text: Tensor | None = None,
+    added: dict[str, Tensor] | None = None,
+    residuals: list[Tensor] | None = None,
+    img_ids: Tensor | None = None,
+    strength: float = 1.0,
+) -> Tensor:
+    """Has arguments of every kind that diffusers' denoisers take, and works on each row for itself."""
+    moment = torch.as_tensor(timestep)
+    output = sample * (moment if moment.ndim > 1 else moment.reshape(-1, 1)) * strength
+    for extra in (text, (added or {}).get("text"), *(residuals or [])):
+        output = output if extra is None else output + extra
+    return output if img_ids is None else output + img_ids.sum()
+
+
+def call(seed: int, timestep: Tensor | float, rows: int = 3, **arguments: Any) -> DenoiserCall:  # noqa: ANN401 (any argument)
+    arguments = {"sample": draw(rows, 4, seed=seed), "timestep": timestep, **arguments}
+    moment = float(torch.as_tensor(timestep).reshape(-1)[0])
+    return DenoiserCall(component="unet", timestep=moment, arguments=arguments, output=denoise(**arguments))
+
+
+def everything(seed: int, timestep: Tensor | float, rows: int = 3) -> DenoiserCall:
+    text, *residuals = (draw(rows, 4, seed=100 * seed + i) for i in range(3))
+    ids = draw(rows, 2)  # as many positions as there are rows
+    return call(seed, timestep, rows, added={"text": text}, residuals=residuals, img_ids=ids, strength=0.5)
+
+
+def test_rows_of_a_call_give_the_rows_of_its_output() -> None:
+    whole = everything(1, torch.tensor([7, 7, 7]))
+    for rows in ([1], [1, 0], [0, 2]):
+        part = take_rows(whole, torch.tensor(rows))
+        assert torch.equal(part.output, whole.output[rows])
+        torch.testing.assert_close(denoise(**part.arguments), part.output)
+    assert (part.component, part.timestep) == (whole.component, whole.timestep)
+
+
+def test_what_has_no_batch_is_left_whole_by_taking_rows() -> None:
+    whole = call(1, torch.tensor(7), text=draw(4))
+    part = take_rows(whole, torch.tensor([1]))
+    assert torch.equal(part.arguments["text"], draw(4))
+    assert part.arguments["timestep"] is whole.arguments["timestep"]
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [(7.0, 3.0), (7, 3), (torch.tensor(7), torch.tensor(3)), (torch.tensor([7.5] * 3), torch.tensor([2.5] * 3))],
+    ids=["float", "int", "shared", "of each row"],
+)
+def test_rows_of_several_timesteps_are_one_call(moments: tuple[Any, Any]) -> None:
+    one, other = (everything(seed, moment) for seed, moment in enumerate(moments))
+    (joined,) = join_rows([(one, 2), (other, 0), (one, 0)])
+    assert joined.timesteps == (one.timestep, other.timestep, one.timestep)
+    assert joined.arguments["timestep"].tolist() == list(joined.timesteps)
+    assert joined.arguments["timestep"].dtype == torch.as_tensor(moments[0]).dtype
+    assert torch.equal(joined.output, torch.stack([one.output[2], other.output[0], one.output[0]]))
+    torch.testing.assert_close(denoise(**joined.arguments), joined.output)
+
+
+def test_timestep_of_each_token_stays_one_of_each_token() -> None:
+    one, other = (call(seed, torch.full((3, 4), moment)) for seed, moment in enumerate((7.0, 3.0)))
+    (joined,) = join_rows([(one, 1), (other, 2)])
+    assert joined.timesteps == (7.0, 3.0)
+    assert torch.equal(joined.arguments["timestep"], torch.tensor([[7.0] * 4, [3.0] * 4]))
+    torch.testing.assert_close(denoise(**joined.arguments), joined.output)
+
+
+def test_calls_of_other_batches_are_joined() -> None:
+    (joined,) = join_rows([(call(0, 7.0, rows=3), 2), (call(1, 3.0, rows=1), 0)])
+    torch.testing.assert_close(denoise(**joined.arguments), joined.output)
+
+
+@pytest.mark.parametrize(
+    ("mine", "others"),
+    [
+        ({"text": draw(3, 4)}, {"text": draw(3, 1)}),
+        ({"text": draw(3, 4)}, {"text": draw(3, 4).double()}),
+        ({"text": draw(3, 4)}, {}),
+        ({"text": draw(3, 4)}, {"text": None}),
+        ({"text": draw(4)}, {"text": draw(4, seed=1)}),
+        ({"text": draw(4)}, {"text": draw(4).double()}),
+        ({"added": {"text": draw(3, 4)}}, {"added": {"other": draw(3, 4)}}),
+        ({"residuals": [draw(3, 4)]}, {"residuals": [draw(3, 4)] * 2}),
+        ({"img_ids": draw(3, 2)}, {"img_ids": draw(3, 2, seed=1)}),
+        ({"strength": 0.5}, {"strength": 0.25}),
+        ({"strength": 1.0}, {"strength": 1}),
+    ],
+    ids=str,
+)
+def test_calls_that_differ_in_more_than_rows_stay_apart(mine: dict[str, Any], others: dict[str, Any]) -> None:
+    one, other = call(0, 7.0, **mine), call(1, 3.0, **others)
+    first, second = join_rows([(one, 0), (other, 1), (one, 2)])
+    assert (first.timesteps, second.timesteps) == ((7.0, 7.0), (3.0,))
+    assert torch.equal(first.output, one.output[[0, 2]]) and torch.equal(second.output, other.output[[1]])
+    for joined in (first, second):
+        torch.testing.assert_close(denoise(**joined.arguments), joined.output)
