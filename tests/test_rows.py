@@ -1,11 +1,15 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from msfp_cli.denoiser import DenoiserCall
+from msfp_cli.denoiser import DenoiserCall, call_with, find_denoisers
+from msfp_cli.loading import load_pipeline
+from msfp_cli.recording import Recording
 from msfp_cli.rows import join_rows, take_rows
+from msfp_cli.run import Run
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -109,3 +113,18 @@ def test_calls_that_differ_in_more_than_rows_stay_apart(mine: dict[str, Any], ot
     assert torch.equal(first.output, one.output[[0, 2]]) and torch.equal(second.output, other.output[[1]])
     for joined in (first, second):
         torch.testing.assert_close(denoise(**joined.arguments), joined.output)
+
+
+PIPELINES = ("DDIM", "DiT", "Flux", "PixArtSigma", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL")
+
+
+@pytest.mark.parametrize("name", [f"{kind}Pipeline" for kind in PIPELINES])
+def test_denoisers_answer_joined_rows_as_they_did_before(name: str, calibrated: Callable[[str], Run]) -> None:
+    run = calibrated(name)
+    (component, denoiser), *_ = find_denoisers(load_pipeline(run.load_calibration().source, "cpu")).items()
+    calls = list(Recording(run.recording).calls(component))
+    assert len({call.timestep for call in calls}) > 1
+    picked = [(call, (3 * i + 1) % len(call.output)) for i, call in enumerate(calls)]
+    (joined,) = join_rows(picked)
+    with torch.no_grad():
+        torch.testing.assert_close(call_with(denoiser, joined.arguments), joined.output, rtol=1e-4, atol=1e-4)
