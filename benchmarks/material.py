@@ -9,5 +9,5 @@ from msfp_cli.recipe import FinetuneRecipe
 
 RECORD = RecordOptions(num_images=40)
 # The defaults of that time.
-FORMER = FinetuneRecipe(lanes=1, learning_rate=1e-2, router_learning_rate=1e-3, loss_power=1.0)
+FORMER = FinetuneRecipe(batch_size=8, lanes=1, rank=16, learning_rate=1e-2, router_learning_rate=1e-3, loss_power=1.0)
 UNSEEN = default_prompts(BUILT_IN)[40:150]

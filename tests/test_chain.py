@@ -145,14 +145,17 @@ def test_recorded_conditions_follow_from_the_pipeline(tiny: Callable[[str], Path
     assert conditions("StableDiffusionPipeline", replace(given, num_images=2)) == ("a", "b")
 
 
+@pytest.mark.parametrize(("large", "num_images"), [(False, 800), (True, 200)], ids=["small", "large"])
 def test_pictures_that_nobody_counted_are_many_and_leave_prompts_to_evaluate_on(
-    tiny: Callable[[str], Path],
+    large: bool, num_images: int, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if large:
+        monkeypatch.setattr("msfp_cli.chain.LARGE", 1000)
     source = ModelSource(model=BUILT_IN)
     for name, num_conditions in (("StableDiffusionPipeline", 200), ("DiTPipeline", 200), ("DDIMPipeline", 1)):
         pipe = load_pipeline(ModelSource(model=str(tiny(name))), "cpu")
         chosen, held_out = record_recipes(pipe, source, RecordOptions())
-        assert len(chosen.conditions) + len(held_out.conditions) == 400
+        assert len(chosen.conditions) + len(held_out.conditions) == num_images
         assert len({*chosen.conditions, *held_out.conditions}) == num_conditions
         assert name == "DDIMPipeline" or not {*chosen.conditions} & {*held_out.conditions}
 

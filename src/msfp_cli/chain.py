@@ -10,13 +10,16 @@ from typing import Any
 from msfp_cli.atomic import refuse_existing
 from msfp_cli.calibrate import calibrate_
 from msfp_cli.calibration import Calibration
+from msfp_cli.denoiser import find_denoisers
 from msfp_cli.errors import UsageError
 from msfp_cli.generation import conditioning_of
 from msfp_cli.loading import BUILT_IN, BUILT_IN_GUIDANCE, default_prompts, load_pipeline
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recipe import (
+    LARGE,
     MAX_CONDITIONS,
     NUM_IMAGES,
+    NUM_IMAGES_LARGE,
     CalibrateRecipe,
     ModelSource,
     RecordRecipe,
@@ -36,7 +39,7 @@ class RecordOptions:
     Arguments:
         prompts: prompts or class labels; None takes a built-in list, class labels spread over all, or nothing.
         num_images: pictures to record, a fifth held out, of many some 24; with few prompts these come again, with other
-            noise. None takes one for each of `prompts`, else `NUM_IMAGES`.
+            noise. None takes one for each of `prompts`, else `NUM_IMAGES`, `NUM_IMAGES_LARGE` of a large denoiser.
         num_inference_steps, guidance_scale, seed, batch_size: as in `RecordRecipe`.
         max_bytes: bound on the recording's size.
     """
@@ -100,7 +103,7 @@ def record_recipes(pipe: Any, source: ModelSource, options: RecordOptions) -> tu
         guidance = BUILT_IN_GUIDANCE if source.model == BUILT_IN else _default(pipe, "guidance_scale")
     given, count = options.prompts, options.num_images
     if count is None:
-        count = NUM_IMAGES if given is None else len(given)
+        count = _usual_num_images(pipe) if given is None else len(given)
     if count < 1:
         raise UsageError(f"--num-images must be at least 1, got {count}")
     distinct = conditions_for(pipe, source, given, min(count, MAX_CONDITIONS) if given is None else count)
@@ -116,6 +119,11 @@ def record_recipes(pipe: Any, source: ModelSource, options: RecordOptions) -> tu
         )
 
     return recipe(chosen, options.seed), recipe(held_out, options.seed + _HELD_OUT_SEED)
+
+
+def _usual_num_images(pipe: Any) -> int:  # noqa: ANN401
+    size = sum(parameter.numel() for module in find_denoisers(pipe).values() for parameter in module.parameters())
+    return NUM_IMAGES if size < LARGE else NUM_IMAGES_LARGE
 
 
 def _default(pipe: Any, argument: str) -> Any:  # noqa: ANN401

@@ -53,7 +53,7 @@ def run_demo(directory: Path, *, device: str | None = None, progress: Progress =
     run, source = Run(directory), ModelSource(model=BUILT_IN)
     few = RecordOptions(num_images=_RECORDED)
     calibration = calibrate_run(run, source, few, CalibrateRecipe(), device=device, overwrite=True, progress=progress)
-    recipe = FinetuneRecipe(steps=_UPDATES, lanes=1, evaluate_every=_UPDATES // 2)
+    recipe = FinetuneRecipe(steps=_UPDATES, batch_size=8, lanes=1, evaluate_every=_UPDATES // 2)
     finetune_run(run, recipe, device=device, restart=True, progress=progress)
     export = directory / "export"
     report = export_(calibration, export, tuned=run.load_tuned(calibration), device=device, overwrite=True)

@@ -18,7 +18,9 @@ SAMPLINGS = ("error", "uniform")
 PRECISIONS = ("no", "bf16")
 STEPS_BEFORE = ("signed", "calibrated")  # what an export may be compared with, besides full precision
 MAX_HUB = 255
-NUM_IMAGES = 400  # recorded where nobody says how many
+NUM_IMAGES = 800  # recorded where nobody says how many
+NUM_IMAGES_LARGE = 200  # the same of a large denoiser, whose pictures take longer, hold more, and need more disk
+LARGE = 100_000_000  # parameters
 MAX_CONDITIONS = 200  # recorded of a list that nobody gave: the rest is left to evaluate on
 _HELD_OUT = 24  # conditions of a long recording, some more where it does not divide: each measurement takes time
 DTYPES = ("float32", "float16", "bfloat16")
@@ -186,9 +188,9 @@ class FinetuneRecipe(Recipe):
 
     Arguments:
         steps: updates.
-        batch_size: rows of a recorded call that each lane contributes to an update.
-        lanes: calls per update, each of another timestep, shared evenly among processes; the recording is parted among
-            them.
+        batch_size: rows that each lane contributes to an update, each at a timestep of its own, as one call.
+        lanes: calls per update, each of another stretch of the schedule, shared evenly among processes; the recording
+            is parted among them.
         hub_size: LoRAs per layer; 1 is plain LoRA.
         rank: of each LoRA.
         init: a name in `INITS`: B begins at ``zero``, or A and B at the singular value decomposition (``svd``) of the
@@ -206,20 +208,20 @@ class FinetuneRecipe(Recipe):
     """
 
     steps: int = 2000
-    batch_size: int = 8
+    batch_size: int = 16
     lanes: int = 2
     hub_size: int = 2
-    rank: int = 16
+    rank: int = 32
     init: str = "zero"
-    learning_rate: float = 2e-2
+    learning_rate: float = 4e-2
     router_learning_rate: float = 1e-4
     input_learning_rate: float = 1e-3
     loss: str = "dfa"
-    loss_power: float = 0.5
+    loss_power: float = 0.25
     timesteps: str = "error"
     mixed_precision: str = "no"
     seed: int = 0
-    evaluate_every: int = 250
+    evaluate_every: int = 500
 
     def __post_init__(self) -> None:
         for what, value in (

@@ -17,7 +17,7 @@ from msfp_cli.commands.options import (
     SeedOption,
 )
 from msfp_cli.keep import parse_bits
-from msfp_cli.recipe import DEFAULT_RUN, NUM_IMAGES, CalibrateRecipe, ModelSource
+from msfp_cli.recipe import DEFAULT_RUN, NUM_IMAGES, NUM_IMAGES_LARGE, CalibrateRecipe, ModelSource
 
 if TYPE_CHECKING:
     from msfp_cli.calibration import Calibration, LayerChoice
@@ -60,7 +60,7 @@ def calibrate(
             "--num-images",
             "--num-prompts",
             help="Pictures to record; a fifth, at most some 24, is held out to measure on. By default one for each of "
-            f"--prompts, else {NUM_IMAGES}; with fewer prompts these come again.",
+            f"--prompts, else {NUM_IMAGES}, {NUM_IMAGES_LARGE} of a large model; with fewer prompts these come again.",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 20,
