@@ -143,7 +143,7 @@ def round_steps(steps: Tensor, fmt: FloatFormat) -> Tensor:
 def _round(x: Tensor, grid: Grid) -> Tensor:
     """Return ``dequantize(quantize(x, grid), grid)``, with NaN kept."""
     exact = x.detach().float()
-    steps = (exact - grid.zero_point).div_(grid.scale) if grid.zero_point else exact / grid.scale
+    steps = exact / grid.scale if grid.format.signed else (exact - grid.zero_point).div_(grid.scale)
     return round_steps(steps, grid.format).mul_(grid.scale).add_(grid.zero_point)  # adding 0 makes a -0 a 0
 
 
