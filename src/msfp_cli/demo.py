@@ -18,7 +18,7 @@ from msfp_cli.recipe import CalibrateRecipe, FinetuneRecipe, ModelSource
 from msfp_cli.report import write_report
 from msfp_cli.run import Run
 
-_RECORDED, _UPDATES, _PICTURES = 40, 200, 24
+_RECORDED, _UPDATES, _PICTURES = 40, 100, 24
 _PROMPTS = (
     "a red dress",
     "a photo of a blue sneaker",
