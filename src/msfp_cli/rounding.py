@@ -28,7 +28,7 @@ class Grid:
         format: the code book.
         scale: the value of the smallest step, positive and exact in float32: a number, or a tensor that broadcasts
             against the values, e.g. ``(out_features, 1)`` for one scale per output channel.
-        zero_point: the value of code 0, a real number; for unsigned formats only.
+        zero_point: the value of code 0, a real number; 0 where the format is signed, as `fake_quantize` relies on.
     """
 
     format: FloatFormat

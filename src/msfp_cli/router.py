@@ -6,7 +6,7 @@ the table's grid before it looks, so table and router agree on every timestep, w
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,12 +54,11 @@ class Router(nn.Module):
             nn.init.normal_(layer.weight, std=1 / math.sqrt(_EMBEDDING), generator=generator)
             nn.init.zeros_(layer.bias)
 
-    def _scores(self, index: Tensor) -> Tensor:
-        """Return logits ``(timesteps, layers, hub)`` for table indices ``(timesteps,)``."""
-        embedding = get_timestep_embedding(index.float(), _EMBEDDING)
-        hidden = nn.functional.silu(self.hidden(embedding.to(self.hidden.weight)))
-        scores: Tensor = self.logits(hidden).view(-1, self.num_layers, self.hub_size)
-        return scores
+    def _features(self, timesteps: Iterable[float]) -> Tensor:
+        """Return what the logits are linear in, ``(timesteps, 64)``."""
+        index = torch.tensor([float(table_index(timestep, self.unit)) for timestep in timesteps])
+        embedding = get_timestep_embedding(index.to(self.hidden.weight.device), _EMBEDDING)
+        return nn.functional.silu(self.hidden(embedding.to(self.hidden.weight)))
 
     def forward(self, timesteps: Sequence[float], *, learning: bool = False) -> list[list[Choice]]:
         """Choose for every layer and row.
@@ -71,8 +70,7 @@ class Router(nn.Module):
         Returns:
             For every layer a choice for each member that some row is given to, in the order of their first rows.
         """
-        index = torch.tensor([table_index(timestep, self.unit) for timestep in timesteps])
-        soft = self._scores(index.to(self.hidden.weight.device)).softmax(dim=-1)
+        soft = self.logits(self._features(timesteps)).view(-1, self.num_layers, self.hub_size).softmax(dim=-1)
         passing = (soft - soft.detach()).unbind(dim=1) if learning else None
         routed = []
         for slot, members in enumerate(soft.argmax(dim=-1).t().tolist()):
@@ -88,10 +86,7 @@ class Router(nn.Module):
 
         The last linear map is set to the least-squares solution on the hidden features of these timesteps.
         """
-        index = torch.tensor([table_index(timestep, self.unit) for timestep in members])
-        device = self.hidden.weight.device
-        embedding = get_timestep_embedding(index.float(), _EMBEDDING).to(device)
-        features = nn.functional.silu(self.hidden(embedding)).double().cpu()
+        features = self._features(members).double().cpu()
         wanted = nn.functional.one_hot(torch.tensor(list(members.values())), self.hub_size).double() * _MARGIN
         solution = torch.linalg.lstsq(features, wanted, driver="gelsd").solution.t().float()
         self.logits.weight.copy_(solution.repeat(self.num_layers, 1))
