@@ -25,7 +25,7 @@ Examples:
 
     msfp finetune --steps 2000
 
-    msfp finetune --steps 500 --hub-size 4 --rank 32 --restart
+    msfp finetune --steps 500 --hub-size 4 --rank 64 --restart
 
     msfp finetune --num-processes 4 --gradient-accumulation 8
 
