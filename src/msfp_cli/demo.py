@@ -53,7 +53,10 @@ def run_demo(directory: Path, *, device: str | None = None, progress: Progress =
     run, source = Run(directory), ModelSource(model=BUILT_IN)
     few = RecordOptions(num_images=_RECORDED)
     calibration = calibrate_run(run, source, few, CalibrateRecipe(), device=device, overwrite=True, progress=progress)
-    recipe = FinetuneRecipe(steps=_UPDATES, batch_size=8, lanes=1, evaluate_every=_UPDATES // 2)
+    # The defaults are made for thousands of updates: so few want a lower rate, and weights that look at the picture.
+    recipe = FinetuneRecipe(
+        steps=_UPDATES, batch_size=8, lanes=1, learning_rate=0.02, loss_power=1.0, evaluate_every=_UPDATES // 2
+    )
     finetune_run(run, recipe, device=device, restart=True, progress=progress)
     export = directory / "export"
     report = export_(calibration, export, tuned=run.load_tuned(calibration), device=device, overwrite=True)
