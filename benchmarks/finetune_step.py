@@ -2,10 +2,11 @@
 
     python benchmarks/finetune_step.py [--threads N] [--rounds N] [--updates N] [--markdown FILE]
 
-The built-in pipeline's UNet, the same layers, rank 16, the same calls per update (two, as by default), AdamW,
-mean squared error. peft trains on the full-precision base; msfp trains inside the quantizers, with a hub of two and the
-router. Each measurement is the mean over some updates in a process of its own (in some the router learns, in most it
-does not), the two take turns, and the medians are compared. Linux only (peak memory).
+The built-in pipeline's UNet, the same layers and rank, the same number of calls and rows per update, AdamW, mean
+squared error. peft trains on the full-precision base; msfp trains inside the quantizers, with a hub of two and the
+router, from the beginning of a run with the default recipe. Each measurement is the mean over some updates in a process
+of its own (in some the router learns, in most it does not), the two take turns, and the medians are compared. Linux
+only (peak memory).
 """
 
 import argparse
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,35 +40,61 @@ SOURCE = ModelSource(model=BUILT_IN)
 WARM_UP = 3
 
 
-def msfp_update(calibration: Calibration, batches: Batches, recording: Recording) -> Callable[[], object]:
-    """Return one update of msfp with the default recipe."""
+class Clock:
+    """Notes how long updates take and what memory they need.
+
+    Arguments:
+        updates: how many to time, after a few to warm up.
+    """
+
+    def __init__(self, updates: int) -> None:
+        self.updates, self.asked = updates, 0
+        self.start = self.seconds = self.peak = 0.0
+
+    def done(self) -> bool:
+        """Whether all updates are timed; asked between updates."""
+        self.asked += 1
+        if self.asked == WARM_UP + 1:
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+            self.start = time.perf_counter()
+        if self.asked == WARM_UP + self.updates + 1:
+            self.seconds = (time.perf_counter() - self.start) / self.updates
+            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            self.peak = int(status["VmHWM"].split()[0]) / 1024  # MiB
+        return self.asked > WARM_UP + self.updates
+
+
+def train_msfp(run: Run, calibration: Calibration, recording: Recording, batches: Batches, clock: Clock) -> None:
+    """Train as `msfp finetune` does with the default recipe until the clock stops it."""
     recipe = FinetuneRecipe()
     unet = find_denoisers(load_pipeline(SOURCE, "cpu"))["unet"]
     student = Student(unet, calibration.table("unet"), calibration.scales["unet"], recipe, 1.0)
     weights = timestep_weights(batches.timesteps, recording.factors(), recipe, 1.0)
-    return Trainer(student, batches, weights, [], recipe, Path(os.devnull), "", Accelerator(cpu=True)).update
+    held_out = list(Recording(run.held_out).calls("unet"))
+    with tempfile.TemporaryDirectory() as kept:
+        path = Path(kept) / "unet.safetensors"
+        Trainer(student, batches, weights, held_out, recipe, path, "", Accelerator(cpu=True)).train(stop=clock.done)
 
 
-def peft_update(calibration: Calibration, batches: Batches) -> Callable[[], object]:
-    """Return one update of an ordinary LoRA fine-tune of the full-precision UNet."""
+def train_peft(calibration: Calibration, batches: Batches, clock: Clock) -> None:
+    """Fine-tune the full-precision UNet by ordinary LoRA until the clock stops it."""
     from peft import LoraConfig
 
+    recipe = FinetuneRecipe()
     unet = find_denoisers(load_pipeline(SOURCE, "cpu"))["unet"].requires_grad_(False)
     layers = [name for name, parameters in calibration.table("unet").items() if parameters.weight is not None]
-    unet.add_adapter(LoraConfig(r=FinetuneRecipe().rank, target_modules=layers))
+    unet.add_adapter(LoraConfig(r=recipe.rank, target_modules=layers))
     trained = [p for p in unet.parameters() if p.requires_grad]
-    optimizer, step = torch.optim.AdamW(trained, lr=1e-4), itertools.count()
-
-    def update() -> None:
-        now, lanes = next(step), FinetuneRecipe().lanes
-        for call in (call for lane in range(lanes) for call in batches.batch(now, lane)):
-            loss = (call_with(unet, call.arguments) - call.output).square().mean() / lanes
-            loss.backward()
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    for step in itertools.count():
+        if clock.done():
+            return
+        for call in (call for lane in range(recipe.lanes) for call in batches.batch(step, lane)):
+            loss = (call_with(unet, call.arguments) - call.output).square().mean() / recipe.lanes
+            loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-
-    return update
 
 
 def measure(which: str, work: Path, updates: int) -> None:
@@ -76,18 +102,13 @@ def measure(which: str, work: Path, updates: int) -> None:
     quiet_libraries()
     run = Run(work)
     recording, calibration = Recording(run.recording), run.load_calibration()
-    recipe = FinetuneRecipe()
+    recipe, clock = FinetuneRecipe(), Clock(updates)
     batches = Batches(recording, "unet", batch_size=recipe.batch_size, lanes=recipe.lanes, seed=recipe.seed)
-    update = msfp_update(calibration, batches, recording) if which == "msfp" else peft_update(calibration, batches)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
-    seconds = []
-    for _ in range(WARM_UP + updates):
-        start = time.perf_counter()
-        update()
-        seconds.append(time.perf_counter() - start)
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    peak = int(status["VmHWM"].split()[0]) / 1024
-    print(json.dumps({"seconds": statistics.mean(seconds[WARM_UP:]), "peak": peak}))
+    if which == "msfp":
+        train_msfp(run, calibration, recording, batches, clock)
+    else:
+        train_peft(calibration, batches, clock)
+    print(json.dumps({"seconds": clock.seconds, "peak": clock.peak}))
 
 
 def compare(work: Path, rounds: int, updates: int, threads: int) -> str:
