@@ -209,9 +209,11 @@ def test_nothing_is_launched_where_all_updates_are_done(
     assert "all 4 updates were done before" in msfp("finetune", *options).stderr
 
 
-@pytest.mark.parametrize("option", ["--num-processes", "--gradient-accumulation"])
-def test_no_processes_and_no_calls_are_a_wrong_command_line(option: str, msfp: Invoke) -> None:
-    result = msfp("finetune", option, 0)
+@pytest.mark.parametrize(
+    ("option", "value"), [("--num-processes", 0), ("--gradient-accumulation", 0), ("--seed", -1), ("--seed", 10**20)]
+)
+def test_numbers_out_of_range_are_a_wrong_command_line(option: str, value: int, msfp: Invoke) -> None:
+    result = msfp("finetune", option, value)
     assert (result.exit_code, result.stdout) == (2, "")
     assert option in result.stderr
 
@@ -329,7 +331,8 @@ def test_too_little_memory_names_the_options_that_help(
     monkeypatch.setattr(Trainer, "_backward", fail)
     message = only_error(msfp("finetune", *OPTIONS), 1)
     assert message == (
-        "out of memory; give --gradient-checkpointing, or half --batch-size and twice --gradient-accumulation"
+        "out of memory; give --gradient-checkpointing, or --restart with half --batch-size and twice "
+        "--gradient-accumulation"
     )
 
 

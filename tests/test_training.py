@@ -1,6 +1,7 @@
 """A run of updates: how it stops and goes on, how processes share it, and that every setting counts."""
 
 import itertools
+import math
 import subprocess
 import sys
 import time
@@ -8,12 +9,16 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from torch import nn
 
 from conftest import FEW_UPDATES, Finetuned, Invoke, train
-from msfp_cli.denoiser import find_denoisers
+from msfp_cli.batches import Batches
+from msfp_cli.denoiser import call_with, find_denoisers
 from msfp_cli.errors import RunError, TrainingError, UsageError
 from msfp_cli.export import load_calibrated
 from msfp_cli.loading import load_pipeline
@@ -264,10 +269,53 @@ def test_diverging_training_says_what_to_change_and_keeps_the_saved_state(
     assert_same(Tuned.load(run.finetuned("transformer")), kept)
 
 
+def test_best_state_is_on_disk_when_training_diverges(fresh_run: FreshRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far the next of the regular saves is."""
+    run, errors = fresh_run(), iter((0.5, 0.3, 0.2))
+    monkeypatch.setattr(OutputError, "relative", lambda error: next(errors))
+    backward, count = Trainer._backward, itertools.count(1)
+    monkeypatch.setattr(Trainer, "_backward", lambda t, call: backward(t, call) if next(count) < 6 else math.nan)
+    with pytest.raises(TrainingError, match="diverged.* at update 6; what was best so far is kept"):
+        train(run, replace(FEW_UPDATES, steps=20, evaluate_every=2))
+    kept = Tuned.load(run.finetuned("transformer"))
+    assert (kept.step, kept.best.step, kept.best.error) == (4, 4, 0.2)
+    assert any(tensor.any() for name, tensor in kept.state("best").items() if "lora_b" in name)
+
+
+def call_in_float16(denoiser: nn.Module, arguments: dict[str, Any]) -> torch.Tensor:
+    """Call a denoiser with arguments of another type than was recorded."""
+    return call_with(
+        denoiser, {k: v.half() if k != "timestep" and torch.is_tensor(v) else v for k, v in arguments.items()}
+    )
+
+
+def test_gradients_that_float16_cannot_hold_are_not_lost(
+    calibrated: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each element of a large output has a small part of the loss."""
+    run = calibrated("StableDiffusionPipeline")
+    calibration, recipe, gradients = run.load_calibration(), replace(FEW_UPDATES, hub_size=1), []
+    monkeypatch.setattr("msfp_cli.student.call_with", call_in_float16)
+    for part in (1, 1 / 64**2):
+        denoiser = load_pipeline(replace(calibration.source, dtype="float16"), "cpu").unet
+        student = Student(denoiser, calibration.table("unet"), calibration.scales["unet"], recipe, 1.0)
+        batches = Batches(Recording(run.recording), "unet", batch_size=2, lanes=1, seed=0)
+        weights = dict.fromkeys(batches.timesteps, part)
+        trainer = Trainer(student, batches, weights, [], recipe, Path("state"), "", Accelerator(cpu=True))
+        trainer.optimizer.step = trainer.optimizer.zero_grad = lambda: None
+        trainer.update()
+        gradients.append(torch.cat([p.grad.flatten() for name, p in trainer.parameters.items() if ".lora_b." in name]))
+    torch.testing.assert_close(
+        gradients[1] / part, gradients[0], rtol=0.05, atol=0.01 * float(gradients[0].abs().max())
+    )
+
+
 def test_evaluation_that_is_no_number_is_not_saved(fresh_run: FreshRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = fresh_run()
     monkeypatch.setattr(OutputError, "relative", lambda error: float("nan"))
-    with pytest.raises(TrainingError, match="held-out error is nan after 0 updates; lower --learning-rate"):
+    with pytest.raises(
+        TrainingError, match="held-out error is nan after 0 updates; calibrate again with --dtype float32"
+    ):
         train(run)
     with pytest.raises(RunError, match="no fine-tuning in .*; run `msfp finetune` first"):
         Tuned.load(run.finetuned("transformer"))

@@ -226,7 +226,8 @@ def _explain_memory() -> Iterator[None]:
         ):
             raise
         raise TrainingError(
-            "out of memory; give --gradient-checkpointing, or half --batch-size and twice --gradient-accumulation"
+            "out of memory; give --gradient-checkpointing, or --restart with half --batch-size and twice "
+            "--gradient-accumulation"
         ) from None
 
 

@@ -200,7 +200,7 @@ class FinetuneRecipe(Recipe):
         input_learning_rate: of the scale and zero point of each layer's input; 0 leaves them as calibrated.
         loss: ``dfa`` weights each timestep by its denoising factor, ``plain`` does not.
         loss_power: the factor's exponent.
-        timesteps: how a call's timestep is drawn: by the ``error`` that it makes, or ``uniform``ly; the gradient's
+        timesteps: how a row's timestep is drawn: by the ``error`` that it makes, or ``uniform``ly; the gradient's
             mean is the same.
         mixed_precision: a name in `PRECISIONS`, what the denoiser computes in while training.
         seed: of the initial values and of the order of the data.

@@ -76,6 +76,10 @@ class Student(nn.Module):
         """Return the denoiser's output for the arguments of a recorded call, within `at`."""
         return call_with(self.denoiser, arguments)
 
+    def is_float16(self) -> bool:
+        """Whether what passes between its layers is in float16."""
+        return next(self.denoiser.parameters()).dtype == torch.float16
+
     def trainable(self) -> dict[str, dict[str, nn.Parameter]]:
         """Return the trainable parameters by kind (``lora``, ``input``, ``router``), then by name."""
         loras: dict[str, nn.Parameter] = {}

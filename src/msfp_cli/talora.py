@@ -32,6 +32,8 @@ from msfp_cli.rounding import Grid, fake_quantize, fake_quantize_learned, round_
 from msfp_cli.router import Choice
 from msfp_cli.routing import Route
 
+_MAX_GROWTH = 60.0  # of the logarithm of an input's scale: training that gets there has diverged
+
 
 class _RoundedWeight(torch.autograd.Function):
     """``s * round(W / s + B A)`` as a matrix ``(out, in * k * k)``.
@@ -100,7 +102,8 @@ def moved_input(grid: Grid, growth: float, steps: float) -> Grid:
         steps: the zero point's move in calibrated steps; signed formats have none.
     """
     zero_point = grid.zero_point + grid.scale * steps * (not grid.format.signed)
-    return Grid(grid.format, float(np.float32(grid.scale * math.exp(growth))), float(np.float32(zero_point)))
+    scale = grid.scale * math.exp(min(growth, _MAX_GROWTH))
+    return Grid(grid.format, float(np.float32(scale)), float(np.float32(zero_point)))
 
 
 class TunedLayer(nn.Module):

@@ -26,6 +26,7 @@ from msfp_cli.student import Student
 from msfp_cli.tuned import Evaluation, Tuned
 
 _CLIP = 1.0  # of the gradient's norm, for each kind of parameter
+_FLOAT16_SCALE = 2.0**16  # of the loss, while gradients pass through a denoiser in float16, whose least number is 6e-8
 SAVE_EVERY = 50  # updates
 _ROUTE_EVERY = 16  # updates: what each member would do to each row costs two thirds of an update to know
 
@@ -80,6 +81,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.step, self.history, self.best = 0, list[Evaluation](), dict[str, Tensor]()
         self._losses: list[float] = []
+        self._scale = _FLOAT16_SCALE if student.is_float16() else 1.0
 
     def train(self, *, progress: Progress = SILENT, stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end, or until `stop()` is true in some process; the state is saved at intervals and at the end.
@@ -99,10 +101,10 @@ class Trainer:
             while self.step < self.recipe.steps and not stopping:
                 loss, stopping = self.update(stop())
                 advance(1, f"loss {loss:.1e}, error {self.history[-1].error:.5f}")
-                last = self.step == self.recipe.steps
-                if last or self.step % self.recipe.evaluate_every == 0:
+                measured = self.step == self.recipe.steps or self.step % self.recipe.evaluate_every == 0
+                if measured:
                     self._evaluate(progress)
-                if last or stopping or self.step % SAVE_EVERY == 0:
+                if measured or stopping or self.step % SAVE_EVERY == 0:
                     self._save()
         return self.step == self.recipe.steps
 
@@ -121,6 +123,8 @@ class Trainer:
         for lane in range(self.accelerator.process_index, self.recipe.lanes, self.accelerator.num_processes):
             for call in self.batches.batch(self.step, lane):
                 own += self._backward(call)
+        if self._scale != 1:
+            torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], 1 / self._scale)
         loss, stopping = self._share(own, stop)
         norms = [nn.utils.clip_grad_norm_(parameters, _CLIP) for parameters in self.kinds.values()]
         if not math.isfinite(loss) or not all(bool(norm.isfinite()) for norm in norms):
@@ -145,7 +149,7 @@ class Trainer:
             error = (output.float() - call.output.to(output.device).float()).square().flatten(1).mean(dim=1)
             weights = [self.weights[t] / (shares[t] * len(shares) * rows) for t in call.timesteps]
             loss = error @ error.new_tensor(weights)
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss * self._scale).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
     def _precision(self) -> AbstractContextManager[object]:
@@ -182,7 +186,8 @@ class Trainer:
             step=self.step, loss=loss, error=measured.relative(), by_timestep=tuple(measured.by_timestep())
         )
         if not math.isfinite(now.error):
-            raise TrainingError(f"the held-out error is {now.error:g} after {self.step} updates; lower --learning-rate")
+            advice = "lower --learning-rate" if self.step else "calibrate again with --dtype float32"
+            raise TrainingError(f"the held-out error is {now.error:g} after {self.step} updates; {advice}")
         if not self.history or now.error < min(evaluation.error for evaluation in self.history):
             self.best = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
         self.history.append(now)
@@ -201,9 +206,9 @@ class Trainer:
         return OutputError({timestep: (e, s) for timestep, (e, s) in zip(timesteps, total.tolist(), strict=True)})
 
     def _begin(self, measured: OutputError) -> None:
-        """Share out the updates among the timesteps, and the timesteps among the members of the hubs.
+        """Share out the rows among the timesteps, and the timesteps among the members of the hubs.
 
-        Each member begins with a stretch of the schedule that gets an equal share of the updates.
+        Each member begins with a stretch of the schedule that gets an equal share of the rows.
         """
         if self.recipe.timesteps == "error":
             errors = measured.absolute()

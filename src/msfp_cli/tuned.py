@@ -63,7 +63,7 @@ class Tuned:
         step: updates done.
         history: the evaluations so far; the first is the calibrated model.
         losses: of the updates since the last evaluation.
-        shares: (timestep, share of the updates) as drawn by `Batches`.
+        shares: (timestep, share of the rows) as drawn by `Batches`.
         tensors: see the module.
     """
 
@@ -88,7 +88,7 @@ class Tuned:
         return self.step >= self.recipe.steps
 
     def state(self, kind: str) -> dict[str, Tensor]:
-        """Return the tensors of one kind (``now``, ``best``, ``exp_avg``, ``exp_avg_sq``) by parameter name."""
+        """Return the tensors of a kind (``now``, ``best``, ``step``, ``exp_avg``, ``exp_avg_sq``) by parameter name."""
         return {n.removeprefix(f"{kind}/"): t for n, t in self.tensors.items() if n.startswith(f"{kind}/")}
 
     def save(self, path: Path) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from msfp_cli.commands import console
 from msfp_cli.commands.launch import ProcessesOption, is_main, share_out
-from msfp_cli.commands.options import BatchOption, DeviceOption, JsonOption, OverwriteOption, RunOption
+from msfp_cli.commands.options import MAX_SEED, BatchOption, DeviceOption, JsonOption, OverwriteOption, RunOption
 from msfp_cli.progress import SILENT
 from msfp_cli.recipe import DEFAULT_RUN
 
@@ -41,7 +41,7 @@ def evaluate(
     num_trajectories: Annotated[int, typer.Option(help="Of these, how many are followed through the denoiser.")] = 8,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the sampler; as calibrated by default.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance; as calibrated by default.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Picture i is drawn with seed + i.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Picture i is drawn with seed + i.")] = None,
     batch_size: BatchOption = 8,
     reference: Annotated[
         Path | None, typer.Option(help="Real pictures: a directory, or an npz file with uint8 `images`.")

@@ -8,7 +8,7 @@ import typer
 
 from msfp_cli.commands import console
 from msfp_cli.commands.launch import is_main, processes_for, share_out
-from msfp_cli.commands.options import DeviceOption, JsonOption, RunOption
+from msfp_cli.commands.options import MAX_SEED, DeviceOption, JsonOption, RunOption
 from msfp_cli.progress import SILENT
 from msfp_cli.recipe import DEFAULT_RUN, INITS, LOSSES, PRECISIONS, SAMPLINGS, FinetuneRecipe
 
@@ -68,7 +68,9 @@ def finetune(
     mixed_precision: Annotated[
         str | None, typer.Option(help=f"{' or '.join(PRECISIONS)}; {_default('mixed_precision')}")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the initial values and the order of the data.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MAX_SEED, help="Of the initial values and the order of the data.")
+    ] = None,
     evaluate_every: Annotated[
         int | None, typer.Option(help=f"Updates between two measurements; {_default('evaluate_every')}")
     ] = None,

@@ -14,7 +14,8 @@ DeviceOption = Annotated[str | None, typer.Option(help="Device, such as cpu or c
 DtypeOption = Annotated[
     str | None, typer.Option(help=f"Type to compute in: {', '.join(DTYPES)}; float32 on a CPU, bfloat16 elsewhere.")
 ]
-SeedOption = Annotated[int, typer.Option(help="Picture i is drawn with seed + i.")]
+MAX_SEED = 2**62  # torch takes 64 bits; pictures count on from here
+SeedOption = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Picture i is drawn with seed + i.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Pictures per call of the pipeline.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
