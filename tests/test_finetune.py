@@ -27,6 +27,7 @@ from msfp_cli.finetune import timestep_weights
 from msfp_cli.noise import OutputError
 from msfp_cli.recipe import FinetuneRecipe, ModelSource
 from msfp_cli.recording import Recording
+from msfp_cli.rows import join_rows
 from msfp_cli.run import Run
 from msfp_cli.training import Trainer
 from msfp_cli.tuned import Tuned
@@ -233,6 +234,19 @@ def test_recording_of_another_model_is_refused(
     again = msfp("calibrate", model, "--overwrite", "--num-images", 2, "--steps", 2, "--device", "cpu")
     assert again.exit_code == 0, again.stderr
     assert msfp("finetune", *OPTIONS).exit_code == 0
+
+
+def test_denoiser_whose_rows_cannot_be_told_is_refused(
+    fresh_run: FreshRun, msfp: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fresh_run()
+    monkeypatch.setattr(
+        "msfp_cli.batches.join_rows",
+        lambda picked: [replace(joined, output=joined.output.roll(1, 0)) for joined in join_rows(picked)],
+    )
+    message = only_line(msfp("finetune", *OPTIONS), 1)
+    assert message.startswith("transformer does not answer recorded rows, taken from several calls, as it did before")
+    assert not state(run).exists()
 
 
 def test_recording_that_is_not_the_calibrations_is_refused(fresh_run: FreshRun, msfp: Invoke) -> None:

@@ -1,13 +1,15 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from msfp_cli.chain import RecordOptions, record_both
 from msfp_cli.denoiser import DenoiserCall, call_with, find_denoisers
 from msfp_cli.loading import load_pipeline
-from msfp_cli.recording import Recording
+from msfp_cli.recipe import ModelSource
 from msfp_cli.rows import join_rows, take_rows
 from msfp_cli.run import Run
 
@@ -23,6 +25,8 @@ def denoise(
     added: dict[str, Tensor] | None = None,
     residuals: list[Tensor] | None = None,
     img_ids: Tensor | None = None,
+    image_rotary_emb: tuple[Tensor, ...] = (),
+    encoder_hidden_states: Tensor | None = None,
     strength: float = 1.0,
 ) -> Tensor:
     """Has arguments of every kind that diffusers' denoisers take, and works on each row for itself."""
@@ -30,7 +34,11 @@ def denoise(
     output = sample * (moment if moment.ndim > 1 else moment.reshape(-1, 1)) * strength
     for extra in (text, (added or {}).get("text"), *(residuals or [])):
         output = output if extra is None else output + extra
-    return output if img_ids is None else output + img_ids.sum()
+    if encoder_hidden_states is not None:  # one or several for each row
+        output = output + encoder_hidden_states.reshape(len(sample), -1, 4).sum(dim=1)
+    for shared in (img_ids, *image_rotary_emb):
+        output = output if shared is None else output + shared.sum()
+    return output
 
 
 def call(seed: int, timestep: Tensor | float, rows: int = 3, **arguments: Any) -> DenoiserCall:  # noqa: ANN401 (any argument)
@@ -42,7 +50,17 @@ def call(seed: int, timestep: Tensor | float, rows: int = 3, **arguments: Any) -
 def everything(seed: int, timestep: Tensor | float, rows: int = 3) -> DenoiserCall:
     text, *residuals = (draw(rows, 4, seed=100 * seed + i) for i in range(3))
     ids = draw(rows, 2)  # as many positions as there are rows
-    return call(seed, timestep, rows, added={"text": text}, residuals=residuals, img_ids=ids, strength=0.5)
+    return call(
+        seed,
+        timestep,
+        rows,
+        added={"text": text},
+        residuals=residuals,
+        img_ids=ids,
+        image_rotary_emb=(ids, ids + 1),
+        encoder_hidden_states=draw(2 * rows, 4, seed=seed),
+        strength=0.5,
+    )
 
 
 def test_rows_of_a_call_give_the_rows_of_its_output() -> None:
@@ -84,6 +102,15 @@ def test_timestep_of_each_token_stays_one_of_each_token() -> None:
     torch.testing.assert_close(denoise(**joined.arguments), joined.output)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_entries_of_a_row_stay_with_it(rows: int) -> None:
+    """As the text of a video, which comes again for every frame."""
+    one, other = (call(s, 7.0 - s, rows, encoder_hidden_states=draw(5 * rows, 4, seed=9 + s)) for s in range(2))
+    (joined,) = join_rows([(one, rows - 1), (other, 0), (one, 0)])
+    assert joined.arguments["encoder_hidden_states"].shape == (15, 4)
+    torch.testing.assert_close(denoise(**joined.arguments), joined.output)
+
+
 def test_calls_of_other_batches_are_joined() -> None:
     (joined,) = join_rows([(call(0, 7.0, rows=3), 2), (call(1, 3.0, rows=1), 0)])
     torch.testing.assert_close(denoise(**joined.arguments), joined.output)
@@ -119,11 +146,16 @@ PIPELINES = ("DDIM", "DiT", "Flux", "PixArtSigma", "StableDiffusion", "StableDif
 
 
 @pytest.mark.parametrize("name", [f"{kind}Pipeline" for kind in PIPELINES])
-def test_denoisers_answer_joined_rows_as_they_did_before(name: str, calibrated: Callable[[str], Run]) -> None:
-    run = calibrated(name)
-    (component, denoiser), *_ = find_denoisers(load_pipeline(run.load_calibration().source, "cpu")).items()
-    calls = list(Recording(run.recording).calls(component))
-    assert len({call.timestep for call in calls}) > 1
+def test_denoisers_answer_joined_rows_as_they_did_before(
+    name: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = ModelSource(model=str(tiny(name)))
+    pipe = load_pipeline(source, "cpu")
+    options = RecordOptions(num_images=4, num_inference_steps=2, batch_size=3)
+    recording, _ = record_both(pipe, Run(tmp_path), source, options)
+    ((component, denoiser),) = find_denoisers(pipe).items()
+    calls = list(recording.calls(component))
+    assert len({call.timestep for call in calls}) > 1 and len(calls[0].output) >= 3
     picked = [(call, (3 * i + 1) % len(call.output)) for i, call in enumerate(calls)]
     (joined,) = join_rows(picked)
     with torch.no_grad():

@@ -19,11 +19,12 @@ from torch import nn
 
 from msfp_cli.batches import Batches
 from msfp_cli.calibration import Calibration
-from msfp_cli.denoiser import find_denoisers
+from msfp_cli.denoiser import call_with, find_denoisers
 from msfp_cli.denoising import loss_weights
 from msfp_cli.digest import fingerprint
 from msfp_cli.errors import MsfpError, RunError, TrainingError, UsageError
 from msfp_cli.loading import choose_device, load_pipeline
+from msfp_cli.noise import OutputError
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recipe import FinetuneRecipe
 from msfp_cli.recording import Recording
@@ -33,7 +34,8 @@ from msfp_cli.student import Student
 from msfp_cli.training import Trainer
 from msfp_cli.tuned import Tuned
 
-_OPTIONS = {"lanes": "--gradient-accumulation", "mixed_precision": "--mixed-precision"}
+_OPTIONS = {"lanes": "--gradient-accumulation"}  # where the field's name is not the option's
+_UNLIKE = 0.01  # relative squared error that no order of summing explains, in any precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,7 @@ def _trainer(
 ) -> Trainer:
     """Put together what trains one denoiser."""
     batches = Batches(recording, component, batch_size=recipe.batch_size, lanes=recipe.lanes, seed=recipe.seed)
+    _refuse_unlike_answer(denoiser, component, batches)
     unit = timestep_unit(batches.timesteps)
     return Trainer(
         Student(denoiser, calibration.table(component), calibration.scales[component], recipe, unit),
@@ -182,6 +185,22 @@ def _refuse_other_model(denoiser: nn.Module, component: str, recording: Recordin
         raise RunError(
             f"{recording.directory} is of another model than {calibration.source.model} is now; "
             "run `msfp calibrate --overwrite`"
+        )
+
+
+@torch.no_grad()
+def _refuse_unlike_answer(denoiser: nn.Module, component: str, batches: Batches) -> None:
+    """Refuse a denoiser that does not answer the rows of an update as it did when they were recorded.
+
+    Rows are told by the shapes of the arguments; where that fails it would be trained on another row's prompt.
+    """
+    error = OutputError()
+    for call in batches.batch(0, 0):
+        error.add(0.0, call_with(denoiser, call.arguments), call.output)
+    if not error.relative() <= _UNLIKE:
+        raise RunError(
+            f"{component} does not answer recorded rows, taken from several calls, as it did before (relative error "
+            f"{error.relative():.2g}), so it cannot be trained on them; please report the pipeline"
         )
 
 

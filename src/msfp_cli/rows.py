@@ -9,26 +9,10 @@ from torch import Tensor
 
 from msfp_cli.denoiser import DenoiserCall
 
-# Arguments whose first dimension is a position and never the batch, whatever its size.
-_POSITIONS = ("img_ids", "txt_ids", "image_rotary_emb")
-
-
-def take_rows(call: DenoiserCall, rows: Tensor) -> DenoiserCall:
-    """Return a call of some rows of the batch only.
-
-    Arguments:
-        rows: int64, ``(rows,)``; every tensor whose first dimension is the batch is indexed by it.
-    """
-    batch = call.output.shape[0]
-
-    def take(value: Any) -> Any:  # noqa: ANN401 (a tree of arguments)
-        if isinstance(value, Tensor):
-            return value[rows] if _has_rows(value, batch) else value
-        if isinstance(value, dict):
-            return {key: item if key in _POSITIONS else take(item) for key, item in value.items()}
-        return type(value)(take(item) for item in value) if isinstance(value, list | tuple) else value
-
-    return replace(call, arguments=take(call.arguments), output=call.output[rows])
+# Arguments whose first dimension is never the batch, whatever its size.
+_POSITIONS = ("img_ids", "txt_ids", "image_rotary_emb", "padding_mask")
+# Arguments that may have several entries for each row of the batch, one after another (one a frame of a video).
+_FOLDED = ("encoder_hidden_states",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +30,15 @@ class JoinedCall:
     output: Tensor
 
 
+def take_rows(call: DenoiserCall, rows: Tensor) -> DenoiserCall:
+    """Return a call of some rows of the batch only.
+
+    Arguments:
+        rows: int64, ``(rows,)``; every tensor whose first dimension is the batch is indexed by it.
+    """
+    return replace(call, arguments=_merge([_take(call.arguments, rows, len(call.output))]), output=call.output[rows])
+
+
 def join_rows(picked: Sequence[tuple[DenoiserCall, int]]) -> list[JoinedCall]:
     """Join rows of several calls, whose timesteps may differ.
 
@@ -58,51 +51,53 @@ def join_rows(picked: Sequence[tuple[DenoiserCall, int]]) -> list[JoinedCall]:
     """
     groups: list[list[tuple[DenoiserCall, int, Any]]] = []
     for call, row in picked:
-        arguments = _one_row(call.arguments, row, len(call.output))
-        group = next((group for group in groups if _alike(group[0][2], arguments)), None)
+        own = call.arguments | {"timestep": _of_each_row(call.arguments["timestep"], len(call.output))}
+        taken = _take(own, torch.tensor([row]), len(call.output))
+        group = next((group for group in groups if _alike(group[0][2], taken)), None)
         if group is None:
             groups.append(group := [])
-        group.append((call, row, arguments))
+        group.append((call, row, taken))
     return [
         JoinedCall(
             timesteps=tuple(call.timestep for call, _, _ in group),
-            arguments=_stack([arguments for _, _, arguments in group]),
+            arguments=_merge([taken for _, _, taken in group]),
             output=torch.stack([call.output[row] for call, row, _ in group]),
         )
         for group in groups
     ]
 
 
+def _of_each_row(timestep: Any, batch: int) -> Tensor:  # noqa: ANN401 (tensor or number, as the pipeline passes it)
+    """Return the timestep of each row; in some video models it is one of each token of each row."""
+    each: Tensor = torch.as_tensor(timestep)
+    return each if each.ndim and len(each) == batch else each.reshape(-1)[:1].expand(batch)
+
+
 @dataclass(frozen=True)
-class _Row:
-    """One row of a tensor whose first dimension is the batch."""
+class _Rows:
+    """Some rows of a tensor whose first dimension is the batch."""
 
     values: Tensor
 
 
-def _one_row(value: Any, row: int, batch: int, name: str = "") -> Any:  # noqa: ANN401 (a tree of arguments)
-    """Return a tree of arguments with a `_Row` for every tensor that has rows, and for the timestep."""
-    if name == "timestep":  # of the batch, of each row, or (video) of each token of each row
-        timestep = torch.as_tensor(value)
-        return _Row(timestep[row] if _has_rows(timestep, batch) else timestep.reshape(-1)[0])
+def _take(value: Any, rows: Tensor, batch: int, name: str = "") -> Any:  # noqa: ANN401 (a tree of arguments)
+    """Return a tree of arguments with `_Rows` for every tensor that has rows."""
+    if name in _POSITIONS:
+        return value
     if isinstance(value, Tensor):
-        return _Row(value[row]) if name not in _POSITIONS and _has_rows(value, batch) else value
+        if not value.ndim or not (len(value) == batch or (name in _FOLDED and len(value) % batch == 0)):
+            return value
+        return _Rows(value.reshape(batch, len(value) // batch, *value.shape[1:])[rows].flatten(0, 1))
     if isinstance(value, dict):
-        return {key: _one_row(item, row, batch, key) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_one_row(item, row, batch) for item in value)
-    return value
-
-
-def _has_rows(value: Tensor, batch: int) -> bool:
-    return value.ndim > 0 and len(value) == batch
+        return {key: _take(item, rows, batch, key) for key, item in value.items()}
+    return type(value)(_take(v, rows, batch, name) for v in value) if isinstance(value, list | tuple) else value
 
 
 def _alike(one: Any, other: Any) -> bool:  # noqa: ANN401 (trees of arguments)
     """Whether two trees differ in nothing but what their rows hold."""
     if type(one) is not type(other):
         return False
-    if isinstance(one, _Row):
+    if isinstance(one, _Rows):
         return (one.values.dtype, one.values.shape) == (other.values.dtype, other.values.shape)
     if isinstance(one, Tensor):
         return one.dtype == other.dtype and bool(torch.equal(one, other))
@@ -113,13 +108,13 @@ def _alike(one: Any, other: Any) -> bool:  # noqa: ANN401 (trees of arguments)
     return bool(one == other)
 
 
-def _stack(trees: Sequence[Any]) -> Any:  # noqa: ANN401 (trees of arguments)
+def _merge(trees: Sequence[Any]) -> Any:  # noqa: ANN401 (trees of arguments)
     """Return one tree of batches."""
     first = trees[0]
-    if isinstance(first, _Row):
-        return torch.stack([tree.values for tree in trees])
+    if isinstance(first, _Rows):
+        return torch.cat([tree.values for tree in trees])
     if isinstance(first, dict):
-        return {key: _stack([tree[key] for tree in trees]) for key in first}
+        return {key: _merge([tree[key] for tree in trees]) for key in first}
     if isinstance(first, list | tuple):
-        return type(first)(map(_stack, zip(*trees, strict=True)))
+        return type(first)(map(_merge, zip(*trees, strict=True)))
     return first
