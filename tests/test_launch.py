@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from msfp_cli.commands import launch
+from msfp_cli.commands.console import LEFT_ALONE, STOPPED, guarded
 from msfp_cli.processes import ALONE, Processes
 
 Script = Callable[[str], int]
@@ -65,8 +66,50 @@ def test_process_that_waits_for_one_that_failed_is_taken_along(run: Script, capf
     assert capfd.readouterr() == ("", "error 0\n")
 
 
-def test_process_that_is_killed_is_a_failure(run: Script) -> None:
-    assert run("[ $RANK = 1 ] && kill -9 $$; exit 0") == 1
+@pytest.mark.parametrize("other", ["exit 0", "exec sleep 100", f"exit {LEFT_ALONE}"], ids=["ends", "waits", "notices"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_process_that_is_killed_is_a_failure_that_is_explained(
+    rank: int, other: str, run: Script, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(f"[ $RANK = {rank} ] && kill -9 $$; {other}") == 1
+    line = "error: a process was killed, probably because memory ran out; --num-processes 1 needs less\n"
+    assert capfd.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_process_that_failed_first_says_why(rank: int, run: Script, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(f"if [ $RANK = {rank} ]; then echo error {rank} >&2; exit 2; fi; exit {LEFT_ALONE}") == 2
+    assert capfd.readouterr() == ("", f"error {rank}\n")
+
+
+def test_process_that_loses_the_other_leaves_the_word_to_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lose() -> None:
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2. Good luck!")
+
+    for size, code, lines in ((None, 1, 1), ("2", LEFT_ALONE, 0)):
+        if size:
+            monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(typer.Exit) as ended:
+            guarded(lose)()
+        assert (ended.value.exit_code, capsys.readouterr().err.count("\n")) == (code, lines)
+
+
+def test_polite_kill_of_the_launcher_is_heard_by_all(tmp_path: Path) -> None:
+    script = f"#!/bin/sh\ncd '{tmp_path}'\ntrap 'touch saved$RANK; exit 1' TERM\ntouch began$RANK\n"
+    (tmp_path / "python").write_text(f"{script}while true; do sleep 0.1; done\n")
+    (tmp_path / "python").chmod(0o755)
+    launcher = subprocess.Popen([sys.executable, "-c", launching(tmp_path)], env=outside(), stdin=subprocess.DEVNULL)
+    wait_for(tmp_path, "began")
+    launcher.terminate()
+    wait_for(tmp_path, "saved")
+    assert launcher.wait(20) == 1
+
+
+def test_processes_that_end_by_a_polite_kill_were_stopped(run: Script, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("kill $$; exec sleep 100") == 1
+    assert capfd.readouterr() == ("", f"error: {STOPPED}\n")
 
 
 @pytest.mark.parametrize(("launched", "ends"), [("1", True), (None, False)])
@@ -91,16 +134,23 @@ def test_launched_process_ends_when_its_input_does(launched: str | None, ends: b
 def test_input_of_launched_processes_ends_when_the_launcher_is_killed(tmp_path: Path) -> None:
     (tmp_path / "python").write_text(f"#!/bin/sh\ncd '{tmp_path}'\ntouch began$RANK\ncat\ntouch ended$RANK\n")
     (tmp_path / "python").chmod(0o755)
-    code = (
-        f"import sys; from msfp_cli.commands import launch; sys.executable = '{tmp_path}/python'; launch.share_out(2)"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
-    launcher = subprocess.Popen([sys.executable, "-c", code], env=environment, stdin=subprocess.DEVNULL)
+    launcher = subprocess.Popen([sys.executable, "-c", launching(tmp_path)], env=outside(), stdin=subprocess.DEVNULL)
     wait_for(tmp_path, "began")
     assert not list(tmp_path.glob("ended*"))
     launcher.kill()
     launcher.wait()
     wait_for(tmp_path, "ended")
+
+
+def launching(directory: Path) -> str:
+    """Return a program that runs a script of this directory as two processes."""
+    start = f"import sys; from msfp_cli.commands import launch; sys.executable = '{directory}/python'; import typer"
+    return f"{start}\ntry:\n    launch.share_out(2)\nexcept typer.Exit as ended:\n    sys.exit(ended.exit_code)"
+
+
+def outside() -> dict[str, str]:
+    """Return the environment of a process that no other has launched."""
+    return {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
 
 
 def wait_for(directory: Path, what: str) -> None:

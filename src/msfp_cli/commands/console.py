@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +23,9 @@ from msfp_cli.errors import MsfpError
 from msfp_cli.progress import Advance
 
 _DEBUG = "MSFP_DEBUG"
+LEFT_ALONE = 75  # exit code of a process that lost another one, which it shared the work with
+STOPPED = "stopped; what was finished is kept, run the same command to go on"
+_GONE = re.compile("Connection (closed|reset) by peer|remote process exited")  # as gloo says it, and NCCL
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -38,6 +42,11 @@ def result(text: str, data: dict[str, Any], *, as_json: bool) -> None:
 def note(text: str) -> None:
     """Print a hint on stderr."""
     stderr().print(Text(text))
+
+
+def say_error(text: str) -> None:
+    """Print what went wrong on stderr."""
+    stderr().print(Text.assemble(("error: ", "bold red"), text))
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -95,8 +104,10 @@ def guarded(command: F) -> F:
         except (Exception, KeyboardInterrupt) as error:
             if os.environ.get(_DEBUG):
                 raise
+            if "WORLD_SIZE" in os.environ and _GONE.search(str(error)):
+                raise typer.Exit(LEFT_ALONE) from None  # the one that ended says why
             message, code = _explain(error)
-            stderr().print(Text.assemble(("error: ", "bold red"), message))
+            say_error(message)
             raise typer.Exit(code) from None
 
     return wrapper  # type: ignore[return-value]
@@ -137,7 +148,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, MsfpError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "stopped; what was finished is kept, run the same command to go on", 1
+        return STOPPED, 1
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
         return "the disk is full; free some space and run the same command to go on", 1
     if isinstance(error, MemoryError) or "out of memory" in str(error):

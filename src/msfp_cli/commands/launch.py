@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -64,7 +65,8 @@ def _cores() -> int:
 def _launch(num_processes: int) -> int:
     """Run this very command line in several processes that know of each other, and return the exit code.
 
-    The first one speaks for all; what another one says is shown only if the first had nothing to complain about.
+    The first one speaks for all; what another one says is shown only if the first had nothing to complain about, or no
+    more than that another was gone. A polite kill is passed on, so that each saves what it has.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -80,20 +82,36 @@ def _launch(num_processes: int) -> int:
         tempfile.TemporaryFile() as aside,
         console.stop_on_interrupt(),
     ):
-        processes = []
+        processes: list[subprocess.Popen[bytes]] = []
+        _pass_on(signal.SIGTERM, processes)
         for rank in range(num_processes):
             own = {**shared, "RANK": rank, "LOCAL_RANK": rank, _THREADS: threads, _LAUNCHED: 1}
             environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
             out, err = (subprocess.DEVNULL, aside) if rank else (None, None)
             processes.append(subprocess.Popen(command, env=environment, stdin=given, stdout=out, stderr=err))
         codes = _wait_for_all(processes)
-        if any(codes) and codes[0] in (0, -signal.SIGKILL):
+        if any(codes) and codes[0] in (0, -signal.SIGKILL, console.LEFT_ALONE):
             aside.seek(0)
             sys.stderr.write(aside.read().decode(errors="replace"))
-    return next((code for code in codes if code > 0), int(any(codes)))
+    failed = [code for code in codes if code > 0 and code != console.LEFT_ALONE]
+    if -signal.SIGTERM in codes:
+        console.say_error(console.STOPPED)
+    elif any(codes) and not failed:
+        console.say_error("a process was killed, probably because memory ran out; --num-processes 1 needs less")
+    return next(iter(failed), int(any(codes)))
 
 
-def _wait_for_all(processes: "list[subprocess.Popen[bytes]]") -> list[int]:
+def _pass_on(number: int, processes: list[subprocess.Popen[bytes]]) -> None:
+    """Let processes hear of a signal that this one gets."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    signal.signal(number, pass_on)
+
+
+def _wait_for_all(processes: list[subprocess.Popen[bytes]]) -> list[int]:
     """Wait until all have ended; one that failed takes the others, who would wait for it, along after a while."""
     while any(process.poll() is None for process in processes):
         if any(process.poll() for process in processes):
