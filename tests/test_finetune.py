@@ -249,6 +249,37 @@ def test_denoiser_whose_rows_cannot_be_told_is_refused(
     assert not state(run).exists()
 
 
+def test_model_of_another_kind_is_refused(
+    tiny: Callable[[str], Path], copied: Callable[..., Path], tmp_path: Path, msfp: Invoke
+) -> None:
+    model = copied(tiny("DiTPipeline"), "model")
+    calibrate_run(Run(tmp_path / "msfp-run"), ModelSource(model=str(model)), TWO_PICTURES, CHEAP, device="cpu")
+    shutil.rmtree(model)
+    shutil.copytree(tiny("DDIMPipeline"), model)
+    assert "is of another model than" in only_line(msfp("finetune", *OPTIONS), 1)
+
+
+def test_calibration_without_quantized_weights_has_nothing_to_train(tiny: Callable[[str], Path], msfp: Invoke) -> None:
+    options = ("--num-images", 2, "--steps", 2, "--device", "cpu", "--weights", "none")
+    result = msfp("calibrate", tiny("DDIMPipeline"), *options)
+    assert result.stderr.splitlines()[-1] == "next: msfp export", result.stderr
+    message = only_line(msfp("finetune", *OPTIONS), 1)
+    assert message == "no layer has a quantized weight, so there is nothing to train; run `msfp export`"
+    assert msfp("export", "--device", "cpu").exit_code == 0
+
+
+def test_model_is_loaded_in_the_type_it_was_recorded_in(
+    tiny: Callable[[str], Path], tmp_path: Path, msfp: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the device of fine-tuning would make of it."""
+    source = ModelSource(model=str(tiny("DDIMPipeline")))
+    with monkeypatch.context() as patch:
+        patch.setattr("msfp_cli.loading.choose_dtype", lambda dtype, device: torch.float16)
+        calibrate_run(Run(tmp_path / "msfp-run"), source, TWO_PICTURES, CHEAP, device="cpu")
+    result = msfp("finetune", *OPTIONS)
+    assert result.exit_code == 0, result.stderr
+
+
 def test_recording_that_is_not_the_calibrations_is_refused(fresh_run: FreshRun, msfp: Invoke) -> None:
     run = fresh_run()
     shutil.rmtree(run.recording)
@@ -297,6 +328,16 @@ def test_going_on_with_other_settings_names_the_difference(
     for resume in ((), ("--resume",)):
         assert message in only_line(msfp("finetune", *options, *resume), 1)
     assert state(run).read_bytes() == before
+
+
+def test_fine_tuning_of_another_recording_is_refused(tiny: Callable[[str], Path], msfp: Invoke) -> None:
+    """Even where the formats do not depend on it."""
+    options = ("--num-images", 2, "--steps", 2, "--activations", "none", "--lift", 0, "--device", "cpu")
+    for seed in (0, 1):
+        assert msfp("calibrate", tiny("DDIMPipeline"), *options, "--overwrite", "--seed", seed).exit_code == 0
+        if not seed:
+            assert msfp("finetune", *OPTIONS).exit_code == 0
+    assert "began with another calibration" in only_line(msfp("finetune", *OPTIONS), 1)
 
 
 def test_fine_tuning_of_another_calibration_is_explained_everywhere(fresh_run: FreshRun, msfp: Invoke) -> None:

@@ -127,10 +127,14 @@ class Calibration:
             if layer.parameters.weight is not None or layer.parameters.input is not None
         }
 
+    def tunable(self) -> tuple[str, ...]:
+        """List the components that have a layer to fine-tune."""
+        return tuple(c for c in self.layers if any(parameters.tunable for parameters in self.table(c).values()))
+
     def identity(self) -> str:
-        """Return a digest of all that fine-tuning begins with: layers' parameters and weight scales."""
+        """Return a digest of all that fine-tuning begins with: recording, layers' parameters and weight scales."""
         tables = {component: {n: p.to_json() for n, p in self.table(component).items()} for component in self.layers}
-        text = json.dumps(tables, sort_keys=True).encode()
+        text = json.dumps([self.source.to_json(), self.record.to_json(), tables], sort_keys=True).encode()
         return hashlib.sha256(text + digest(_flatten(self.scales)).encode()).hexdigest()
 
     def save(self, directory: Path, *, overwrite: bool = False) -> None:

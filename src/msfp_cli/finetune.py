@@ -9,7 +9,7 @@ to mean 1 over the sampler's steps. Held-out calls say which state is best, and 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from msfp_cli.denoising import loss_weights
 from msfp_cli.digest import fingerprint
 from msfp_cli.errors import MsfpError, RunError, TrainingError, UsageError
 from msfp_cli.loading import choose_device, load_pipeline
-from msfp_cli.noise import OutputError
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recipe import FinetuneRecipe
 from msfp_cli.recording import Recording
@@ -87,7 +86,8 @@ def finetune_run(
         stop: asked after each update; when true, the state is saved and training ends.
 
     Raises:
-        RunError: the run has no calibration, its recording is of another model, or its fine-tuning has other settings.
+        RunError: the run has no calibration or no quantized weight, its recording is of another model, or its
+            fine-tuning has other settings.
         TrainingError: training diverged, or ran out of memory.
     """
     calibration = run.load_calibration()
@@ -98,13 +98,10 @@ def finetune_run(
     known = {} if restart else _saved(run, calibration, recipe)
     on_cpu = choose_device(device) == "cpu"  # accelerate does not find out by itself, and numbers the one there is
     accelerator = Accelerator(cpu=on_cpu)
-    denoisers = find_denoisers(
-        load_pipeline(calibration.source, "cpu" if on_cpu else device or str(accelerator.device))
-    )
+    denoisers = _load_denoisers(calibration, recording, "cpu" if on_cpu else device or str(accelerator.device))
     reports = list[FinetuneReport]()
-    for component in calibration.layers:
+    for component in calibration.tunable():
         denoiser = denoisers.pop(component)
-        _refuse_other_model(denoiser, component, recording, calibration)
         if gradient_checkpointing:
             _enable_checkpointing_(denoiser)
         with _explain_memory():
@@ -120,6 +117,26 @@ def finetune_run(
         if not finished:
             break
     return reports
+
+
+def _load_denoisers(calibration: Calibration, recording: Recording, device: str) -> dict[str, nn.Module]:
+    """Load the denoisers in the type they were recorded in, which by default follows from the device of that time.
+
+    Raises:
+        RunError: there is nothing to train, or one is not the model that was recorded.
+    """
+    if not calibration.tunable():
+        raise RunError("no layer has a quantized weight, so there is nothing to train; run `msfp export`")
+    recorded = str(recording.shard(0)[0].output.dtype).removeprefix("torch.")
+    denoisers = find_denoisers(load_pipeline(replace(calibration.source, dtype=recorded), device))
+    for component in calibration.tunable():
+        denoiser = denoisers.get(component)
+        if denoiser is None or fingerprint(denoiser) != recording.recipe.get("fingerprint", {}).get(component):
+            raise RunError(
+                f"{recording.directory} is of another model than {calibration.source.model} is now; "
+                "run `msfp calibrate --overwrite`"
+            )
+    return denoisers
 
 
 def _trainer(
@@ -179,29 +196,20 @@ def _refuse_other_recording(recording: Recording, calibration: Calibration) -> N
         )
 
 
-def _refuse_other_model(denoiser: nn.Module, component: str, recording: Recording, calibration: Calibration) -> None:
-    """Refuse a model that has changed since it was recorded."""
-    if fingerprint(denoiser) != recording.recipe.get("fingerprint", {}).get(component):
-        raise RunError(
-            f"{recording.directory} is of another model than {calibration.source.model} is now; "
-            "run `msfp calibrate --overwrite`"
-        )
-
-
 @torch.no_grad()
 def _refuse_unlike_answer(denoiser: nn.Module, component: str, batches: Batches) -> None:
     """Refuse a denoiser that does not answer the rows of an update as it did when they were recorded.
 
     Rows are told by the shapes of the arguments; where that fails it would be trained on another row's prompt.
     """
-    error = OutputError()
     for call in batches.batch(0, 0):
-        error.add(0.0, call_with(denoiser, call.arguments), call.output)
-    if not error.relative() <= _UNLIKE:
-        raise RunError(
-            f"{component} does not answer recorded rows, taken from several calls, as it did before (relative error "
-            f"{error.relative():.2g}), so it cannot be trained on them; please report the pipeline"
-        )
+        recorded = call.output.float()
+        error = (call_with(denoiser, call.arguments).float().cpu() - recorded).square().sum() / recorded.square().sum()
+        if error > _UNLIKE:
+            raise RunError(
+                f"{component} does not answer recorded rows, taken from several calls, as it did before (relative "
+                f"error {error:.2g}), so it cannot be trained on them; please report the pipeline"
+            )
 
 
 def _saved(run: Run, calibration: Calibration, recipe: FinetuneRecipe) -> dict[str, Tuned]:

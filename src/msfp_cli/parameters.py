@@ -31,6 +31,11 @@ class LayerParameters:
         if self.lookup and (self.input is not None or self.hub > 1):
             raise ValueError("a table has one set of weights, and no input to round")
 
+    @property
+    def tunable(self) -> bool:
+        """Whether fine-tuning has a hub for the layer: it multiplies by a quantized weight."""
+        return self.weight is not None and not self.lookup
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; floats are exact in float32 and survive the trip."""
         return {

@@ -198,7 +198,7 @@ class Run:
         except RunError:
             return f"msfp finetune --restart{option}"
         if any(not t.finished for t in tuned.values()) or (
-            tuned.keys() != calibration.layers.keys() and not self._export()
+            tuned.keys() != set(calibration.tunable()) and not self._export()
         ):
             return f"msfp finetune{option}"
         if self._export() is None:

@@ -248,4 +248,4 @@ def tune_layers_(
 
 def tuned_names(table: Mapping[str, LayerParameters]) -> list[str]:
     """List the layers that have a hub, in the order of the router's rows: those that multiply by a quantized weight."""
-    return [name for name, parameters in table.items() if parameters.weight is not None and not parameters.lookup]
+    return [name for name, parameters in table.items() if parameters.tunable]

@@ -168,9 +168,10 @@ def _recipe(run: "Run", chosen: dict[str, Any], resume: bool | None, processes: 
     if resume and not saved:
         raise RunError(f"{run.directory} holds no fine-tuning to go on with; leave --resume out to begin")
     base = next(iter(saved.values())).recipe if saved else FinetuneRecipe()
-    recipe = replace(base, **{"lanes": calls_per_update(base.lanes, processes), **chosen})
+    lanes = base.lanes if saved else calls_per_update(base.lanes, processes)
+    recipe = replace(base, **{"lanes": lanes, **chosen})
     done = [component for component, tuned in saved.items() if tuned.finished and tuned.recipe == recipe]
-    return recipe, len(done) == len(calibration.layers)
+    return recipe, len(done) == len(calibration.tunable())
 
 
 def _show(run: "Run", reports: "list[FinetuneReport]", *, as_json: bool) -> None:
