@@ -22,6 +22,7 @@ from msfp_cli.recording import Recording
 from msfp_cli.rows import JoinedCall, join_rows
 
 _MAX_CACHED_BYTES = 2 << 30
+_ALIGNED = 0.2
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -50,15 +51,17 @@ class Batches:
     def share_out_(self, weights: Mapping[float, float]) -> None:
         """Give each timestep a share of the rows: half of them equally, half in proportion to `weights`.
 
-        Then the shares are scaled a little, so that where possible every lane's stretch ends where a timestep does.
+        Where that changes no share by more than a fifth, every lane's stretch is made to end where a timestep does.
         """
         total, count = sum(weights[timestep] for timestep in self.timesteps), len(self.timesteps)
         if not 0 < total < math.inf:
             return
         shares = torch.tensor([0.5 / count + 0.5 * weights[t] / total for t in self.timesteps], dtype=torch.float64)
         stretch = ((shares.cumsum(0) - shares / 2) * self._lanes).long()
-        shares /= torch.zeros(self._lanes, dtype=torch.float64).index_add_(0, stretch, shares)[stretch]
-        shares /= shares.sum()
+        factors = 1 / torch.zeros(self._lanes, dtype=torch.float64).index_add_(0, stretch, shares)[stretch]
+        aligned = shares * factors / (shares @ factors)
+        if (aligned / shares - 1).abs().max() <= _ALIGNED:
+            shares = aligned
         self.shares = dict(zip(self.timesteps, shares.tolist(), strict=True))
 
     def drawn(self, step: int, lane: int) -> list[float]:
