@@ -90,7 +90,7 @@ def train_peft(calibration: Calibration, batches: Batches, clock: Clock) -> None
         if clock.done():
             return
         for call in (call for lane in range(recipe.lanes) for call in batches.batch(step, lane)):
-            loss = (call_with(unet, call.arguments) - call.output).square().mean() / recipe.lanes
+            loss = (call_with(unet, call.arguments, call.output) - call.output).square().mean() / recipe.lanes
             loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -1,3 +1,4 @@
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -5,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from msfp_cli.denoiser import DenoiserCall, find_denoisers, replay, watch_calls
+from msfp_cli.denoiser import DenoiserCall, find_denoisers, replay, watch_calls, watch_steps
 from msfp_cli.errors import ModelError
 
 
@@ -154,6 +155,33 @@ def test_watching_does_not_change_the_output() -> None:
     denoiser = Denoiser()
     output, _ = watched(denoiser, draw(1), 3.0)
     assert torch.equal(output[0], denoiser(draw(1), 3.0)[0])
+
+
+class Scheduler:
+    def step(self, model_output: Tensor, timestep: int, sample: Tensor, eta: float = 0.0) -> Tensor:
+        return sample - model_output * (1 + eta)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["of the class", "of the object"])
+def test_steps_are_seen_and_not_changed(own: bool) -> None:
+    scheduler, seen, (output, sample) = Scheduler(), list[Tensor](), torch.randn(2, 3)
+    if own:
+        scheduler.step = scheduler.step
+    before = scheduler.step
+    with watch_steps(scheduler, seen.append):
+        assert list(inspect.signature(scheduler.step).parameters) == ["model_output", "timestep", "sample", "eta"]
+        for got in (
+            scheduler.step(output, 7, sample, eta=1.0),
+            scheduler.step(model_output=output, timestep=7, sample=sample, eta=1.0),
+        ):
+            assert torch.equal(got, sample - 2 * output)
+    assert len(seen) == 2 and all(each is output for each in seen)
+    assert scheduler.step == before and ("step" in vars(scheduler)) == own
+
+
+def test_what_has_no_steps_is_left_alone() -> None:
+    with watch_steps(None, lambda output: pytest.fail("no step")), watch_steps(object(), lambda output: None):
+        pass
 
 
 def test_replay_repeats_the_output_without_gradients() -> None:

@@ -21,7 +21,7 @@ from conftest import CHEAP, FEW_UPDATES, TWO_PICTURES, Invoke, only_error, only_
 from msfp_cli.chain import calibrate_run
 from msfp_cli.commands import launch
 from msfp_cli.commands.console import stop_on_interrupt
-from msfp_cli.commands.finetune import calls_per_update
+from msfp_cli.commands.finetune import _recipe, calls_per_update
 from msfp_cli.errors import RunError
 from msfp_cli.finetune import timestep_weights
 from msfp_cli.noise import OutputError
@@ -328,6 +328,14 @@ def test_going_on_with_other_settings_names_the_difference(
     for resume in ((), ("--resume",)):
         assert message in only_line(msfp("finetune", *options, *resume), 1)
     assert state(run).read_bytes() == before
+
+
+def test_processes_that_go_on_keep_the_number_of_calls(fresh_run: FreshRun) -> None:
+    run = fresh_run()
+    assert _recipe(run, {}, None, 3) == (replace(FinetuneRecipe(), lanes=3), False)
+    train(run, replace(FEW_UPDATES, steps=1, lanes=2))
+    assert _recipe(run, {}, None, 3)[0].lanes == 2
+    assert _recipe(run, {}, False, 3)[0].lanes == 3
 
 
 def test_fine_tuning_of_another_recording_is_refused(tiny: Callable[[str], Path], msfp: Invoke) -> None:

@@ -11,8 +11,9 @@ from diffusers import DDIMPipeline, DiffusionPipeline
 
 from conftest import Invoke
 from msfp_cli.chain import RecordOptions, record_both, record_recipes
+from msfp_cli.denoiser import find_denoisers, replay
 from msfp_cli.errors import CalibrationError, ModelError, RunError
-from msfp_cli.loading import default_prompts
+from msfp_cli.loading import default_prompts, load_pipeline
 from msfp_cli.recipe import ModelSource, RecordRecipe
 from msfp_cli.record import record_calls
 from msfp_cli.recording import Recording
@@ -87,6 +88,31 @@ def test_every_call_of_every_picture_is_recorded(
     with torch.no_grad():
         for call in calls:
             assert torch.equal(tiny_pipe.unet(**call.arguments).sample, call.output)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "recorded"),
+    [
+        ("DiTPipeline", 8, 4),
+        ("PixArtSigmaPipeline", 8, 4),
+        ("StableDiffusionPipeline", 4, 4),
+        ("FluxPipeline", None, None),
+    ],
+)
+def test_variance_that_the_pipeline_throws_away_is_not_recorded(
+    name: str, channels: int | None, recorded: int | None, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = ModelSource(model=str(tiny(name)))
+    pipe = load_pipeline(source, "cpu")
+    options = RecordOptions(num_images=2, num_inference_steps=2, batch_size=2)
+    recording, _ = record_both(pipe, Run(tmp_path), source, options)
+    ((component, denoiser),) = find_denoisers(pipe).items()
+    for call in recording.calls(component):
+        whole = denoiser(**call.arguments, return_dict=False)[0]
+        assert (whole.shape[1], call.output.shape[1]) == (channels or whole.shape[1], recorded or whole.shape[1])
+        torch.testing.assert_close(replay(denoiser, call), call.output)
+        torch.testing.assert_close(whole[:, : call.output.shape[1]], call.output)
+    assert "step" not in vars(pipe.scheduler)
 
 
 def test_pictures_are_recorded_alike_in_any_batch(

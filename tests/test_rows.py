@@ -159,4 +159,6 @@ def test_denoisers_answer_joined_rows_as_they_did_before(
     picked = [(call, (3 * i + 1) % len(call.output)) for i, call in enumerate(calls)]
     (joined,) = join_rows(picked)
     with torch.no_grad():
-        torch.testing.assert_close(call_with(denoiser, joined.arguments), joined.output, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            call_with(denoiser, joined.arguments, joined.output), joined.output, rtol=1e-4, atol=1e-4
+        )

@@ -351,3 +351,10 @@ def test_tuned_layer_outside_the_route_says_so() -> None:
     route.close()
     with pytest.raises(MsfpError, match="ran outside its denoiser"):
         layers["conv"](input_of(layers["conv"].layer))
+
+
+@pytest.mark.parametrize("growth", [-1e4, 1e4, 1e308])
+def test_grid_that_ran_away_is_still_a_number(growth: float) -> None:
+    """The training loss says that it diverged."""
+    moved = moved_input(Grid(FloatFormat.parse("ue2m2"), 0.1, -0.2), growth, 0.0)
+    assert 0 <= moved.scale < math.inf

@@ -208,7 +208,7 @@ def test_half_precision_trains_alike(uninterrupted: Tuned, fresh_run: FreshRun) 
     tuned = train(fresh_run(), replace(FEW_UPDATES, mixed_precision="bf16"))
     assert tuned.history[0] == uninterrupted.history[0]  # measured in full precision
     for ours, theirs in zip(uninterrupted.history[1:], tuned.history[1:], strict=True):
-        assert theirs.loss == pytest.approx(ours.loss, rel=0.05)
+        assert theirs.loss == pytest.approx(ours.loss, rel=0.1)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(
@@ -282,11 +282,10 @@ def test_best_state_is_on_disk_when_training_diverges(fresh_run: FreshRun, monke
     assert any(tensor.any() for name, tensor in kept.state("best").items() if "lora_b" in name)
 
 
-def call_in_float16(denoiser: nn.Module, arguments: dict[str, Any]) -> torch.Tensor:
+def call_in_float16(denoiser: nn.Module, arguments: dict[str, Any], recorded: torch.Tensor) -> torch.Tensor:
     """Call a denoiser with arguments of another type than was recorded."""
-    return call_with(
-        denoiser, {k: v.half() if k != "timestep" and torch.is_tensor(v) else v for k, v in arguments.items()}
-    )
+    halved = {k: v.half() if k != "timestep" and torch.is_tensor(v) else v for k, v in arguments.items()}
+    return call_with(denoiser, halved, recorded)
 
 
 def test_gradients_that_float16_cannot_hold_are_not_lost(

@@ -5,6 +5,7 @@ own ``forward`` sees each call, and `replay` repeats one. So classifier-free gui
 vectors and any scheduler come along without a line about them.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ class DenoiserCall:
         component: the pipeline's name for the denoiser, e.g. ``unet``.
         timestep: the timestep it was called with, in the denoiser's own unit.
         arguments: all arguments by name; tensors, plain values, and lists or dicts of them.
-        output: what it returned, without the wrapping tuple.
+        output: what it returned, without the wrapping tuple, and without channels that the pipeline throws away.
     """
 
     component: str
@@ -103,16 +104,48 @@ def watch_calls(denoisers: dict[str, nn.Module], seen: Callable[[DenoiserCall], 
             handle.remove()
 
 
-def call_with(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
-    """Call `denoiser` with recorded arguments and return its output, with gradients where they are enabled."""
+@contextmanager
+def watch_steps(scheduler: Any, seen: Callable[[Tensor], None]) -> Iterator[None]:  # noqa: ANN401 (any diffusers scheduler)
+    """Give every model output that the pipeline passes to its scheduler's ``step`` to `seen` while the context is open.
+
+    A scheduler without ``step``, or none at all, is left alone.
+    """
+    step = getattr(scheduler, "step", None)
+    if step is None:
+        yield
+        return
+
+    @functools.wraps(step)  # pipelines look at its signature
+    def watched(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (as each scheduler has it)
+        seen(args[0] if args else kwargs["model_output"])
+        return step(*args, **kwargs)
+
+    before = vars(scheduler).get("step")
+    scheduler.step = watched
+    try:
+        yield
+    finally:
+        if before is None:
+            del scheduler.step
+        else:
+            scheduler.step = before
+
+
+def call_with(denoiser: nn.Module, arguments: Mapping[str, Any], recorded: Tensor) -> Tensor:
+    """Call `denoiser` with recorded arguments, with gradients where they are enabled.
+
+    Returns:
+        Those channels of its output that were recorded.
+    """
     device = next(denoiser.parameters()).device
-    return _first(denoiser(**_to_device(dict(arguments), device), return_dict=False))
+    output = _first(denoiser(**_to_device(dict(arguments), device), return_dict=False))
+    return output[:, : recorded.shape[1]]
 
 
 @torch.no_grad()
 def replay(denoiser: nn.Module, call: DenoiserCall) -> Tensor:
     """Call `denoiser` as it was called in `call`, without gradients."""
-    return call_with(denoiser, call.arguments)
+    return call_with(denoiser, call.arguments, call.output)
 
 
 def _to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401 (a tree of arguments)

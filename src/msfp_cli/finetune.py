@@ -204,7 +204,8 @@ def _refuse_unlike_answer(denoiser: nn.Module, component: str, batches: Batches)
     """
     for call in batches.batch(0, 0):
         recorded = call.output.float()
-        error = (call_with(denoiser, call.arguments).float().cpu() - recorded).square().sum() / recorded.square().sum()
+        answer = call_with(denoiser, call.arguments, recorded).float().cpu()
+        error = (answer - recorded).square().sum() / recorded.square().sum()
         if error > _UNLIKE:
             raise RunError(
                 f"{component} does not answer recorded rows, taken from several calls, as it did before (relative "

@@ -1,12 +1,14 @@
 """Record the denoiser's calls while the stock pipeline runs."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from msfp_cli.denoiser import DenoiserCall, find_denoisers, watch_calls
+from msfp_cli.denoiser import DenoiserCall, find_denoisers, watch_calls, watch_steps
 from msfp_cli.denoising import denoising_factors
 from msfp_cli.digest import fingerprint
 from msfp_cli.errors import CalibrationError, ModelError, RunError
@@ -24,6 +26,7 @@ class _Watcher:
     def __init__(self, pipe: Any, recording: Recording, num_runs: int, max_bytes: int) -> None:  # noqa: ANN401
         self.pipe, self.recording, self.num_runs, self.max_bytes = pipe, recording, num_runs, max_bytes
         self.calls: list[DenoiserCall] = []
+        self.channels: set[int] = set()  # of what reached the scheduler
         self.checked = False
 
     def __call__(self, call: DenoiserCall) -> None:
@@ -36,6 +39,23 @@ class _Watcher:
         if not self.checked:
             self.checked = True
             self._check_size(call)
+
+    def see_used(self, model_output: Tensor) -> None:
+        """Note how many channels reach the scheduler."""
+        self.channels.add(model_output.shape[1])
+
+    def used_calls(self) -> list[DenoiserCall]:
+        """Return the calls without what the pipeline threw away: the variance that DiT, for one, predicts as well.
+
+        Such a denoiser returns twice the channels that reach the scheduler, and the pipelines keep the first half.
+        """
+        if len(self.channels) != 1:
+            return self.calls
+        (used,) = self.channels
+        return [
+            replace(call, output=call.output[:, :used].contiguous()) if call.output.shape[1] == 2 * used else call
+            for call in self.calls
+        ]
 
     def _check_size(self, call: DenoiserCall) -> None:
         """Estimate the whole recording from its first call: what changes at each step is the sample and the output."""
@@ -105,8 +125,8 @@ def record_calls(
             watcher = _Watcher(pipe, recording, len(missing), max_bytes)
             first = index * recipe.batch_size
             conditions = recipe.conditions[first : first + recipe.batch_size]
-            with watch_calls(denoisers, watcher):
+            with watch_calls(denoisers, watcher), watch_steps(getattr(pipe, "scheduler", None), watcher.see_used):
                 call_pipeline(pipe, conditions, sampling, first=first, output_type="latent")
-            recording.write_shard(index, watcher.calls, _factors(pipe))
+            recording.write_shard(index, watcher.used_calls(), _factors(pipe))
             advance(len(conditions))
     return recording

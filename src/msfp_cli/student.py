@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from msfp_cli.noise import OutputError
 from msfp_cli.parameters import LayerParameters
 from msfp_cli.recipe import FinetuneRecipe
 from msfp_cli.router import Choice, Router
+from msfp_cli.rows import JoinedCall
 from msfp_cli.surgery import store_layers_
 from msfp_cli.talora import moved_input, tune_layers_, tuned_names
 
@@ -72,9 +72,9 @@ class Student(nn.Module):
                 choices[i] = choices[i]._replace(input=moved_input(grid, *moved))
         return routed
 
-    def forward(self, arguments: Mapping[str, Any]) -> Tensor:
-        """Return the denoiser's output for the arguments of a recorded call, within `at`."""
-        return call_with(self.denoiser, arguments)
+    def forward(self, call: DenoiserCall | JoinedCall) -> Tensor:
+        """Return the denoiser's output for a recorded call, within `at`."""
+        return call_with(self.denoiser, call.arguments, call.output)
 
     def is_float16(self) -> bool:
         """Whether what passes between its layers is in float16."""
@@ -97,5 +97,5 @@ class Student(nn.Module):
         error = OutputError()
         for call in calls:
             with self.at([call.timestep]):
-                error.add(call.timestep, self(call.arguments), call.output)
+                error.add(call.timestep, self(call), call.output)
         return error

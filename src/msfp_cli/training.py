@@ -145,7 +145,7 @@ class Trainer:
         learning = "router" in self.kinds and self.step % _ROUTE_EVERY == 1  # before the first update members are alike
         with self.student.at(call.timesteps, learning=learning):
             with self._precision():
-                output = self.student(call.arguments)
+                output = self.student(call)
             error = (output.float() - call.output.to(output.device).float()).square().flatten(1).mean(dim=1)
             weights = [self.weights[t] / (shares[t] * len(shares) * rows) for t in call.timesteps]
             loss = error @ error.new_tensor(weights)
