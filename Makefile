@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/msfp demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check src tests examples benchmarks
