@@ -120,15 +120,15 @@ def finetune_run(
 
 
 def _load_denoisers(calibration: Calibration, recording: Recording, device: str) -> dict[str, nn.Module]:
-    """Load the denoisers in the type they were recorded in, which by default follows from the device of that time.
+    """Load the denoisers in the type they were recorded in: if nobody chose it, that of the device of that time.
 
     Raises:
         RunError: there is nothing to train, or one is not the model that was recorded.
     """
     if not calibration.tunable():
         raise RunError("no layer has a quantized weight, so there is nothing to train; run `msfp export`")
-    recorded = str(recording.shard(0)[0].output.dtype).removeprefix("torch.")
-    denoisers = find_denoisers(load_pipeline(replace(calibration.source, dtype=recorded), device))
+    dtype = calibration.source.dtype or str(recording.shard(0)[0].output.dtype).removeprefix("torch.")
+    denoisers = find_denoisers(load_pipeline(replace(calibration.source, dtype=dtype), device))
     for component in calibration.tunable():
         denoiser = denoisers.get(component)
         if denoiser is None or fingerprint(denoiser) != recording.recipe.get("fingerprint", {}).get(component):
