@@ -18,7 +18,7 @@ from msfp_cli.recipe import CalibrateRecipe, FinetuneRecipe, ModelSource
 from msfp_cli.report import write_report
 from msfp_cli.run import Run
 
-_RECORDED, _UPDATES, _PICTURES = 40, 100, 24
+_RECORDED, _UPDATES, _PICTURES = 40, 75, 24
 _PROMPTS = (
     "a red dress",
     "a photo of a blue sneaker",
@@ -55,7 +55,7 @@ def run_demo(directory: Path, *, device: str | None = None, progress: Progress =
     calibration = calibrate_run(run, source, few, CalibrateRecipe(), device=device, overwrite=True, progress=progress)
     # The defaults are made for thousands of updates: so few want a lower rate, and weights that look at the picture.
     recipe = FinetuneRecipe(
-        steps=_UPDATES, batch_size=8, lanes=1, learning_rate=0.02, loss_power=1.0, evaluate_every=_UPDATES // 2
+        steps=_UPDATES, batch_size=8, lanes=1, learning_rate=0.02, loss_power=1.0, evaluate_every=_UPDATES
     )
     finetune_run(run, recipe, device=device, restart=True, progress=progress)
     export = directory / "export"
