@@ -230,7 +230,7 @@ def ladder(arguments: argparse.Namespace) -> str:
     in_processes(arguments, [task("train", job) for jobs in zip(*grid.values(), strict=True) for job in reversed(jobs)])
     best = {rung: min(jobs, key=lambda job: held_out_error(work, job)) for rung, jobs in grid.items()}
     seeded = {rung: [replace(best[rung], seed=seed) for seed in range(arguments.seeds)] for rung in RUNGS}
-    jobs = [job for several in seeded.values() for job in several]
+    jobs = [job for same in zip(*seeded.values(), strict=True) for job in same]
     in_processes(arguments, [task("train", job) for job in jobs])
     befores = [["--test-calibrated", formats] for formats in ("signed", "mixed")]
     in_processes(arguments, befores + [task("test", job) for job in jobs])
