@@ -22,7 +22,7 @@ from msfp_cli.recording import Recording
 from msfp_cli.rows import JoinedCall, join_rows
 
 _MAX_CACHED_BYTES = 2 << 30
-_ALIGNED = 0.2
+_ALIGNED = 0.2  # of a share: more than that is not worth one rounding of each weight
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 

@@ -124,7 +124,9 @@ class Trainer:
             for call in self.batches.batch(self.step, lane):
                 own += self._backward(call)
         if self._scale != 1:
-            torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], 1 / self._scale)
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.div_(self._scale)
         loss, stopping = self._share(own, stop)
         norms = [nn.utils.clip_grad_norm_(parameters, _CLIP) for parameters in self.kinds.values()]
         if not math.isfinite(loss) or not all(bool(norm.isfinite()) for norm in norms):

@@ -12,7 +12,7 @@ from msfp_cli.commands.options import DeviceOption, JsonOption
 _HELP = """Walk the whole chain on the built-in pipeline; no network, a few minutes on two cores.
 
 It ends with a report (one HTML page) and a picture of four rows, same seeds: full precision, plain signed FP4, MSFP as
-calibrated, and fine-tuned by 100 updates.
+calibrated, and shortly fine-tuned.
 
 Examples:
 
