@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 from typer.testing import CliRunner, Result
 
 import msfp_cli.chain
@@ -25,6 +26,7 @@ from msfp_cli.asked import EvaluateOptions
 from msfp_cli.calibration import Calibration
 from msfp_cli.chain import RecordOptions, calibrate_run, record_both
 from msfp_cli.commands import app
+from msfp_cli.denoiser import DenoiserCall, find_denoisers
 from msfp_cli.evaluate import evaluate_run
 from msfp_cli.evaluation import Evaluation
 from msfp_cli.export import ExportReport, export_
@@ -106,6 +108,15 @@ def train(run: Run, recipe: FinetuneRecipe = FEW_UPDATES, **options: object) -> 
     """Fine-tune a run that has one denoiser, and return its saved state."""
     (report,) = finetune_run(run, recipe, device="cpu", **options)
     return Tuned.load(Path(report.file))
+
+
+def record_few(model: Path, directory: Path, **options: int) -> tuple[DiffusionPipeline, nn.Module, list[DenoiserCall]]:
+    """Record two steps of a pipeline that has one denoiser; return it, the denoiser and its calls."""
+    source = ModelSource(model=str(model))
+    pipe = load_pipeline(source, "cpu")
+    recording, _ = record_both(pipe, Run(directory), source, RecordOptions(num_inference_steps=2, **options))
+    ((component, denoiser),) = find_denoisers(pipe).items()
+    return pipe, denoiser, list(recording.calls(component))
 
 
 def settle(tuned: Tuned, num_layers: int = 5) -> Tuned:

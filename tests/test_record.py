@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DiffusionPipeline
 
-from conftest import Invoke
+from conftest import Invoke, record_few
 from msfp_cli.chain import RecordOptions, record_both, record_recipes
-from msfp_cli.denoiser import find_denoisers, replay
+from msfp_cli.denoiser import replay
 from msfp_cli.errors import CalibrationError, ModelError, RunError
-from msfp_cli.loading import default_prompts, load_pipeline
+from msfp_cli.loading import default_prompts
 from msfp_cli.recipe import ModelSource, RecordRecipe
 from msfp_cli.record import record_calls
 from msfp_cli.recording import Recording
@@ -102,12 +102,8 @@ def test_every_call_of_every_picture_is_recorded(
 def test_variance_that_the_pipeline_throws_away_is_not_recorded(
     name: str, channels: int | None, recorded: int | None, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    source = ModelSource(model=str(tiny(name)))
-    pipe = load_pipeline(source, "cpu")
-    options = RecordOptions(num_images=2, num_inference_steps=2, batch_size=2)
-    recording, _ = record_both(pipe, Run(tmp_path), source, options)
-    ((component, denoiser),) = find_denoisers(pipe).items()
-    for call in recording.calls(component):
+    pipe, denoiser, calls = record_few(tiny(name), tmp_path, num_images=2)
+    for call in calls:
         whole = denoiser(**call.arguments, return_dict=False)[0]
         assert (whole.shape[1], call.output.shape[1]) == (channels or whole.shape[1], recorded or whole.shape[1])
         torch.testing.assert_close(replay(denoiser, call), call.output)

@@ -6,12 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from msfp_cli.chain import RecordOptions, record_both
-from msfp_cli.denoiser import DenoiserCall, call_with, find_denoisers
-from msfp_cli.loading import load_pipeline
-from msfp_cli.recipe import ModelSource
+from conftest import record_few
+from msfp_cli.denoiser import DenoiserCall, call_with
 from msfp_cli.rows import join_rows, take_rows
-from msfp_cli.run import Run
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -149,12 +146,7 @@ PIPELINES = ("DDIM", "DiT", "Flux", "PixArtSigma", "StableDiffusion", "StableDif
 def test_denoisers_answer_joined_rows_as_they_did_before(
     name: str, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    source = ModelSource(model=str(tiny(name)))
-    pipe = load_pipeline(source, "cpu")
-    options = RecordOptions(num_images=4, num_inference_steps=2, batch_size=3)
-    recording, _ = record_both(pipe, Run(tmp_path), source, options)
-    ((component, denoiser),) = find_denoisers(pipe).items()
-    calls = list(recording.calls(component))
+    _, denoiser, calls = record_few(tiny(name), tmp_path, num_images=4, batch_size=3)
     assert len({call.timestep for call in calls}) > 1 and len(calls[0].output) >= 3
     picked = [(call, (3 * i + 1) % len(call.output)) for i, call in enumerate(calls)]
     (joined,) = join_rows(picked)
