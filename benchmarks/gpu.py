@@ -1,6 +1,6 @@
 """Check the kernels for NVIDIA GPUs, and time denoisers with them: one command, under 8 minutes, one table.
 
-    python benchmarks/gpu.py [--models a,b] [--budget SECONDS] [--calls N] [--mode MODE] [--markdown FILE] [--tiles]
+    python benchmarks/gpu.py [--models a,b] [--rows a,b] [--budget SECONDS] [--calls N] [--markdown FILE] [--tiles]
 
 First every path of the kernels runs layers of all kinds against the formula in float64 on the CPU; the largest error of
 each path is shown, and the exit status is 1 where one is too large. Then come a UNet with the configuration of Stable
@@ -11,7 +11,7 @@ the peak is torch's, from the first call on, compilation included. ``compiled`` 
 with CUDA graphs (``--mode reduce-overhead``), for bf16 and for ours alike.
 
 A model is a process of its own, so that a failure costs its rows only. What does not fit the budget is left out, and
-the table says so; ``--models`` measures it alone. ``--tiles`` times every tile of the product instead.
+the table says so; ``--models`` and ``--rows`` measure it alone. ``--tiles`` times every tile of the product instead.
 """
 
 import argparse
@@ -122,7 +122,11 @@ def time_calls(called: Callable[..., Any], arguments: dict[str, Any], calls: int
     """Return the median milliseconds of a call, and the peak of memory since before the first."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(4):  # compile, record CUDA graphs, and replay them
+    begun = time.perf_counter()
+    called(**arguments)
+    torch.cuda.synchronize()
+    print(f"first call: {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
+    for _ in range(3):  # record CUDA graphs, and replay them
         called(**arguments)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
     for start, end in events:
@@ -153,7 +157,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
         denoiser = model.kind(**model.config).to(torch.bfloat16).eval().requires_grad_(False)
     arguments, prepared = to_gpu(arguments_of(name.removesuffix("-16"), denoiser, model.rows)), "bf16"
-    for row, in_time in rows_in_time(ROWS, options.seconds, time.perf_counter):
+    for row, in_time in rows_in_time(options.rows.split(","), options.seconds, time.perf_counter):
         if not in_time:
             print(json.dumps({"row": row, "failed": OUT_OF_TIME}), flush=True)
             continue
@@ -185,7 +189,7 @@ def seconds_for(name: str, left: float, waiting: Sequence[str]) -> float:
 def run_part(name: str, seconds: float, options: argparse.Namespace) -> list[Figures]:
     """Run a part in a process of its own, and return what it printed before it ended, or the time did."""
     command = [sys.executable, __file__, "--measure", name, "--seconds", str(seconds)]
-    command += ["--calls", str(options.calls), "--mode", options.mode]
+    command += ["--rows", options.rows, "--calls", str(options.calls), "--mode", options.mode]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         printed, complaints = process.communicate(timeout=seconds)
@@ -203,14 +207,14 @@ def run_part(name: str, seconds: float, options: argparse.Namespace) -> list[Fig
     return found
 
 
-def table(results: dict[str, list[Figures]]) -> list[str]:
+def table(results: dict[str, list[Figures]], wanted: Sequence[str] = ROWS) -> list[str]:
     """Return the table of all models; a row that is missing says why."""
     lines = ["| denoiser | | milliseconds a call | times bf16 compiled | peak, MB |", "|---|---|---|---|---|"]
     for name, found in results.items():
         rows = {figures["row"]: figures for figures in found if "row" in figures}
         ended = next((figures["ended"] for figures in found if "ended" in figures), OUT_OF_TIME)
         base = rows.get(BASE, {}).get("milliseconds")
-        for row in ROWS:
+        for row in wanted:
             figures = rows.get(row, {"failed": ended})
             if "failed" in figures:
                 lines.append(f"| {MODELS[name].title} | {row} | {figures['failed']} | | |")
@@ -240,6 +244,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS), help="which of them")
+    parser.add_argument("--rows", default=",".join(ROWS), help="which of the table's rows")
     parser.add_argument("--no-checks", action="store_true", help="leave the checks out")
     parser.add_argument("--budget", type=float, default=460, help="seconds in all")
     parser.add_argument("--calls", type=int, default=20, help="timed calls")
@@ -249,9 +254,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=460, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.models.split(",") if name not in MODELS]
-    if unknown:
-        parser.error(f"unknown model {unknown[0]!r}; choose from {', '.join(MODELS)}")
+    for what, chosen, known in (("model", options.models, MODELS), ("row", options.rows, ROWS)):
+        unknown = [name for name in chosen.split(",") if name not in known]
+        if unknown:
+            parser.error(f"unknown {what} {unknown[0]!r}; choose from {', '.join(known)}")
     return options
 
 
@@ -281,7 +287,7 @@ def main() -> int:
             lines += [*checked, ""]
         else:
             results[name] = found
-    lines += table(results)
+    lines += table(results, options.rows.split(","))
     print("\n".join(lines))
     if options.markdown:
         options.markdown.write_text("\n".join(lines) + "\n")

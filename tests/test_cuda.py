@@ -39,12 +39,14 @@ from test_kernels import (
 )
 
 GPU = torch.cuda.is_available()
-TRITON = find_spec("triton") is not None and (GPU or os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
+TRITON = INTERPRETED or (find_spec("triton") is not None and GPU)
 without_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device")
 without_triton = pytest.mark.skipif(not TRITON, reason="needs Triton, and a GPU or TRITON_INTERPRET=1 from the start")
+without_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1 from the start")
 PATHS = [
     pytest.param("torch"),
-    pytest.param("triton", marks=[without_triton]),
+    pytest.param("triton", marks=[without_interpreter]),
     pytest.param("gpu", marks=[without_gpu]),
 ]
 FORMATS = ["e1m2", "e2m1", "e3m0", "ue1m3", "ue2m2", "ue3m1", "ue4m0", "e2m5", "ue3m5", "ue1m7"]
@@ -467,7 +469,7 @@ def test_tile_is_not_much_larger_than_the_output_and_keeps_the_gpu_busy(
     assert tile.windows < max(2 * windows, least.windows + 1) and tile.outs < max(2 * outs, least.outs + 1)
     count = -(-windows // tile.windows) * -(-outs // tile.outs)
     others = [other for other in ops.TILES if other.windows < 2 * windows and other.outs < 2 * outs]
-    assert count >= processors or tile == (others or [least])[-1]
+    assert count >= 1.5 * processors or tile == (others or [least])[-1]
 
 
 SHARED = {80: 163, 89: 99, 90: 227, 120: 99}  # KiB of shared memory that a program may take, by compute capability

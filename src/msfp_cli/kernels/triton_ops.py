@@ -11,8 +11,9 @@ Linear layer is a picture one pixel wide. Sums stay in int32 registers; the shif
 of window, and the conversion to the output's type happen on the way out. Which set of weights runs is read from the
 GPU's memory, so a hub costs no copy and no synchronisation, and CUDA graphs may record it.
 
-The tile is chosen from `TILES` by size: the largest that still gives every processor of the GPU one. Nothing is tuned
-at run time, so that the first call is as quick as the next; ``benchmarks/gpu.py --tiles`` shows whether it is the best.
+The tile is chosen from `TILES` by size: the largest of which there are three for every two processors of the GPU, the
+best on an H100 or near it (docs/gpu.md). Nothing is tuned at run time; ``benchmarks/gpu.py --tiles`` shows what is best
+on another GPU. Sizes of pictures are not specialized on, so that a denoiser's levels share builds.
 
 Import this module only where Triton is installed. With ``TRITON_INTERPRET=1`` it runs on a CPU, for tests.
 """
@@ -48,7 +49,6 @@ class Tile(NamedTuple):
 
 
 TILES = (
-    Tile(128, 128, 64, 8, 4),
     Tile(128, 64, 64, 4, 4),
     Tile(64, 64, 64, 4, 4),
     Tile(64, 32, 128, 4, 4),
@@ -58,10 +58,10 @@ TILES = (
 
 
 def choose_tile(windows: int, outs: int, processors: int) -> Tile:
-    """Return the largest tile of which there is one per processor of the GPU; the smallest that fits, failing that."""
+    """Return the largest tile of which there are 1.5 per processor of the GPU; the smallest that fits, failing that."""
     fitting = [tile for tile in TILES if tile.windows < 2 * windows and tile.outs < 2 * outs] or [TILES[-1]]
     for tile in fitting:
-        if triton.cdiv(windows, tile.windows) * triton.cdiv(outs, tile.outs) >= processors:
+        if triton.cdiv(windows, tile.windows) * triton.cdiv(outs, tile.outs) >= 1.5 * processors:
             return tile
     return fitting[-1]
 
@@ -89,7 +89,7 @@ def _round(steps, largest, SIGNED: tl.constexpr, MANTISSA: tl.constexpr):
 
 
 # fmt: off
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "per_picture"])
 def round_kernel(
     x, numbers, member, low, high, pixels, channels,
     per_picture, per_channel, per_pixel, largest,
@@ -136,7 +136,7 @@ def _tile_of(program, tiles_down, tiles_across):
 
 
 # fmt: off
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "rows", "columns", "windows", "per_picture"])
 def multiply_kernel(
     codes, weights, member, factors, constants, offsets, y,
     height, width, channels, rows, columns, windows, outs, row,
