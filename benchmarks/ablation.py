@@ -31,13 +31,14 @@ import torch
 from material import UNSEEN
 from safetensors.torch import load_file, save_file
 
-from msfp_cli.atomic import replace_file, write_text
-from msfp_cli.chain import RecordOptions, calibrate_run
-from msfp_cli.denoiser import find_denoisers
-from msfp_cli.export import load_calibrated
-from msfp_cli.finetune import finetune_run
-from msfp_cli.generation import Sampling, call_pipeline
-from msfp_cli.loading import (
+from msfp_cli.calibration.calibrate import calibrate_run
+from msfp_cli.calibration.recipe import CalibrateRecipe
+from msfp_cli.checkpoint.export import load_calibrated
+from msfp_cli.files import replace_file, write_text
+from msfp_cli.finetuning.finetune import finetune_run
+from msfp_cli.finetuning.recipe import FinetuneRecipe
+from msfp_cli.pipelines.denoiser import find_denoisers
+from msfp_cli.pipelines.loading import (
     BUILT_IN,
     BUILT_IN_GUIDANCE,
     BUILT_IN_STEPS,
@@ -45,10 +46,12 @@ from msfp_cli.loading import (
     load_pipeline,
     quiet_libraries,
 )
-from msfp_cli.noise import output_error
-from msfp_cli.recipe import CalibrateRecipe, FinetuneRecipe, ModelSource, RecordRecipe
-from msfp_cli.record import record_calls
-from msfp_cli.recording import Recording
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline
+from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.recording.compare import output_error
+from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
+from msfp_cli.recording.record import record_calls
+from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 
 SOURCE = ModelSource(model=BUILT_IN)

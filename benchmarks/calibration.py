@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from material import RECORD, UNSEEN
 
-from msfp_cli.calibrate import calibrate_
-from msfp_cli.calibration import Calibration
-from msfp_cli.chain import record_recipes
-from msfp_cli.loading import BUILT_IN, BUILT_IN_GUIDANCE, load_pipeline, quiet_libraries
-from msfp_cli.recipe import CalibrateRecipe, ModelSource, RecordRecipe
-from msfp_cli.record import record_calls
-from msfp_cli.recording import Recording
+from msfp_cli.calibration.calibrate import calibrate_
+from msfp_cli.calibration.recipe import CalibrateRecipe
+from msfp_cli.calibration.result import Calibration
+from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, load_pipeline, quiet_libraries
+from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.recording.recipe import RecordRecipe
+from msfp_cli.recording.record import record_calls, record_recipes
+from msfp_cli.recording.result import Recording
 
 SOURCE = ModelSource(model=BUILT_IN)
 HELD_OUT_SEED, NUM_HELD_OUT = 9_000_000, 20

@@ -23,18 +23,20 @@ from material import RECORD
 from torch import Tensor, nn
 
 from msfp_cli import recipe
-from msfp_cli.calibrate import calibrate_
-from msfp_cli.calibration import Calibration
-from msfp_cli.chain import record_both
-from msfp_cli.export import load_calibrated
-from msfp_cli.formats import FloatFormat
-from msfp_cli.kernels import cpu
-from msfp_cli.loading import BUILT_IN, BUILT_IN_GUIDANCE, BUILT_IN_STEPS, load_pipeline, quiet_libraries
-from msfp_cli.recipe import CalibrateRecipe, ModelSource
-from msfp_cli.recording import Recording
-from msfp_cli.rounding import Grid, fake_quantize
+from msfp_cli.calibration.calibrate import calibrate_
+from msfp_cli.calibration.recipe import CalibrateRecipe
+from msfp_cli.calibration.result import Calibration
+from msfp_cli.checkpoint.export import load_calibrated
+from msfp_cli.formats.float_format import FloatFormat
+from msfp_cli.formats.rounding import Grid, fake_quantize
+from msfp_cli.layers.kernels import cpu
+from msfp_cli.layers.prepare import prepare_
+from msfp_cli.layers.replace import quantized_layers
+from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, BUILT_IN_STEPS, load_pipeline, quiet_libraries
+from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.recording.record import record_both
+from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
-from msfp_cli.surgery import prepare_, quantized_layers
 
 SOURCE = ModelSource(model=BUILT_IN)
 PROMPTS = ["a red dress", "a blue sneaker", "a green bag", "a yellow t-shirt"]

@@ -92,8 +92,8 @@ def inputs_of(name: str, denoiser: Any) -> Arguments:  # noqa: ANN401 (a diffuse
 def make_float(name: str, directory: Path) -> None:
     """Write the float32 denoiser."""
     if name == "built-in":
-        from msfp_cli.loading import BUILT_IN, load_pipeline
-        from msfp_cli.recipe import ModelSource
+        from msfp_cli.pipelines.loading import BUILT_IN, load_pipeline
+        from msfp_cli.pipelines.source import ModelSource
 
         load_pipeline(ModelSource(model=BUILT_IN), "cpu").unet.save_pretrained(directory)
         return
@@ -105,13 +105,13 @@ def make_float(name: str, directory: Path) -> None:
 @torch.no_grad()
 def make_quantized(name: str, source: Path, directory: Path) -> None:
     """Choose W4A4 formats on one call, with the default recipe's rules but no lift, and write the denoiser."""
-    from msfp_cli.calibrate import search_layer
-    from msfp_cli.denoiser import DenoiserCall
-    from msfp_cli.observe import observe
-    from msfp_cli.quantizer import MSFPConfig, mark_quantized_
-    from msfp_cli.recipe import CalibrateRecipe
-    from msfp_cli.search import SearchSpace
-    from msfp_cli.surgery import find_layers, quantized_layers, store_layers_
+    from msfp_cli.calibration.calibrate import search_layer
+    from msfp_cli.calibration.observe import observe
+    from msfp_cli.calibration.recipe import CalibrateRecipe
+    from msfp_cli.checkpoint.quantizer import MSFPConfig, mark_quantized_
+    from msfp_cli.formats.search import SearchSpace
+    from msfp_cli.layers.replace import find_layers, quantized_layers, store_layers_
+    from msfp_cli.pipelines.denoiser import DenoiserCall
 
     denoiser = CLASSES[name].from_pretrained(source)
     arguments = inputs_of(name, denoiser)
@@ -206,7 +206,7 @@ def peak_bytes() -> int:
 def measure(path: Path, name: str, row: str, calls: int) -> Arguments:
     """Load, call, and return what it took."""
     if row.startswith("msfp"):
-        import msfp_cli.pipeline  # noqa: F401 (libraries are not what loading costs)
+        pass
     before, start = peak_bytes(), time.perf_counter()
     denoiser = load_row(path, name, row)
     loading, loaded = time.perf_counter() - start, peak_bytes()
@@ -233,7 +233,7 @@ def measure(path: Path, name: str, row: str, calls: int) -> Arguments:
 @contextmanager
 def named_rounding() -> Iterator[None]:
     """Let the profiler see the rounding of inputs as one thing."""
-    from msfp_cli.kernels import cpu
+    from msfp_cli.layers.kernels import cpu
 
     plain = cpu.round_to_bytes
 

@@ -24,17 +24,19 @@ import torch
 from accelerate import Accelerator
 from material import RECORD
 
-from msfp_cli.batches import Batches
-from msfp_cli.calibration import Calibration
-from msfp_cli.chain import calibrate_run
-from msfp_cli.denoiser import call_with, find_denoisers
-from msfp_cli.finetune import timestep_weights
-from msfp_cli.loading import BUILT_IN, load_pipeline, quiet_libraries
-from msfp_cli.recipe import CalibrateRecipe, FinetuneRecipe, ModelSource
-from msfp_cli.recording import Recording
+from msfp_cli.calibration.calibrate import calibrate_run
+from msfp_cli.calibration.recipe import CalibrateRecipe
+from msfp_cli.calibration.result import Calibration
+from msfp_cli.finetuning.batches import Batches
+from msfp_cli.finetuning.finetune import timestep_weights
+from msfp_cli.finetuning.recipe import FinetuneRecipe
+from msfp_cli.finetuning.student import Student
+from msfp_cli.finetuning.trainer import Trainer
+from msfp_cli.pipelines.denoiser import call_with, find_denoisers
+from msfp_cli.pipelines.loading import BUILT_IN, load_pipeline, quiet_libraries
+from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
-from msfp_cli.student import Student
-from msfp_cli.training import Trainer
 
 SOURCE = ModelSource(model=BUILT_IN)
 WARM_UP = 3

@@ -100,10 +100,10 @@ def to_gpu(value: Any) -> Any:  # noqa: ANN401
 @torch.no_grad()
 def quantize_(denoiser: nn.Module) -> None:
     """Quantize a denoiser by rule of thumb, where it is."""
-    from msfp_cli.formats import FloatFormat
-    from msfp_cli.layers import LayerParameters
-    from msfp_cli.rounding import Grid
-    from msfp_cli.surgery import find_layers, store_layers_
+    from msfp_cli.formats.float_format import FloatFormat
+    from msfp_cli.formats.rounding import Grid
+    from msfp_cli.layers.quantized import LayerParameters
+    from msfp_cli.layers.replace import find_layers, store_layers_
 
     grids = [("e2m1", 4.0, 0.0), ("ue2m2", 4.0, -0.25), ("e2m5", 4.0, 0.0)]
     signed, unsigned, wide = (Grid(FloatFormat.parse(n), top / FloatFormat.parse(n).largest, z) for n, top, z in grids)

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from msfp_cli.formats import FloatFormat
-from msfp_cli.kernels import cuda
-from msfp_cli.kernels.cuda import Cuda, CudaFp8
-from msfp_cli.layers import LayerParameters, QuantConv2d, QuantLinear
-from msfp_cli.rounding import Grid, quantize
-from msfp_cli.routing import Route
+from msfp_cli.formats.float_format import FloatFormat
+from msfp_cli.formats.rounding import Grid, quantize
+from msfp_cli.layers.kernels import cuda
+from msfp_cli.layers.kernels.cuda import Cuda, CudaFp8
+from msfp_cli.layers.quantized import LayerParameters, QuantConv2d, QuantLinear
+from msfp_cli.layers.routing import Route
 
 FORMATS = ("e1m2", "e2m1", "e3m0", "ue1m3", "ue2m2", "ue3m1", "ue4m0", "e2m5", "ue3m5", "ue1m7")
 LAYERS: dict[str, tuple[tuple[int, ...], dict[str, Any], tuple[int, ...]]] = {

@@ -3,9 +3,9 @@
 Forty prompts are fewer than `msfp calibrate` takes by default: a calibration wants no more, and benchmarks make many.
 """
 
-from msfp_cli.chain import RecordOptions
-from msfp_cli.loading import BUILT_IN, default_prompts
-from msfp_cli.recipe import FinetuneRecipe
+from msfp_cli.finetuning.recipe import FinetuneRecipe
+from msfp_cli.pipelines.loading import BUILT_IN, default_prompts
+from msfp_cli.recording.recipe import RecordOptions
 
 RECORD = RecordOptions(num_images=40)
 # The defaults of that time.

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from msfp_cli.atomic import write_text
+from msfp_cli.files import write_text
 
 
 def put(page: Path, name: str, text: str) -> None:

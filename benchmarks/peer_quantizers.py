@@ -23,18 +23,18 @@ from diffusers import DiffusionPipeline
 from material import RECORD
 from torch import nn
 
-from msfp_cli.calibrate import calibrate_
-from msfp_cli.chain import record_both
-from msfp_cli.denoiser import replay
-from msfp_cli.export import load_calibrated
-from msfp_cli.loading import load_pipeline
-from msfp_cli.observe import observe
-from msfp_cli.parameters import LayerParameters
-from msfp_cli.recipe import CalibrateRecipe
-from msfp_cli.recording import Recording
-from msfp_cli.rounding import Grid
+from msfp_cli.calibration.calibrate import calibrate_
+from msfp_cli.calibration.observe import observe
+from msfp_cli.calibration.recipe import CalibrateRecipe
+from msfp_cli.checkpoint.export import load_calibrated
+from msfp_cli.formats.rounding import Grid
+from msfp_cli.layers.replace import find_layers, store_layers_
+from msfp_cli.layers.scheme import LayerParameters
+from msfp_cli.pipelines.denoiser import replay
+from msfp_cli.pipelines.loading import load_pipeline
+from msfp_cli.recording.record import record_both
+from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
-from msfp_cli.surgery import find_layers, store_layers_
 
 Pipe = Any  # a diffusers pipeline
 DELICATE = ("conv_in", "conv_out", "time_embedding")

@@ -35,15 +35,15 @@ from peer_quantizers import METHODS, Material, Method
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from msfp_cli.atomic import replace_file, write_text
-from msfp_cli.denoiser import replay
-from msfp_cli.generation import Sampling, call_pipeline
-from msfp_cli.loading import BUILT_IN_GUIDANCE, BUILT_IN_STEPS, load_pipeline, quiet_libraries
-from msfp_cli.noise import OutputError
-from msfp_cli.recipe import RecordRecipe
-from msfp_cli.record import record_calls
-from msfp_cli.recording import Recording
-from msfp_cli.surgery import find_layers
+from msfp_cli.files import replace_file, write_text
+from msfp_cli.layers.replace import find_layers
+from msfp_cli.pipelines.denoiser import replay
+from msfp_cli.pipelines.loading import BUILT_IN_GUIDANCE, BUILT_IN_STEPS, load_pipeline, quiet_libraries
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline
+from msfp_cli.recording.compare import OutputError
+from msfp_cli.recording.recipe import RecordRecipe
+from msfp_cli.recording.record import record_calls
+from msfp_cli.recording.result import Recording
 
 HERE = Path(__file__).resolve().parent
 BATCH = 20

@@ -18,17 +18,19 @@ from material import FORMER, RECORD, UNSEEN
 from page import put
 from PIL import Image
 
-from msfp_cli.asked import EvaluateOptions
-from msfp_cli.chain import calibrate_run
-from msfp_cli.evaluate import evaluate_run
-from msfp_cli.evaluation import Evaluation, Measured
-from msfp_cli.export import export_
-from msfp_cli.figures import DISTANCES, FIGURES
-from msfp_cli.finetune import finetune_run
-from msfp_cli.generation import contact_sheet
-from msfp_cli.loading import BUILT_IN, quiet_libraries
-from msfp_cli.recipe import CalibrateRecipe, FinetuneRecipe, ModelSource
+from msfp_cli.calibration.calibrate import calibrate_run
+from msfp_cli.calibration.recipe import CalibrateRecipe
+from msfp_cli.checkpoint.export import export_
+from msfp_cli.evaluation.evaluate import evaluate_run
+from msfp_cli.evaluation.metrics import DISTANCES, FIGURES
+from msfp_cli.evaluation.recipe import EvaluateOptions
+from msfp_cli.evaluation.result import Evaluation, Measured
+from msfp_cli.finetuning.finetune import finetune_run
+from msfp_cli.finetuning.recipe import FinetuneRecipe
+from msfp_cli.pipelines.loading import BUILT_IN, quiet_libraries
+from msfp_cli.pipelines.source import ModelSource
 from msfp_cli.run import Run
+from msfp_cli.sample import contact_sheet
 
 _PLAIN = replace(FORMER, hub_size=1, loss="plain")
 ROWS: dict[str, tuple[CalibrateRecipe, FinetuneRecipe | None]] = {

@@ -13,9 +13,9 @@ import time
 import torch
 from torch import Tensor
 
-from msfp_cli.formats import FloatFormat, formats_of_width
-from msfp_cli.search import SearchSpace, SortedRows, search_rows
-from msfp_cli.surgery import find_layers
+from msfp_cli.formats.float_format import FloatFormat, formats_of_width
+from msfp_cli.formats.search import SearchSpace, SortedRows, search_rows
+from msfp_cli.layers.replace import find_layers
 
 SPACE = SearchSpace()
 

@@ -20,22 +20,26 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from typer.testing import CliRunner, Result
 
-import msfp_cli.chain
+import msfp_cli.calibration.calibrate
 import msfp_cli.demo
-from msfp_cli.asked import EvaluateOptions
-from msfp_cli.calibration import Calibration
-from msfp_cli.chain import RecordOptions, calibrate_run, record_both
-from msfp_cli.commands import app
-from msfp_cli.denoiser import DenoiserCall, find_denoisers
-from msfp_cli.evaluate import evaluate_run
-from msfp_cli.evaluation import Evaluation
-from msfp_cli.export import ExportReport, export_
-from msfp_cli.finetune import FinetuneReport, finetune_run
-from msfp_cli.loading import BUILT_IN, load_pipeline, quiet_libraries
-from msfp_cli.recipe import CalibrateRecipe, FinetuneRecipe, ModelSource
-from msfp_cli.recording import Recording
+from msfp_cli.calibration.calibrate import calibrate_run
+from msfp_cli.calibration.recipe import CalibrateRecipe
+from msfp_cli.calibration.result import Calibration
+from msfp_cli.checkpoint.export import ExportReport, export_
+from msfp_cli.commands.app import app
+from msfp_cli.evaluation.evaluate import evaluate_run
+from msfp_cli.evaluation.recipe import EvaluateOptions
+from msfp_cli.evaluation.result import Evaluation
+from msfp_cli.finetuning.finetune import FinetuneReport, finetune_run
+from msfp_cli.finetuning.recipe import FinetuneRecipe
+from msfp_cli.finetuning.result import Tuned
+from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers
+from msfp_cli.pipelines.loading import BUILT_IN, load_pipeline, quiet_libraries
+from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.recording.recipe import RecordOptions
+from msfp_cli.recording.record import record_both
+from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
-from msfp_cli.tuned import Tuned
 from tiny_pipelines import save_tiny
 
 # Warnings are errors; torch would give some of its own only once, to whichever test comes first.
@@ -310,14 +314,14 @@ def quick(monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path]) -> Itera
             source = dataclasses.replace(source, model=str(tiny("StableDiffusionPipeline")))
         return load_pipeline(source, device)
 
-    monkeypatch.setattr("msfp_cli.loading.built_in_directory", lambda: tiny("StableDiffusionPipeline"))
-    monkeypatch.setattr(msfp_cli.chain, "calibrate_run", calibrate_quickly)
-    monkeypatch.setattr(msfp_cli.chain, "load_pipeline", load_locally)
+    monkeypatch.setattr("msfp_cli.pipelines.loading.built_in_directory", lambda: tiny("StableDiffusionPipeline"))
+    monkeypatch.setattr(msfp_cli.calibration.calibrate, "calibrate_run", calibrate_quickly)
+    monkeypatch.setattr(msfp_cli.calibration.calibrate, "load_pipeline", load_locally)
     monkeypatch.setattr(msfp_cli.demo, "calibrate_run", calibrate_quickly)
     monkeypatch.setattr(msfp_cli.demo, "finetune_run", finetune_quickly)
     monkeypatch.setattr(msfp_cli.demo, "evaluate_run", evaluate_quickly)
-    monkeypatch.setattr("msfp_cli.evaluate.evaluate_run", evaluate_quickly)
-    monkeypatch.setattr("msfp_cli.finetune.finetune_run", finetune_quickly)
+    monkeypatch.setattr("msfp_cli.evaluation.evaluate.evaluate_run", evaluate_quickly)
+    monkeypatch.setattr("msfp_cli.finetuning.finetune.finetune_run", finetune_quickly)
     monkeypatch.setattr("msfp_cli.commands.launch._launch", launch_none)
     monkeypatch.setattr(msfp_cli.demo, "_PROMPTS", msfp_cli.demo._PROMPTS[:2])
     yield

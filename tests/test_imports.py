@@ -1,30 +1,31 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import msfp_cli
+from structure import FLOOR, has_circle, imports_of, modules, upward
 
 SOURCE = Path(msfp_cli.__file__).parent
 
-# Who may import whom at the top of a module: only what stands on the same floor or below, and never in a circle.
-FLOORS = {
-    5: "__main__ commands",
-    4: "calibrate chain demo evaluate export finetune measuring record report sample subjects",
-    3: "batches calibration denoiser evaluation figures gallery generation loading measures noise observe pipeline "
-    "quantizer recording reproduce rows run sensitivity student surgery training tuned",
-    2: "extractors kernels layers plots reference search talora",
-    1: "asked atomic classifier clip cost denoising digest metrics packing parameters processes report_page "
-    "rounding router routing squeezenet",
-    0: "__init__ errors formats keep progress recipe registration",
-}
-FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
-NO_TORCH = ("errors", "formats", "keep", "recipe", "progress", "registration", "atomic")
+NO_TORCH = (
+    "errors",
+    "files",
+    "recipe",
+    "progress",
+    "version",
+    "formats.float_format",
+    "pipelines.source",
+    "recording.recipe",
+    "calibration.keep",
+    "calibration.recipe",
+    "finetuning.recipe",
+    "evaluation.recipe",
+    "checkpoint.registration",
+)
 
 
 def run_python(code: str) -> str:
@@ -33,76 +34,27 @@ def run_python(code: str) -> str:
     return done.stdout.strip()
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(SOURCE).with_suffix("").parts
-    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
-
-
-MODULES = {module_name(path): path for path in SOURCE.rglob("*.py")}
-
-
-def top_level_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Yield what runs on import; ``if TYPE_CHECKING`` does not."""
-    for statement in body:
-        if isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING":
-            continue
-        yield statement
-        for field in ("body", "orelse", "finalbody"):
-            if isinstance(statement, ast.If | ast.Try | ast.With):
-                yield from top_level_statements(getattr(statement, field, []))
-
-
-def imports_of(name: str) -> set[str]:
-    """Return the modules of ours that a module imports at its top."""
-    found = set()
-    for statement in top_level_statements(ast.parse(MODULES[name].read_text()).body):
-        if isinstance(statement, ast.ImportFrom):
-            assert statement.level == 0, f"{name} imports relatively"
-            places = [f"{statement.module}.{alias.name}" for alias in statement.names]
-        elif isinstance(statement, ast.Import):
-            places = [alias.name for alias in statement.names]
-        else:
-            continue
-        for place in places:
-            package, _, rest = place.partition(".")
-            if package == "msfp_cli":
-                names = rest.split(".")
-                longest = next((".".join(names[:n]) for n in (2, 1) if ".".join(names[:n]) in MODULES), "__init__")
-                found.add(longest)
-    return found - {name}
-
-
-def floor(name: str) -> int:
-    return FLOOR_OF[name.split(".")[0]]
+MODULES = modules(SOURCE)
+IMPORTS = {name: imports_of(path, MODULES) - {name} for name, path in MODULES.items()}
 
 
 def test_the_walk_sees_the_imports_it_is_to_judge() -> None:
-    assert imports_of("layers") == {
-        "formats",
-        "kernels",
-        "kernels.kernel",
-        "kernels.lookup",
-        "kernels.simulated",
-        "packing",
-        "parameters",
-        "rounding",
-        "routing",
-    }
-    assert imports_of("kernels.simulated") == {"kernels.kernel", "rounding"}
-    assert imports_of("export") >= {"__init__", "calibration", "quantizer"}
-    assert imports_of("commands") >= {"commands.calibrate", "commands.console"}
-    assert imports_of("__main__") == {"commands"}
+    assert {"formats.rounding", "formats.packing"} <= IMPORTS["layers.quantized"]
+    assert "checkpoint.quantizer" in IMPORTS["checkpoint.registration"]  # inside of a function
+    assert IMPORTS["__main__"] == {"commands.app"}
+    assert upward({"formats.search": {"layers.scheme", "errors"}}) == [("formats.search", "layers.scheme")]
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_imports_only_go_down(name: str) -> None:
-    for imported in imports_of(name):
-        assert floor(imported) <= floor(name), f"{name} imports {imported}, which stands above it"
+def test_every_package_has_its_place() -> None:
+    assert {name.split(".")[0] for name in MODULES} == FLOOR.keys()
+
+
+def test_imports_only_go_down() -> None:
+    assert upward(IMPORTS) == []
 
 
 def test_imports_form_no_circle() -> None:
-    order = list(TopologicalSorter({name: imports_of(name) for name in MODULES}).static_order())
-    assert len(order) == len(MODULES)
+    assert not has_circle(IMPORTS)
 
 
 def test_no_module_is_a_drawer() -> None:
@@ -111,7 +63,7 @@ def test_no_module_is_a_drawer() -> None:
 
 def test_package_and_commands_import_no_heavy_library() -> None:
     heavy = run_python(
-        "import sys, msfp_cli, msfp_cli.commands\n"
+        "import sys, msfp_cli, msfp_cli.commands.app\n"
         "print(*{'torch', 'diffusers', 'transformers', 'numpy', 'accelerate'} & sys.modules.keys())"
     )
     assert heavy == ""
@@ -152,7 +104,7 @@ def test_unknown_public_name_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "imports", ["import msfp_cli; from diffusers import DiffusionPipeline", "import msfp_cli.quantizer"]
+    "imports", ["import msfp_cli; from diffusers import DiffusionPipeline", "import msfp_cli.checkpoint.quantizer"]
 )
 def test_diffusers_imported_later_knows_our_format(imports: str) -> None:
     printed = run_python(

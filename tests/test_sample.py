@@ -9,9 +9,9 @@ from PIL import Image
 from typer.testing import Result
 
 from conftest import Chained, Invoke
-from msfp_cli.generation import Sampling, contact_sheet
-from msfp_cli.loading import load_pipeline
-from msfp_cli.sample import Sheet, save_pictures
+from msfp_cli.pipelines.loading import load_pipeline
+from msfp_cli.pipelines.sampling import Sampling
+from msfp_cli.sample import Sheet, contact_sheet, save_pictures
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from train_classifier import tint
 from train_fashion import TINTS, load_clothing
 
-from msfp_cli.extractors import load_extractor
+from msfp_cli.evaluation.features.extractors import load_extractor
 
 
 def main(

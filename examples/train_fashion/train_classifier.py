@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from train_fashion import TINTS, Clothing, load_clothing
 
-from msfp_cli.classifier import COLOURS, GarmentClassifier
+from msfp_cli.evaluation.features.fashion import COLOURS, GarmentClassifier
 
 assert tuple(TINTS) == COLOURS
 

@@ -7,35 +7,38 @@ loads an export. Everything else is imported when it is first asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from msfp_cli.registration import register
+from msfp_cli.checkpoint.registration import register
+from msfp_cli.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from msfp_cli.calibrate import calibrate_
-    from msfp_cli.calibration import Calibration, quantize_
+    from msfp_cli.calibration.calibrate import calibrate_
+    from msfp_cli.calibration.recipe import CalibrateRecipe
+    from msfp_cli.calibration.result import Calibration, quantize_
+    from msfp_cli.checkpoint.export import export_, load_calibrated
+    from msfp_cli.checkpoint.pipeline import MSFPPipeline
     from msfp_cli.errors import MsfpError
-    from msfp_cli.export import export_, load_calibrated
-    from msfp_cli.formats import FloatFormat
-    from msfp_cli.loading import load_pipeline
-    from msfp_cli.pipeline import MSFPPipeline
-    from msfp_cli.recipe import CalibrateRecipe, ModelSource, RecordRecipe
-    from msfp_cli.record import record_calls
-    from msfp_cli.rounding import Grid, dequantize, fake_quantize, quantize
-    from msfp_cli.surgery import prepare_
-
-__version__ = "0.1.0"
+    from msfp_cli.formats.float_format import FloatFormat
+    from msfp_cli.formats.rounding import Grid, dequantize, fake_quantize, quantize
+    from msfp_cli.layers.prepare import prepare_
+    from msfp_cli.pipelines.loading import load_pipeline
+    from msfp_cli.pipelines.source import ModelSource
+    from msfp_cli.recording.recipe import RecordRecipe
+    from msfp_cli.recording.record import record_calls
 
 _HOMES = {
-    "calibrate": ("calibrate_",),
-    "calibration": ("Calibration", "quantize_"),
+    "calibration.calibrate": ("calibrate_",),
+    "calibration.recipe": ("CalibrateRecipe",),
+    "calibration.result": ("Calibration", "quantize_"),
+    "checkpoint.export": ("export_", "load_calibrated"),
+    "checkpoint.pipeline": ("MSFPPipeline",),
     "errors": ("MsfpError",),
-    "export": ("export_", "load_calibrated"),
-    "formats": ("FloatFormat",),
-    "loading": ("load_pipeline",),
-    "pipeline": ("MSFPPipeline",),
-    "recipe": ("CalibrateRecipe", "ModelSource", "RecordRecipe"),
-    "record": ("record_calls",),
-    "rounding": ("Grid", "dequantize", "fake_quantize", "quantize"),
-    "surgery": ("prepare_",),
+    "formats.float_format": ("FloatFormat",),
+    "formats.rounding": ("Grid", "dequantize", "fake_quantize", "quantize"),
+    "layers.prepare": ("prepare_",),
+    "pipelines.loading": ("load_pipeline",),
+    "pipelines.source": ("ModelSource",),
+    "recording.record": ("record_calls",),
+    "recording.recipe": ("RecordRecipe",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -1,6 +1,6 @@
 """``python -m msfp_cli`` and the console script ``msfp``."""
 
-from msfp_cli.commands import app
+from msfp_cli.commands.app import app
 
 
 def main() -> None:

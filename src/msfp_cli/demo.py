@@ -5,18 +5,21 @@ from pathlib import Path
 
 from PIL import Image
 
-from msfp_cli.asked import EvaluateOptions
-from msfp_cli.chain import RecordOptions, calibrate_run
-from msfp_cli.evaluate import evaluate_run
-from msfp_cli.evaluation import Evaluation
-from msfp_cli.export import ExportReport, export_
-from msfp_cli.finetune import finetune_run
-from msfp_cli.generation import contact_sheet
-from msfp_cli.loading import BUILT_IN
+from msfp_cli.calibration.calibrate import calibrate_run
+from msfp_cli.calibration.recipe import CalibrateRecipe
+from msfp_cli.checkpoint.export import ExportReport, export_
+from msfp_cli.evaluation.evaluate import evaluate_run
+from msfp_cli.evaluation.recipe import EvaluateOptions
+from msfp_cli.evaluation.result import Evaluation
+from msfp_cli.finetuning.finetune import finetune_run
+from msfp_cli.finetuning.recipe import FinetuneRecipe
+from msfp_cli.pipelines.loading import BUILT_IN
+from msfp_cli.pipelines.source import ModelSource
 from msfp_cli.progress import SILENT, Progress
-from msfp_cli.recipe import CalibrateRecipe, FinetuneRecipe, ModelSource
-from msfp_cli.report import write_report
+from msfp_cli.recording.recipe import RecordOptions
+from msfp_cli.report.document import write_report
 from msfp_cli.run import Run
+from msfp_cli.sample import contact_sheet
 
 _RECORDED, _UPDATES, _PICTURES = 40, 75, 24
 _PROMPTS = (

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msfp_cli.atomic import write_text
-from msfp_cli.calibration import Calibration
+from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import CheckpointError, RunError
+from msfp_cli.files import write_text
+from msfp_cli.finetuning.result import Tuned
 from msfp_cli.recipe import DEFAULT_RUN
-from msfp_cli.recording import Recording
-from msfp_cli.tuned import Tuned
+from msfp_cli.recording.result import Recording
 
 
 @dataclass(frozen=True)

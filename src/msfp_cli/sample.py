@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from msfp_cli.atomic import replace_directory
-from msfp_cli.generation import Sampling, call_pipeline, contact_sheet
+from msfp_cli.files import replace_directory
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline
 from msfp_cli.progress import SILENT, Progress
 
 
@@ -56,6 +56,30 @@ def save_pictures(
         titles = [sheet.title for sheet in sheets] if len(sheets) > 1 else []
         contact_sheet([sheet.pictures for sheet in sheets], titles=titles).save(temporary / "sheet.png")
     return directory / "sheet.png"
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]], *, titles: Sequence[str] = (), min_side: int = 128, gap: int = 4
+) -> Image.Image:
+    """Lay pictures out row by row; small ones are enlarged without smoothing so that pixels can be seen.
+
+    Arguments:
+        rows: pictures of one size.
+        titles: one line above each row, or none.
+    """
+    width, height = rows[0][0].size
+    factor = max(1, min_side // max(width, height))
+    width, height, head = width * factor, height * factor, 24 if titles else 0
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, len(rows) * (head + height + gap) + gap), "white")
+    for y, row in enumerate(rows):
+        top = gap + y * (head + height + gap)
+        if titles:
+            ImageDraw.Draw(sheet).text((gap, top + 4), titles[y], fill="black", font=ImageFont.load_default(14))
+        for x, picture in enumerate(row):
+            enlarged = picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (gap + x * (width + gap), top + head))
+    return sheet
 
 
 def _slug(condition: str | None) -> str:

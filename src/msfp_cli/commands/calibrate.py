@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from msfp_cli.calibration.keep import parse_bits
+from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.commands import console
 from msfp_cli.commands.options import (
     BatchOption,
@@ -16,11 +18,12 @@ from msfp_cli.commands.options import (
     RunOption,
     SeedOption,
 )
-from msfp_cli.keep import parse_bits
-from msfp_cli.recipe import DEFAULT_RUN, NUM_IMAGES, NUM_IMAGES_LARGE, CalibrateRecipe, ModelSource
+from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.recipe import DEFAULT_RUN
+from msfp_cli.recording.recipe import NUM_IMAGES, NUM_IMAGES_LARGE
 
 if TYPE_CHECKING:
-    from msfp_cli.calibration import Calibration, LayerChoice
+    from msfp_cli.calibration.result import Calibration, LayerChoice
 
 _HELP = """Choose a floating-point format for every layer of MODEL.
 
@@ -88,8 +91,10 @@ def calibrate(
 
     from dataclasses import replace
 
-    from msfp_cli.chain import RecordOptions, calibrate_run, read_prompts
-    from msfp_cli.loading import quiet_libraries, resolve_model
+    from msfp_cli.calibration.calibrate import calibrate_run
+    from msfp_cli.pipelines.conditions import read_prompts
+    from msfp_cli.pipelines.loading import quiet_libraries, resolve_model
+    from msfp_cli.recording.recipe import RecordOptions
     from msfp_cli.run import Run
 
     options = RecordOptions(

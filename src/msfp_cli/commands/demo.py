@@ -29,7 +29,7 @@ def demo(
 ) -> None:
     """Walk the whole chain."""
     from msfp_cli.demo import run_demo
-    from msfp_cli.loading import quiet_libraries
+    from msfp_cli.pipelines.loading import quiet_libraries
 
     quiet_libraries()
     report = run_demo(out, device=device, progress=console.ConsoleProgress())

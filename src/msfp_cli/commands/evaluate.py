@@ -13,7 +13,7 @@ from msfp_cli.progress import SILENT
 from msfp_cli.recipe import DEFAULT_RUN
 
 if TYPE_CHECKING:
-    from msfp_cli.evaluation import Evaluation
+    from msfp_cli.evaluation.result import Evaluation
 
 _HELP = """Measure the latest export, or any exported directory, against full precision from the same prompts and seeds.
 
@@ -67,11 +67,11 @@ def evaluate(
     """Measure an export."""
     share_out(num_processes)
 
-    from msfp_cli.asked import EvaluateOptions
-    from msfp_cli.chain import read_prompts
-    from msfp_cli.evaluate import evaluate_run
-    from msfp_cli.loading import quiet_libraries, resolve_model
-    from msfp_cli.recipe import ModelSource
+    from msfp_cli.evaluation.evaluate import evaluate_run
+    from msfp_cli.evaluation.recipe import EvaluateOptions
+    from msfp_cli.pipelines.conditions import read_prompts
+    from msfp_cli.pipelines.loading import quiet_libraries, resolve_model
+    from msfp_cli.pipelines.source import ModelSource
     from msfp_cli.run import Run
 
     state = Run(run)
@@ -118,7 +118,7 @@ def _next(out: Path | None, run: Path) -> str:
 def _names(text: str | None) -> tuple[str, ...] | None:
     """Read the names of the steps before."""
     from msfp_cli.errors import UsageError
-    from msfp_cli.recipe import STEPS_BEFORE
+    from msfp_cli.evaluation.recipe import STEPS_BEFORE
 
     names = None if text is None else tuple(part.strip() for part in text.split(",") if part.strip() != "none")
     if odd := [name for name in names or () if name not in STEPS_BEFORE]:
@@ -128,7 +128,7 @@ def _names(text: str | None) -> tuple[str, ...] | None:
 
 def show(evaluation: "Evaluation") -> None:
     """Print the figures as a table, models in columns."""
-    from msfp_cli.figures import FIGURES
+    from msfp_cli.evaluation.metrics import FIGURES
 
     models = evaluation.models
     rows = []

@@ -30,9 +30,9 @@ def export(
     json_: JsonOption = False,
 ) -> None:
     """Write the calibrated and fine-tuned pipeline."""
-    from msfp_cli.atomic import refuse_existing
-    from msfp_cli.export import export_
-    from msfp_cli.loading import quiet_libraries
+    from msfp_cli.checkpoint.export import export_
+    from msfp_cli.files import refuse_existing
+    from msfp_cli.pipelines.loading import quiet_libraries
     from msfp_cli.run import Run
 
     state = Run(run)

@@ -9,11 +9,12 @@ import typer
 from msfp_cli.commands import console
 from msfp_cli.commands.launch import is_main, processes_for, share_out
 from msfp_cli.commands.options import MAX_SEED, DeviceOption, JsonOption, RunOption
+from msfp_cli.finetuning.recipe import INITS, LOSSES, PRECISIONS, SAMPLINGS, FinetuneRecipe
 from msfp_cli.progress import SILENT
-from msfp_cli.recipe import DEFAULT_RUN, INITS, LOSSES, PRECISIONS, SAMPLINGS, FinetuneRecipe
+from msfp_cli.recipe import DEFAULT_RUN
 
 if TYPE_CHECKING:
-    from msfp_cli.finetune import FinetuneReport
+    from msfp_cli.finetuning.finetune import FinetuneReport
     from msfp_cli.run import Run
 _HELP = """Win back quality: train timestep-aware LoRAs inside the quantizers, with the denoising-factor loss.
 
@@ -121,8 +122,8 @@ def finetune(
     FinetuneRecipe(**chosen)
     share_out(num_processes or 1)
 
-    from msfp_cli.finetune import finetune_run
-    from msfp_cli.loading import quiet_libraries
+    from msfp_cli.finetuning.finetune import finetune_run
+    from msfp_cli.pipelines.loading import quiet_libraries
     from msfp_cli.run import Run
 
     quiet_libraries()

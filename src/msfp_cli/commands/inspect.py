@@ -12,7 +12,7 @@ from msfp_cli.commands.options import DeviceOption, JsonOption, RunOption
 from msfp_cli.recipe import DEFAULT_RUN
 
 if TYPE_CHECKING:
-    from msfp_cli.tuned import Tuned
+    from msfp_cli.finetuning.result import Tuned
 
 _HELP = """Show what fine-tuning learned: the error at each timestep before and after, and the hubs.
 
@@ -44,9 +44,9 @@ def inspect(
         _show_kernels(run, layers, device, as_json=json_)
         return
     from msfp_cli.errors import RunError, UsageError
+    from msfp_cli.finetuning.lora import tuned_names
+    from msfp_cli.finetuning.result import served
     from msfp_cli.run import Run
-    from msfp_cli.talora import tuned_names
-    from msfp_cli.tuned import served
 
     state = Run(run)
     calibration = state.load_calibration()
@@ -68,11 +68,11 @@ def inspect(
 
 def _show_kernels(run: Path, pattern: str | None, device: str | None, *, as_json: bool) -> None:
     """Print which kernel runs which layers of the latest export, and why others were passed over."""
+    from msfp_cli.checkpoint.pipeline import MSFPPipeline
     from msfp_cli.errors import UsageError
-    from msfp_cli.loading import quiet_libraries
-    from msfp_cli.pipeline import MSFPPipeline
+    from msfp_cli.layers.prepare import prepare_
+    from msfp_cli.pipelines.loading import quiet_libraries
     from msfp_cli.run import Run
-    from msfp_cli.surgery import prepare_
 
     export = Run(run).latest_export()
     quiet_libraries()

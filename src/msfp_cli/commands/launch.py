@@ -50,7 +50,7 @@ def processes_for(calls: int, device: str | None) -> int:
     On a CPU as many as have a core each and equal shares: two processes of one thread do far more than one of two,
     whose threads wait for each other at every layer. On an accelerator one, and so for who has chosen the threads.
     """
-    from msfp_cli.loading import choose_device
+    from msfp_cli.pipelines.loading import choose_device
 
     if "WORLD_SIZE" in os.environ or _THREADS in os.environ or choose_device(device) != "cpu":
         return 1

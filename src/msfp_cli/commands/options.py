@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from msfp_cli.recipe import DEFAULT_RUN, DTYPES
+from msfp_cli.pipelines.source import DTYPES
+from msfp_cli.recipe import DEFAULT_RUN
 
 RunOption = Annotated[
     Path, typer.Option("--run", help=f"Run directory that chains the commands; {DEFAULT_RUN} here by default.")

@@ -31,8 +31,8 @@ def report(
     json_: JsonOption = False,
 ) -> None:
     """Write the evaluation as a page."""
-    from msfp_cli.evaluation import Evaluation
-    from msfp_cli.report import write_report
+    from msfp_cli.evaluation.result import Evaluation
+    from msfp_cli.report.document import write_report
     from msfp_cli.run import Run
 
     state = Run(run)

@@ -55,17 +55,17 @@ def sample(
     json_: JsonOption = False,
 ) -> None:
     """Make pictures."""
-    from msfp_cli.recipe import ModelSource
+    from msfp_cli.pipelines.source import ModelSource
 
     ModelSource(model="", dtype=dtype)  # an unknown dtype is refused before torch is loaded
 
     import torch
 
-    from msfp_cli.atomic import refuse_existing
-    from msfp_cli.chain import expand_conditions, read_prompts
-    from msfp_cli.generation import Sampling, conditioning_of
-    from msfp_cli.loading import load_pipeline, quiet_libraries
-    from msfp_cli.pipeline import MSFPPipeline, read_configs
+    from msfp_cli.checkpoint.pipeline import MSFPPipeline, read_configs
+    from msfp_cli.files import refuse_existing
+    from msfp_cli.pipelines.conditions import conditioning_of, expand_conditions, read_prompts
+    from msfp_cli.pipelines.loading import load_pipeline, quiet_libraries
+    from msfp_cli.pipelines.sampling import Sampling
     from msfp_cli.run import Run
     from msfp_cli.sample import make_pictures, save_pictures
 

@@ -1,0 +1,216 @@
+"""The result of a calibration as a value and on disk.
+
+Layout of a calibration directory::
+
+    calibration.json       source, recipe, per layer: formats, scales, errors, sensitivity, and every format's score
+    scales.safetensors     the weight scales, one tensor per layer, named ``component/layer``
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from msfp_cli.calibration.recipe import CalibrateRecipe
+from msfp_cli.digest import digest
+from msfp_cli.errors import CheckpointError, RunError, UsageError
+from msfp_cli.files import replace_directory
+from msfp_cli.layers.replace import store_layers_
+from msfp_cli.layers.scheme import LayerParameters
+from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.recording.recipe import RecordRecipe
+
+_SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What one format can do for a tensor: its best maximum, zero point and squared error relative to the signal.
+
+    `max_value` is None for weights, which have one maximum per output channel.
+    """
+
+    format: str
+    error: float
+    max_value: float | None = None
+    zero_point: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerChoice:
+    """What was chosen for one layer, and why.
+
+    Arguments:
+        kind: a name in `layers.KINDS`.
+        reason: ``default``, ``kept`` (a rule) or ``lifted`` (its sensitivity).
+        num_weights: elements of the weight.
+        multiply_adds: of one denoiser call.
+        minimum, maximum: of the layer's input over the whole recording.
+        parameters: formats, and the input's scale and zero point.
+        weight_scores, input_scores: every candidate, best first.
+        sensitivity: relative error of the denoiser's output when this layer alone is quantized at the default bits;
+            None where it was not measured.
+    """
+
+    kind: str
+    reason: str
+    num_weights: int
+    multiply_adds: float
+    minimum: float
+    maximum: float
+    parameters: LayerParameters
+    weight_scores: tuple[Score, ...] = ()
+    input_scores: tuple[Score, ...] = ()
+    sensitivity: float | None = None
+
+    def _chosen(self, scores: tuple[Score, ...], name: str | None) -> float | None:
+        return next((score.error for score in scores if score.format == name), None)
+
+    @property
+    def weight_error(self) -> float | None:
+        """Relative squared error of the rounded weight."""
+        weight = self.parameters.weight
+        return self._chosen(self.weight_scores, None if weight is None else weight.name)
+
+    @property
+    def input_error(self) -> float | None:
+        """Relative squared error of the rounded input."""
+        grid = self.parameters.input
+        return self._chosen(self.input_scores, None if grid is None else grid.format.name)
+
+    @property
+    def runner_up(self) -> Score | None:
+        """The best input format that was not chosen."""
+        grid = self.parameters.input
+        return next((score for score in self.input_scores if grid is None or score.format != grid.format.name), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self), "parameters": self.parameters.to_json()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "LayerChoice":
+        """Undo `to_json`."""
+        scores = {key: tuple(Score(**score) for score in data[key]) for key in ("weight_scores", "input_scores")}
+        return cls(**{**data, **scores, "parameters": LayerParameters.from_json(data["parameters"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Everything that turns a float denoiser into a quantized one.
+
+    Arguments:
+        source, record, recipe: the settings that led here.
+        layers: by component, then by layer name.
+        scales: float32 weight scales, ``(out,)``, by component and layer name, for layers with a quantized weight.
+        held_out_error: relative squared error of the denoiser's output on held-out calls, by component.
+        unused: layers that never ran and stay in floating point, by component.
+    """
+
+    source: ModelSource
+    record: RecordRecipe
+    recipe: CalibrateRecipe
+    layers: Mapping[str, Mapping[str, LayerChoice]]
+    scales: Mapping[str, Mapping[str, Tensor]]
+    held_out_error: Mapping[str, float] = field(default_factory=dict)
+    unused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def table(self, component: str) -> dict[str, LayerParameters]:
+        """Return the parameters of the component's quantized layers."""
+        return {
+            name: layer.parameters
+            for name, layer in self.layers[component].items()
+            if layer.parameters.weight is not None or layer.parameters.input is not None
+        }
+
+    def tunable(self) -> tuple[str, ...]:
+        """List the components that have a layer to fine-tune."""
+        return tuple(c for c in self.layers if any(parameters.tunable for parameters in self.table(c).values()))
+
+    def identity(self) -> str:
+        """Return a digest of all that fine-tuning begins with: recording, layers' parameters and weight scales."""
+        tables = {component: {n: p.to_json() for n, p in self.table(component).items()} for component in self.layers}
+        text = json.dumps([self.source.to_json(), self.record.to_json(), tables], sort_keys=True).encode()
+        return hashlib.sha256(text + digest(_flatten(self.scales)).encode()).hexdigest()
+
+    def save(self, directory: Path, *, overwrite: bool = False) -> None:
+        """Write the calibration; the directory appears whole or not at all.
+
+        Raises:
+            RunError: it exists and `overwrite` is not set.
+        """
+        flat = _flatten(self.scales)
+        document = {
+            "schema": _SCHEMA,
+            "scales_digest": digest(flat),
+            "source": self.source.to_json(),
+            "record": self.record.to_json(),
+            "recipe": self.recipe.to_json(),
+            "held_out_error": dict(self.held_out_error),
+            "unused": {component: list(names) for component, names in self.unused.items()},
+            "layers": {
+                component: {name: layer.to_json() for name, layer in layers.items()}
+                for component, layers in self.layers.items()
+            },
+        }
+        with replace_directory(directory, overwrite=overwrite) as temporary:
+            (temporary / "calibration.json").write_text(json.dumps(document, indent=1))
+            save_file(flat, temporary / "scales.safetensors")
+
+    @classmethod
+    def load(cls, directory: Path) -> "Calibration":
+        """Read a calibration.
+
+        Raises:
+            RunError: there is none.
+            CheckpointError: it is damaged, or newer than this version of msfp.
+        """
+        try:
+            document = json.loads((directory / "calibration.json").read_text())
+            flat = load_file(directory / "scales.safetensors")
+            if document["schema"] > _SCHEMA:
+                raise CheckpointError(f"{directory} was written by a newer msfp; upgrade msfp, or calibrate again")
+            if digest(flat) != document["scales_digest"]:
+                raise CheckpointError(f"{directory}/scales.safetensors is altered; run `msfp calibrate --overwrite`")
+            layers = {
+                component: {name: LayerChoice.from_json(layer) for name, layer in named.items()}
+                for component, named in document["layers"].items()
+            }
+            return cls(
+                source=ModelSource.from_json(document["source"]),
+                record=RecordRecipe.from_json(document["record"]),
+                recipe=CalibrateRecipe.from_json(document["recipe"]),
+                layers=layers,
+                scales=_unflatten(flat, layers),
+                held_out_error=document["held_out_error"],
+                unused={component: tuple(names) for component, names in document["unused"].items()},
+            )
+        except FileNotFoundError:
+            raise RunError(f"no calibration in {directory}; run `msfp calibrate` first") from None
+        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, UsageError) as error:
+            raise CheckpointError(f"{directory} is damaged ({error}); run `msfp calibrate --overwrite`") from None
+
+
+def _flatten(components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Name each tensor ``component/layer``."""
+    return {f"{component}/{name}": tensor for component, named in components.items() for name, tensor in named.items()}
+
+
+def _unflatten(flat: Mapping[str, Tensor], components: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Sort ``component/layer`` tensors by component."""
+    return {
+        component: {name.split("/", 1)[1]: t for name, t in flat.items() if name.split("/", 1)[0] == component}
+        for component in components
+    }
+
+
+def quantize_(denoiser: nn.Module, calibration: Calibration, component: str) -> nn.Module:
+    """Replace the denoiser's layers by quantized ones; the float weights are let go layer by layer."""
+    store_layers_(denoiser, calibration.table(component), calibration.scales[component])
+    return denoiser

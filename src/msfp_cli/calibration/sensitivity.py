@@ -1,0 +1,46 @@
+"""How much each layer's quantization moves the denoiser's output, and which layers to lift because of it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from msfp_cli.calibration.result import LayerChoice
+from msfp_cli.formats.rounding import Grid, fake_quantize
+from msfp_cli.layers.quantized import FloatLayer
+from msfp_cli.layers.scheme import LayerParameters
+
+
+def choose_lifted(layers: Mapping[str, LayerChoice], budget: float) -> list[str]:
+    """Choose the layers to lift: greatest sensitivity per multiply-add first, while the budget lasts.
+
+    Arguments:
+        layers: those with a sensitivity are candidates.
+        budget: share of all multiply-adds, 0 to 1.
+    """
+    left = budget * sum(layer.multiply_adds for layer in layers.values())
+    gain = {name: layer.sensitivity / layer.multiply_adds for name, layer in layers.items() if layer.sensitivity}
+    chosen = []
+    for name in sorted(gain, key=lambda name: (-gain[name], name)):
+        if layers[name].multiply_adds <= left:
+            left -= layers[name].multiply_adds
+            chosen.append(name)
+    return chosen
+
+
+@contextmanager
+def quantized_alone(layer: FloatLayer, parameters: LayerParameters, scale: Tensor | None) -> Iterator[None]:
+    """Quantize one layer's weight (with its `scale` per output channel) and input while the context is open."""
+    weight, handle = layer.weight.data, None
+    if parameters.weight is not None and scale is not None:
+        rows = scale.to(weight.device).view(-1, *[1] * (weight.ndim - 1))
+        layer.weight.data = fake_quantize(weight, Grid(parameters.weight, rows))
+    if parameters.input is not None:
+        grid = parameters.input
+        handle = layer.register_forward_pre_hook(lambda _, args: (fake_quantize(args[0], grid), *args[1:]))
+    try:
+        yield
+    finally:
+        layer.weight.data = weight
+        if handle is not None:
+            handle.remove()

@@ -1,0 +1,159 @@
+"""Write a calibrated (and fine-tuned) pipeline as a diffusers directory that stock ``from_pretrained`` reloads."""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from msfp_cli.calibration.result import Calibration, quantize_
+from msfp_cli.checkpoint.quantizer import MSFPConfig, mark_quantized_
+from msfp_cli.files import replace_directory
+from msfp_cli.finetuning.result import Tuned, quantize_tuned_
+from msfp_cli.layers.replace import quantized_layers
+from msfp_cli.layers.routing import TABLE_SIZE
+from msfp_cli.pipelines.denoiser import find_denoisers
+from msfp_cli.pipelines.loading import load_pipeline
+from msfp_cli.version import __version__
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What was written.
+
+    Arguments:
+        directory: the export.
+        denoiser_bytes: size of the denoisers' safetensors files.
+        half_precision_bytes: what the same denoisers take in 16 bits.
+        hub_bytes: of the denoisers' size, what further sets of weights and the router's tables take.
+        switching_layers: layers with more than one set of weights.
+    """
+
+    directory: str
+    denoiser_bytes: int
+    half_precision_bytes: int
+    hub_bytes: int = 0
+    switching_layers: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """Size relative to 16 bits."""
+        return self.denoiser_bytes / self.half_precision_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self), "ratio": self.ratio}
+
+
+def load_calibrated(
+    calibration: Calibration, device: str | None = None, tuned: Mapping[str, Tuned] | None = None
+) -> Any:  # noqa: ANN401 (the user's pipeline)
+    """Load the calibrated model and quantize its denoisers: the in-memory twin of an export.
+
+    Arguments:
+        tuned: fine-tunings by component; a component without one is as calibrated.
+
+    Raises:
+        RunError: a fine-tuning began with another calibration.
+    """
+    pipe = load_pipeline(calibration.source, device)
+    sampling = {
+        "num_inference_steps": calibration.record.num_inference_steps,
+        "guidance_scale": calibration.record.guidance_scale,
+    }
+    denoisers = find_denoisers(pipe)
+    for component in calibration.layers:
+        denoiser, learned = denoisers[component], (tuned or {}).get(component)
+        if learned is None:
+            quantize_(denoiser, calibration, component)
+        else:
+            quantize_tuned_(denoiser, calibration, component, learned)
+        config = MSFPConfig(
+            layers={name: layer.parameters_of.to_json() for name, layer in quantized_layers(denoiser).items()},
+            timestep_unit=1.0 if learned is None else learned.unit,
+            source=calibration.source.to_json(),
+            sampling=sampling,
+            tool_version=__version__,
+        )
+        mark_quantized_(denoiser, config)
+    return pipe
+
+
+def export_(
+    calibration: Calibration,
+    directory: Path,
+    *,
+    tuned: Mapping[str, Tuned] | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Quantize the calibrated model, fine-tuned or not, and write it.
+
+    Raises:
+        RunError: the directory exists and `overwrite` is not set, or a fine-tuning began with another calibration.
+    """
+    pipe = load_calibrated(calibration, device, tuned)
+    denoisers = find_denoisers(pipe)
+    half = sum(_half_precision_bytes(calibration, component, part) for component, part in denoisers.items())
+    save_pipeline(pipe, directory, overwrite=overwrite)
+    size = sum(f.stat().st_size for c in denoisers for f in (directory / c).glob("*.safetensors"))
+    switching = [
+        layer
+        for denoiser in denoisers.values()
+        for layer in quantized_layers(denoiser).values()
+        if layer.parameters_of.hub > 1
+    ]
+    return ExportReport(
+        directory=str(directory),
+        denoiser_bytes=size,
+        half_precision_bytes=half,
+        hub_bytes=sum(layer.packed_codes()[1:].numel() + TABLE_SIZE for layer in switching),
+        switching_layers=len(switching),
+    )
+
+
+def _half_precision_bytes(calibration: Calibration, component: str, denoiser: nn.Module) -> int:
+    """Return what a denoiser takes in 16 bits: the weights that became codes, and the parameters that stayed."""
+    layers = calibration.layers.get(component, {}).values()
+    codes = sum(layer.num_weights for layer in layers if layer.parameters.weight is not None)
+    return 2 * (codes + sum(parameter.numel() for parameter in denoiser.parameters()))
+
+
+def save_pipeline(pipe: Any, directory: Path, *, overwrite: bool = False) -> None:  # noqa: ANN401 (the user's pipeline)
+    """Write a pipeline with stock ``save_pretrained``, byte for byte the same each time.
+
+    Raises:
+        RunError: the directory exists and `overwrite` is not set.
+    """
+    with replace_directory(directory, overwrite=overwrite) as temporary:
+        pipe.save_pretrained(temporary, safe_serialization=True)
+        for path in sorted(temporary.rglob("*.json")):
+            _forget_origin_(path)
+        for path in sorted(temporary.rglob("*.safetensors")):
+            _sort_header_(path)
+            path.chmod(0o644)  # safetensors makes them private to the user
+
+
+def _forget_origin_(path: Path) -> None:
+    """Take the directory that a component was loaded from out of its config: it names a place on this machine."""
+    config = json.loads(path.read_text("utf-8"))
+    if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _sort_header_(path: Path) -> None:
+    """Rewrite a safetensors header with its metadata in order; safetensors writes them in a random one."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            return  # another escaping than ours; the order stays as it is
+        file.seek(8)
+        file.write(text.ljust(length))

@@ -1,0 +1,134 @@
+"""`MSFPPipeline`: an exported checkpoint as a pipeline, with what only we know about it."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from msfp_cli.checkpoint.quantizer import METHOD, MSFPConfig
+from msfp_cli.errors import CheckpointError, ModelError
+from msfp_cli.layers.kernels.registry import AUTO
+from msfp_cli.layers.prepare import prepare_
+from msfp_cli.layers.replace import quantized_layers
+from msfp_cli.pipelines.loading import load_pipeline
+from msfp_cli.pipelines.source import ModelSource
+
+
+def read_configs(directory: Path) -> dict[str, MSFPConfig]:
+    """Return the quantization config of every denoiser in an exported directory, by component.
+
+    Raises:
+        ModelError: the directory is no pipeline, or none of its components was exported by msfp.
+        CheckpointError: a config is damaged or newer than this msfp.
+    """
+    if not (directory / "model_index.json").exists():
+        raise ModelError(f"{directory} is no exported pipeline: it has no model_index.json; `msfp export` makes one")
+    found = {}
+    for path in sorted(directory.glob("*/config.json")):
+        try:
+            config = json.loads(path.read_text("utf-8")).get("quantization_config") or {}
+            method = config.get("quant_method")
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); export or download it again") from None
+        if method == METHOD:
+            found[path.parent.name] = MSFPConfig.from_dict(config)
+            _refuse_truncated(path.parent)
+    if not found:
+        raise ModelError(
+            f"{directory} is a pipeline, but not one that msfp exported; run `msfp calibrate` and `msfp export`"
+        )
+    return found
+
+
+def _refuse_truncated(directory: Path) -> None:
+    """Look at the headers of a component's files; diffusers does so too, but does not say what is wrong."""
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is truncated or altered ({error}); export or download it again") from None
+
+
+class MSFPPipeline:
+    """A stock pipeline with quantized layers; call it as you would call the pipeline.
+
+    Every attribute that is not defined here is the stock pipeline's own (``unet``, ``scheduler``, ``to`` ...), so the
+    wrapper can be used in its place. ``DiffusionPipeline.from_pretrained`` on the same directory gives ``.pipe``
+    itself.
+    """
+
+    def __init__(self, pipe: Any, configs: dict[str, MSFPConfig]) -> None:  # noqa: ANN401 (a pipeline's class is the user's)
+        """Wrap a loaded pipeline; use `from_pretrained`."""
+        self.pipe, self.configs = pipe, configs
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | None = None,
+        kernel: str = AUTO,
+        keep_packed: bool = False,
+    ) -> "MSFPPipeline":
+        """Load an exported directory.
+
+        Arguments:
+            dtype: of everything that is not quantized; None chooses float32 on a CPU and bfloat16 elsewhere.
+            device: where to put it; None takes an accelerator if there is one.
+            kernel: how to run its layers, a name in `kernels.KERNELS`; ``auto`` takes the fastest that can.
+            keep_packed: keep weights in 4 bits in memory, too: half the memory, and slower.
+
+        Raises:
+            ModelError: it is not an export.
+            CheckpointError: it is truncated, altered, or newer than this msfp.
+            UsageError: there is no such kernel, or it can run no layer.
+        """
+        directory = Path(directory)
+        configs = read_configs(directory)
+        name = None if dtype is None else str(dtype).removeprefix("torch.")
+        pipe = load_pipeline(ModelSource(model=str(directory), dtype=name), device)
+        for component in configs:
+            prepare_(getattr(pipe, component), kernel, keep_packed=keep_packed)
+        return cls(pipe, configs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the pipeline's own signature)
+        """Call the stock pipeline."""
+        return self.pipe(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """Hand everything else to the stock pipeline."""
+        if name == "pipe":  # not yet set, as while unpickling
+            raise AttributeError(name)
+        return getattr(self.pipe, name)
+
+    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
+        """Write the pipeline again; what was loaded unchanged gives the same bytes."""
+        from msfp_cli.checkpoint.export import save_pipeline
+
+        save_pipeline(self.pipe, Path(directory), overwrite=overwrite)
+
+    def describe(self) -> str:
+        """Return what was quantized, from what, and how, as a few lines of text."""
+        lines = []
+        for component, config in self.configs.items():
+            table = config.table().values()
+            weights = sorted({str(p.weight) for p in table if p.weight})
+            inputs = sorted({str(p.input.format) for p in table if p.input})
+            unsigned = sum(p.input is not None and not p.input.format.signed for p in table)
+            lines.append(
+                f"{component}: {len(table)} quantized layers of {config.source.get('model', 'unknown')}; "
+                f"weights {' '.join(weights)}; inputs {' '.join(inputs)}, {unsigned} of them unsigned; "
+                f"run by {self._kernels(component)}"
+            )
+        return "\n".join(lines)
+
+    def _kernels(self, component: str) -> str:
+        """Return how many layers of a component each kernel runs."""
+        layers = quantized_layers(getattr(self.pipe, component)).values()
+        names = Counter("no kernel yet" if layer.kernel is None else layer.kernel.name for layer in layers)
+        return ", ".join(f"{name} ({count})" for name, count in names.most_common())

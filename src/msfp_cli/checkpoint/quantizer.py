@@ -1,0 +1,199 @@
+"""How diffusers reads and writes our models: a quantization config and a quantizer for its registry.
+
+With these two registered, ``DiffusionPipeline.from_pretrained(export)`` returns the stock pipeline with quantized
+layers, and ``save_pretrained`` writes it again. The float weights never exist: layers are replaced while the model is
+on the meta device. A digest over every tensor of the denoiser lies in the safetensors header and is checked before
+anything is loaded, so an altered file is refused rather than sampled from. Without the import of `msfp_cli`,
+diffusers does not know the method ``msfp`` and refuses by itself.
+"""
+
+import json
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from msfp_cli.checkpoint.registration import register
+from msfp_cli.digest import digest
+from msfp_cli.errors import CheckpointError, MsfpError
+from msfp_cli.layers.replace import replace_layers_
+from msfp_cli.layers.scheme import LayerParameters
+
+SCHEMA_VERSION = 1
+METHOD = "msfp"
+_DIGEST = "msfp_digest"
+
+
+class _Method(str, Enum):
+    """diffusers asks for ``quant_method.value``."""
+
+    MSFP = METHOD
+
+
+@dataclass
+class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is untyped
+    """The ``quantization_config`` of an exported denoiser.
+
+    Arguments:
+        layers: per layer name, the JSON of `LayerParameters`: every layer's real formats, scale and zero point.
+        timestep_unit: what brings the denoiser's timesteps to 0..1000, the rows of the router's table.
+        source: model, revision, variant and dtype that were quantized.
+        sampling: steps and guidance that it was calibrated with, defaults for `msfp sample`.
+        tool_version: version of msfp that wrote it.
+        schema_version: version of this layout.
+
+    Raises:
+        CheckpointError: the layout is newer than this version of msfp, or not ours.
+    """
+
+    layers: dict[str, Any] = field(default_factory=dict)
+    timestep_unit: float = 1.0
+    source: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    tool_version: str = ""
+    schema_version: int = SCHEMA_VERSION
+    quant_method: Any = _Method.MSFP
+
+    def __post_init__(self) -> None:
+        self.quant_method = _Method.MSFP
+        if not isinstance(self.schema_version, int) or self.schema_version > SCHEMA_VERSION:
+            raise CheckpointError(
+                f"the export has layout {self.schema_version}, this msfp reads up to {SCHEMA_VERSION}; "
+                "upgrade with `pip install -U msfp`"
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Read the config; a newer layout is named before its unknown keys are."""
+        if isinstance(config_dict.get("schema_version"), int) and config_dict["schema_version"] > SCHEMA_VERSION:
+            cls(schema_version=config_dict["schema_version"])
+        try:
+            config = cls(**config_dict)
+        except TypeError as error:
+            raise CheckpointError(f"the export's quantization_config is damaged ({error}); export again") from None
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def table(self) -> dict[str, LayerParameters]:
+        """Return the layers' parameters.
+
+        Raises:
+            CheckpointError: an entry is damaged.
+        """
+        try:
+            return {name: LayerParameters.from_json(entry) for name, entry in self.layers.items()}
+        except (KeyError, TypeError, ValueError, AttributeError, MsfpError) as error:
+            raise CheckpointError(f"the export's layer table is damaged ({error}); export again") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "quant_method": METHOD,
+            "schema_version": self.schema_version,
+            "tool_version": self.tool_version,
+            "source": self.source,
+            "sampling": self.sampling,
+            "timestep_unit": self.timestep_unit,
+            "layers": self.layers,
+        }
+
+
+class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is untyped
+    """Loads and saves exported denoisers for diffusers."""
+
+    use_keep_in_fp32_modules = True
+    requires_calibration = False  # we refuse float models ourselves, and say what to do
+
+    def __init__(self, quantization_config: MSFPConfig, **kwargs: Any) -> None:  # noqa: ANN401 (diffusers' signature)
+        """Take the config that diffusers read; float models cannot be quantized while they load."""
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise CheckpointError(
+                "MSFPConfig loads exported models only; make one with `msfp calibrate` and `msfp export`"
+            )
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str] | str | None) -> list[str]:
+        """Check the files' digest before anything is loaded; diffusers calls this first."""
+        paths = [checkpoint_files] if isinstance(checkpoint_files, str) else list(checkpoint_files or [])
+        stated = verify_digest([str(path) for path in paths])
+        if stated != self.quantization_config.to_dict():
+            raise CheckpointError(f"{paths[0]} and its config.json disagree: one of them is altered; export again")
+        return loaded_keys
+
+    def _process_model_before_weight_loading(
+        self,
+        model: Any,  # noqa: ANN401 (a diffusers model)
+        keep_in_fp32_modules: list[str] | None = None,
+        **kwargs: Any,  # noqa: ANN401 (diffusers' signature)
+    ) -> None:
+        config: MSFPConfig = self.quantization_config
+        replace_layers_(model, config.table(), timestep_unit=config.timestep_unit)
+        if keep_in_fp32_modules is not None:
+            keep_in_fp32_modules.append("weight_scale")
+        model.register_to_config(quantization_config=config)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:  # noqa: ANN401
+        return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return what goes into the safetensors header: the whole config, and the digest of the tensors."""
+        config = json.dumps(self.quantization_config.to_dict(), sort_keys=True)
+        return state_dict, {"quantization_config": config, _DIGEST: digest(state_dict)}
+
+    @property
+    def is_serializable(self) -> bool:
+        """Whether the model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters can be trained on top: the codes are frozen, and gradients pass through the layers."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``torch.compile`` may be used."""
+        return True
+
+
+def mark_quantized_(denoiser: Any, config: MSFPConfig) -> None:  # noqa: ANN401 (a diffusers model)
+    """Tell diffusers that an in-memory denoiser is quantized, so that ``save_pretrained`` writes it as such."""
+    denoiser.hf_quantizer = MSFPQuantizer(config, pre_quantized=True)
+    denoiser.is_quantized = True
+    denoiser.register_to_config(quantization_config=config)
+
+
+def verify_digest(paths: list[str]) -> Any:  # noqa: ANN401 (a JSON value)
+    """Compare the tensors of a checkpoint with the digest in its header, and return the config that lies beside it.
+
+    Raises:
+        CheckpointError: a file is truncated, altered, or was not written by msfp.
+    """
+    tensors: dict[str, Tensor] = {}
+    expected, config = None, "null"
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                expected, config = header.get(_DIGEST, expected), header.get("quantization_config", config)
+                tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is truncated or altered ({error}); export or download it again") from None
+    if not paths or expected is None:
+        raise CheckpointError(f"{paths[0] if paths else 'the checkpoint'} has no msfp digest; export it again")
+    if digest(tensors) != expected:
+        raise CheckpointError(
+            f"{paths[0]} is altered: its tensors do not match their digest; export or download it again"
+        )
+    try:
+        return json.loads(config)
+    except ValueError:
+        return None
+
+
+register()

@@ -1,0 +1,54 @@
+"""The command line as a whole: its help, its version, and every command."""
+
+from typing import Annotated
+
+import typer
+
+from msfp_cli.commands import (
+    calibrate,
+    console,
+    demo,
+    evaluate,
+    export,
+    finetune,
+    inspect,
+    launch,
+    report,
+    sample,
+    status,
+)
+from msfp_cli.version import __version__
+
+app = typer.Typer(
+    name="msfp",
+    help="Quantize diffusers pipelines to 4-bit floating point, weights and activations.\n\n"
+    "The chain: msfp calibrate MODEL, msfp finetune, msfp export, msfp sample --prompt '...'. "
+    "Each command finds what the one before it left in the run directory (msfp-run, or --run).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"msfp {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Act on the options that come before a command."""
+    launch.end_with_launcher()
+    if debug:
+        console.show_tracebacks()
+
+
+for _module in (calibrate, finetune, inspect, export, sample, evaluate, report, status, demo):
+    _module.add_to(app)

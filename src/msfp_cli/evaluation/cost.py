@@ -1,0 +1,123 @@
+"""What a pipeline costs to run, measured in a fresh process that does nothing else: time and peak memory.
+
+python -m msfp_cli.evaluation.cost '{"source": {...}, "sampling": {...}, "conditions": [...], "device": "cpu"}'
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from msfp_cli.errors import ModelError
+from msfp_cli.pipelines.source import ModelSource
+
+_TURNS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What it took.
+
+    Arguments:
+        load_seconds: from the start of loading to a pipeline that can be called.
+        seconds_per_picture: median of three calls, after one that does not count.
+        peak_memory_bytes: of the process (on a CPU), or of what torch held on the accelerator.
+    """
+
+    load_seconds: float
+    seconds_per_picture: float
+    peak_memory_bytes: int
+
+
+def measure_cost(
+    source: ModelSource,
+    conditions: Sequence[str | None],
+    *,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    device: str | None = None,
+) -> Cost:
+    """Load a pipeline in a fresh process, call it four times with these conditions, and return what it took.
+
+    Raises:
+        ModelError: the process failed; the message is its last line.
+    """
+    asked = {
+        "source": source.to_json(),
+        "sampling": {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale},
+        "conditions": list(conditions),
+        "device": device,
+    }
+    command = [sys.executable, "-m", "msfp_cli.evaluation.cost", json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ModelError(f"cannot measure time and memory of {source.model}: {last}")
+    return Cost(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def machine(device: str) -> dict[str, str]:
+    """Say what this is measured on."""
+    import diffusers
+    import torch
+
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "processor": platform.processor() or platform.machine(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+
+
+def _measure(asked: dict[str, Any]) -> Cost:
+    """Do it in this process."""
+    import torch
+
+    from msfp_cli.pipelines.loading import load_pipeline, quiet_libraries
+    from msfp_cli.pipelines.sampling import Sampling, call_pipeline
+
+    quiet_libraries()
+    start = time.perf_counter()
+    pipe = load_pipeline(ModelSource.from_json(asked["source"]), asked["device"])
+    load_seconds, sampling, seconds = time.perf_counter() - start, Sampling(**asked["sampling"]), []
+    for _ in range(1 + _TURNS):
+        start = time.perf_counter()
+        call_pipeline(pipe, asked["conditions"], sampling)
+        seconds.append(time.perf_counter() - start)
+    on_gpu = torch.cuda.is_available() and pipe.device.type == "cuda"
+    return Cost(
+        load_seconds=load_seconds,
+        seconds_per_picture=statistics.median(seconds[1:]) / len(asked["conditions"]),
+        peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else _peak_bytes(),
+    )
+
+
+def _peak_bytes() -> int:
+    """Return the largest resident size of this process so far.
+
+    Linux's own count of the process is taken where there is one: what `resource` gives there begins with the size of
+    the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) << 10
+    import resource  # not everywhere
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_measure(json.loads(sys.argv[1])))))

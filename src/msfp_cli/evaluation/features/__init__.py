@@ -1,0 +1,1 @@
+"""Features of pictures: `extractors` finds one by name, and there is a file for each network."""

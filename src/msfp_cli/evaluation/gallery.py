@@ -1,0 +1,154 @@
+"""Pictures of one model on disk, with their final latents: one safetensors file per batch.
+
+Layout of a gallery directory::
+
+    gallery.json            what was asked
+    00000.safetensors ...   ``latents``, ``pictures`` (uint8, NCHW)
+
+Picture i is drawn with ``seed + i`` whatever the batch, so galleries of two models pair up. A batch is there whole or
+not at all, and an interrupted gallery goes on with the first that is missing.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from msfp_cli.errors import CheckpointError, ModelError, RunError
+from msfp_cli.files import replace_file, write_text
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline
+from msfp_cli.processes import ALONE, Processes
+from msfp_cli.progress import SILENT, Progress
+from msfp_cli.recording.recipe import RecordRecipe
+
+_MANIFEST = "gallery.json"
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A gallery directory, complete or not.
+
+    Arguments:
+        directory: where it is.
+        recipe: prompts, steps, guidance, seed, pictures per batch.
+    """
+
+    directory: Path
+    recipe: RecordRecipe
+
+    @classmethod
+    def create(cls, directory: Path, recipe: RecordRecipe, model: dict[str, Any]) -> "Gallery":
+        """Begin a gallery, or open the one that was begun with the same recipe and model.
+
+        Arguments:
+            model: what tells the model from others, as JSON values.
+
+        Raises:
+            RunError: the directory holds pictures of another recipe or model.
+        """
+        asked = {"model": model, "recipe": recipe.to_json()}
+        manifest = directory / _MANIFEST
+        if not manifest.exists():
+            write_text(manifest, json.dumps(asked, indent=1))
+        try:
+            known = json.loads(manifest.read_text("utf-8"))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{manifest} is damaged ({error}); use --overwrite to draw the pictures again"
+            ) from None
+        if known != asked:
+            raise RunError(f"{directory} holds pictures of other settings or of another model; use --overwrite")
+        return cls(directory, recipe)
+
+    def path(self, index: int) -> Path:
+        """Return where batch `index` is or will be."""
+        return self.directory / f"{index:05d}.safetensors"
+
+    def missing(self) -> list[int]:
+        """List the batches still to be drawn."""
+        return [index for index in range(self.recipe.num_shards) if not self.path(index).exists()]
+
+    def fill(
+        self,
+        pipe: Any,  # noqa: ANN401 (the user's pipeline)
+        *,
+        title: str,
+        share: Processes = ALONE,
+        progress: Progress = SILENT,
+    ) -> None:
+        """Draw the batches that are missing.
+
+        Arguments:
+            share: where several processes draw the same gallery, each draws its own batches.
+        """
+        recipe = self.recipe
+        sampling = Sampling(
+            num_inference_steps=recipe.num_inference_steps, guidance_scale=recipe.guidance_scale, seed=recipe.seed
+        )
+        missing = [index for index in self.missing() if index % share.count == share.index]
+        with progress.task(f"Sampling {title}", len(recipe.conditions)) as advance:
+            advance(min((recipe.num_shards - len(missing)) * recipe.batch_size, len(recipe.conditions)))
+            for index in missing:
+                first = index * recipe.batch_size
+                conditions = recipe.conditions[first : first + recipe.batch_size]
+                with watch_samples(pipe) as samples:
+                    pictures = call_pipeline(pipe, conditions, sampling, first=first)
+                stacked = torch.from_numpy(np.stack([np.asarray(each.convert("RGB")) for each in pictures]))
+                tensors = {
+                    "latents": samples[-1].detach().float().cpu().contiguous(),
+                    "pictures": stacked.permute(0, 3, 1, 2).contiguous(),
+                }
+                with replace_file(self.path(index)) as temporary:
+                    save_file(tensors, temporary)
+                advance(len(conditions))
+
+    def latents(self) -> Tensor:
+        """Return the final samples of all pictures, float32."""
+        return torch.cat([self._read(index, "latents") for index in range(self.recipe.num_shards)])
+
+    def pictures(self) -> Tensor:
+        """Return all pictures, uint8 ``(pictures, 3, height, width)``."""
+        return torch.cat([self._read(index, "pictures") for index in range(self.recipe.num_shards)])
+
+    def _read(self, index: int, name: str) -> Tensor:
+        path = self.path(index)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+                return tensor
+        except FileNotFoundError:
+            raise RunError(f"{path} is missing; run the same command again to draw it") from None
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged ({error}); delete it and run the same command again") from None
+
+
+@contextlib.contextmanager
+def watch_samples(pipe: Any) -> Iterator[list[Tensor]]:  # noqa: ANN401 (the user's pipeline)
+    """Keep the last sample that the scheduler made while the context is open, the final latents of a run.
+
+    Raises:
+        ModelError: the pipeline has no scheduler.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None:
+        raise ModelError(f"{type(pipe).__name__} has no scheduler, so its final latents are not known")
+    step, kept = scheduler.step, list[Tensor]()
+
+    def watched(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the scheduler's own signature)
+        result = step(*args, **kwargs)
+        kept[:] = [result[0] if isinstance(result, tuple) else result.prev_sample]
+        return result
+
+    scheduler.step = watched
+    try:
+        yield kept
+    finally:
+        del scheduler.step

@@ -1,0 +1,121 @@
+"""Real pictures to compare generated ones with, as features: a directory, an array, or what comes with msfp."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from msfp_cli.errors import UsageError
+from msfp_cli.evaluation.features.extractors import Extractor
+
+BUILT_IN_REFERENCE = "Fashion-MNIST test pictures, tinted"
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Features of real pictures.
+
+    Arguments:
+        name: what they are.
+        features: float32 ``(pictures, dimensions)``.
+    """
+
+    name: str
+    features: Tensor = field(repr=False)
+
+
+def built_in_reference() -> Reference:
+    """Return the features, by extractor ``fashion``, of 2,000 test pictures that the built-in pipeline never saw."""
+    features = load_file(Path(str(files("msfp_cli") / "data" / "fashion_reference.safetensors")))["features"]
+    return Reference(BUILT_IN_REFERENCE, features.float())
+
+
+def load_reference(place: Path, extractor: Extractor, size: Sequence[int]) -> Reference:
+    """Read real pictures and return their features.
+
+    Arguments:
+        place: a directory of pictures, or an npz file whose ``images`` are uint8 ``(pictures, height, width[, 3])``.
+        size: height and width of the generated pictures.
+
+    Raises:
+        UsageError: it cannot be read, holds fewer than two pictures, or pictures of another size.
+    """
+    pictures = _from_directory(place) if place.is_dir() else _from_npz(place)
+    _refuse_few(place, len(pictures))
+    if tuple(pictures.shape[2:]) != tuple(size):
+        (height, width), (h, w) = pictures.shape[2:], size
+        raise UsageError(
+            f"{place} holds pictures of {width} by {height}, the pipeline makes {w} by {h}; resize the reference"
+        )
+    return Reference(str(place), extractor.features(pictures))
+
+
+def require_pictures(place: Path) -> None:
+    """Refuse a reference that is not there or has too few files, before anything is drawn to compare with it.
+
+    Raises:
+        UsageError: there is no such place, or the directory holds fewer than two pictures.
+    """
+    if not place.exists():
+        raise UsageError(f"no reference in {place}; give a directory of pictures, or an npz file")
+    if place.is_dir():
+        _refuse_few(place, len(_paths(place)))
+
+
+def _refuse_few(place: Path, count: int) -> None:
+    if count < 2:
+        raise UsageError(f"{place} holds {count} pictures; a reference needs at least two, better thousands")
+
+
+def _paths(place: Path) -> list[Path]:
+    return sorted(path for path in place.iterdir() if path.suffix.lower() in _SUFFIXES)
+
+
+def _from_directory(place: Path) -> Tensor:
+    """Read all pictures of a directory, uint8 ``(pictures, 3, height, width)``."""
+    paths = _paths(place)
+    found: list[np.ndarray] = []
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                found.append(np.asarray(picture.convert("RGB")))
+        except Exception:  # Pillow's decoders have many kinds for damaged files
+            raise UsageError(f"{path} is no picture that can be read; take it out of the reference") from None
+        if found[-1].shape != found[0].shape:
+            raise UsageError(f"{path} has another size than {paths[0].name}; a reference needs pictures of one size")
+    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2) if found else torch.empty(0, 3, 0, 0)
+
+
+def _from_npz(place: Path) -> Tensor:
+    """Read the ``images`` of an npz file, uint8 ``(pictures, 3, height, width)``."""
+    try:
+        with place.open("rb") as file:  # numpy would leave a damaged one open
+            images = _images(file)
+    except FileNotFoundError:
+        raise UsageError(f"no reference in {place}; give a directory of pictures, or an npz file") from None
+    except Exception as error:  # a damaged archive raises whatever its decoder does
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"cannot read 'images' from {place} ({reason}); give an npz file, or a directory") from None
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] != 3):
+        raise UsageError(
+            f"'images' in {place} is {images.dtype} {images.shape}; it must be uint8 (pictures, height, width[, 3])"
+        )
+    pictures = torch.from_numpy(images)
+    return pictures.permute(0, 3, 1, 2) if pictures.ndim == 4 else pictures[:, None].expand(-1, 3, -1, -1)
+
+
+def _images(file: BinaryIO) -> np.ndarray:
+    """Read the array ``images`` of an npz file."""
+    loaded = np.load(file, allow_pickle=False)
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+        raise ValueError("it holds a single array without a name")
+    with loaded:
+        return np.asarray(loaded["images"])

@@ -1,0 +1,251 @@
+"""Timestep-aware LoRA (TALoRA): a hub of low-rank updates per layer, and one router that picks one by timestep.
+
+Early timesteps draw outlines and late ones details, so one low-rank update cannot serve them all (Zhao et al. 2025,
+arXiv:2505.21591). Each quantized layer has a hub of h updates *inside* its quantizer, and one router for the whole
+denoiser, ``timestep embedding -> MLP -> h logits per layer``, picks exactly one per layer and timestep:
+
+    W_q(t) = Q( W + s * B_k A_k ),   k = argmax logits(t),   s = the weight's own step size per output channel
+
+and so are the scale and the zero point of the layer's input: activations change over the timesteps, too (ours).
+
+The choice is hard in the forward pass and soft in the backward pass (straight-through). ``s`` (ours; EfficientDM scales
+the learning rate instead) makes B count in steps of the grid, so that one learning rate fits all layers. For a
+convolution A is its k x k part and B the 1 x 1 that follows: as matrices, ``(rank, in * k * k)`` and ``(out, rank)``.
+
+Because the update lies inside the quantizer, an export holds h sets of 4-bit weights and no floating-point side branch.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from msfp_cli.errors import MsfpError
+from msfp_cli.finetuning.recipe import FinetuneRecipe
+from msfp_cli.finetuning.router import Choice
+from msfp_cli.formats.float_format import FloatFormat
+from msfp_cli.formats.rounding import Grid, fake_quantize, fake_quantize_learned, round_steps
+from msfp_cli.layers.routing import Route
+from msfp_cli.layers.scheme import LayerParameters
+
+_MAX_GROWTH = 60.0  # of the logarithm of an input's scale: training that gets there has diverged
+
+
+class _RoundedWeight(torch.autograd.Function):
+    """``s * round(W / s + B A)`` as a matrix ``(out, in * k * k)``.
+
+    The gradient is straight through the rounding to A and B, and zero where it clipped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, fmt: FloatFormat, a: Tensor, b: Tensor) -> Tensor:  # noqa: ANN401 (torch does not name this type)
+        steps = updated_steps(weight, scale, a, b)
+        ctx.save_for_backward(steps.abs() <= fmt.largest, scale, a, b)
+        return round_steps(steps, fmt).mul_(scale[:, None])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor, Tensor]:  # noqa: ANN401
+        inside, scale, a, b = ctx.saved_tensors
+        grad = (grad * scale[:, None]).mul_(inside)
+        return None, None, None, b.t() @ grad, grad @ a.t()
+
+
+class _TellRouter(torch.autograd.Function):
+    """A layer's output as it is; its gradient also goes to the members' weights, for every row its own.
+
+    The straight-through gradient of a choice is that of the mixture ``sum_k weights[row, k] * changes_k(x)[row]`` in
+    its place. Backward computes it from the input, which is kept anyway, so it costs no memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        y: Tensor,
+        weights: Tensor,
+        x: Tensor,
+        changes: Callable[[Tensor], Iterator[Tensor]],
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.changes, ctx.num_rows = changes, len(weights)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # noqa: ANN401
+        (x,) = ctx.saved_tensors
+        told = [(grad * change).reshape(ctx.num_rows, -1).float().sum(dim=1) for change in ctx.changes(x)]
+        return grad, torch.stack(told, dim=1), None, None
+
+
+def updated_steps(weight: Tensor, scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return ``W / s + B A``, the updated weight in steps of its grid, float32 ``(out, in * k * k)``.
+
+    Arguments:
+        weight: ``(out, ...)``.
+        scale: float32, ``(out,)``.
+        a: ``(rank, in * k * k)``.
+        b: ``(out, rank)``.
+    """
+    with torch.autocast(weight.device.type, enabled=False):  # half a step is all the difference here
+        return torch.addmm(weight.detach().float().flatten(1) / scale[:, None], b, a)
+
+
+def moved_input(grid: Grid, growth: float, steps: float) -> Grid:
+    """Return the grid of a layer's input after training, its numbers exact in float32.
+
+    Arguments:
+        grid: as calibrated.
+        growth: the logarithm of the scale's growth.
+        steps: the zero point's move in calibrated steps; signed formats have none.
+    """
+    zero_point = grid.zero_point + grid.scale * steps * (not grid.format.signed)
+    scale = grid.scale * math.exp(min(growth, _MAX_GROWTH))
+    return Grid(grid.format, float(np.float32(scale)), float(np.float32(zero_point)))
+
+
+class TunedLayer(nn.Module):
+    """A float layer that computes as its quantized form will, with a LoRA hub inside the quantizer.
+
+    Arguments:
+        layer: the float layer; its weight and bias are frozen.
+        parameters: the calibrated formats; the weight's is needed, the input's may be None.
+        scale: the weight's step size per output channel, ``(out,)``.
+        route: where the choice of member is found.
+        slot: the layer's row in the choice.
+        recipe: hub size, rank, initialisation, and whether the input's grid is trained.
+        generator: draws A.
+
+    Each member of the hub has ``lora_a``, ``(rank, in * k * k)``, ``lora_b``, ``(out, rank)``, and where the input's
+    grid is trained ``input_shift``, ``(2,)``, the two numbers of `moved_input`. All begin alike, B at zero, so that
+    training begins at the calibrated model (unless the recipe asks for another beginning).
+    """
+
+    def __init__(
+        self,
+        layer: nn.Linear | nn.Conv2d,
+        parameters: LayerParameters,
+        scale: Tensor,
+        route: Route[Sequence[Choice]],
+        slot: int,
+        recipe: FinetuneRecipe,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.layer, self.route, self.slot = layer.requires_grad_(False), route, slot
+        assert parameters.weight is not None
+        self.input, self.weight_format = parameters.input, parameters.weight
+        self.register_buffer("scale", scale.to(layer.weight.device).float(), persistent=False)
+        a, b = self._beginning(recipe, generator)
+        self.lora_a = nn.ParameterList(a.clone() for _ in range(recipe.hub_size))
+        self.lora_b = nn.ParameterList(b.clone() for _ in range(recipe.hub_size))
+        trained = self.input is not None and recipe.input_learning_rate > 0
+        shifts = [torch.zeros(2, device=layer.weight.device) for _ in range(recipe.hub_size)]
+        self.input_shift = nn.ParameterList(shifts) if trained else None
+
+    @torch.no_grad()
+    def _beginning(self, recipe: FinetuneRecipe, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the first A and B of every member."""
+        weight = self.layer.weight
+        out, inner = weight.shape[0], weight[0].numel()
+        rank = min(recipe.rank, out, inner)
+        if recipe.init == "svd":
+            steps = weight.float().flatten(1) / self.get_buffer("scale")[:, None]
+            u, s, v = torch.linalg.svd(steps - round_steps(steps, self.weight_format), full_matrices=False)
+            return (s[:rank, None].sqrt() * v[:rank]).contiguous(), (u[:, :rank] * s[:rank].sqrt()).contiguous()
+        bound = math.sqrt(3 / inner)
+        a = torch.empty(rank, inner).uniform_(-bound, bound, generator=generator)
+        return a.to(weight.device), torch.zeros(out, rank, device=weight.device)
+
+    def rounded_weight(self, member: int) -> Tensor:
+        """Return the weight of a member, rounded; float32, shape of the weight."""
+        rounded: Tensor = _RoundedWeight.apply(  # type: ignore[no-untyped-call]
+            self.layer.weight,
+            self.get_buffer("scale"),
+            self.weight_format,
+            self.lora_a[member],
+            self.lora_b[member],
+        )
+        return rounded.view(self.layer.weight.shape)
+
+    def rounded_input(self, x: Tensor, choice: Choice) -> Tensor:
+        """Round the input to the chosen member's grid, where it has one."""
+        if self.input is None:
+            return x
+        if self.input_shift is None:
+            return fake_quantize(x, self.input)
+        shift, unit = self.input_shift[choice.member], float(self.input.scale) * (not self.input.format.signed)
+        return fake_quantize_learned(x, choice.input or moved_input(self.input, *shift.tolist()), shift, unit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give each chosen member its rows, and put what they return in order again.
+
+        Raises:
+            MsfpError: several members are chosen, and the input's first dimension does not hold the batch's rows.
+        """
+        choices = self.route.of(self.slot)
+        if len(choices) == 1:
+            return self._with_member(x, choices[0])
+        order = torch.tensor([row for choice in choices for row in choice.rows], device=x.device)
+        if len(x) % len(order):
+            raise MsfpError(
+                f"a layer's input of shape {tuple(x.shape)} does not begin with the {len(order)} rows of the call, so "
+                "they cannot be given to the members of its hub; give --hub-size 1"
+            )
+        rows = x.reshape(len(order), -1, *x.shape[1:])
+        parts = torch.split(rows.index_select(0, order), [len(choice.rows) for choice in choices])
+        y = torch.cat([self._with_member(part.flatten(0, 1), c) for part, c in zip(parts, choices, strict=True)])
+        return y.reshape(len(order), -1, *y.shape[1:]).index_select(0, order.argsort()).flatten(0, 1)
+
+    def _with_member(self, x: Tensor, choice: Choice) -> Tensor:
+        """Round the input and the updated weight, and run the layer."""
+        x = self.rounded_input(x, choice)
+        y = self._run(x, self.rounded_weight(choice.member), self.layer.bias)
+        if choice.weights is None:
+            return y
+        told: Tensor = _TellRouter.apply(y, choice.weights, x, partial(self._changes, choice.member))  # type: ignore[no-untyped-call]
+        return told
+
+    @torch.no_grad()
+    def _changes(self, now: int, x: Tensor) -> Iterator[Tensor]:
+        """Return what each member adds to the output, where the update of the one that serves `now` is not clipped."""
+        weight, scale, a, b = self.layer.weight, self.get_buffer("scale"), self.lora_a, self.lora_b
+        inside = updated_steps(weight, scale, a[now], b[now]).abs() <= self.weight_format.largest
+        for k in range(len(a)):
+            yield self._run(x, (scale[:, None] * (b[k] @ a[k]) * inside).view(weight.shape), None)
+
+    def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        if isinstance(self.layer, nn.Conv2d):
+            y: Tensor = self.layer._conv_forward(x, weight, bias)
+            return y
+        return nn.functional.linear(x, weight, bias)
+
+
+def tune_layers_(
+    denoiser: nn.Module,
+    table: Mapping[str, LayerParameters],
+    scales: Mapping[str, Tensor],
+    recipe: FinetuneRecipe,
+    generator: torch.Generator,
+) -> tuple[dict[str, TunedLayer], Route[Sequence[Choice]]]:
+    """Replace every layer that has a quantized weight by a `TunedLayer`.
+
+    Returns:
+        The new layers by name, and the route that they read; give it the router's choice in each forward.
+    """
+    route, tuned = Route[Sequence[Choice]](), {}
+    for slot, name in enumerate(tuned_names(table)):
+        parent, _, child = name.rpartition(".")
+        owner = denoiser.get_submodule(parent)
+        layer = TunedLayer(getattr(owner, child), table[name], scales[name], route, slot, recipe, generator)
+        setattr(owner, child, layer)
+        tuned[name] = layer
+    return tuned, route
+
+
+def tuned_names(table: Mapping[str, LayerParameters]) -> list[str]:
+    """List the layers that have a hub, in the order of the router's rows: those that multiply by a quantized weight."""
+    return [name for name, parameters in table.items() if parameters.tunable]

@@ -1,0 +1,94 @@
+"""Compute a layer as `arithmetic` says, with products in floating point that are exact: the reference of kernels.
+
+Integers, and sums of their products, are exact in float32 up to 2^24 and in float64 up to 2^53, in whatever order they
+are added. So this kernel has the very bits of one on 8-bit units, needs none, and is slow. Pictures are laid out as
+oneDNN does, channels last, because the norm that follows adds in the order that it finds.
+"""
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from msfp_cli.formats.float_format import FloatFormat
+from msfp_cli.formats.rounding import round_steps
+from msfp_cli.layers.kernels.arithmetic import BYTE, Arithmetic, refusal_of_integers
+from msfp_cli.layers.kernels.geometry import Geometry, subtract_frame_
+from msfp_cli.layers.kernels.kernel import Kernel
+from msfp_cli.layers.kernels.simulated import input_grid, simulate
+
+if TYPE_CHECKING:
+    from msfp_cli.layers.quantized import QuantizedLayer
+
+_EXACT_IN_FLOAT32 = 2**24
+
+
+class Reference(Kernel):
+    """Runs a layer on any device; a NaN in the input is one in the output."""
+
+    name: ClassVar[str] = "reference"
+
+    @staticmethod
+    def refusal(layer: "QuantizedLayer") -> str | None:
+        """Say why the layer cannot run here, or nothing."""
+        return refusal_of_integers(layer)
+
+    def __init__(self, layer: "QuantizedLayer", *, keep_packed: bool) -> None:
+        """Fold scales, zero point and bias; the layer's codes are read at each call."""
+        self.arithmetic = Arithmetic.of(layer, [layer.integers(i) for i in range(layer.parameters_of.hub)])
+
+    def __call__(self, layer: "QuantizedLayer", x: Tensor) -> Tensor:
+        """Run `layer` on `x`."""
+        return run_reference(layer, x, self.arithmetic)
+
+
+def run_reference(layer: "QuantizedLayer", x: Tensor, arithmetic: Arithmetic) -> Tensor:
+    """Run `layer` on `x`; what needs gradients, or is compiled, is simulated: compilers keep no last digits.
+
+    Arguments:
+        arithmetic: of this layer.
+    """
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        return simulate(layer, x)
+    member = layer.member()
+    grid, geometry = input_grid(layer, member), arithmetic.geometry
+    if geometry is not None and x.ndim == 3:
+        return run_reference(layer, x[None], arithmetic)[0]
+    factor, constant, frame = arithmetic.of_member(member)
+    along = (-1, 1, 1) if geometry else (-1,)
+    steps = torch.sub(x.detach().float(), grid.zero_point).div_(grid.scale)
+    planes = _planes(round_steps(steps, grid.format), grid.format.largest, arithmetic.shift)
+    weight = layer.integers(member).to(_exact_type(layer, grid.format))
+    y = _sums(planes[0], weight, geometry).mul_(factor.view(along)).add_(constant.view(along))
+    for plane in planes[1:]:
+        y.add_(_sums(plane, weight, geometry).mul_((factor * (BYTE + 1)).view(along)))
+    if frame is not None and geometry is not None:
+        subtract_frame_(y, frame, geometry, x.shape[2], x.shape[3])
+    return y.to(x.dtype)
+
+
+def _exact_type(layer: "QuantizedLayer", fmt: FloatFormat) -> torch.dtype:
+    """Return a type in which the layer's sums are exact."""
+    weight = layer.parameters_of.weight
+    assert weight is not None, "refused before"
+    most = min(fmt.largest, BYTE) * weight.largest * layer.weight_shape[1:].numel()
+    return torch.float32 if most <= _EXACT_IN_FLOAT32 else torch.float64
+
+
+def _planes(integers: Tensor, largest: int, shift: int) -> list[Tensor]:
+    """Part integers as bytes would be, where they do not fit into one: ``q = low + 256 high``."""
+    if largest + shift <= BYTE:
+        return [integers]
+    high = integers.add(shift).div_(BYTE + 1).floor_().sub_(shift >> 8)
+    return [integers.sub(high, alpha=BYTE + 1), high]
+
+
+def _sums(integers: Tensor, weight: Tensor, geometry: Geometry | None) -> Tensor:
+    """Multiply and add up in the weight's type, then round to float32."""
+    x = integers.to(weight.dtype)
+    if geometry is None:
+        return functional.linear(x, weight).float()
+    _, stride, padding, dilation, groups = geometry
+    sums = functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+    return sums.float().contiguous(memory_format=torch.channels_last)

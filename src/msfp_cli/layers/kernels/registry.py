@@ -1,0 +1,58 @@
+"""Ways to execute a quantized layer: one file each, one registry that picks.
+
+A kernel is made from a layer once, on the device where the layer is, and then called with the layer and its input.
+`simulated` computes in floating point, with any layer on any device, and is what gradients take. `reference` defines
+what a layer is in integers (see `arithmetic`), and `cpu` has its bits; both are there to be compared with. Kernels say
+why they refuse a layer, and the first that does not refuse gets it; those for another type of device are not asked.
+Tables have a kernel of their own, `lookup`.
+"""
+
+from typing import TYPE_CHECKING
+
+from msfp_cli.errors import UsageError
+from msfp_cli.layers.kernels.cpu import Cpu
+from msfp_cli.layers.kernels.cuda import Cuda, CudaFp8
+from msfp_cli.layers.kernels.kernel import Kernel
+from msfp_cli.layers.kernels.lookup import Lookup
+from msfp_cli.layers.kernels.reference import Reference
+from msfp_cli.layers.kernels.simulated import Simulated
+
+if TYPE_CHECKING:
+    from msfp_cli.layers.quantized import QuantizedLayer
+
+AUTO = "auto"
+_IN_TURN: tuple[type[Kernel], ...] = (Cpu, Simulated)
+# `Cuda` moves up once benchmarks/gpu.py has run on a GPU.
+_ON_REQUEST: tuple[type[Kernel], ...] = (Cuda, CudaFp8, Reference)
+KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in _ON_REQUEST + _IN_TURN}
+
+
+def choose_kernel(layer: "QuantizedLayer", wanted: str = AUTO) -> tuple[type[Kernel], str]:
+    """Return the kernel that runs a layer, and why.
+
+    Arguments:
+        wanted: a name in `KERNELS`, or ``auto`` for the first that does not refuse.
+
+    Raises:
+        UsageError: there is no such kernel.
+    """
+    if wanted != AUTO and wanted not in KERNELS:
+        raise UsageError(f"unknown kernel {wanted!r}; choose one of {', '.join((AUTO, *KERNELS))}")
+    if Lookup.refusal(layer) is None:
+        return Lookup, ""
+    refusals: list[str] = []
+    device = _device_type(layer)
+    for kernel in _IN_TURN if wanted == AUTO else (KERNELS[wanted],):
+        if wanted == AUTO and kernel.device not in (None, device):
+            continue
+        reason = kernel.refusal(layer)
+        if reason is None:
+            return kernel, "; ".join(refusals)
+        refusals.append(f"{kernel.name}: {reason}")
+    return Simulated, "; ".join(refusals)
+
+
+def _device_type(layer: "QuantizedLayer") -> str:
+    """Return the type of device that a layer is on; a quantized weight itself would have to be computed."""
+    tensor = layer.weight if layer.parameters_of.weight is None else layer.get_buffer("weight_scale")
+    return tensor.device.type

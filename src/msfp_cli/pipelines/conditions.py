@@ -1,0 +1,98 @@
+"""What a pipeline is conditioned on, and the conditions it is given: prompts, class labels, or nothing."""
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from msfp_cli.errors import UsageError
+from msfp_cli.pipelines.loading import default_prompts
+from msfp_cli.pipelines.source import ModelSource
+
+
+def conditioning_of(pipe: Any) -> str:  # noqa: ANN401 (a pipeline's class is the user's)
+    """Say what a pipeline is conditioned on: ``prompt``, ``class_labels`` or ``none``."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    return next((kind for kind in ("prompt", "class_labels") if kind in parameters), "none")
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Read prompts, one a line; empty lines do not count.
+
+    Raises:
+        UsageError: the file cannot be read or holds no prompt.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read prompts from {path}: {getattr(error, 'strerror', None) or error}") from None
+    prompts = tuple(line for line in lines if line)
+    if not prompts:
+        raise UsageError(f"{path} holds no prompts; write one a line")
+    return prompts
+
+
+def conditions_for(
+    pipe: Any,  # noqa: ANN401 (a pipeline's class is the user's)
+    source: ModelSource,
+    prompts: tuple[str, ...] | None,
+    num_images: int,
+) -> tuple[str | None, ...]:
+    """Return at most so many conditions, one per image.
+
+    Arguments:
+        prompts: prompts or class labels; None takes a built-in list, class labels spread over all, or nothing.
+
+    Raises:
+        UsageError: the pipeline takes no prompts.
+    """
+    kind = conditioning_of(pipe)
+    if kind == "none":
+        if prompts is not None:
+            raise UsageError(f"{type(pipe).__name__} takes no prompts; leave --prompts out")
+        return (None,) * num_images
+    if prompts is not None:
+        return prompts[:num_images]
+    if kind == "prompt":
+        return default_prompts(source.model)[:num_images]
+    classes = int(pipe.transformer.config.get("num_embeds_ada_norm") or 1000)
+    return tuple(str(i * classes // num_images) for i in range(num_images))
+
+
+def expand_conditions(prompts: Sequence[str], num_images: int, kind: str) -> tuple[str | None, ...]:
+    """Repeat each prompt `num_images` times; an unconditional pipeline takes none.
+
+    Raises:
+        UsageError: a prompt is missing, or given to a pipeline that takes none.
+    """
+    if num_images < 1:
+        raise UsageError(f"--num-images must be at least 1, got {num_images}")
+    if kind == "none":
+        if prompts:
+            raise UsageError("this pipeline takes no prompt; leave --prompt out")
+        return (None,) * num_images
+    if not prompts:
+        raise UsageError('no prompt; give at least one, for instance --prompt "a red dress"')
+    return tuple(prompt for prompt in prompts for _ in range(num_images))
+
+
+def arguments_of(pipe: Any, conditions: Sequence[str | None]) -> dict[str, Any]:  # noqa: ANN401
+    """Return the arguments that pass one condition per image."""
+    kind = conditioning_of(pipe)
+    if kind == "none":
+        return {"batch_size": len(conditions)}
+    if any(condition is None for condition in conditions):
+        raise UsageError(f"{type(pipe).__name__} needs a prompt for every picture; give --prompt or --prompts FILE")
+    if kind == "prompt":
+        return {"prompt": list(conditions)}
+    return {"class_labels": [_class_label(pipe, str(condition)) for condition in conditions]}
+
+
+def _class_label(pipe: Any, text: str) -> int:  # noqa: ANN401
+    """Read a class label: its number, or its name where the pipeline knows names."""
+    if text.strip().isdigit():
+        return int(text)
+    labels = getattr(pipe, "labels", None) or {}
+    if text not in labels:
+        raise UsageError(f"{text!r} is no class label of this pipeline; give a number or one of its label names")
+    return int(labels[text])

@@ -1,0 +1,138 @@
+"""Load the user's pipeline with plain ``from_pretrained``, and say in one line what went wrong if it does."""
+
+import contextlib
+import logging
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msfp_cli.errors import ModelError, MsfpError
+from msfp_cli.pipelines.source import ModelSource
+
+BUILT_IN = "msfp:fashion"
+BUILT_IN_STEPS, BUILT_IN_GUIDANCE = 20, 3.0
+
+# Ids that have left the hub, with their maintained successors.
+_SUCCESSORS = {
+    "runwayml/stable-diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
+}
+
+
+def resolve_model(model: str | None) -> tuple[str, str | None]:
+    """Return the model to load and, where it is not what was asked for, one line that says so.
+
+    Arguments:
+        model: a directory, a hub id, or None for the built-in pipeline.
+    """
+    if model is None:
+        return BUILT_IN, None
+    if model in _SUCCESSORS and not Path(model).exists():
+        successor = _SUCCESSORS[model]
+        return successor, f"{model} has left the hub; using its maintained successor {successor}"
+    path = Path(model)
+    return (str(path.resolve()) if path.is_dir() else model), None
+
+
+def built_in_directory() -> Path:
+    """Return where the built-in pipeline lies inside the installed package."""
+    return Path(str(files("msfp_cli") / "data" / "fashion"))
+
+
+def default_prompts(model: str) -> tuple[str, ...]:
+    """Return the prompts that a text-to-image model is recorded with when the user gives none."""
+    name = "fashion_prompts.txt" if model == BUILT_IN else "prompts.txt"
+    return tuple((files("msfp_cli") / "data" / name).read_text("utf-8").splitlines())
+
+
+def choose_device(device: str | None) -> str:
+    """Return the device asked for, else an accelerator if there is one.
+
+    Raises:
+        ModelError: the device is not there.
+    """
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return "cpu" if accelerator is None else accelerator.type
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from None
+    return device
+
+
+def choose_dtype(dtype: str | None, device: str) -> torch.dtype:
+    """Return the type asked for, else float32 on a CPU and bfloat16 elsewhere: one type for every component."""
+    if dtype is not None:
+        chosen: torch.dtype = getattr(torch, dtype)
+        return chosen
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def quiet_libraries() -> None:
+    """Silence the notices and bars of diffusers and transformers; our own progress tells what is going on."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    logging.getLogger("diffusers").setLevel(logging.CRITICAL)
+
+
+def load_pipeline(source: ModelSource, device: str | None = None) -> Any:  # noqa: ANN401 (a pipeline's class is the user's)
+    """Load a stock pipeline, all components in one type, ready to be called.
+
+    Raises:
+        ModelError: it cannot be found or loaded; the message says why, as far as can be known.
+    """
+    from diffusers import DiffusionPipeline
+
+    place = choose_device(device)
+    model = str(built_in_directory()) if source.model == BUILT_IN else source.model
+    if Path(model).is_dir() and not (Path(model) / "model_index.json").exists():
+        raise ModelError(f"{model} is no diffusers pipeline: it has no model_index.json")
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise ModelError(f"{model!r} is neither a directory nor a hub id (owner/name)")
+    options = {"revision": source.revision, "variant": source.variant}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            model, dtype=choose_dtype(source.dtype, place), **{k: v for k, v in options.items() if v is not None}
+        )
+    except MsfpError:
+        raise
+    except Exception as error:  # every library below has its own kinds
+        raise ModelError(_explain(source, error)) from error
+    with contextlib.suppress(AttributeError):
+        pipe.set_progress_bar_config(disable=True)
+    return pipe.to(place)
+
+
+def _explain(source: ModelSource, error: Exception) -> str:
+    """Say in one line why a model could not be loaded."""
+    from huggingface_hub import errors as hub
+
+    model, causes = source.model, [error]
+    while isinstance(causes[-1].__cause__, Exception) and len(causes) < 8:
+        causes.append(causes[-1].__cause__)
+    if any(isinstance(c, hub.GatedRepoError) for c in causes):
+        return f"{model} is gated: accept its licence on the hub and run `hf auth login`"
+    if any(isinstance(c, hub.RevisionNotFoundError) for c in causes):
+        return f"{model} has no revision {source.revision!r}; leave --revision out for the newest"
+    if any(isinstance(c, hub.RepositoryNotFoundError) for c in causes):
+        return (
+            f"model {model!r} was not found on the hub: the id may be misspelt or removed, or the model may be private "
+            "(then run `hf auth login`); a local directory works too"
+        )
+    if any(isinstance(c, hub.OfflineModeIsEnabled | hub.LocalEntryNotFoundError) for c in causes) or any(
+        "Connect" in type(c).__name__ or isinstance(c, ConnectionError | TimeoutError) for c in causes
+    ):
+        return f"model {model!r} is no local directory, and the hub cannot be reached: check the name or the network"
+    if not Path(model).exists() and model.count("/") != 1 and source.model != BUILT_IN:
+        return f"{model!r} is neither a directory nor a hub id (owner/name)"
+    reason = str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__]
+    return f"cannot load {model}: {reason[0][:300]}"

@@ -1,0 +1,120 @@
+"""Rows of recorded calls: take some, and join those of several calls, at several timesteps, to one call."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msfp_cli.pipelines.denoiser import DenoiserCall
+
+# Arguments whose first dimension is never the batch, whatever its size.
+_POSITIONS = ("img_ids", "txt_ids", "image_rotary_emb", "padding_mask")
+# Arguments that may have several entries for each row of the batch, one after another (one a frame of a video).
+_FOLDED = ("encoder_hidden_states",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedCall:
+    """Rows of recorded calls as one call of the denoiser.
+
+    Arguments:
+        timesteps: one per row.
+        arguments: as in `DenoiserCall`; ``timestep`` is a tensor of one per row.
+        output: what was recorded, a row for each.
+    """
+
+    timesteps: tuple[float, ...]
+    arguments: dict[str, Any]
+    output: Tensor
+
+
+def take_rows(call: DenoiserCall, rows: Tensor) -> DenoiserCall:
+    """Return a call of some rows of the batch only.
+
+    Arguments:
+        rows: int64, ``(rows,)``; every tensor whose first dimension is the batch is indexed by it.
+    """
+    return replace(call, arguments=_merge([_take(call.arguments, rows, len(call.output))]), output=call.output[rows])
+
+
+def join_rows(picked: Sequence[tuple[DenoiserCall, int]]) -> list[JoinedCall]:
+    """Join rows of several calls, whose timesteps may differ.
+
+    Arguments:
+        picked: a call and the index of one of its rows, each.
+
+    Returns:
+        As few calls as possible, one where nothing but rows and timesteps differs. Prompts of unequal length, or
+        options that change on the way, make more.
+    """
+    groups: list[list[tuple[DenoiserCall, int, Any]]] = []
+    for call, row in picked:
+        own = call.arguments | {"timestep": _of_each_row(call.arguments["timestep"], len(call.output))}
+        taken = _take(own, torch.tensor([row]), len(call.output))
+        group = next((group for group in groups if _alike(group[0][2], taken)), None)
+        if group is None:
+            groups.append(group := [])
+        group.append((call, row, taken))
+    return [
+        JoinedCall(
+            timesteps=tuple(call.timestep for call, _, _ in group),
+            arguments=_merge([taken for _, _, taken in group]),
+            output=torch.stack([call.output[row] for call, row, _ in group]),
+        )
+        for group in groups
+    ]
+
+
+def _of_each_row(timestep: Any, batch: int) -> Tensor:  # noqa: ANN401 (tensor or number, as the pipeline passes it)
+    """Return the timestep of each row; in some video models it is one of each token of each row."""
+    each: Tensor = torch.as_tensor(timestep)
+    return each if each.ndim and len(each) == batch else each.reshape(-1)[:1].expand(batch)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a tensor whose first dimension is the batch."""
+
+    values: Tensor
+
+
+def _take(value: Any, rows: Tensor, batch: int, name: str = "") -> Any:  # noqa: ANN401 (a tree of arguments)
+    """Return a tree of arguments with `_Rows` for every tensor that has rows."""
+    if name in _POSITIONS:
+        return value
+    if isinstance(value, Tensor):
+        if not value.ndim or not (len(value) == batch or (name in _FOLDED and len(value) % batch == 0)):
+            return value
+        return _Rows(value.reshape(batch, len(value) // batch, *value.shape[1:])[rows].flatten(0, 1))
+    if isinstance(value, dict):
+        return {key: _take(item, rows, batch, key) for key, item in value.items()}
+    return type(value)(_take(v, rows, batch, name) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _alike(one: Any, other: Any) -> bool:  # noqa: ANN401 (trees of arguments)
+    """Whether two trees differ in nothing but what their rows hold."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, _Rows):
+        return (one.values.dtype, one.values.shape) == (other.values.dtype, other.values.shape)
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and bool(torch.equal(one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return bool(one == other)
+
+
+def _merge(trees: Sequence[Any]) -> Any:  # noqa: ANN401 (trees of arguments)
+    """Return one tree of batches."""
+    first = trees[0]
+    if isinstance(first, _Rows):
+        return torch.cat([tree.values for tree in trees])
+    if isinstance(first, dict):
+        return {key: _merge([tree[key] for tree in trees]) for key in first}
+    if isinstance(first, list | tuple):
+        return type(first)(map(_merge, zip(*trees, strict=True)))
+    return first

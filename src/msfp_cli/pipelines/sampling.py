@@ -1,0 +1,69 @@
+"""Call a stock pipeline the way its user would, whatever it is conditioned on.
+
+What a pipeline takes is read off its signature: a prompt, class labels, or only a batch size. Image ``i`` always gets
+its own generator seeded with ``seed + i``, so a picture does not depend on the batch it was made in.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from msfp_cli.errors import ModelError
+from msfp_cli.pipelines.conditions import arguments_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to run a pipeline.
+
+    Arguments:
+        num_inference_steps: steps of the sampler; None leaves the pipeline's default.
+        guidance_scale: strength of classifier-free guidance; None leaves the pipeline's default.
+        seed: image i is drawn with seed ``seed + i``.
+        batch_size: images per call of the pipeline.
+    """
+
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    batch_size: int = 8
+
+
+def call_pipeline(
+    pipe: Any,  # noqa: ANN401 (a pipeline's class is the user's)
+    conditions: Sequence[str | None],
+    sampling: Sampling,
+    *,
+    first: int = 0,
+    output_type: str = "pil",
+) -> Any:  # noqa: ANN401 (a list of pictures, or latents)
+    """Run the pipeline once for a batch and return its pictures (or latents).
+
+    Arguments:
+        conditions: prompt or class label for each image; None for an unconditional pipeline.
+        sampling: steps, guidance, seed.
+        first: index of the first image of the batch, which fixes the seeds.
+        output_type: ``pil``, or ``latent`` to skip the decoder.
+    """
+    parameters = inspect.signature(pipe.__call__).parameters
+    wanted: dict[str, Any] = {
+        "generator": [torch.Generator().manual_seed(sampling.seed + first + i) for i in range(len(conditions))],
+        "num_inference_steps": sampling.num_inference_steps,
+        "guidance_scale": sampling.guidance_scale,
+        "output_type": output_type,
+    }
+    arguments = {key: value for key, value in wanted.items() if key in parameters and value is not None}
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(disable=True)
+    try:
+        result = pipe(**arguments_of(pipe, conditions), **arguments)
+    except TypeError as error:
+        if "ScalarType" not in str(error):
+            raise
+        raise ModelError(
+            f"{type(pipe).__name__} cannot turn this type into pictures ({error}); use --dtype float32"
+        ) from None
+    return result.images if hasattr(result, "images") else result[0]

@@ -1,0 +1,91 @@
+"""What is recorded: conditions, sampler, and which pictures are held out; nothing here needs torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from msfp_cli.errors import UsageError
+from msfp_cli.recipe import Recipe, at_least
+
+NUM_IMAGES = 800  # recorded where nobody says how many
+NUM_IMAGES_LARGE = 200  # the same of a large denoiser, whose pictures take longer, hold more, and need more disk
+LARGE = 100_000_000  # parameters
+MAX_CONDITIONS = 200  # recorded of a list that nobody gave: the rest is left to evaluate on
+_HELD_OUT = 24  # conditions of a long recording, some more where it does not divide: each measurement takes time
+DEFAULT_MAX_BYTES = 8 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordRecipe(Recipe):
+    """How to record denoiser calls.
+
+    Arguments:
+        conditions: a prompt or class label per image; None for each image of an unconditional pipeline.
+        num_inference_steps, guidance_scale: as in the pipeline's call; None leaves its default.
+        seed: image i is drawn from ``seed + i``.
+        batch_size: images per pipeline call.
+    """
+
+    conditions: tuple[str | None, ...]
+    num_inference_steps: int | None = 20
+    guidance_scale: float | None = None
+    seed: int = 0
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.conditions:
+            raise UsageError("no prompts to record; give at least one")
+        at_least("batch size", self.batch_size, 1)
+        if self.num_inference_steps is not None:
+            at_least("steps", self.num_inference_steps, 1)
+
+    @property
+    def num_shards(self) -> int:
+        """How many pipeline calls the recording takes."""
+        return -(-len(self.conditions) // self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordOptions:
+    """What the user may say about recording.
+
+    Arguments:
+        prompts: prompts or class labels; None takes a built-in list, class labels spread over all, or nothing.
+        num_images: pictures to record, a fifth held out, of many some 24; with few prompts these come again, with other
+            noise. None takes one for each of `prompts`, else `NUM_IMAGES`, `NUM_IMAGES_LARGE` of a large denoiser.
+        num_inference_steps, guidance_scale, seed, batch_size: as in `RecordRecipe`.
+        max_bytes: bound on the recording's size.
+    """
+
+    prompts: tuple[str, ...] | None = None
+    num_images: int | None = None
+    num_inference_steps: int | None = 20
+    guidance_scale: float | None = None
+    seed: int = 0
+    batch_size: int = 8
+    max_bytes: int = DEFAULT_MAX_BYTES
+
+
+def recorded_conditions(
+    conditions: Sequence[str | None], num_images: int
+) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """Share so many pictures out: conditions that are not held out come again, with other noise, if there are too few.
+
+    Returns:
+        The condition of each picture to calibrate on, and of each that is held out.
+    """
+    chosen, held_out = split_held_out(conditions)
+    count = max(len(chosen), num_images - len(held_out))
+    return tuple(chosen[i % len(chosen)] for i in range(count)), held_out
+
+
+def split_held_out(conditions: Sequence[str | None]) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """Set every fifth condition aside, of many only some 24 in all; a lone one serves for both (with other seeds).
+
+    Returns:
+        The conditions to calibrate on, and those held out to measure on.
+    """
+    if len(conditions) < 5:
+        return tuple(conditions[:-1] or conditions), tuple(conditions[-1:])
+    every = max(5, len(conditions) // _HELD_OUT)
+    held_out = tuple(c for i, c in enumerate(conditions) if i % every == every - 1)
+    return tuple(c for i, c in enumerate(conditions) if i % every != every - 1), held_out

@@ -1,0 +1,220 @@
+"""Record the denoiser's calls while the stock pipeline runs."""
+
+import inspect
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msfp_cli.digest import fingerprint
+from msfp_cli.errors import CalibrationError, ModelError, RunError, UsageError
+from msfp_cli.pipelines.conditions import conditions_for
+from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers, watch_calls, watch_steps
+from msfp_cli.pipelines.denoising_factor import denoising_factors
+from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline
+from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.progress import SILENT, Progress
+from msfp_cli.recording.recipe import (
+    DEFAULT_MAX_BYTES,
+    LARGE,
+    MAX_CONDITIONS,
+    NUM_IMAGES,
+    NUM_IMAGES_LARGE,
+    RecordOptions,
+    RecordRecipe,
+    recorded_conditions,
+)
+from msfp_cli.recording.result import Recording, size_bytes
+from msfp_cli.run import Run
+
+_HELD_OUT_SEED = 1_000_003  # far from any calibration image's seed
+
+
+class _Watcher:
+    """Collects the calls of one pipeline run; checks the first against the bound before anything is written."""
+
+    def __init__(self, pipe: Any, recording: Recording, num_runs: int, max_bytes: int) -> None:  # noqa: ANN401
+        self.pipe, self.recording, self.num_runs, self.max_bytes = pipe, recording, num_runs, max_bytes
+        self.calls: list[DenoiserCall] = []
+        self.channels: set[int] = set()  # of what reached the scheduler
+        self.checked = False
+
+    def __call__(self, call: DenoiserCall) -> None:
+        if not torch.isfinite(call.output).all():
+            raise CalibrationError(
+                f"the denoiser's output holds a NaN or infinity at timestep {call.timestep:g} before any quantization; "
+                "the model overflows in this precision: try --dtype float32"
+            )
+        self.calls.append(call)
+        if not self.checked:
+            self.checked = True
+            self._check_size(call)
+
+    def see_used(self, model_output: Tensor) -> None:
+        """Note how many channels reach the scheduler."""
+        self.channels.add(model_output.shape[1])
+
+    def used_calls(self) -> list[DenoiserCall]:
+        """Return the calls without what the pipeline threw away: the variance that DiT, for one, predicts as well.
+
+        Such a denoiser returns twice the channels that reach the scheduler, and the pipelines keep the first half.
+        """
+        if len(self.channels) != 1:
+            return self.calls
+        (used,) = self.channels
+        return [
+            replace(call, output=call.output[:, :used].contiguous()) if call.output.shape[1] == 2 * used else call
+            for call in self.calls
+        ]
+
+    def _check_size(self, call: DenoiserCall) -> None:
+        """Estimate the whole recording from its first call: what changes at each step is the sample and the output."""
+        per_step = call.output.nbytes * 2
+        estimate = self.num_runs * (size_bytes([call]) + per_step * (self.num_steps() - 1))
+        free = shutil.disk_usage(self.recording.directory).free
+        bound = min(self.max_bytes, free)
+        if estimate > bound:
+            raise RunError(
+                f"the recording would take about {estimate / 2**30:.1f} GiB, more than "
+                f"{'the bound' if bound == self.max_bytes else 'the disk has free'} ({bound / 2**30:.1f} GiB); "
+                "give fewer --num-images or --steps, or raise --max-recording-gib"
+            )
+
+    def num_steps(self) -> int:
+        """Return how many timesteps the sampler has, 1 if it does not say."""
+        timesteps = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
+        return 1 if timesteps is None else len(timesteps)
+
+
+def _factors(pipe: Any) -> list[tuple[float, float]] | None:  # noqa: ANN401 (a pipeline's class is the user's)
+    """Return the denoising factors of the sampler as the pipeline has just used it, None where they are not known."""
+    try:
+        timesteps, factors = denoising_factors(pipe.scheduler)
+    except (ModelError, AttributeError):
+        return None
+    return list(zip(timesteps.tolist(), factors.tolist(), strict=True))
+
+
+def asked_for(pipe: Any, source: ModelSource, recipe: RecordRecipe) -> dict[str, Any]:  # noqa: ANN401
+    """Return what a recording's manifest says it is a recording of; another model of the same name differs."""
+    prints = {component: fingerprint(module) for component, module in find_denoisers(pipe).items()}
+    return {"source": source.to_json(), "record": recipe.to_json(), "fingerprint": prints}
+
+
+def record_calls(
+    pipe: Any,  # noqa: ANN401 (a pipeline's class is the user's)
+    source: ModelSource,
+    recipe: RecordRecipe,
+    directory: Path,
+    *,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    progress: Progress = SILENT,
+    description: str = "Recording",
+) -> Recording:
+    """Run the pipeline for every condition and store what its denoiser was called with and returned.
+
+    An interrupted recording goes on with the first shard that is missing.
+
+    Raises:
+        RunError: the directory holds another recording, or this one would take more than `max_bytes` or the free disk.
+        CalibrationError: the full-precision model itself gives a NaN or an infinity.
+    """
+    denoisers = find_denoisers(pipe)
+    asked = asked_for(pipe, source, recipe)
+    recording = Recording.create(directory, asked, recipe.num_shards)
+    missing = recording.missing_shards()
+    sampling = Sampling(
+        num_inference_steps=recipe.num_inference_steps,
+        guidance_scale=recipe.guidance_scale,
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
+    )
+    with progress.task(description, len(recipe.conditions)) as advance:
+        advance(min((recipe.num_shards - len(missing)) * recipe.batch_size, len(recipe.conditions)))
+        for index in missing:
+            watcher = _Watcher(pipe, recording, len(missing), max_bytes)
+            first = index * recipe.batch_size
+            conditions = recipe.conditions[first : first + recipe.batch_size]
+            with watch_calls(denoisers, watcher), watch_steps(getattr(pipe, "scheduler", None), watcher.see_used):
+                call_pipeline(pipe, conditions, sampling, first=first, output_type="latent")
+            recording.write_shard(index, watcher.used_calls(), _factors(pipe))
+            advance(len(conditions))
+    return recording
+
+
+def record_recipes(pipe: Any, source: ModelSource, options: RecordOptions) -> tuple[RecordRecipe, RecordRecipe]:  # noqa: ANN401
+    """Return the recipes of the calibration recording and of the held-out one."""
+    guidance = options.guidance_scale
+    if guidance is None:
+        guidance = BUILT_IN_GUIDANCE if source.model == BUILT_IN else _default(pipe, "guidance_scale")
+    given, count = options.prompts, options.num_images
+    if count is None:
+        count = _usual_num_images(pipe) if given is None else len(given)
+    if count < 1:
+        raise UsageError(f"--num-images must be at least 1, got {count}")
+    distinct = conditions_for(pipe, source, given, min(count, MAX_CONDITIONS) if given is None else count)
+    chosen, held_out = recorded_conditions(distinct, count)
+
+    def recipe(conditions: tuple[str | None, ...], seed: int) -> RecordRecipe:
+        return RecordRecipe(
+            conditions=conditions,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=guidance,
+            seed=seed,
+            batch_size=options.batch_size,
+        )
+
+    return recipe(chosen, options.seed), recipe(held_out, options.seed + _HELD_OUT_SEED)
+
+
+def _usual_num_images(pipe: Any) -> int:  # noqa: ANN401
+    size = sum(parameter.numel() for module in find_denoisers(pipe).values() for parameter in module.parameters())
+    return NUM_IMAGES if size < LARGE else NUM_IMAGES_LARGE
+
+
+def _default(pipe: Any, argument: str) -> Any:  # noqa: ANN401
+    """Return the default of an argument of the pipeline's call, None if it has no such argument."""
+    parameter = inspect.signature(pipe.__call__).parameters.get(argument)
+    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+
+def record_both(
+    pipe: Any,  # noqa: ANN401 (a pipeline's class is the user's)
+    run: Run,
+    source: ModelSource,
+    options: RecordOptions,
+    *,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> tuple[Recording, Recording]:
+    """Record the calibration calls and the held-out calls, or reuse those that the run has from the same settings."""
+    recordings = []
+    recipes = record_recipes(pipe, source, options)
+    for recipe, directory, title in zip(
+        recipes, (run.recording, run.held_out), ("Recording", "Recording held-out"), strict=True
+    ):
+        # Only what a recording's own manifest marks as ours is deleted.
+        if (
+            overwrite
+            and (directory / "recording.json").exists()
+            and not _is_of(directory, asked_for(pipe, source, recipe))
+        ):
+            shutil.rmtree(directory)
+        recordings.append(
+            record_calls(
+                pipe, source, recipe, directory, max_bytes=options.max_bytes, progress=progress, description=title
+            )
+        )
+    return recordings[0], recordings[1]
+
+
+def _is_of(directory: Path, asked: dict[str, Any]) -> bool:
+    """Whether a directory holds the recording of just these settings."""
+    try:
+        return Recording(directory).recipe == asked
+    except Exception:  # damaged in whatever way: it is replaced, which is what --overwrite asks for
+        return False

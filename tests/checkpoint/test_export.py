@@ -1,0 +1,381 @@
+"""What an export holds, that it comes back whole, and that it appears whole or not at all."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from conftest import FEW_UPDATES, QUICK, Chained, Finetuned, Invoke, files_of, train
+from msfp_cli import __version__
+from msfp_cli.calibration.calibrate import calibrate_
+from msfp_cli.checkpoint.export import export_, load_calibrated, save_pipeline
+from msfp_cli.checkpoint.pipeline import MSFPPipeline
+from msfp_cli.checkpoint.quantizer import SCHEMA_VERSION
+from msfp_cli.errors import CheckpointError, RunError
+from msfp_cli.finetuning.lora import tuned_names
+from msfp_cli.finetuning.result import Tuned, served
+from msfp_cli.layers.prepare import prepare_
+from msfp_cli.layers.replace import quantized_layers
+from msfp_cli.layers.routing import ROUTER, TABLE_SIZE
+from msfp_cli.pipelines.denoiser import replay
+from msfp_cli.pipelines.loading import built_in_directory, load_pipeline
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline
+from msfp_cli.recording.compare import OutputError, output_error
+from msfp_cli.recording.result import Recording
+from msfp_cli.run import Run
+
+# Loads an export with nothing but diffusers, then with our package imported, and draws a picture.
+_CHILD = """
+import hashlib, sys
+import numpy, torch
+from diffusers import DiffusionPipeline
+try:
+    DiffusionPipeline.from_pretrained(sys.argv[1])
+except Exception as error:
+    print(type(error).__name__, str(error).splitlines()[0])
+assert "msfp_cli" not in sys.modules
+import msfp_cli
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+pipe.set_progress_bar_config(disable=True)
+picture = pipe("a red dress", num_inference_steps=2, generator=torch.Generator().manual_seed(3), output_type="np")
+print(hashlib.sha256(numpy.ascontiguousarray(picture.images).tobytes()).hexdigest())
+"""
+
+
+def draw(pipe: DiffusionPipeline) -> np.ndarray:
+    """Draw two pictures with the smallest model."""
+    return np.stack(call_pipeline(pipe, (None, None), Sampling(num_inference_steps=2, seed=3)))
+
+
+@pytest.fixture(scope="module")
+def fresh_process(fashion_chained: Chained) -> list[str]:
+    """Return what a new process says that loads the built-in model's export."""
+    command = [sys.executable, "-c", _CHILD, str(fashion_chained.export)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_without_our_package_diffusers_refuses_the_export(fresh_process: list[str]) -> None:
+    assert fresh_process[0].startswith("ValueError Unknown quantization type")
+
+
+def test_new_process_draws_the_in_memory_picture_bit_for_bit(
+    fresh_process: list[str], fashion_chained: Chained
+) -> None:
+    pipe = load_calibrated(fashion_chained.calibration, "cpu")
+    generator = torch.Generator().manual_seed(3)
+    picture = pipe("a red dress", num_inference_steps=2, generator=generator, output_type="np").images
+    assert fresh_process[1] == hashlib.sha256(np.ascontiguousarray(picture).tobytes()).hexdigest()
+
+
+def test_trained_denoiser_shrinks_to_less_than_a_third_of_half_precision(fashion_chained: Chained) -> None:
+    # The built-in model is stored in half precision.
+    half = (built_in_directory() / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    size = (fashion_chained.export / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert size <= 0.32 * half
+    assert fashion_chained.report.denoiser_bytes == size
+    assert fashion_chained.report.half_precision_bytes == pytest.approx(half, rel=0.01)
+    assert fashion_chained.report.ratio == fashion_chained.report.to_json()["ratio"] == pytest.approx(size / half, 0.01)
+
+
+def test_saving_what_was_loaded_gives_the_same_bytes(prompted_chained: Chained, tmp_path: Path) -> None:
+    MSFPPipeline.from_pretrained(prompted_chained.export, device="cpu").save_pretrained(tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(prompted_chained.export)
+
+
+def test_exporting_twice_gives_the_same_bytes(tiny_chained: Chained, tmp_path: Path) -> None:
+    export_(tiny_chained.calibration, tmp_path / "again", device="cpu")
+    assert files_of(tmp_path / "again") == files_of(tiny_chained.export)
+
+
+def test_header_and_config_tell_every_layers_real_parameters(tiny_chained: Chained) -> None:
+    directory = tiny_chained.export / "unet"
+    with safe_open(directory / "diffusion_pytorch_model.safetensors", framework="pt") as file:
+        header = json.loads(file.metadata()["quantization_config"])
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    assert header == config
+    table = tiny_chained.calibration.table("unet")
+    assert config["layers"] == {name: parameters.to_json() for name, parameters in table.items()}
+    assert config["schema_version"] == SCHEMA_VERSION
+    assert config["tool_version"] == __version__
+    assert config["source"] == tiny_chained.calibration.source.to_json()
+    assert config["sampling"]["num_inference_steps"] == 2
+
+
+def test_export_holds_codes_and_scales_in_place_of_weights(tiny_chained: Chained) -> None:
+    tensors = load_file(tiny_chained.export / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, layer in tiny_chained.calibration.layers["unet"].items():
+        assert f"{name}.weight" not in tensors
+        bits = layer.parameters.weight.bits
+        assert tensors[f"{name}.weight_codes"].nbytes == -(-layer.num_weights * bits // 8)
+        assert torch.equal(tensors[f"{name}.weight_scale"], tiny_chained.calibration.scales["unet"][name])
+
+
+def test_exported_files_are_readable_by_others(tiny_chained: Chained) -> None:
+    assert tiny_chained.export.stat().st_mode & 0o777 == 0o755
+    assert {p.stat().st_mode & 0o444 for p in tiny_chained.export.rglob("*") if p.is_file()} == {0o444}
+
+
+@pytest.mark.parametrize(("weights", "activations"), [(None, 4), (4, None), (2, 3), (6, 6), (8, 8)])
+def test_every_width_and_kept_floats_come_back_bit_for_bit(
+    weights: int | None,
+    activations: int | None,
+    tiny_pipe: DiffusionPipeline,
+    tiny_recordings: tuple[Recording, Recording],
+    tmp_path: Path,
+) -> None:
+    recipe = replace(QUICK, weights=weights, activations=activations, lift=0.0)
+    calibration = calibrate_(tiny_pipe, *tiny_recordings, recipe)
+    default = [c.parameters for c in calibration.layers["unet"].values() if c.reason == "default"]
+    assert {p.weight and p.weight.bits for p in default} == {weights}
+    assert {p.input and p.input.format.bits for p in default} == {activations}
+    export_(calibration, tmp_path / "export", device="cpu")
+    reloaded = draw(MSFPPipeline.from_pretrained(tmp_path / "export", device="cpu").pipe)
+    assert np.array_equal(reloaded, draw(tiny_pipe))
+    assert not np.array_equal(reloaded, draw(load_pipeline(calibration.source, "cpu")))
+
+
+@pytest.fixture
+def sharded(tiny_chained: Chained, tmp_path: Path) -> Path:
+    """Write the smallest model's export in several files."""
+    pipe = MSFPPipeline.from_pretrained(tiny_chained.export, device="cpu").pipe
+    pipe.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
+    assert len(list((tmp_path / "sharded" / "unet").glob("*.safetensors"))) > 1
+    return tmp_path / "sharded"
+
+
+def test_sharded_export_draws_the_same_pictures(sharded: Path, tiny_chained: Chained) -> None:
+    whole, parts = (MSFPPipeline.from_pretrained(d, device="cpu").pipe for d in (tiny_chained.export, sharded))
+    assert np.array_equal(draw(parts), draw(whole))
+
+
+def test_every_shard_of_an_export_is_verified(sharded: Path) -> None:
+    for shard in sorted((sharded / "unet").glob("*.safetensors")):
+        content = shard.read_bytes()
+        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match="altered"):
+            MSFPPipeline.from_pretrained(sharded, device="cpu")
+        shard.write_bytes(content)
+    MSFPPipeline.from_pretrained(sharded, device="cpu")
+
+
+def test_existing_directory_is_refused_and_left_alone(tiny_chained: Chained, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    with pytest.raises(RunError, match="exists already; use --overwrite"):
+        export_(tiny_chained.calibration, tmp_path / "mine", device="cpu")
+    assert files_of(tmp_path) == {"mine/notes.txt": b"keep me"}
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_overwriting_never_deletes_what_is_not_ours(tiny_chained: Chained, tmp_path: Path, kind: str) -> None:
+    mine = tmp_path / "mine" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("keep me")
+    with pytest.raises(RunError, match="nothing that msfp wrote"):
+        place = mine if kind == "file" else mine.parent
+        export_(tiny_chained.calibration, place, device="cpu", overwrite=True)
+    assert files_of(tmp_path) == {"mine/thesis.txt": b"keep me"}
+
+
+def test_overwriting_replaces_the_whole_directory(
+    tiny_chained: Chained, copied: Callable[..., Path], tmp_path: Path
+) -> None:
+    (copied(tiny_chained.export, "old") / "stale.bin").write_text("stale")
+    export_(tiny_chained.calibration, tmp_path / "old", device="cpu", overwrite=True)
+    assert files_of(tmp_path / "old") == files_of(tiny_chained.export)
+    assert [p.name for p in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_failed_save_leaves_nothing_new_and_nothing_lost(
+    tiny_chained: Chained, copied: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
+) -> None:
+    pipe = MSFPPipeline.from_pretrained(tiny_chained.export, device="cpu").pipe
+    if existing:
+        copied(tiny_chained.export, "export")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("pulled the plug")
+
+    # The scheduler is saved first, or the denoiser: whichever is second fails.
+    monkeypatch.setattr(type(pipe.unet), "save_pretrained", fail)
+    before = files_of(tmp_path)
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        save_pipeline(pipe, tmp_path / "export", overwrite=True)
+    assert files_of(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["export"] * existing
+
+
+def now_as_best(tuned: Tuned) -> Tuned:
+    """Return a state as if the last update had been the best."""
+    return replace(tuned, tensors={f"best/{name}": tensor for name, tensor in tuned.state("now").items()})
+
+
+def held_out_errors(denoiser: torch.nn.Module, run: Run, component: str) -> OutputError:
+    """Measure a denoiser on the held-out calls of a run."""
+    return output_error(denoiser, Recording(run.held_out).calls(component))
+
+
+@pytest.mark.parametrize("name", ["DDIMPipeline", "StableDiffusionXLPipeline", "FluxPipeline", "DiTPipeline"])
+def test_fine_tuned_export_computes_bit_for_bit_what_was_trained(
+    name: str, fresh_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = fresh_run(name)
+    tuned = now_as_best(train(run, replace(FEW_UPDATES, steps=2, evaluate_every=2)))
+    calibration = run.load_calibration()
+    (component,) = calibration.layers
+    export_(calibration, tmp_path / "export", tuned={component: tuned}, device="cpu")
+    reloaded = getattr(DiffusionPipeline.from_pretrained(tmp_path / "export"), component)
+    memory = getattr(load_calibrated(calibration, "cpu", {component: tuned}), component)
+    for call in Recording(run.held_out).calls(component):
+        assert torch.equal(replay(reloaded, call), replay(memory, call))
+    rounded = held_out_errors(reloaded, run, component)
+    prepare_(reloaded, "simulated")  # training computes in floating point, too
+    error, last = held_out_errors(reloaded, run, component), tuned.history[-1]
+    assert rounded.relative() == pytest.approx(error.relative(), rel=1e-3)
+    assert (error.relative(), tuple(error.by_timestep())) == (last.error, last.by_timestep)
+    assert last.error != tuned.history[0].error
+    assert tuned.unit == (1000.0 if name == "FluxPipeline" else 1.0)
+
+
+def test_best_state_is_exported_and_not_the_last(fresh_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = fresh_run("DDIMPipeline")
+    tuned, calibration = train(run), run.load_calibration()
+    spoilt = {n: torch.full_like(t, 7) if n.startswith("now/") else t for n, t in tuned.tensors.items()}
+    worse = replace(tuned.history[-1], step=99, error=tuned.best.error * 2)
+    export_(
+        calibration,
+        tmp_path / "export",
+        tuned={"unet": replace(tuned, history=(*tuned.history, worse), tensors=spoilt)},
+        device="cpu",
+    )
+    reloaded = DiffusionPipeline.from_pretrained(tmp_path / "export").unet
+    prepare_(reloaded, "simulated")
+    assert held_out_errors(reloaded, run, "unet").relative() == tuned.best.error
+
+
+def test_fine_tuned_export_draws_the_in_memory_pictures(tiny_tuned: Finetuned) -> None:
+    memory = draw(load_calibrated(tiny_tuned.calibration, "cpu", {"unet": tiny_tuned.tuned}))
+    assert np.array_equal(draw(DiffusionPipeline.from_pretrained(tiny_tuned.export)), memory)
+    assert not np.array_equal(draw(load_calibrated(tiny_tuned.calibration, "cpu")), memory)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_tuned: Finetuned, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Export the fine-tuned run's calibration alone."""
+    directory = tmp_path_factory.mktemp("plain") / "export"
+    export_(tiny_tuned.calibration, directory, device="cpu")
+    return directory
+
+
+def denoiser_of(export: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
+    """Return the tensors and the layer table of the smallest model's export."""
+    config = json.loads((export / "unet" / "config.json").read_text())["quantization_config"]
+    return load_file(export / "unet" / "diffusion_pytorch_model.safetensors"), config["layers"]
+
+
+def test_only_layers_that_switch_hold_several_sets_of_weights(tiny_tuned: Finetuned) -> None:
+    names = tuned_names(tiny_tuned.calibration.table("unet"))
+    members = {name: len(set(row)) for name, row in served(tiny_tuned.tuned, names).items()}
+    tensors, layers = denoiser_of(tiny_tuned.export)
+    assert {name: entry["hub"] for name, entry in layers.items()} == members
+    assert {name: tensors[f"{name}.weight_codes"].shape[0] for name in names} == members
+    assert all(members[name] == 1 for name in names[:5])  # see `settle`
+    switching = sum(count > 1 for count in members.values())
+    assert switching > 0
+    assert tiny_tuned.report.switching_layers == switching
+    assert tensors[f"{ROUTER}.table"].shape == (TABLE_SIZE, switching)
+
+
+def test_table_of_the_export_is_the_routers_choice_at_every_trained_timestep(tiny_tuned: Finetuned) -> None:
+    denoiser = DiffusionPipeline.from_pretrained(tiny_tuned.export).unet
+    names = tuned_names(tiny_tuned.calibration.table("unet"))
+    members = served(tiny_tuned.tuned, names)
+    switching = [name for name in sorted(names) if len(set(members[name])) > 1]
+    router = denoiser.get_submodule(ROUTER)
+    for position, timestep in enumerate(sorted(tiny_tuned.tuned.timesteps, reverse=True)):
+        for name, choice in zip(switching, router.choices(timestep), strict=True):
+            assert sorted(set(members[name]))[choice] == members[name][position]
+
+
+def test_hub_that_training_has_not_touched_costs_nothing(fresh_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = fresh_run("DDIMPipeline")
+    tuned, calibration = train(run, stop=lambda: True), run.load_calibration()
+    first = replace(tuned, history=tuned.history[:1], tensors=untouched(tuned))
+    report = export_(calibration, tmp_path / "tuned", tuned={"unet": first}, device="cpu")
+    export_(calibration, tmp_path / "plain", device="cpu")
+    assert (report.switching_layers, report.hub_bytes) == (0, 0)
+    assert files_of(tmp_path / "tuned") == files_of(tmp_path / "plain")
+
+
+def untouched(tuned: Tuned) -> dict[str, torch.Tensor]:
+    """Return the best state as it was before the first update: all members alike, B and shifts at zero."""
+    best = {n: t for n, t in tuned.tensors.items() if n.startswith("best/")}
+    for name in best:
+        kind = name.rpartition(".")[0]
+        if ".lora_" in name or ".input_shift" in name:
+            best[name] = best[f"{kind}.0"] if ".lora_a" in name else torch.zeros_like(best[name])
+    return best
+
+
+def test_hub_of_one_needs_no_router(fresh_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = fresh_run()
+    tuned = train(run, replace(FEW_UPDATES, hub_size=1, steps=2, evaluate_every=2))
+    report = export_(run.load_calibration(), tmp_path / "export", tuned={"transformer": tuned}, device="cpu")
+    denoiser = DiffusionPipeline.from_pretrained(tmp_path / "export").transformer
+    assert not hasattr(denoiser, ROUTER)
+    assert {layer.parameters_of.hub for layer in quantized_layers(denoiser).values()} == {1}
+    assert (report.hub_bytes, report.switching_layers) == (0, 0)
+    assert not any(name.startswith("router") for name in tuned.state("now"))
+
+
+def test_fine_tuning_adds_no_tensor_in_floating_point(tiny_tuned: Finetuned, plain: Path) -> None:
+    ours, theirs = denoiser_of(tiny_tuned.export)[0], denoiser_of(plain)[0]
+    assert ours.keys() - theirs.keys() == {f"{ROUTER}.table"}
+    assert theirs.keys() <= ours.keys()
+    for name, tensor in ours.items():
+        assert not tensor.is_floating_point() or torch.equal(tensor, theirs[name])
+
+
+def test_hub_bytes_are_what_the_hub_takes_on_disk(tiny_tuned: Finetuned, plain: Path) -> None:
+    def bytes_without_header(export: Path) -> int:
+        content = (export / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+        return len(content) - 8 - int.from_bytes(content[:8], "little")
+
+    assert tiny_tuned.report.hub_bytes > TABLE_SIZE
+    assert tiny_tuned.report.hub_bytes == bytes_without_header(tiny_tuned.export) - bytes_without_header(plain)
+
+
+def test_saving_a_fine_tuned_export_again_gives_the_same_bytes(tiny_tuned: Finetuned, tmp_path: Path) -> None:
+    MSFPPipeline.from_pretrained(tiny_tuned.export, device="cpu").save_pretrained(tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(tiny_tuned.export)
+
+
+def test_calibrated_leaves_the_fine_tuning_out(
+    tiny_tuned: Finetuned, plain: Path, copied: Callable[..., Path], msfp: Invoke
+) -> None:
+    copied(tiny_tuned.run.directory, "msfp-run")
+    for options, expected in ((("--calibrated",), plain), ((), tiny_tuned.export)):
+        result = msfp("export", *options, "--out", "export", "--overwrite", "--device", "cpu")
+        assert result.stdout == "export\n"
+        assert files_of(Path("export")) == files_of(expected)
+        assert ("fine-tuned, best of 6 updates" in result.stderr) == (expected != plain)
+        assert ("layers switch between sets of weights" in result.stderr) == (expected != plain)
+
+
+def test_sharded_fine_tuned_export_draws_the_same_pictures(tiny_tuned: Finetuned, tmp_path: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(tiny_tuned.export)
+    pipe.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    assert len(list((tmp_path / "sharded" / "unet").glob("*.safetensors"))) > 1
+    assert np.array_equal(draw(DiffusionPipeline.from_pretrained(tmp_path / "sharded")), draw(pipe))

@@ -1,0 +1,391 @@
+"""Reloading an export: the wrapper, and what both entry points say of a damaged one."""
+
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import msfp_cli
+from conftest import Chained, Finetuned, Invoke
+from msfp_cli.checkpoint.pipeline import MSFPPipeline, read_configs
+from msfp_cli.checkpoint.quantizer import MSFPConfig
+from msfp_cli.errors import CheckpointError, ModelError, MsfpError, UsageError
+from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
+from msfp_cli.layers.replace import quantized_layers
+from msfp_cli.layers.routing import ROUTER
+
+Damage = Callable[[Path], None]
+
+
+def tensors_of(denoiser: Path) -> Path:
+    """Return the denoiser's safetensors file."""
+    return denoiser / "diffusion_pytorch_model.safetensors"
+
+
+def flip(path: Path, position: int, mask: int = 0xFF) -> None:
+    """Change one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= mask
+    path.write_bytes(content)
+
+
+def truncate(denoiser: Path) -> None:
+    """Cut the last byte off."""
+    path = tensors_of(denoiser)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(denoiser: Path) -> None:
+    """Leave a file of no bytes, as a full disk does."""
+    tensors_of(denoiser).write_bytes(b"")
+
+
+def flip_data_byte(denoiser: Path) -> None:
+    """Change the last byte of the data."""
+    flip(tensors_of(denoiser), -1)
+
+
+def flip_scale_bit(denoiser: Path) -> None:
+    """Change the lowest bit of the first weight scale."""
+    path = tensors_of(denoiser)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    name = next(name for name in header if name.endswith("weight_scale"))
+    flip(path, 8 + length + header[name]["data_offsets"][0], 1)
+
+
+def _rewrite(denoiser: Path, *, drop: str = "", digest: bool = True) -> None:
+    """Write the file again without the first tensor whose name ends so, or without the digest."""
+    path = tensors_of(denoiser)
+    with safe_open(path, framework="pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if digest or key != "msfp_digest"}
+    tensors = load_file(path)
+    if drop:
+        del tensors[next(name for name in sorted(tensors) if name.endswith(drop))]
+    save_file(tensors, path, metadata)
+
+
+def lose_codes(denoiser: Path) -> None:
+    """Leave one layer's codes out."""
+    _rewrite(denoiser, drop="weight_codes")
+
+
+def lose_bias(denoiser: Path) -> None:
+    """Leave one float tensor out."""
+    _rewrite(denoiser, drop=".bias")
+
+
+def lose_digest(denoiser: Path) -> None:
+    """Leave the digest out."""
+    _rewrite(denoiser, digest=False)
+
+
+def _change_config(denoiser: Path, change: Callable[[dict], object]) -> None:
+    """Change the denoiser's quantization config."""
+    path = denoiser / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+
+
+def newer_schema(denoiser: Path) -> None:
+    """Pretend that a later version wrote it, with keys that we do not know."""
+    _change_config(denoiser, lambda config: config.update(schema_version=99, rotation="hadamard"))
+
+
+def nameless_schema(denoiser: Path) -> None:
+    """Write a schema version that is no number."""
+    _change_config(denoiser, lambda config: config.update(schema_version="new"))
+
+
+def unknown_key(denoiser: Path) -> None:
+    """Add a key that this schema does not have."""
+    _change_config(denoiser, lambda config: config.update(rotation="hadamard"))
+
+
+def unknown_layer(denoiser: Path) -> None:
+    """Name a layer that the denoiser does not have."""
+    _change_config(denoiser, lambda config: config["layers"].update(nowhere=config["layers"]["conv_in"]))
+
+
+def unknown_format(denoiser: Path) -> None:
+    """Give a layer a format that there is not."""
+    _change_config(denoiser, lambda config: config["layers"]["conv_in"].update(weight="e9"))
+
+
+def lost_parameter(denoiser: Path) -> None:
+    """Leave a layer's input out."""
+    _change_config(denoiser, lambda config: config["layers"]["conv_in"].pop("input"))
+
+
+def layers_no_table(denoiser: Path) -> None:
+    """Write a list in place of the table."""
+    _change_config(denoiser, lambda config: config.update(layers=["conv_in"]))
+
+
+def another_input_scale(denoiser: Path) -> None:
+    """Change a number that no tensor holds."""
+    _change_config(denoiser, lambda config: config["layers"]["conv_in"]["input"].update(scale=0.5))
+
+
+DAMAGES: dict[Damage, str] = {
+    truncate: "truncated",
+    empty: "truncated",
+    flip_data_byte: "altered",
+    flip_scale_bit: "altered",
+    lose_codes: "altered",
+    lose_bias: "altered",
+    lose_digest: "no msfp digest",
+    newer_schema: "upgrade",
+    nameless_schema: "layout",
+    unknown_key: "rotation",
+    unknown_layer: "altered|nowhere",
+    unknown_format: "altered|damaged",
+    lost_parameter: "altered|damaged",
+    layers_no_table: "altered|damaged",
+    another_input_scale: "altered",
+}
+HINTS = ("pip install -U msfp", "was this made from another model?")
+
+
+def _from_wrapper(directory: Path) -> object:
+    return MSFPPipeline.from_pretrained(directory, device="cpu")
+
+
+ENTRY_POINTS = {"MSFPPipeline": _from_wrapper, "DiffusionPipeline": DiffusionPipeline.from_pretrained}
+
+
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_broken_export_is_refused_in_one_helpful_line(
+    tiny_chained: Chained, copied: Callable[..., Path], damage: Damage, entry: str
+) -> None:
+    directory = copied(tiny_chained.export)
+    ENTRY_POINTS[entry](directory)
+    damage(directory / "unet")
+    if entry == "DiffusionPipeline" and damage in (truncate, empty):
+        # diffusers opens the file before it asks our quantizer anything.
+        with pytest.raises(OSError, match=tensors_of(directory / "unet").name):
+            ENTRY_POINTS[entry](directory)
+        return
+    with pytest.raises(CheckpointError, match=DAMAGES[damage]) as caught:
+        ENTRY_POINTS[entry](directory)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert any(hint in message for hint in ("export again", "export it again", "export or download it again", *HINTS))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_scale_bit, newer_schema], ids=lambda damage: damage.__name__)
+def test_sampling_a_broken_export_fails_with_one_line(
+    tiny_chained: Chained, copied: Callable[..., Path], msfp: Invoke, damage: Damage
+) -> None:
+    directory = copied(tiny_chained.export)
+    damage(directory / "unet")
+    result = msfp("sample", directory, "--out", "pictures")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert DAMAGES[damage] in result.stderr
+    assert not Path("pictures").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", '{"quantization_config": 3}'])
+def test_config_that_is_no_config_is_refused(tiny_chained: Chained, copied: Callable[..., Path], content: str) -> None:
+    directory = copied(tiny_chained.export)
+    (directory / "unet" / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match="config.json is damaged .*; export or download it again"):
+        MSFPPipeline.from_pretrained(directory, device="cpu")
+
+
+def test_float_pipeline_is_no_export(tiny: Callable[[str], Path]) -> None:
+    with pytest.raises(ModelError, match="not one that msfp exported; run `msfp calibrate`"):
+        MSFPPipeline.from_pretrained(tiny("DDIMPipeline"))
+
+
+def test_directory_without_an_index_is_no_export(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no model_index.json; `msfp export` makes one"):
+        MSFPPipeline.from_pretrained(tmp_path)
+
+
+def test_float_models_are_not_quantized_while_they_load(tiny: Callable[[str], Path]) -> None:
+    unet = type(DiffusionPipeline.from_pretrained(tiny("DDIMPipeline")).unet)
+    with pytest.raises(CheckpointError, match="exported models only; make one with `msfp calibrate`"):
+        unet.from_pretrained(tiny("DDIMPipeline") / "unet", quantization_config=MSFPConfig())
+
+
+@pytest.fixture(scope="module")
+def wrapper(prompted_chained: Chained) -> MSFPPipeline:
+    """Load the text-to-image export."""
+    return MSFPPipeline.from_pretrained(prompted_chained.export, device="cpu")
+
+
+def test_wrapper_stands_in_for_the_stock_pipeline(wrapper: MSFPPipeline) -> None:
+    assert msfp_cli.MSFPPipeline is MSFPPipeline
+    assert wrapper.unet is wrapper.pipe.unet
+    assert wrapper.components.keys() == wrapper.pipe.components.keys()
+    pictures = [
+        p("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+        for p in (wrapper, wrapper.pipe)
+    ]
+    assert np.array_equal(*pictures)
+    with pytest.raises(AttributeError, match="no_such_part"):
+        _ = wrapper.no_such_part
+
+
+def test_description_names_the_source_and_the_formats(wrapper: MSFPPipeline, prompted_chained: Chained) -> None:
+    (line,) = wrapper.describe().splitlines()
+    table = prompted_chained.calibration.table("unet").values()
+    unsigned = sum(not p.input.format.signed for p in table)
+    assert line.startswith(f"unet: {len(table)} quantized layers of {prompted_chained.calibration.source.model};")
+    assert {str(p.weight) for p in table} <= set(line.replace(";", "").split())
+    assert {str(p.input.format) for p in table} <= set(line.replace(",", "").split())
+    assert f", {unsigned} of them unsigned; run by cpu (" in line
+
+
+@pytest.mark.parametrize("other", [{"kernel": "reference"}, {"kernel": "cpu", "keep_packed": True}], ids=str)
+def test_kernels_in_integers_draw_the_same_picture(other: dict[str, Any], fashion_chained: Chained) -> None:
+    if other["kernel"] == "reference" and not torch.cpu._is_vnni_supported():
+        pytest.skip("without VNNI the layers at 8 bits are simulated")
+    pictures = []
+    for options in ({"kernel": "cpu"}, other, {"kernel": "simulated"}):
+        pipe = MSFPPipeline.from_pretrained(fashion_chained.export, device="cpu", **options)
+        assert f"run by {options['kernel']} (" in pipe.describe()
+        generator = torch.Generator().manual_seed(0)
+        drawn = pipe("a red dress", num_inference_steps=4, guidance_scale=3.0, generator=generator)
+        pictures.append(np.asarray(drawn.images[0]).astype(int))
+    assert np.array_equal(pictures[0], pictures[1])
+    assert 0 < np.abs(pictures[0] - pictures[2]).mean() < 10  # sums in floating point move a code here and there
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says which files are mapped")
+def test_laid_out_weights_leave_the_file(tiny_chained: Chained, tmp_path: Path) -> None:
+    shutil.copytree(tiny_chained.export, tmp_path / "export")
+
+    def is_mapped(*, keep_packed: bool) -> bool:
+        pipe = MSFPPipeline.from_pretrained(tmp_path / "export", device="cpu", keep_packed=keep_packed)
+        assert len(quantized_layers(pipe.unet)) > 0
+        return str(tmp_path / "export") in Path("/proc/self/maps").read_text()
+
+    assert is_mapped(keep_packed=True)
+    gc.collect()
+    assert not is_mapped(keep_packed=False)
+
+
+def test_unknown_kernel_is_refused(fashion_chained: Chained) -> None:
+    with pytest.raises(UsageError, match="unknown kernel 'gpu'; choose one of auto, "):
+        MSFPPipeline.from_pretrained(fashion_chained.export, device="cpu", kernel="gpu")
+
+
+def test_configs_are_read_by_component(prompted_chained: Chained) -> None:
+    configs = read_configs(prompted_chained.export)
+    assert list(configs) == ["unet"]
+    assert configs["unet"].table() == prompted_chained.calibration.table("unet")
+
+
+@torch.no_grad()
+def test_half_precision_leaves_codes_and_scales_alone(tiny_chained: Chained) -> None:
+    full = MSFPPipeline.from_pretrained(tiny_chained.export, device="cpu")
+    pipe = MSFPPipeline.from_pretrained(tiny_chained.export, dtype=torch.bfloat16, device="cpu").pipe
+    layers = {n: m for n, m in pipe.unet.named_modules() if isinstance(m, QuantLinear | QuantConv2d)}
+    for name, layer in layers.items():
+        assert layer.bias is None or layer.bias.dtype == torch.bfloat16
+        assert layer.packed_codes().dtype == torch.uint8
+        assert torch.equal(layer.weight_scale, tiny_chained.calibration.scales["unet"][name])
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    whole, half = (p.unet(x.to(p.dtype), 500).sample.float() for p in (full, pipe))
+    assert 0 < (half - whole).square().sum() < 0.05 * whole.square().sum()
+
+
+def flip_table(denoiser: Path) -> None:
+    """Let another member serve a timestep."""
+    path = tensors_of(denoiser)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    flip(path, 8 + length + json.loads(content[8 : 8 + length])[f"{ROUTER}.table"]["data_offsets"][0], 1)
+
+
+def lose_table(denoiser: Path) -> None:
+    """Leave the router out."""
+    _rewrite(denoiser, drop=f"{ROUTER}.table")
+
+
+def fewer_members(denoiser: Path) -> None:
+    """Say that a layer that switches does not."""
+
+    def forget_hub(config: dict) -> None:
+        next(layer for layer in config["layers"].values() if layer["hub"] > 1)["hub"] = 1
+
+    _change_config(denoiser, forget_hub)
+
+
+def another_unit(denoiser: Path) -> None:
+    """Read the timesteps as thousandths."""
+    _change_config(denoiser, lambda config: config.update(timestep_unit=1000.0))
+
+
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+@pytest.mark.parametrize("damage", [flip_table, lose_table, fewer_members, another_unit], ids=lambda d: d.__name__)
+def test_broken_router_is_refused_in_one_helpful_line(
+    tiny_tuned: Finetuned, copied: Callable[..., Path], damage: Damage, entry: str
+) -> None:
+    directory = copied(tiny_tuned.export)
+    ENTRY_POINTS[entry](directory)
+    damage(directory / "unet")
+    with pytest.raises(CheckpointError, match="altered.*export (or download )?(it )?again") as caught:
+        ENTRY_POINTS[entry](directory)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@torch.no_grad()
+def test_timestep_decides_which_set_of_weights_serves(tiny_tuned: Finetuned) -> None:
+    unet = MSFPPipeline.from_pretrained(tiny_tuned.export, device="cpu").unet
+    layers = [m for m in unet.modules() if isinstance(m, QuantLinear | QuantConv2d) and m.parameters_of.hub > 1]
+    seen: dict[float, list[list[int]]] = {}
+    timesteps = tiny_tuned.tuned.timesteps
+    for timestep in (*timesteps, *reversed(timesteps)):
+        members: list[int] = []
+        handles = [m.register_forward_pre_hook(lambda m, args, to=members: to.append(m.member())) for m in layers]
+        unet(torch.zeros(1, 3, 16, 16), torch.tensor(timestep))
+        seen.setdefault(timestep, []).append(members)
+        for handle in handles:
+            handle.remove()
+    assert all(first == second for first, second in seen.values())
+    assert len({tuple(first) for first, _ in seen.values()}) > 1
+
+
+def test_layer_that_switches_needs_its_denoiser_to_run(tiny_tuned: Finetuned) -> None:
+    unet = MSFPPipeline.from_pretrained(tiny_tuned.export, device="cpu").unet
+    layer = next(m for m in unet.modules() if isinstance(m, QuantLinear) and m.parameters_of.hub > 1)
+    for _ in range(2):
+        with pytest.raises(MsfpError, match="outside its denoiser"):
+            layer(torch.zeros(1, layer.in_features))
+        with pytest.raises(RuntimeError):  # wrong number of channels: the denoiser fails within a call
+            unet(torch.zeros(1, 5, 16, 16), 500)
+    with pytest.raises(MsfpError, match="several timesteps at once"):
+        unet(torch.zeros(2, 3, 16, 16), torch.tensor([1, 500]))
+
+
+@torch.no_grad()
+def test_half_precision_keeps_the_router(tiny_tuned: Finetuned) -> None:
+    full = MSFPPipeline.from_pretrained(tiny_tuned.export, device="cpu")
+    half = MSFPPipeline.from_pretrained(tiny_tuned.export, dtype=torch.bfloat16, device="cpu")
+    tables = [pipe.unet.get_submodule(ROUTER).get_buffer("table") for pipe in (full, half)]
+    assert torch.equal(*tables)
+    assert tables[1].dtype == torch.uint8
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    whole, less = (pipe.unet(x.to(pipe.pipe.dtype), 333).sample.float() for pipe in (full, half))
+    assert 0 < (less - whole).square().sum() < 0.2 * whole.square().sum()
+
+
+def test_sampling_a_fine_tuned_export_works(tiny_tuned: Finetuned, copied: Callable[..., Path], msfp: Invoke) -> None:
+    result = msfp("sample", copied(tiny_tuned.export), "--out", "pictures", "--device", "cpu")
+    assert (result.exit_code, result.stdout) == (0, "pictures/sheet.png\n"), result.stderr

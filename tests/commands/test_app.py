@@ -1,0 +1,407 @@
+"""The command line: its help, its examples, its two streams, its exit codes and its errors."""
+
+import errno
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from diffusers import DDIMPipeline, DiffusionPipeline
+from PIL import Image
+from safetensors import SafetensorError
+from typer.testing import CliRunner
+
+from conftest import Chained, Finetuned, Invoke, only_line
+from msfp_cli import __version__
+from msfp_cli.commands.app import app
+from msfp_cli.errors import RunError
+from msfp_cli.evaluation.evaluate import evaluate_run
+from msfp_cli.evaluation.recipe import EvaluateOptions
+from msfp_cli.evaluation.result import Evaluation
+from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.run import Run
+
+COMMANDS = [command.name for command in app.registered_commands]
+QUICKLY = ("--num-images", 2, "--steps", 2)
+
+
+def help_of(command: str) -> str:
+    """Return a command's help, wide enough for no line to be broken."""
+    return CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"}).stdout
+
+
+def examples_in(text: str) -> list[str]:
+    """Return the command lines in a help text."""
+    return [line.strip() for line in text.splitlines() if re.match(r"\s*msfp \w", line)]
+
+
+EXAMPLES = [example for command in COMMANDS for example in examples_in(help_of(command))]
+
+
+def save_photos(evaluation: Evaluation, directory: Path) -> None:
+    """Write full precision's pictures as files: a reference of the right size."""
+    directory.mkdir()
+    for i, picture in enumerate(evaluation.gallery("full").pictures()):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(directory / f"{i}.png")
+
+
+@pytest.fixture
+def stage(prompted_chained: Chained, prompted_tuned: Finetuned, copied: Callable[..., Path]) -> Callable[..., Path]:
+    """Return a function that puts a run in the working directory as it is before a command."""
+
+    def prepare(command: str, run: str = "msfp-run", chained: Chained = prompted_chained) -> Path:
+        Path("prompts.txt").write_text("a red dress\na blue bag\n")
+        if command in ("calibrate", "demo"):
+            return Path(run)
+        if command == "inspect":
+            return copied(prompted_tuned.run.directory, run)
+        directory = copied(chained.run.directory, run)
+        if command == "export":
+            shutil.rmtree(directory / "export")
+            (directory / "run.json").unlink()
+        if command == "evaluate":
+            shutil.copytree(directory / "export", "my-model-fp4")
+        if command in ("evaluate", "report"):
+            options = EvaluateOptions(num_images=4, compare=(), layers=command == "report", cost=False)
+            evaluation = evaluate_run(Run(directory), directory / "export", options, directory=Path("my-evaluation"))
+            save_photos(evaluation, Path("photos"))
+        if command == "report":
+            shutil.copytree("my-evaluation", directory / "evaluation")
+        return directory
+
+    return prepare
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(command: str) -> None:
+    assert help_of(command) == CliRunner().invoke(app, [command, "-h"], env={"COLUMNS": "300"}).stdout
+    assert len([example for example in examples_in(help_of(command)) if example.split()[1] == command]) >= 2
+
+
+def test_help_lists_every_command_and_says_how_to_begin() -> None:
+    text = CliRunner().invoke(app, ["-h"]).stdout
+    assert CliRunner().invoke(app, ["--help"]).stdout == text
+    assert [command for command in COMMANDS if not re.search(rf"^\W*{command} ", text, re.MULTILINE)] == []
+    assert "msfp calibrate MODEL" in text
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_example_of_the_help_works(example: str, msfp: Invoke, stage: Callable[..., Path], quick: None) -> None:
+    _, command, *rest = shlex.split(example)
+    stage(command)
+    result = msfp(command, *rest)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout
+
+
+def test_demo_ends_with_a_report_and_a_picture_of_four_models(msfp: Invoke, quick: None) -> None:
+    result = msfp("demo", "--json")
+    report = json.loads(result.stdout)
+    assert (report["picture"], report["page"]) == ("msfp-demo/demo.png", "msfp-demo/report/report.html")
+    page = Path(report["page"]).read_text("utf-8")
+    titles = ("full precision", *report["errors"])
+    assert titles[1:3] == ("signed FP4", "MSFP")  # two updates may or may not be better than none
+    assert all(json.dumps(title) in page for title in titles)
+    with Image.open(report["picture"]) as sheet:
+        assert sheet.height > len(titles) * 128  # small pictures are enlarged to at least 128
+    assert 0 < report["errors"]["MSFP"] < report["errors"]["signed FP4"]
+    assert f"MSFP {report['errors']['MSFP']:.4f}" in result.stderr
+    assert Path(report["export"]["directory"], "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "path"),
+    [
+        (("calibrate", "MODEL", *QUICKLY), "msfp-run/calibration"),
+        (("finetune", "--steps", 1, "--rank", 1), "msfp-run/finetune"),
+        (("inspect",), "msfp-run/finetune"),
+        (("export",), "msfp-run/export"),
+        (("export", "--out", "dresses"), "dresses"),
+        (("sample", "--prompt", "a cat"), "msfp-run/samples/001/sheet.png"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_stdout_holds_only_the_path_of_the_result(
+    command: tuple[object, ...], path: str, msfp: Invoke, stage: Callable[..., Path], tiny_source: ModelSource
+) -> None:
+    stage(command[0])
+    result = msfp(*(tiny_source.model if argument == "MODEL" else argument for argument in command))
+    assert (result.exit_code, result.stdout) == (0, f"{path}\n"), result.stderr
+    assert Path(path).exists()
+
+
+def test_calibration_reports_formats_layers_size_and_error_on_stderr(
+    msfp: Invoke, tiny_chained: Chained, tiny_source: ModelSource
+) -> None:
+    result = msfp("calibrate", tiny_source.model, *QUICKLY)
+    layers = tiny_chained.calibration.layers["unet"]
+    assert f"unet: formats of {len(layers)} layers" in result.stderr
+    assert "unet: most sensitive layers" in result.stderr
+    assert len([name for name in layers if f" {name} " in result.stderr]) == 10
+    for pattern in (r"held-out calls 0\.\d{4} ", r"weights \d\.\d MiB, 0\.\d{3} of half precision"):
+        assert re.search(pattern, result.stderr), pattern
+
+
+@pytest.mark.parametrize(
+    ("command", "keys"),
+    [
+        (("calibrate", "MODEL", *QUICKLY), {"source", "recipe", "held_out_error", "components"}),
+        (("finetune", "--steps", 1, "--rank", 1), {"unet"}),
+        (("inspect",), {"unet"}),
+        (("export",), {"directory", "denoiser_bytes", "half_precision_bytes", "ratio", "hub_bytes"}),
+        (("sample", "--prompt", "a cat"), {"sheet", "pictures"}),
+        (
+            ("status",),
+            {"recording", "held-out", "calibration", "finetune", "export", "evaluation", "report", "next"},
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_json_is_all_that_is_on_stdout(
+    command: tuple[object, ...], keys: set[str], msfp: Invoke, stage: Callable[..., Path], tiny_source: ModelSource
+) -> None:
+    stage(command[0])
+    result = msfp(*(tiny_source.model if argument == "MODEL" else argument for argument in command), "--json")
+    assert result.exit_code == 0, result.stderr
+    assert keys <= json.loads(result.stdout).keys()
+
+
+def test_json_of_a_calibration_tells_what_was_asked_for_and_chosen(msfp: Invoke, tiny_source: ModelSource) -> None:
+    options = ("--weights", 6, "--activations", "none", "--formats", "signed", "--keep", "conv_out:8", "--lift", 0)
+    data = json.loads(msfp("calibrate", tiny_source.model, *QUICKLY, *options, "--seed", 4, "--json").stdout)
+    recipe, unet = data["recipe"], data["components"]["unet"]
+    assert (recipe["weights"], recipe["activations"], recipe["formats"]) == (6, None, "signed")
+    assert (recipe["keep"], recipe["lift"], recipe["seed"]) == (["conv_out:8"], 0, 4)
+    assert unet["lifted"] == []
+    assert unet["input_formats"] == {"float": unet["layers"]}
+    assert sum(unet["weight_formats"].values()) == unet["layers"]
+    assert unet["weight_formats"]["float"] == 1
+    assert data["source"]["model"] == tiny_source.model
+
+
+def test_status_follows_the_chain(msfp: Invoke, stage: Callable[..., Path], tiny_source: ModelSource) -> None:
+    assert "`msfp calibrate` makes one" in only_line(msfp("status"), 1)
+    Path("msfp-run").mkdir()
+    assert "next: msfp calibrate" in msfp("status").stderr
+    assert msfp("calibrate", tiny_source.model, *QUICKLY).exit_code == 0
+    assert "next: msfp finetune" in msfp("status").stderr
+    assert msfp("finetune", "--steps", 1, "--rank", 1).exit_code == 0
+    assert "next: msfp export" in msfp("status").stderr
+    assert msfp("export").exit_code == 0
+    result = msfp("status")
+    assert "next: msfp sample" in result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()] == [
+        "recording",
+        "held-out",
+        "calibration",
+        "finetune",
+        "export",
+        "evaluation",
+        "report",
+    ]
+
+
+@pytest.mark.parametrize("run", ["msfp-run", "my runs"])
+@pytest.mark.parametrize("kind", ["prompted", "unconditional"])
+def test_next_command_works_as_it_is_written(
+    run: str,
+    kind: str,
+    msfp: Invoke,
+    stage: Callable[..., Path],
+    prompted_chained: Chained,
+    tiny_chained: Chained,
+    quick: None,
+) -> None:
+    stage("export", run, prompted_chained if kind == "prompted" else tiny_chained)
+    result = msfp("status", "--run", run)
+    for command in ("finetune", "export", "sample"):
+        (following,) = re.findall(r"^next: (.+)$", result.stderr, re.MULTILINE)
+        assert shlex.split(following)[:2] == ["msfp", command]
+        result = msfp(*shlex.split(following)[1:])
+        assert result.exit_code == 0, f"{following}\n{result.stderr}"
+
+
+_EXPORTED, _CALIBRATED = "sample", "export"
+
+
+@pytest.mark.parametrize(
+    ("stage_of", "command", "message", "exit_code"),
+    [
+        (None, "calibrate --prompts missing.txt", "cannot read prompts from missing.txt: No such file", 2),
+        (None, "calibrate --prompts empty.txt", "empty.txt holds no prompts; write one a line", 2),
+        (None, "calibrate --weights 9", "--weights '9' is out of range; choose 2 to 8 bits, or none", 2),
+        (None, "calibrate --activations 1", "--activations '1' is out of range; choose 2 to 8 bits, or none", 2),
+        (None, "calibrate --weights four", "--weights 'four'", 2),
+        (None, "calibrate --weights none --activations none", "neither weights nor activations are quantized", 2),
+        (None, "calibrate --formats e9m9", "e9m9", 2),
+        (None, "calibrate --formats fp4", "unknown format 'fp4'; write it like e2m1 (signed) or ue2m2", 2),
+        (None, "calibrate --formats e4m3", "e4m3", 2),
+        (None, "calibrate --keep conv_in", "cannot read --keep 'conv_in'; write PATTERN:BITS", 2),
+        (None, "calibrate --keep conv_in:1", "--keep '1' is out of range", 2),
+        (None, "calibrate --lift 1.5", "--lift 1.5 is out of range; it is a share of the multiply-adds, 0 to 1", 2),
+        (None, "calibrate --lift nan", "--lift nan is out of range", 2),
+        (None, "calibrate --dtype float8", "unknown dtype 'float8'; choose one of float32, float16, bfloat16", 2),
+        (None, "calibrate --num-images 0", "--num-images must be at least 1, got 0", 2),
+        (None, "calibrate {unconditional} --prompts prompts.txt", "DDIMPipeline takes no prompts; leave --prompts", 2),
+        (None, "calibrate {classes} --prompts prompts.txt", "'a red dress' is no class label of this pipeline", 2),
+        (None, "export", "no run directory msfp-run here; `msfp calibrate` makes one", 1),
+        (None, "sample --prompt cat", "no run directory msfp-run here; `msfp calibrate` makes one", 1),
+        (None, "status --run nowhere", "no run directory nowhere here", 1),
+        (None, "sample nowhere --prompt cat", "nowhere is no exported pipeline: it has no model_index.json", 1),
+        (None, "sample {unconditional}", "not one that msfp exported; run `msfp calibrate` and `msfp export`", 1),
+        ("uncalibrated", "export", "no calibration in msfp-run/calibration; run `msfp calibrate` first", 1),
+        (_CALIBRATED, "calibrate", "msfp-run/calibration exists already; use --overwrite", 1),
+        (_CALIBRATED, "sample --prompt cat", "msfp-run holds no export yet; run `msfp export` first", 1),
+        (_EXPORTED, "export", "msfp-run/export exists already; use --overwrite", 1),
+        (_EXPORTED, "export --out prompts.txt", "prompts.txt exists already; use --overwrite", 1),
+        (_EXPORTED, "sample", 'no prompt; give at least one, for instance --prompt "a red dress"', 2),
+        (_EXPORTED, "sample --prompts empty.txt", "empty.txt holds no prompts", 2),
+        (_EXPORTED, "sample --prompt cat --num-images 0", "--num-images must be at least 1, got 0", 2),
+        (_EXPORTED, "sample --prompt cat --out msfp-run", "msfp-run exists already; use --overwrite", 1),
+        (_EXPORTED, "sample --prompt cat --dtype half", "unknown dtype 'half'", 2),
+        (_EXPORTED, "sample --prompt cat --device abacus", "device 'abacus' cannot be used here", 1),
+        (
+            _EXPORTED,
+            "sample {unconditional_export} --prompt cat",
+            "this pipeline takes no prompt; leave --prompt out",
+            2,
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.split()[0] in COMMANDS else "",
+)
+def test_wrong_input_is_one_helpful_line(
+    stage_of: str | None,
+    command: str,
+    message: str,
+    exit_code: int,
+    msfp: Invoke,
+    stage: Callable[..., Path],
+    tiny: Callable[[str], Path],
+    tiny_chained: Chained,
+    quick: None,
+) -> None:
+    stage("calibrate" if stage_of in (None, "uncalibrated") else stage_of)
+    if stage_of == "uncalibrated":
+        Path("msfp-run").mkdir()
+    Path("empty.txt").write_text(" \n")
+    before = sorted(Path(".").rglob("*"))
+    filled = command.format(
+        unconditional=tiny("DDIMPipeline"),
+        classes=tiny("DiTPipeline"),
+        unconditional_export=tiny_chained.export,
+    )
+    assert message in only_line(msfp(*shlex.split(filled)), exit_code)
+    files = [path for path in sorted(Path(".").rglob("*")) if path not in before and path.suffix == ".safetensors"]
+    assert files == []
+
+
+def test_pipeline_without_a_denoiser_is_one_helpful_line(
+    msfp: Invoke, tiny_pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # diffusers saves no pipeline without its parts, hence this one is made here.
+    tiny_pipe.register_modules(unet=None)
+    monkeypatch.setattr("msfp_cli.calibration.calibrate.load_pipeline", lambda source, device: tiny_pipe)
+    assert only_line(msfp("calibrate"), 1).startswith("DDIMPipeline has no denoiser")
+
+
+@pytest.mark.parametrize(
+    "command", ["calibrate --steps 0", "calibrate --batch-size 0", "calibrate --wieghts 4", "sample --steps x", "paint"]
+)
+def test_wrong_command_line_is_named_with_exit_code_two(command: str, msfp: Invoke) -> None:
+    result = msfp(*command.split())
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert command.split()[1 if " " in command else 0] in result.stderr
+
+
+@pytest.mark.parametrize("text", ["[bold]x[/bold]", ":cat:", "back\\[slash]"])
+def test_errors_repeat_what_was_typed(text: str, msfp: Invoke) -> None:
+    assert f"cannot read prompts from {text}: " in only_line(msfp("calibrate", "--prompts", text), 2)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_full_disk_is_one_helpful_line(
+    error: Exception, msfp: Invoke, tiny_source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("msfp_cli.recording.result.save_file", fail)
+    result = msfp("calibrate", tiny_source.model, *QUICKLY)
+    assert only_line(result, 1) == "the disk is full; free some space and run the same command to go on"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory; give a smaller --batch-size"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory; give a smaller --batch-size"),
+        (ValueError("odd\nand more"), "ValueError: odd (run `msfp --debug ...` for the traceback"),
+        (KeyboardInterrupt(), "stopped; what was finished is kept, run the same command to go on"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_unexpected_error_is_one_line(
+    error: BaseException, message: str, msfp: Invoke, tiny_source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(pipe: object, batch_size: int = 1) -> None:
+        raise error
+
+    monkeypatch.setattr(DDIMPipeline, "__call__", fail)
+    assert only_line(msfp("calibrate", tiny_source.model, *QUICKLY), 1).startswith(message)
+
+
+def test_debug_lets_errors_through(msfp: Invoke) -> None:
+    assert isinstance(msfp("--debug", "status").exception, RunError)
+
+
+def test_debug_shows_a_traceback_and_nothing_else_does() -> None:
+    for options, wanted in (((), False), (("--debug",), True)):
+        command = [sys.executable, "-m", "msfp_cli", *options, "calibrate", "--weights", "9"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert ("Traceback" in done.stderr) == wanted
+        assert "--weights '9' is out of range" in done.stderr
+        assert done.stdout == ""
+
+
+def test_version_is_printed() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"msfp {__version__}\n"
+
+
+def _seconds(*arguments: str) -> float:
+    """Return the shortest of three runs of Python in a new process."""
+    durations = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+        durations.append(time.perf_counter() - start)
+    return min(durations)
+
+
+def test_help_answers_within_half_a_second() -> None:
+    # Importing what draws the help takes 0.1 s on an idle machine; a busy one gets as much longer as it is slower.
+    slowness = max(1.0, _seconds("-c", "import rich.markdown, typer") / 0.15)
+    assert _seconds("-m", "msfp_cli", "--help") < 0.5 * slowness
+
+
+def test_help_loads_neither_torch_nor_diffusers() -> None:
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom msfp_cli.commands.app import app\n"
+        f"for command in {COMMANDS}: assert CliRunner().invoke(app, [command, '-h']).exit_code == 0\n"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "msfp_cli" in done.stdout.split()
+    assert not {"torch", "diffusers", "transformers", "numpy", "safetensors"} & set(done.stdout.split())

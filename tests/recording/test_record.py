@@ -1,0 +1,242 @@
+"""Recording: it can be stopped at any time, is bounded, and keeps its two parts apart."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DiffusionPipeline
+
+from conftest import Invoke, record_few
+from msfp_cli.errors import CalibrationError, ModelError, RunError
+from msfp_cli.pipelines.denoiser import replay
+from msfp_cli.pipelines.loading import default_prompts
+from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
+from msfp_cli.recording.record import record_both, record_calls, record_recipes
+from msfp_cli.recording.result import Recording
+from msfp_cli.run import Run
+
+THREE_BATCHES = RecordRecipe(conditions=(None,) * 5, num_inference_steps=2, seed=3, batch_size=2)
+
+
+class Stopped(BaseException):
+    """What ends a process from outside."""
+
+
+def stop_before_call(monkeypatch: pytest.MonkeyPatch, number: int, error: type[BaseException]) -> None:
+    """Let the pipeline's calls from `number` on raise."""
+    original, calls = DDIMPipeline.__call__, iter(range(1000))
+
+    @wraps(original)
+    def stopped(*args: object, **kwargs: object) -> object:
+        if next(calls) >= number - 1:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(DDIMPipeline, "__call__", stopped)
+
+
+def shards_of(directory: Path) -> dict[str, bytes]:
+    """Return the files of a recording."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_stopped_recording_goes_on_to_the_same_bytes(
+    tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        stop_before_call(patched, 2, Stopped)
+        with pytest.raises(Stopped):
+            record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "stopped")
+    assert Recording(tmp_path / "stopped").missing_shards() == [1, 2]
+    first = (tmp_path / "stopped" / "00000.safetensors").stat().st_mtime_ns
+    record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "stopped")
+    assert (tmp_path / "stopped" / "00000.safetensors").stat().st_mtime_ns == first
+    assert shards_of(tmp_path / "stopped") == shards_of(tmp_path / "whole")
+
+
+def test_recording_stopped_inside_a_batch_goes_on_to_the_same_bytes(
+    tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    calls = iter(range(1000))
+
+    def stop_in_the_fourth_call(*_: object) -> None:
+        if next(calls) == 3:
+            raise Stopped
+
+    handle = tiny_pipe.unet.register_forward_hook(stop_in_the_fourth_call)
+    with pytest.raises(Stopped):
+        record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "stopped")
+    handle.remove()
+    record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "stopped")
+    record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "whole")
+    assert shards_of(tmp_path / "stopped") == shards_of(tmp_path / "whole")
+
+
+def test_every_call_of_every_picture_is_recorded(
+    tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    recording = record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "recording")
+    calls = list(recording.calls("unet"))
+    assert [call.timestep for call in calls] == [500, 0] * 3
+    assert [call.output.shape[0] for call in calls] == [2, 2, 2, 2, 1, 1]
+    assert recording.num_calls() == len(calls)
+    with torch.no_grad():
+        for call in calls:
+            assert torch.equal(tiny_pipe.unet(**call.arguments).sample, call.output)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "recorded"),
+    [
+        ("DiTPipeline", 8, 4),
+        ("PixArtSigmaPipeline", 8, 4),
+        ("StableDiffusionPipeline", 4, 4),
+        ("FluxPipeline", None, None),
+    ],
+)
+def test_variance_that_the_pipeline_throws_away_is_not_recorded(
+    name: str, channels: int | None, recorded: int | None, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pipe, denoiser, calls = record_few(tiny(name), tmp_path, num_images=2)
+    for call in calls:
+        whole = denoiser(**call.arguments, return_dict=False)[0]
+        assert (whole.shape[1], call.output.shape[1]) == (channels or whole.shape[1], recorded or whole.shape[1])
+        torch.testing.assert_close(replay(denoiser, call), call.output)
+        torch.testing.assert_close(whole[:, : call.output.shape[1]], call.output)
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_pictures_are_recorded_alike_in_any_batch(
+    tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    first = record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "twos").shard(1)
+    alone = record_calls(tiny_pipe, tiny_source, replace(THREE_BATCHES, batch_size=1), tmp_path / "ones").shard(3)
+    assert torch.equal(first[0].arguments["sample"][1:], alone[0].arguments["sample"])
+    assert torch.allclose(first[1].arguments["sample"][1:], alone[1].arguments["sample"], atol=1e-4)
+
+
+def test_recording_beyond_the_bound_is_refused_before_any_shard_is_written(
+    tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    with pytest.raises(RunError, match=r"more than the bound .* give fewer --num-images or --steps"):
+        record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "recording", max_bytes=10_000)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_bound_counts_every_batch(tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path) -> None:
+    # 2 calls of 2 pictures, input and output of 3 x 16 x 16 float32 values each: about 24 kB a batch.
+    one = replace(THREE_BATCHES, conditions=(None,) * 2)
+    record_calls(tiny_pipe, tiny_source, one, tmp_path / "one", max_bytes=40_000)
+    with pytest.raises(RunError, match="more than the bound"):
+        record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "three", max_bytes=40_000)
+    record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "three", max_bytes=80_000)
+
+
+def test_full_disk_is_foreseen(
+    tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    with pytest.raises(RunError, match="more than the disk has free"):
+        record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "recording")
+
+
+def test_refused_recording_can_be_made_smaller_as_the_message_says(
+    tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    with pytest.raises(RunError, match="give fewer --num-images"):
+        record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "recording", max_bytes=40_000)
+    smaller = replace(THREE_BATCHES, conditions=(None,) * 2)
+    assert record_calls(tiny_pipe, tiny_source, smaller, tmp_path / "recording", max_bytes=40_000).num_calls() == 2
+
+
+def test_recording_of_other_settings_is_not_mixed_in(
+    tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "recording")
+    before = shards_of(tmp_path / "recording")
+    with pytest.raises(RunError, match="recorded with other settings; use --overwrite"):
+        record_calls(tiny_pipe, tiny_source, replace(THREE_BATCHES, seed=4), tmp_path / "recording")
+    assert shards_of(tmp_path / "recording") == before
+
+
+def test_overwriting_keeps_a_matching_recording_and_replaces_any_other(
+    tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    run, options = Run(tmp_path / "run"), RecordOptions(num_images=2, num_inference_steps=2)
+
+    def stamps(options: RecordOptions) -> list[int]:
+        record_both(tiny_pipe, run, tiny_source, options, overwrite=True)
+        return [(d / "00000.safetensors").stat().st_mtime_ns for d in (run.recording, run.held_out)]
+
+    first = stamps(options)
+    assert stamps(options) == first
+    (run.held_out / "recording.json").write_text("{")
+    kept, replaced = stamps(options)
+    assert kept == first[0]
+    assert replaced != first[1]
+    assert not set(stamps(replace(options, seed=1))) & {kept, replaced}
+
+
+def test_held_out_calls_are_of_other_seeds_and_prompts(
+    tiny: Callable[[str], Path], tiny_recordings: tuple[Recording, Recording]
+) -> None:
+    from msfp_cli.pipelines.loading import load_pipeline
+
+    source = ModelSource(model=str(tiny("StableDiffusionPipeline")))
+    pipe = load_pipeline(source, "cpu")
+    chosen, held_out = record_recipes(pipe, source, RecordOptions(num_images=40))
+    assert (len(chosen.conditions), len(held_out.conditions)) == (32, 8)
+    assert not set(chosen.conditions) & set(held_out.conditions)
+    assert set(chosen.conditions) | set(held_out.conditions) == set(default_prompts(source.model)[:40])
+    seeds = [range(recipe.seed, recipe.seed + len(recipe.conditions)) for recipe in (chosen, held_out)]
+    assert not set(seeds[0]) & set(seeds[1])
+    noises = [next(recording.calls()).arguments["sample"] for recording in tiny_recordings]
+    assert not torch.equal(*noises)
+
+
+def test_model_that_overflows_by_itself_is_told_so(
+    tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    tiny_pipe.unet.conv_out.bias.data.fill_(float("inf"))
+    with pytest.raises(CalibrationError, match="before any quantization; .* try --dtype float32"):
+        record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "recording")
+
+
+def test_pipeline_without_a_denoiser_is_refused_by_its_parts(
+    tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    tiny_pipe.register_modules(unet=None)
+    with pytest.raises(ModelError, match=r"DDIMPipeline has no denoiser \(looked for unet, .*; it has scheduler\)"):
+        record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "recording")
+
+
+def test_interrupt_keeps_finished_shards_and_says_how_to_go_on(
+    msfp: Invoke, tiny_source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["calibrate", tiny_source.model, "--num-images", 5, "--steps", 2, "--batch-size", 2, "--lift", 0]
+    with monkeypatch.context() as patched:
+        stop_before_call(patched, 2, KeyboardInterrupt)
+        result = msfp(*command)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "error: stopped; what was finished is kept, run the same command to go on\n"
+    recording = Recording(Run(Path("msfp-run")).recording)
+    assert recording.missing_shards() == [1]
+    finished = recording.shard_path(0).stat().st_mtime_ns
+    assert msfp(*command).exit_code == 0
+    assert recording.missing_shards() == []
+    assert recording.shard_path(0).stat().st_mtime_ns == finished
+
+
+def test_bound_is_an_option(msfp: Invoke, tiny_source: ModelSource) -> None:
+    result = msfp("calibrate", tiny_source.model, "--num-images", 2, "--steps", 2, "--max-recording-gib", 1e-6)
+    assert result.exit_code == 1
+    assert "--max-recording-gib" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
