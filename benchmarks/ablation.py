@@ -1,18 +1,22 @@
 """The ladder: what each part of the method adds, on the built-in pipeline, W4A4.
 
-    python benchmarks/ablation.py --work DIR [--jobs 2] [--updates 400] [--seeds 3] [--markdown FILE]
+    python benchmarks/ablation.py --work DIR [--jobs 2] [--updates 400] [--seeds 3] [--markdown
+    FILE]
 
-Four rungs: signed formats + LoRA; mixed signs + LoRA; mixed signs + TALoRA (a hub of two); the same + DFA. All have the
-default recipe but one call per update, so that two trainings share two cores; the same number of updates; and the
-learning rate that does best on the run's own held-out calls for seed 0 (the search is the same for every rung). A rung
-is trained with several seeds (first values and order of the data) and tested on 200 pictures of prompts that neither
-calibration nor training has seen, 110 of them and most of these twice: relative squared error of the denoiser's output
-along the full-precision trajectories, of the final latents, and PSNR of the pictures, each against full precision from
-equal noise. The calibrated models before training are there to compare.
+Four rungs: signed formats + LoRA; mixed signs + LoRA; mixed signs + TALoRA (a hub of two); the same
++ DFA. All have the default recipe but one call per update, so that two trainings share two cores;
+the same number of updates; and the learning rate that does best on the run's own held-out calls for
+seed 0 (the search is the same for every rung). A rung is trained with several seeds (first values
+and order of the data) and tested on 200 pictures of prompts that neither calibration nor training
+has seen, 110 of them and most of these twice: relative squared error of the denoiser's output along
+the full-precision trajectories, of the final latents, and PSNR of the pictures, each against full
+precision from equal noise. The calibrated models before training are there to compare.
 
-With --variants the last rung is trained again with one setting changed at a time, to see what each is worth.
+With --variants the last rung is trained again with one setting changed at a time, to see what each
+is worth.
 
-Everything that was measured is kept in --work, so the script resumes, and adds only what is missing.
+Everything that was measured is kept in --work, so the script resumes, and adds only what is
+missing.
 """
 
 import argparse
@@ -93,14 +97,21 @@ class Job:
     @property
     def name(self) -> str:
         """A directory's name."""
-        more = "".join(f"-{key}={value}" for key, value in sorted(json.loads(self.settings).items()))
+        more = "".join(
+            f"-{key}={value}" for key, value in sorted(json.loads(self.settings).items())
+        )
         return f"{self.rung.replace(', ', '-')}-{self.updates}-{self.rate:g}-{self.seed}{more}"
 
     def recipe(self) -> FinetuneRecipe:
         """Return what is trained."""
         changes: dict[str, Any] = {**RUNGS[self.rung][1], **json.loads(self.settings)}
         every = max(1, self.updates // 2)
-        changes |= {"steps": self.updates, "learning_rate": self.rate, "seed": self.seed, "evaluate_every": every}
+        changes |= {
+            "steps": self.updates,
+            "learning_rate": self.rate,
+            "seed": self.seed,
+            "evaluate_every": every,
+        }
         return replace(FinetuneRecipe(lanes=1), **changes)
 
 
@@ -150,9 +161,13 @@ def test_prompts() -> tuple[str, ...]:
 def sample(pipe: Any) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 (a diffusers pipeline)
     """Return the final latents and the pictures (0..1) of all tests."""
     prompts, latents, pictures = test_prompts(), [], []
-    sampling = Sampling(num_inference_steps=BUILT_IN_STEPS, guidance_scale=BUILT_IN_GUIDANCE, seed=TEST_SEED)
+    sampling = Sampling(
+        num_inference_steps=BUILT_IN_STEPS, guidance_scale=BUILT_IN_GUIDANCE, seed=TEST_SEED
+    )
     for first in range(0, NUM_TESTS, 20):
-        batch = call_pipeline(pipe, prompts[first : first + 20], sampling, first=first, output_type="latent")
+        batch = call_pipeline(
+            pipe, prompts[first : first + 20], sampling, first=first, output_type="latent"
+        )
         latents.append(batch)
         decoded = pipe.vae.decode(batch / pipe.vae.config.scaling_factor).sample
         pictures.append(pipe.image_processor.postprocess(decoded, output_type="pt"))
@@ -165,8 +180,12 @@ def measure(work: Path, pipe: Any) -> dict[str, float]:  # noqa: ANN401 (a diffu
     wanted = load_file(work / "full-precision.safetensors")
     error = (pictures - wanted["pictures"]).square().flatten(1).mean(dim=1)
     return {
-        "output": output_error(find_denoisers(pipe)["unet"], Recording(work / "tests").calls("unet")).relative(),
-        "latents": float((latents - wanted["latents"]).square().sum() / wanted["latents"].square().sum()),
+        "output": output_error(
+            find_denoisers(pipe)["unet"], Recording(work / "tests").calls("unet")
+        ).relative(),
+        "latents": float(
+            (latents - wanted["latents"]).square().sum() / wanted["latents"].square().sum()
+        ),
         "psnr": float((-10 * error.clamp_min(1e-10).log10()).mean()),
     }
 
@@ -200,7 +219,10 @@ def test_calibrated(work: Path, formats: str) -> None:
     result = work / "results" / f"calibrated-{formats}.json"
     if not result.exists():
         write_text(
-            result, json.dumps(measure(work, load_calibrated(calibrated(work, formats).load_calibration(), "cpu")))
+            result,
+            json.dumps(
+                measure(work, load_calibrated(calibrated(work, formats).load_calibration(), "cpu"))
+            ),
         )
 
 
@@ -230,18 +252,30 @@ def ladder(arguments: argparse.Namespace) -> str:
         calibrated(work, formats)
     references(work)
     grid = {rung: [Job(rung, rate, 0, updates) for rate in RATES] for rung in RUNGS}
-    in_processes(arguments, [task("train", job) for jobs in zip(*grid.values(), strict=True) for job in reversed(jobs)])
-    best = {rung: min(jobs, key=lambda job: held_out_error(work, job)) for rung, jobs in grid.items()}
-    seeded = {rung: [replace(best[rung], seed=seed) for seed in range(arguments.seeds)] for rung in RUNGS}
+    in_processes(
+        arguments,
+        [task("train", job) for jobs in zip(*grid.values(), strict=True) for job in reversed(jobs)],
+    )
+    best = {
+        rung: min(jobs, key=lambda job: held_out_error(work, job)) for rung, jobs in grid.items()
+    }
+    seeded = {
+        rung: [replace(best[rung], seed=seed) for seed in range(arguments.seeds)] for rung in RUNGS
+    }
     jobs = [job for same in zip(*seeded.values(), strict=True) for job in same]
     in_processes(arguments, [task("train", job) for job in jobs])
     befores = [["--test-calibrated", formats] for formats in ("signed", "mixed")]
     in_processes(arguments, befores + [task("test", job) for job in jobs])
-    lines = ["| | learning rate | output error | final latents' error | PSNR, dB |", "|---|---|---|---|---|"]
+    lines = [
+        "| | learning rate | output error | final latents' error | PSNR, dB |",
+        "|---|---|---|---|---|",
+    ]
     for formats in ("signed", "mixed"):
         lines.append(f"| {formats}, calibrated only | | {row(work, [f'calibrated-{formats}'])} |")
     for rung in RUNGS:
-        lines.append(f"| {rung} | {best[rung].rate:g} | {row(work, [job.name for job in seeded[rung]])} |")
+        lines.append(
+            f"| {rung} | {best[rung].rate:g} | {row(work, [job.name for job in seeded[rung]])} |"
+        )
     return "\n".join(lines)
 
 
@@ -272,15 +306,21 @@ def row(work: Path, names: Sequence[str]) -> str:
 
 def main() -> None:
     """Do one job, or the whole ladder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True, help="where everything is kept")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--variants", action="store_true", help="then change one setting of the last rung at a time")
+    parser.add_argument(
+        "--variants", action="store_true", help="then change one setting of the last rung at a time"
+    )
     parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
     for action in ("--train", "--test"):
-        parser.add_argument(action, nargs=5, metavar=("RUNG", "RATE", "SEED", "UPDATES", "SETTINGS"))
+        parser.add_argument(
+            action, nargs=5, metavar=("RUNG", "RATE", "SEED", "UPDATES", "SETTINGS")
+        )
     parser.add_argument("--test-calibrated", metavar="FORMATS")
     arguments = parser.parse_args()
     quiet_libraries()
@@ -294,9 +334,7 @@ def main() -> None:
         table += f"\n\n{FULL}, one change at a time, seed 0:\n\n{variants(arguments)}"
     print(table)
     if arguments.markdown:
-        head = (
-            f"{arguments.updates} updates, {arguments.seeds} seeds, {NUM_TESTS} tests; torch {torch.__version__}, CPU."
-        )
+        head = f"{arguments.updates} updates, {arguments.seeds} seeds, {NUM_TESTS} tests; torch {torch.__version__}, CPU."
         arguments.markdown.write_text(f"{head}\n\n{table}\n")
     return None
 

@@ -2,9 +2,10 @@
 
     python benchmarks/calibration.py [--work DIR] [--markdown FILE]
 
-Every row has the same policy (first and last convolution in floating point, time embedding at 8 bits), weights and
-activations at 4 bits, and is measured on the full-precision trajectories of 20 prompts and seeds that no calibration
-has seen, 20 DDIM steps, guidance 3. Takes about ten minutes on two cores; --work keeps the recordings for the next run.
+Every row has the same policy (first and last convolution in floating point, time embedding at 8
+bits), weights and activations at 4 bits, and is measured on the full-precision trajectories of 20
+prompts and seeds that no calibration has seen, 20 DDIM steps, guidance 3. Takes about ten minutes
+on two cores; --work keeps the recordings for the next run.
 """
 
 import argparse
@@ -34,7 +35,11 @@ def make_recordings(work: Path) -> tuple[Recording, Recording]:
     calibration, _ = record_recipes(pipe, SOURCE, RECORD)
     unseen = UNSEEN[:NUM_HELD_OUT]
     held_out = RecordRecipe(
-        conditions=unseen, num_inference_steps=20, guidance_scale=BUILT_IN_GUIDANCE, seed=HELD_OUT_SEED, batch_size=10
+        conditions=unseen,
+        num_inference_steps=20,
+        guidance_scale=BUILT_IN_GUIDANCE,
+        seed=HELD_OUT_SEED,
+        batch_size=10,
     )
     return record_calls(pipe, SOURCE, calibration, work / "recording"), record_calls(
         pipe, SOURCE, held_out, work / "held-out"
@@ -43,7 +48,12 @@ def make_recordings(work: Path) -> tuple[Recording, Recording]:
 
 def calibrate(recording: Recording, held_out: Recording, formats: str, lift: float) -> Calibration:
     """Calibrate a fresh copy of the pipeline."""
-    return calibrate_(load_pipeline(SOURCE, "cpu"), recording, held_out, CalibrateRecipe(formats=formats, lift=lift))
+    return calibrate_(
+        load_pipeline(SOURCE, "cpu"),
+        recording,
+        held_out,
+        CalibrateRecipe(formats=formats, lift=lift),
+    )
 
 
 def table(recording: Recording, held_out: Recording) -> tuple[list[str], Calibration]:
@@ -82,7 +92,9 @@ def silu_layers(calibration: Calibration) -> list[str]:
 
 def main() -> None:
     """Record, calibrate eight times, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, help="keep the recordings here")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file as well")
     arguments = parser.parse_args()
@@ -94,9 +106,7 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if arguments.markdown:
-        head = (
-            f"Seed 0; {NUM_HELD_OUT} held-out prompts, seeds from {HELD_OUT_SEED}; torch {torch.__version__}, CPU.\n\n"
-        )
+        head = f"Seed 0; {NUM_HELD_OUT} held-out prompts, seeds from {HELD_OUT_SEED}; torch {torch.__version__}, CPU.\n\n"
         arguments.markdown.write_text(head + text + "\n")
 
 

@@ -2,11 +2,12 @@
 
     python benchmarks/cpu_kernel.py [--only rounding|pictures|candidates] [--markdown FILE]
 
-Rounding: 2.6 million values (a 320-channel picture of 64x64, twice) to bytes, in pieces as the kernel does, as one
-piece, and in one pass compiled by inductor; median of 15. Pictures: the built-in pipeline, 20 steps, guidance 3, four
-prompts, by every kernel; mean and greatest difference in units of 1/255 between each two. Candidates: the error of a
-calibration on held-out calls where inputs may have integers of one byte, of two, and any; and with the first and the
-last convolution at 8 bits. Leave the machine alone.
+Rounding: 2.6 million values (a 320-channel picture of 64x64, twice) to bytes, in pieces as the
+kernel does, as one piece, and in one pass compiled by inductor; median of 15. Pictures: the
+built-in pipeline, 20 steps, guidance 3, four prompts, by every kernel; mean and greatest difference
+in units of 1/255 between each two. Candidates: the error of a calibration on held-out calls where
+inputs may have integers of one byte, of two, and any; and with the first and the last convolution
+at 8 bits. Leave the machine alone.
 """
 
 import argparse
@@ -32,7 +33,13 @@ from msfp_cli.formats.rounding import Grid, fake_quantize
 from msfp_cli.layers.kernels import cpu
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.replace import quantized_layers
-from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, BUILT_IN_STEPS, load_pipeline, quiet_libraries
+from msfp_cli.pipelines.loading import (
+    BUILT_IN,
+    BUILT_IN_GUIDANCE,
+    BUILT_IN_STEPS,
+    load_pipeline,
+    quiet_libraries,
+)
 from msfp_cli.pipelines.source import ModelSource
 from msfp_cli.recording.record import record_both
 from msfp_cli.recording.result import Recording
@@ -100,8 +107,14 @@ def draw(calibration: Calibration, kernel: str, *, float64: bool = False) -> np.
         for layer in quantized_layers(pipe.unet).values():
             sum_in_float64_(layer)
     generator = torch.Generator().manual_seed(0)
-    options = {"num_inference_steps": BUILT_IN_STEPS, "guidance_scale": BUILT_IN_GUIDANCE, "generator": generator}
-    return np.stack([np.asarray(picture).astype(float) for picture in pipe(PROMPTS, **options).images])
+    options = {
+        "num_inference_steps": BUILT_IN_STEPS,
+        "guidance_scale": BUILT_IN_GUIDANCE,
+        "generator": generator,
+    }
+    return np.stack(
+        [np.asarray(picture).astype(float) for picture in pipe(PROMPTS, **options).images]
+    )
 
 
 def recorded(work: Path) -> tuple[Recording, Recording]:
@@ -158,8 +171,12 @@ def candidates(calls: tuple[Recording, Recording]) -> Iterator[str]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["rounding", "pictures", "candidates"], help="just one of the tables")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", choices=["rounding", "pictures", "candidates"], help="just one of the tables"
+    )
     parser.add_argument("--markdown", type=Path, help="write the tables to this file as well")
     arguments = parser.parse_args()
     quiet_libraries()

@@ -1,17 +1,19 @@
 """Time and memory of one denoiser call: float32, our kernels, and the peers that run on a CPU.
 
-    python benchmarks/execution.py --work DIR [--models a,b] [--only TEXT] [--skip TEXT] [--calls N] [--peers PYTHON]
+    python benchmarks/execution.py --work DIR [--models a,b] [--only TEXT] [--skip TEXT] [--calls N]
+    [--peers PYTHON]
         [--profile] [--markdown FILE]
 
-Three denoisers: the built-in pipeline's UNet, 16 rows; a UNet with the configuration of Stable Diffusion 1.5, latents
-of 64x64, 2 rows; a DiTTransformer2DModel with that of DiT-XL/2 at 512 pixels, 2 rows. The last two have random weights,
-and their input grids are chosen on random inputs: that says nothing of pictures, and all of speed, which does not
-depend on the values. Each row of the table is a fresh process that loads the denoiser from disk and calls it; the
-median of the calls after the first counts, and the largest resident size of the process, libraries and all. What
-loading takes, quantizing or laying out included, is given as well: seconds, and by how much the largest resident size
-rose. Weights in memory are counted tensor by tensor. Peers are called through their own interface, in an environment
-where they are installed (`peers.py` makes one); what fails is listed with the reason. Leave the machine alone
-meanwhile. Linux only.
+Three denoisers: the built-in pipeline's UNet, 16 rows; a UNet with the configuration of Stable
+Diffusion 1.5, latents of 64x64, 2 rows; a DiTTransformer2DModel with that of DiT-XL/2 at 512
+pixels, 2 rows. The last two have random weights, and their input grids are chosen on random inputs:
+that says nothing of pictures, and all of speed, which does not depend on the values. Each row of
+the table is a fresh process that loads the denoiser from disk and calls it; the median of the calls
+after the first counts, and the largest resident size of the process, libraries and all. What
+loading takes, quantizing or laying out included, is given as well: seconds, and by how much the
+largest resident size rose. Weights in memory are counted tensor by tensor. Peers are called through
+their own interface, in an environment where they are installed (`peers.py` makes one); what fails
+is listed with the reason. Leave the machine alone meanwhile. Linux only.
 """
 
 import argparse
@@ -51,7 +53,11 @@ CLASSES: dict[str, Any] = {
     "sd15": UNet2DConditionModel,
     "dit-xl": DiTTransformer2DModel,
 }
-TITLES = {"built-in": "built-in pipeline, 16 rows", "sd15": "SD 1.5-sized UNet, 2 rows", "dit-xl": "DiT-XL/2, 2 rows"}
+TITLES = {
+    "built-in": "built-in pipeline, 16 rows",
+    "sd15": "SD 1.5-sized UNet, 2 rows",
+    "dit-xl": "DiT-XL/2, 2 rows",
+}
 ROWS = (
     "float32",
     "msfp simulated",
@@ -74,7 +80,9 @@ def inputs_of(name: str, denoiser: Any) -> Arguments:  # noqa: ANN401 (a diffuse
     generator = torch.Generator().manual_seed(0)
     config = denoiser.config
     rows = 16 if name == "built-in" else 2
-    sample = torch.randn(rows, config.in_channels, config.sample_size, config.sample_size, generator=generator)
+    sample = torch.randn(
+        rows, config.in_channels, config.sample_size, config.sample_size, generator=generator
+    )
     if name == "dit-xl":
         return {
             "hidden_states": sample,
@@ -83,7 +91,12 @@ def inputs_of(name: str, denoiser: Any) -> Arguments:  # noqa: ANN401 (a diffuse
             "return_dict": False,
         }
     text = torch.randn(rows, 77, config.cross_attention_dim, generator=generator)
-    return {"sample": sample, "timestep": torch.tensor(500), "encoder_hidden_states": text, "return_dict": False}
+    return {
+        "sample": sample,
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": text,
+        "return_dict": False,
+    }
 
 
 # What is loaded: made once, kept in --work.
@@ -116,19 +129,33 @@ def make_quantized(name: str, source: Path, directory: Path) -> None:
     denoiser = CLASSES[name].from_pretrained(source)
     arguments = inputs_of(name, denoiser)
     del arguments["return_dict"]
-    call = DenoiserCall(component="denoiser", timestep=500.0, arguments=arguments, output=torch.zeros(2))
+    call = DenoiserCall(
+        component="denoiser", timestep=500.0, arguments=arguments, output=torch.zeros(2)
+    )
     generator = torch.Generator().manual_seed(0)
-    seen = observe(denoiser, [call], 1, max_samples=20_000, generator=generator, advance=lambda steps, note="": None)
+    seen = observe(
+        denoiser,
+        [call],
+        1,
+        max_samples=20_000,
+        generator=generator,
+        advance=lambda steps, note="": None,
+    )
     layers = {layer: module for layer, module in find_layers(denoiser).items() if layer in seen}
     space = SearchSpace(num_maxima=20, num_zero_points=5, num_refinements=0)
     table, scales = {}, {}
     for layer, module in layers.items():
         found = search_layer(layer, module, seen[layer], CalibrateRecipe(lift=0.0), space)
-        if found.scale is not None:  # the default recipe leaves the first and the last layer in floating point
+        if (
+            found.scale is not None
+        ):  # the default recipe leaves the first and the last layer in floating point
             table[layer], scales[layer] = found.choice.parameters, found.scale
     del layers
     store_layers_(denoiser, table, scales)
-    described = {layer: quantized.parameters_of.to_json() for layer, quantized in quantized_layers(denoiser).items()}
+    described = {
+        layer: quantized.parameters_of.to_json()
+        for layer, quantized in quantized_layers(denoiser).items()
+    }
     mark_quantized_(denoiser, MSFPConfig(layers=described))
     denoiser.save_pretrained(directory)
 
@@ -155,9 +182,16 @@ def load_peer(path: Path, name: str, row: str) -> nn.Module:
         options = {"weights_dtype": "uint4"} if "uint4" in row else {"use_quantized_matmul": True}
         sdnq_post_load_quant(denoiser, quantization_config=SDNQConfig(quant_conv=True, **options))
     elif row.startswith("torchao"):
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import (
+            Int8DynamicActivationInt8WeightConfig,
+            Int8WeightOnlyConfig,
+            quantize_,
+        )
 
-        quantize_(denoiser, Int8DynamicActivationInt8WeightConfig() if "inputs" in row else Int8WeightOnlyConfig())
+        quantize_(
+            denoiser,
+            Int8DynamicActivationInt8WeightConfig() if "inputs" in row else Int8WeightOnlyConfig(),
+        )
     else:
         from optimum.quanto import freeze, quantize
 
@@ -211,7 +245,9 @@ def measure(path: Path, name: str, row: str, calls: int) -> Arguments:
     denoiser = load_row(path, name, row)
     loading, loaded = time.perf_counter() - start, peak_bytes()
     arguments = inputs_of(name, denoiser)
-    called: Callable[..., Any] = torch.compile(denoiser, fullgraph=True) if "compiled" in row else denoiser
+    called: Callable[..., Any] = (
+        torch.compile(denoiser, fullgraph=True) if "compiled" in row else denoiser
+    )
     seconds = []
     for _ in range(calls + 1):
         start = time.perf_counter()
@@ -263,12 +299,16 @@ def profile(path: Path, name: str) -> dict[str, float]:
     denoiser = load_msfp(path, name, "cpu")
     arguments = inputs_of(name, denoiser)
     denoiser(**arguments)
-    with named_rounding(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    with (
+        named_rounding(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler,
+    ):
         start = time.perf_counter()
         denoiser(**arguments)
         total = time.perf_counter() - start
     seconds = {
-        kind: sum(e.cpu_time_total for e in profiler.key_averages() if e.key.startswith(names)) / 1e6
+        kind: sum(e.cpu_time_total for e in profiler.key_averages() if e.key.startswith(names))
+        / 1e6
         for kind, names in KINDS.items()
     }
     return {**seconds, "everything else": total - sum(seconds.values()), "the whole call": total}
@@ -286,9 +326,13 @@ def run_row(arguments: argparse.Namespace, name: str, row: str) -> Arguments:
     command = [python, __file__, "--work", str(arguments.work), "--calls", str(arguments.calls)]
     command += ["--measure", name, "--only", row]
     try:
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout)
+        finished = subprocess.run(
+            command, capture_output=True, text=True, timeout=arguments.timeout
+        )
     except subprocess.TimeoutExpired:
-        return {"failed": f"took more than {arguments.timeout:.0f} s for {arguments.calls + 1} calls"}
+        return {
+            "failed": f"took more than {arguments.timeout:.0f} s for {arguments.calls + 1} calls"
+        }
     lines = finished.stdout.strip().splitlines()
     if finished.returncode:
         return {"failed": (finished.stderr.strip().splitlines() or ["killed"])[-1][:160]}
@@ -309,7 +353,10 @@ def table(name: str, results: dict[str, Arguments]) -> list[str]:
         if "failed" in figures:
             lines.append(f"| {row} | {figures['failed']} | | | | | | |")
             continue
-        faster, smaller = base["seconds"] / figures["seconds"], figures["weight_bytes"] / base["weight_bytes"]
+        faster, smaller = (
+            base["seconds"] / figures["seconds"],
+            figures["weight_bytes"] / base["weight_bytes"],
+        )
         lines.append(
             f"| {row} | {figures['seconds']:.3f} | {faster:.2f} | {figures['weight_bytes'] / 1e6:.1f} | {smaller:.3f} "
             f"| {figures['peak_bytes'] / 1e6:.0f} | {figures['loading']:.1f} | {figures['loading_bytes'] / 1e6:.0f} |"
@@ -319,7 +366,9 @@ def table(name: str, results: dict[str, Arguments]) -> list[str]:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True, help="keep the models here")
     parser.add_argument("--models", default=",".join(CLASSES), help="which of them")
     parser.add_argument("--only", default="", help="rows whose name contains this")
@@ -337,9 +386,14 @@ def main() -> None:
     """Make what is missing, measure, print."""
     arguments = parse()
     if arguments.measure:
-        print(json.dumps(measure(arguments.work, arguments.measure, arguments.only, arguments.calls)))
+        print(
+            json.dumps(measure(arguments.work, arguments.measure, arguments.only, arguments.calls))
+        )
         return
-    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.calls} calls a row", ""]
+    lines = [
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.calls} calls a row",
+        "",
+    ]
     for name in arguments.models.split(","):
         plain, quantized = (arguments.work / f"{name}-{kind}" for kind in ("float32", "msfp"))
         if not plain.exists():
@@ -349,7 +403,10 @@ def main() -> None:
         if arguments.profile:
             seconds = profile(arguments.work, name)
             lines += [f"### {TITLES[name]}", "", "| | seconds | share |", "|---|---|---|"]
-            lines += [f"| {kind} | {s:.3f} | {s / seconds['the whole call']:.0%} |" for kind, s in seconds.items()]
+            lines += [
+                f"| {kind} | {s:.3f} | {s / seconds['the whole call']:.0%} |"
+                for kind, s in seconds.items()
+            ]
         else:
             results = {}
             asked = [row for row in ROWS if arguments.only in row and arguments.skip not in row]

@@ -2,11 +2,11 @@
 
     python benchmarks/finetune_step.py [--threads N] [--rounds N] [--updates N] [--markdown FILE]
 
-The built-in pipeline's UNet, the same layers and rank, the same number of calls and rows per update, AdamW, mean
-squared error. peft trains on the full-precision base; msfp trains inside the quantizers, with a hub of two and the
-router, from the beginning of a run with the default recipe. Each measurement is the mean over some updates in a process
-of its own (in some the router learns, in most it does not), the two take turns, and the medians are compared. Linux
-only (peak memory).
+The built-in pipeline's UNet, the same layers and rank, the same number of calls and rows per
+update, AdamW, mean squared error. peft trains on the full-precision base; msfp trains inside the
+quantizers, with a hub of two and the router, from the beginning of a run with the default recipe.
+Each measurement is the mean over some updates in a process of its own (in some the router learns,
+in most it does not), the two take turns, and the medians are compared. Linux only (peak memory).
 """
 
 import argparse
@@ -61,12 +61,16 @@ class Clock:
             self.start = time.perf_counter()
         if self.asked == WARM_UP + self.updates + 1:
             self.seconds = (time.perf_counter() - self.start) / self.updates
-            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            status = dict(
+                line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+            )
             self.peak = int(status["VmHWM"].split()[0]) / 1024  # MiB
         return self.asked > WARM_UP + self.updates
 
 
-def train_msfp(run: Run, calibration: Calibration, recording: Recording, batches: Batches, clock: Clock) -> None:
+def train_msfp(
+    run: Run, calibration: Calibration, recording: Recording, batches: Batches, clock: Clock
+) -> None:
     """Train as `msfp finetune` does with the default recipe until the clock stops it."""
     recipe = FinetuneRecipe()
     unet = find_denoisers(load_pipeline(SOURCE, "cpu"))["unet"]
@@ -75,7 +79,9 @@ def train_msfp(run: Run, calibration: Calibration, recording: Recording, batches
     held_out = list(Recording(run.held_out).calls("unet"))
     with tempfile.TemporaryDirectory() as kept:
         path = Path(kept) / "unet.safetensors"
-        Trainer(student, batches, weights, held_out, recipe, path, "", Accelerator(cpu=True)).train(stop=clock.done)
+        Trainer(student, batches, weights, held_out, recipe, path, "", Accelerator(cpu=True)).train(
+            stop=clock.done
+        )
 
 
 def train_peft(calibration: Calibration, batches: Batches, clock: Clock) -> None:
@@ -84,7 +90,11 @@ def train_peft(calibration: Calibration, batches: Batches, clock: Clock) -> None
 
     recipe = FinetuneRecipe()
     unet = find_denoisers(load_pipeline(SOURCE, "cpu"))["unet"].requires_grad_(False)
-    layers = [name for name, parameters in calibration.table("unet").items() if parameters.weight is not None]
+    layers = [
+        name
+        for name, parameters in calibration.table("unet").items()
+        if parameters.weight is not None
+    ]
     unet.add_adapter(LoraConfig(r=recipe.rank, target_modules=layers))
     trained = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -92,7 +102,9 @@ def train_peft(calibration: Calibration, batches: Batches, clock: Clock) -> None
         if clock.done():
             return
         for call in (call for lane in range(recipe.lanes) for call in batches.batch(step, lane)):
-            loss = (call_with(unet, call.arguments, call.output) - call.output).square().mean() / recipe.lanes
+            loss = (
+                call_with(unet, call.arguments, call.output) - call.output
+            ).square().mean() / recipe.lanes
             loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -105,7 +117,9 @@ def measure(which: str, work: Path, updates: int) -> None:
     run = Run(work)
     recording, calibration = Recording(run.recording), run.load_calibration()
     recipe, clock = FinetuneRecipe(), Clock(updates)
-    batches = Batches(recording, "unet", batch_size=recipe.batch_size, lanes=recipe.lanes, seed=recipe.seed)
+    batches = Batches(
+        recording, "unet", batch_size=recipe.batch_size, lanes=recipe.lanes, seed=recipe.seed
+    )
     if which == "msfp":
         train_msfp(run, calibration, recording, batches, clock)
     else:
@@ -118,14 +132,31 @@ def compare(work: Path, rounds: int, updates: int, threads: int) -> str:
     seen: dict[str, list[dict[str, float]]] = {"peft": [], "msfp": []}
     for _ in range(rounds):
         for which, results in seen.items():
-            command = [sys.executable, __file__, "--one", which, "--work", str(work), "--updates", str(updates)]
+            command = [
+                sys.executable,
+                __file__,
+                "--one",
+                which,
+                "--work",
+                str(work),
+                "--updates",
+                str(updates),
+            ]
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            answer = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+            answer = subprocess.run(
+                command, env=environment, check=True, capture_output=True, text=True
+            ).stdout
             results.append(json.loads(answer))
             print(which, answer.strip(), file=sys.stderr)
     lines = ["| update of | seconds | peak memory, MiB |", "|---|---|---|"]
-    median = {w: {k: statistics.median(r[k] for r in results) for k in results[0]} for w, results in seen.items()}
-    for which, name in (("peft", "LoRA by peft, full precision"), ("msfp", "msfp, W4A4, hub of two")):
+    median = {
+        w: {k: statistics.median(r[k] for r in results) for k in results[0]}
+        for w, results in seen.items()
+    }
+    for which, name in (
+        ("peft", "LoRA by peft, full precision"),
+        ("msfp", "msfp, W4A4, hub of two"),
+    ):
         lines.append(f"| {name} | {median[which]['seconds']:.3f} | {median[which]['peak']:.0f} |")
     ratios = [f"{median['msfp'][key] / median['peft'][key]:.2f}" for key in ("seconds", "peak")]
     return "\n".join([*lines, f"| ratio | {ratios[0]} | {ratios[1]} |"])
@@ -133,7 +164,9 @@ def compare(work: Path, rounds: int, updates: int, threads: int) -> str:
 
 def main() -> None:
     """Calibrate once, then compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2, help="of each process")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
     parser.add_argument("--updates", type=int, default=16, help="timed in each turn")
@@ -151,7 +184,9 @@ def main() -> None:
         table = compare(work, arguments.rounds, arguments.updates, arguments.threads)
     print(table)
     if arguments.markdown:
-        arguments.markdown.write_text(f"torch {torch.__version__}, {arguments.threads} threads of a CPU.\n\n{table}\n")
+        arguments.markdown.write_text(
+            f"torch {torch.__version__}, {arguments.threads} threads of a CPU.\n\n{table}\n"
+        )
     return None
 
 

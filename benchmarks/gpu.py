@@ -1,17 +1,21 @@
 """Check the kernels for NVIDIA GPUs, and time denoisers with them: one command, under 8 minutes, one table.
 
-    python benchmarks/gpu.py [--models a,b] [--rows a,b] [--budget SECONDS] [--calls N] [--markdown FILE] [--tiles]
+    python benchmarks/gpu.py [--models a,b] [--rows a,b] [--budget SECONDS] [--calls N] [--markdown
+    FILE] [--tiles]
 
-First every path of the kernels runs layers of all kinds against the formula in float64 on the CPU; the largest error of
-each path is shown, and the exit status is 1 where one is too large. Then come a UNet with the configuration of Stable
-Diffusion 1.5, 2 and 16 rows; one with that of SDXL, 1024 pixels, 2 rows; and a transformer with that of DiT-XL/2 at 512
-pixels, 2 rows. Weights are random and the formats are given by rule of thumb, e2m1 and ue2m2 by turns, first and last
-layers and time embedding at 8 bits: speed does not depend on values. Times are medians of CUDA events around a call;
-the peak is torch's, from the first call on, compilation included. ``compiled`` is ``torch.compile(fullgraph=True)``
-with CUDA graphs (``--mode reduce-overhead``), for bf16 and for ours alike.
+First every path of the kernels runs layers of all kinds against the formula in float64 on the CPU;
+the largest error of each path is shown, and the exit status is 1 where one is too large. Then come
+a UNet with the configuration of Stable Diffusion 1.5, 2 and 16 rows; one with that of SDXL, 1024
+pixels, 2 rows; and a transformer with that of DiT-XL/2 at 512 pixels, 2 rows. Weights are random
+and the formats are given by rule of thumb, e2m1 and ue2m2 by turns, first and last layers and time
+embedding at 8 bits: speed does not depend on values. Times are medians of CUDA events around a
+call; the peak is torch's, from the first call on, compilation included. ``compiled`` is
+``torch.compile(fullgraph=True)`` with CUDA graphs (``--mode reduce-overhead``), for bf16 and for
+ours alike.
 
-A model is a process of its own, so that a failure costs its rows only. What does not fit the budget is left out, and
-the table says so; ``--models`` and ``--rows`` measure it alone. ``--tiles`` times every tile of the product instead.
+A model is a process of its own, so that a failure costs its rows only. What does not fit the budget
+is left out, and the table says so; ``--models`` and ``--rows`` measure it alone. ``--tiles`` times
+every tile of the product instead.
 """
 
 import argparse
@@ -85,7 +89,9 @@ def arguments_of(name: str, denoiser: Any, rows: int) -> dict[str, Any]:  # noqa
 def _several(value: Any, times: int) -> Any:  # noqa: ANN401
     if isinstance(value, dict):
         return {key: _several(inner, times) for key, inner in value.items()}
-    return value.repeat_interleave(times, dim=0) if isinstance(value, Tensor) and value.ndim else value
+    return (
+        value.repeat_interleave(times, dim=0) if isinstance(value, Tensor) and value.ndim else value
+    )
 
 
 def to_gpu(value: Any) -> Any:  # noqa: ANN401
@@ -106,15 +112,21 @@ def quantize_(denoiser: nn.Module) -> None:
     from msfp_cli.layers.replace import find_layers, store_layers_
 
     grids = [("e2m1", 4.0, 0.0), ("ue2m2", 4.0, -0.25), ("e2m5", 4.0, 0.0)]
-    signed, unsigned, wide = (Grid(FloatFormat.parse(n), top / FloatFormat.parse(n).largest, z) for n, top, z in grids)
+    signed, unsigned, wide = (
+        Grid(FloatFormat.parse(n), top / FloatFormat.parse(n).largest, z) for n, top, z in grids
+    )
     table, scales = {}, {}
     for i, (name, layer) in enumerate(find_layers(denoiser).items()):
         is_table = isinstance(layer, torch.nn.Embedding)
-        is_edge = name.startswith(("conv_in", "conv_out", "time_embedding", "pos_embed", "proj_out"))
+        is_edge = name.startswith(
+            ("conv_in", "conv_out", "time_embedding", "pos_embed", "proj_out")
+        )
         fmt = FloatFormat.parse("e1m6" if is_edge or is_table else "e2m1")
         grid = None if is_table else wide if is_edge else (signed, unsigned)[i % 2]
         table[name] = LayerParameters(weight=fmt, input=grid, lookup=is_table)
-        scales[name] = layer.weight.float().abs().flatten(1).amax(dim=1).clamp(min=1e-6) * 0.8 / fmt.largest
+        scales[name] = (
+            layer.weight.float().abs().flatten(1).amax(dim=1).clamp(min=1e-6) * 0.8 / fmt.largest
+        )
     store_layers_(denoiser, table, scales)
 
 
@@ -128,7 +140,10 @@ def time_calls(called: Callable[..., Any], arguments: dict[str, Any], calls: int
     print(f"first call: {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
     for _ in range(3):  # record CUDA graphs, and replay them
         called(**arguments)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(calls)
+    ]
     for start, end in events:
         start.record()
         called(**arguments)
@@ -138,7 +153,9 @@ def time_calls(called: Callable[..., Any], arguments: dict[str, Any], calls: int
     return {"milliseconds": milliseconds, "peak_bytes": torch.cuda.max_memory_allocated()}
 
 
-def rows_in_time(rows: Sequence[str], seconds: float, clock: Callable[[], float]) -> Iterator[tuple[str, bool]]:
+def rows_in_time(
+    rows: Sequence[str], seconds: float, clock: Callable[[], float]
+) -> Iterator[tuple[str, bool]]:
     """Yield each row, and whether there is time for it: as much as the longest one of its kind took is to be left."""
     started, longest = clock(), {True: 0.0, False: 0.0}
     for row in rows:
@@ -156,7 +173,10 @@ def measure(name: str, options: argparse.Namespace) -> None:
     with torch.device("cuda"):
         torch.manual_seed(0)
         denoiser = model.kind(**model.config).to(torch.bfloat16).eval().requires_grad_(False)
-    arguments, prepared = to_gpu(arguments_of(name.removesuffix("-16"), denoiser, model.rows)), "bf16"
+    arguments, prepared = (
+        to_gpu(arguments_of(name.removesuffix("-16"), denoiser, model.rows)),
+        "bf16",
+    )
     for row, in_time in rows_in_time(options.rows.split(","), options.seconds, time.perf_counter):
         if not in_time:
             print(json.dumps({"row": row, "failed": OUT_OF_TIME}), flush=True)
@@ -170,7 +190,9 @@ def measure(name: str, options: argparse.Namespace) -> None:
                 prepared = kernel
             torch.compiler.reset()
             compile_ = row.endswith("compiled")
-            called = torch.compile(denoiser, fullgraph=True, mode=options.mode) if compile_ else denoiser
+            called = (
+                torch.compile(denoiser, fullgraph=True, mode=options.mode) if compile_ else denoiser
+            )
             figures = time_calls(called, arguments, options.calls)
         except Exception as error:  # noqa: BLE001 (whatever it is, the next row is worth trying)
             figures = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
@@ -209,7 +231,10 @@ def run_part(name: str, seconds: float, options: argparse.Namespace) -> list[Fig
 
 def table(results: dict[str, list[Figures]], wanted: Sequence[str] = ROWS) -> list[str]:
     """Return the table of all models; a row that is missing says why."""
-    lines = ["| denoiser | | milliseconds a call | times bf16 compiled | peak, MB |", "|---|---|---|---|---|"]
+    lines = [
+        "| denoiser | | milliseconds a call | times bf16 compiled | peak, MB |",
+        "|---|---|---|---|---|",
+    ]
     for name, found in results.items():
         rows = {figures["row"]: figures for figures in found if "row" in figures}
         ended = next((figures["ended"] for figures in found if "ended" in figures), OUT_OF_TIME)
@@ -221,7 +246,9 @@ def table(results: dict[str, list[Figures]], wanted: Sequence[str] = ROWS) -> li
                 continue
             milliseconds, peak = figures["milliseconds"], figures["peak_bytes"] / 1e6
             ratio = f"{base / milliseconds:.2f}" if base else ""
-            lines.append(f"| {MODELS[name].title} | {row} | {milliseconds:.2f} | {ratio} | {peak:.0f} |")
+            lines.append(
+                f"| {MODELS[name].title} | {row} | {milliseconds:.2f} | {ratio} | {peak:.0f} |"
+            )
     return lines
 
 
@@ -233,7 +260,9 @@ def check_lines(found: list[Figures]) -> tuple[list[str], bool]:
             lines.append(f"checks: {figures['ended']}")
             well = False
         elif "path" in figures:
-            lines.append(f"{figures['path']}: {figures['count']} layers, largest error {figures['largest']:.1e}")
+            lines.append(
+                f"{figures['path']}: {figures['count']} layers, largest error {figures['largest']:.1e}"
+            )
         else:
             lines.append(f"WRONG: {figures['wrong']}")
             well = False
@@ -242,7 +271,9 @@ def check_lines(found: list[Figures]) -> tuple[list[str], bool]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", default=",".join(MODELS), help="which of them")
     parser.add_argument("--rows", default=",".join(ROWS), help="which of the table's rows")
     parser.add_argument("--no-checks", action="store_true", help="leave the checks out")
@@ -250,7 +281,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calls", type=int, default=20, help="timed calls")
     parser.add_argument("--mode", default="reduce-overhead", help="of torch.compile")
     parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
-    parser.add_argument("--tiles", action="store_true", help="time every tile of the product instead")
+    parser.add_argument(
+        "--tiles", action="store_true", help="time every tile of the product instead"
+    )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=460, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -275,7 +308,10 @@ def main() -> int:
         (gpu_checks.print_tiles if options.tiles else parts[options.measure])()
         return 0
     end, well = time.perf_counter() + options.budget, True
-    lines = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, medians of {options.calls} calls", ""]
+    lines = [
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, medians of {options.calls} calls",
+        "",
+    ]
     waiting = ([] if options.no_checks else [CHECKS]) + options.models.split(",")
     results: dict[str, list[Figures]] = {}
     while waiting:

@@ -1,8 +1,9 @@
 """The part of `gpu.py` that checks: every path of the GPU's kernels against the formula in float64.
 
-Each check makes a layer on the CPU, computes its output from its codes in float64 there, moves it to the device, and
-runs it by one path: Triton, torch's operators, float8, several sets of weights, packed weights, compiled. The error is
-the largest difference over the largest output. Run through ``python benchmarks/gpu.py``.
+Each check makes a layer on the CPU, computes its output from its codes in float64 there, moves it
+to the device, and runs it by one path: Triton, torch's operators, float8, several sets of weights,
+packed weights, compiled. The error is the largest difference over the largest output. Run through
+``python benchmarks/gpu.py``.
 """
 
 import itertools
@@ -49,7 +50,9 @@ class Check(NamedTuple):
     def limit(self) -> float:
         """Return the error that is allowed."""
         limit = FLOAT8_LIMIT if self.path == "float8" else 1e-5
-        return max(limit, float(torch.finfo(self.dtype).eps)) if self.dtype != torch.float32 else limit
+        return (
+            max(limit, float(torch.finfo(self.dtype).eps)) if self.dtype != torch.float32 else limit
+        )
 
 
 def checks() -> Iterator[Check]:
@@ -65,7 +68,9 @@ def checks() -> Iterator[Check]:
     for dtype, layer in itertools.product((torch.float16, torch.bfloat16), ("linear", "3x3")):
         yield Check("Triton", layer, "ue2m2", dtype)
         yield Check("compiled", layer, "ue2m2", dtype)
-    for path, layer in itertools.product(("Triton", "torch", "packed", "compiled"), ("odd linear", "3x3")):
+    for path, layer in itertools.product(
+        ("Triton", "torch", "packed", "compiled"), ("odd linear", "3x3")
+    ):
         yield Check(path, layer, "ue2m2", hub=2)
 
 
@@ -79,14 +84,26 @@ def make_layer(check: Check) -> Any:  # noqa: ANN401 (one of two classes)
     fmt, weight = FloatFormat.parse(check.format), FloatFormat.parse("e2m1")
     zero_point = 0.0 if fmt.signed else -0.71875
     first, *further = (
-        Grid(fmt, float(torch.tensor((2.0 if fmt.signed else 3.0) / fmt.largest)), zero_point / (member + 1))
+        Grid(
+            fmt,
+            float(torch.tensor((2.0 if fmt.signed else 3.0) / fmt.largest)),
+            zero_point / (member + 1),
+        )
         for member in range(check.hub)
     )
-    parameters = LayerParameters(weight=weight, input=first, hub=check.hub, further_inputs=tuple(further))
+    parameters = LayerParameters(
+        weight=weight, input=first, hub=check.hub, further_inputs=tuple(further)
+    )
     layer = (QuantConv2d if options else QuantLinear)(plain, parameters)  # type: ignore[operator]
     for member in range(check.hub):
-        values = plain.weight.detach() * (1 if member == 0 else torch.randn(plain.weight.shape, generator=generator))
-        layer.store_(values, plain.weight.detach().abs().flatten(1).amax(dim=1) * 0.8 / weight.largest, member)
+        values = plain.weight.detach() * (
+            1 if member == 0 else torch.randn(plain.weight.shape, generator=generator)
+        )
+        layer.store_(
+            values,
+            plain.weight.detach().abs().flatten(1).amax(dim=1) * 0.8 / weight.largest,
+            member,
+        )
     return layer.requires_grad_(False)
 
 
@@ -106,7 +123,9 @@ def formula(layer: Any, x: Tensor, member: int) -> Tensor:  # noqa: ANN401
 def error_of(check: Check, device: str) -> float:
     """Run a check, and return its largest error relative to the largest output."""
     layer, largest = make_layer(check), 0.0
-    x = torch.randn(LAYERS[check.layer][2], generator=torch.Generator().manual_seed(1)).to(check.dtype)
+    x = torch.randn(LAYERS[check.layer][2], generator=torch.Generator().manual_seed(1)).to(
+        check.dtype
+    )
     expected = [formula(layer, x, member) for member in range(check.hub)]
     layer.to(device)
     kind = CudaFp8 if check.path == "float8" else Cuda
@@ -118,7 +137,9 @@ def error_of(check: Check, device: str) -> float:
     torch.compiler.reset()
     called = torch.compile(layer, fullgraph=True) if check.path == "compiled" else layer
     for member, wanted in enumerate(expected):
-        layer.route.open([torch.tensor(member, device=device) if check.path == "compiled" else member])
+        layer.route.open(
+            [torch.tensor(member, device=device) if check.path == "compiled" else member]
+        )
         y = called(x.to(device))
         if y.dtype != check.dtype or y.shape != wanted.shape:
             return float("inf")
@@ -130,7 +151,11 @@ def print_checks(device: str = "cuda", limited_to: int | None = None) -> None:
     """Run the checks, and print what they found as lines of JSON: one for each path, and one for each that fails."""
     errors: dict[str, list[float]] = {}
     for check in itertools.islice(checks(), limited_to):
-        if check.path == "float8" and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        if (
+            check.path == "float8"
+            and device == "cuda"
+            and torch.cuda.get_device_capability() < (8, 9)
+        ):
             continue
         if check.path == "Triton" and cuda.triton_ops(torch.device(device)) is None:
             continue
@@ -172,7 +197,9 @@ def print_tiles() -> None:
     if ops is None:
         raise SystemExit("--tiles needs Triton, and a GPU from Ampere on")
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    print("| product | " + " | ".join("x".join(map(str, tile)) for tile in ops.TILES) + " | chosen |")
+    print(
+        "| product | " + " | ".join("x".join(map(str, tile)) for tile in ops.TILES) + " | chosen |"
+    )
     print("|---" * (len(ops.TILES) + 2) + "|")
     for batch, height, width, channels, outs, kernel in SHAPES:
         plain = nn.Conv2d(channels, outs, kernel, padding=kernel // 2, device="cuda")
@@ -180,7 +207,9 @@ def print_tiles() -> None:
         layer = QuantConv2d(plain, LayerParameters(weight=FloatFormat.parse("e2m1"), input=grid))
         layer.store_(plain.weight, torch.full((outs,), 0.01, device="cuda"))
         held = Cuda(layer, keep_packed=False)  # type: ignore[arg-type]
-        planes = held.round(torch.randn(batch, channels, height, width, device="cuda"), held.members)
+        planes = held.round(
+            torch.randn(batch, channels, height, width, device="cuda"), held.members
+        )
         y = torch.empty(batch, outs, height, width, device="cuda", dtype=torch.bfloat16)
         cells = []
         for tile in ops.TILES:
@@ -188,4 +217,6 @@ def print_tiles() -> None:
             cells.append(f"{do_bench(lambda given=given: ops.multiply_(*given)):.3f}")
         chosen = ops.choose_tile(batch * height * width, outs, processors)
         shape = f"{batch}x{height}x{width}x{channels} to {outs}, {kernel}x{kernel}"
-        print(f"| {shape} | " + " | ".join(cells) + f" | {'x'.join(map(str, chosen))} |", flush=True)
+        print(
+            f"| {shape} | " + " | ".join(cells) + f" | {'x'.join(map(str, chosen))} |", flush=True
+        )

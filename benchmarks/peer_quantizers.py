@@ -1,9 +1,9 @@
 """The rows of `peers.py`: ways to quantize the built-in pipeline's UNet in place, the peers' and ours.
 
-Each peer goes through its own documented interface, at the 4-bit setting that did best here. Two rules hold for all,
-unless a row says otherwise. What a peer cannot quantize stays in floating point, and so do the first and the last
-convolution and the time embedding (`DELICATE`), of which ours has the last at 8 bits: at 4 bits these 0.4 % of the
-weights would be most of the error.
+Each peer goes through its own documented interface, at the 4-bit setting that did best here. Two
+rules hold for all, unless a row says otherwise. What a peer cannot quantize stays in floating
+point, and so do the first and the last convolution and the time embedding (`DELICATE`), of which
+ours has the last at 8 bits: at 4 bits these 0.4 % of the weights would be most of the error.
 
 A peer is imported in its function only, because it is installed in the peers' environment alone.
 """
@@ -55,7 +55,9 @@ class Material:
     @cached_property
     def recordings(self) -> tuple[Recording, Recording]:
         """The calls that all are calibrated on, and the held-out ones."""
-        return record_both(load_pipeline(SOURCE, "cpu"), Run(self.work / "calibration"), SOURCE, RECORD)
+        return record_both(
+            load_pipeline(SOURCE, "cpu"), Run(self.work / "calibration"), SOURCE, RECORD
+        )
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Method:
     Arguments:
         name: in the table.
         bits: of weights and activations, ``16`` where they stay in floating point.
-        quantize: quantizes a pipeline and returns it; it takes the pipeline, the material and `options`.
+        quantize: quantizes a pipeline and returns it; it takes the pipeline, the material and
+            `options`.
         options: settings in the peer's words.
         peer: its distribution; empty for ours, which run in this project's environment.
     """
@@ -105,14 +108,20 @@ def sdnq(pipe: Pipe, material: Material, **options: Any) -> Pipe:  # noqa: ANN40
     return pipe
 
 
-def torchao_int4(pipe: Pipe, material: Material, *, kinds: tuple[type, ...], group_size: int) -> Pipe:
+def torchao_int4(
+    pipe: Pipe, material: Material, *, kinds: tuple[type, ...], group_size: int
+) -> Pipe:
     """INT4 of torchao: on a CPU only `IntxWeightOnlyConfig` runs, whose tensors hold each 4-bit code in a byte."""
     from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup, quantize_
 
     config = IntxWeightOnlyConfig(
-        weight_dtype=torch.int4, granularity=PerGroup(group_size), mapping_type=MappingType.ASYMMETRIC
+        weight_dtype=torch.int4,
+        granularity=PerGroup(group_size),
+        mapping_type=MappingType.ASYMMETRIC,
     )
-    quantize_(pipe.unet, config, lambda module, name: isinstance(module, kinds) and not is_delicate(name))
+    quantize_(
+        pipe.unet, config, lambda module, name: isinstance(module, kinds) and not is_delicate(name)
+    )
     return pipe
 
 
@@ -122,16 +131,24 @@ def torchao_nvfp4(pipe: Pipe, material: Material) -> Pipe:
     from torchao.quantization import quantize_
 
     config = inference_workflow.NVFP4WeightOnlyConfig()
-    quantize_(pipe.unet, config, lambda module, name: isinstance(module, nn.Linear) and not is_delicate(name))
+    quantize_(
+        pipe.unet,
+        config,
+        lambda module, name: isinstance(module, nn.Linear) and not is_delicate(name),
+    )
     return pipe
 
 
-def quanto(pipe: Pipe, material: Material, *, optimizer: str, activations: str | None = None) -> Pipe:
+def quanto(
+    pipe: Pipe, material: Material, *, optimizer: str, activations: str | None = None
+) -> Pipe:
     """Quanto, convolutions as well; activations are calibrated on every third of the calls that ours are (20 steps)."""
     peer = import_module("optimum.quanto")
     exclude = [*DELICATE, *(f"{name}.*" for name in DELICATE)]
     chosen = getattr(peer, optimizer)()
-    peer.quantize(pipe.unet, weights="qint4", activations=activations, optimizer=chosen, exclude=exclude)
+    peer.quantize(
+        pipe.unet, weights="qint4", activations=activations, optimizer=chosen, exclude=exclude
+    )
     with torch.no_grad():
         if activations is not None:
             with peer.Calibration():
@@ -166,7 +183,9 @@ def hqq(pipe: Pipe, material: Material, *, group_size: int) -> Pipe:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     config = BaseQuantizeConfig(nbits=4, group_size=group_size, axis=1)
-    replace_linear_(pipe.unet, lambda layer: HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu"))
+    replace_linear_(
+        pipe.unet, lambda layer: HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu")
+    )
     return pipe
 
 
@@ -190,7 +209,9 @@ def min_max(pipe: Pipe, material: Material) -> Pipe:
         bits = kept_bits or 4
         weight, inputs = recipe.weight_formats(bits)[0], recipe.input_formats(bits)[0]
         span = torch.tensor(observed.maximum - observed.minimum)
-        table[name] = LayerParameters(weight=weight, input=Grid.with_maximum(inputs, span, observed.minimum))
+        table[name] = LayerParameters(
+            weight=weight, input=Grid.with_maximum(inputs, span, observed.minimum)
+        )
         scales[name] = layers[name].weight.detach().flatten(1).abs().amax(1) / weight.largest
     store_layers_(pipe.unet, table, scales)
     return pipe
@@ -205,7 +226,12 @@ def msfp(pipe: Pipe, material: Material, **changes: Any) -> Pipe:  # noqa: ANN40
 def msfp_linear(pipe: Pipe, material: Material, **changes: Any) -> Pipe:  # noqa: ANN401 (fields of the recipe)
     """`msfp calibrate` of just the layers that the peers without convolutions quantize."""
     names = [name for name, layer in find_layers(pipe.unet).items() if isinstance(layer, nn.Conv2d)]
-    return msfp(pipe, material, keep=(*(f"{name}:none" for name in names), "time_embedding.*:none"), **changes)
+    return msfp(
+        pipe,
+        material,
+        keep=(*(f"{name}:none" for name in names), "time_embedding.*:none"),
+        **changes,
+    )
 
 
 def msfp_finetuned(pipe: Pipe, material: Material) -> Pipe:
@@ -218,14 +244,24 @@ def msfp_finetuned(pipe: Pipe, material: Material) -> Pipe:
     calibration = run.load_calibration()
     tuned = run.load_tuned(calibration)
     if calibration.source != SOURCE or not tuned:
-        raise SystemExit(f"{material.run} is no fine-tuning of the built-in pipeline; run `msfp finetune`")
+        raise SystemExit(
+            f"{material.run} is no fine-tuning of the built-in pipeline; run `msfp finetune`"
+        )
     return load_calibrated(calibration, "cpu", tuned)
 
 
 LINEAR, BOTH = (nn.Linear,), (nn.Linear, nn.Conv2d)
-ALL = {"minimum_allowed_numel": 1, "modules_to_not_convert": list(DELICATE)}  # SDNQ skips small layers by default
+ALL = {
+    "minimum_allowed_numel": 1,
+    "modules_to_not_convert": list(DELICATE),
+}  # SDNQ skips small layers by default
 UINT4 = {"weights_dtype": "uint4", "scale_dtype": "uint8"}
-FLOAT4 = {"weights_dtype": "float4_e2m1fn", "scale_dtype": "uint8", "group_size": 16, "use_hadamard": True}
+FLOAT4 = {
+    "weights_dtype": "float4_e2m1fn",
+    "scale_dtype": "uint8",
+    "group_size": 16,
+    "use_hadamard": True,
+}
 DYNAMIC = {"use_dynamic_quantization": True, "dynamic_loss_threshold": 5e-3}
 SVD_8, SVD_32 = {"use_svd": True, "svd_rank": 8}, {"use_svd": True, "svd_rank": 32}
 METHODS = (
@@ -236,7 +272,13 @@ METHODS = (
     Method("sdnq uint4 + SVD, rank 8", "4/16", sdnq, {**ALL, **UINT4, **SVD_8}, "sdnq"),
     Method("sdnq uint4 + SVD, rank 32", "4/16", sdnq, {**ALL, **UINT4, **SVD_32}, "sdnq"),
     Method("sdnq float4_e2m1fn, Hadamard", "4/16", sdnq, {**ALL, **FLOAT4}, "sdnq"),
-    Method("sdnq uint4, int8 inputs of Linear", "4/8", sdnq, {**ALL, **UINT4, "use_quantized_matmul": True}, "sdnq"),
+    Method(
+        "sdnq uint4, int8 inputs of Linear",
+        "4/8",
+        sdnq,
+        {**ALL, **UINT4, "use_quantized_matmul": True},
+        "sdnq",
+    ),
     Method("quanto qint4", "4/16", quanto, {"optimizer": "MaxOptimizer"}, "optimum-quanto"),
     Method("quanto qint4, HQQ", "4/16", quanto, {"optimizer": "HqqOptimizer"}, "optimum-quanto"),
     Method(
@@ -246,15 +288,31 @@ METHODS = (
         {"optimizer": "HqqOptimizer", "activations": "qint8"},
         "optimum-quanto",
     ),
-    Method("torchao int4, a byte each", "4/16", torchao_int4, {"kinds": BOTH, "group_size": 32}, "torchao"),
     Method(
-        "torchao int4, a byte each, Linear only", "4/16", torchao_int4, {"kinds": LINEAR, "group_size": 32}, "torchao"
+        "torchao int4, a byte each",
+        "4/16",
+        torchao_int4,
+        {"kinds": BOTH, "group_size": 32},
+        "torchao",
+    ),
+    Method(
+        "torchao int4, a byte each, Linear only",
+        "4/16",
+        torchao_int4,
+        {"kinds": LINEAR, "group_size": 32},
+        "torchao",
     ),
     Method("torchao NVFP4, Linear only", "4/16", torchao_nvfp4, {}, "torchao"),
-    Method("bitsandbytes NF4, Linear only", "4/16", bitsandbytes, {"quant_type": "nf4"}, "bitsandbytes"),
-    Method("bitsandbytes FP4, Linear only", "4/16", bitsandbytes, {"quant_type": "fp4"}, "bitsandbytes"),
+    Method(
+        "bitsandbytes NF4, Linear only", "4/16", bitsandbytes, {"quant_type": "nf4"}, "bitsandbytes"
+    ),
+    Method(
+        "bitsandbytes FP4, Linear only", "4/16", bitsandbytes, {"quant_type": "fp4"}, "bitsandbytes"
+    ),
     Method("hqq, Linear only", "4/16", hqq, {"group_size": 64}, "hqq"),
-    Method("msfp, weights only, Linear only", "4/16", msfp_linear, {"activations": None, "lift": 0.0}),
+    Method(
+        "msfp, weights only, Linear only", "4/16", msfp_linear, {"activations": None, "lift": 0.0}
+    ),
     Method("msfp, weights only", "4/16", msfp, {"activations": None}),
     Method("INT4, min-max", "4/4", min_max),
     Method("INT4, best clipping", "4/4", msfp, {"formats": "integer", "lift": 0.0}),

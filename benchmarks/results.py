@@ -1,11 +1,13 @@
 """What each step is worth on a pipeline, from plain FP4 to fine-tuned, and at more bits: the tables of docs/results.md.
 
-    python benchmarks/results.py MODEL --work DIR [--updates 300] [--num-images 64] [--reference NPZ] [--markdown FILE]
+    python benchmarks/results.py MODEL --work DIR [--updates 300] [--num-images 64] [--reference
+    NPZ] [--markdown FILE]
 
-MODEL is a pipeline's directory, or msfp:fashion for the built-in one. Every row is calibrated (and fine-tuned) from the
-same recording, exported, and evaluated as `msfp evaluate` does, on the same prompts and seeds, which neither
-calibration nor fine-tuning has seen. One seed of training. What was done is kept in --work, so the script resumes.
-Distances between sets of pictures are left out where the pictures are too few for them.
+MODEL is a pipeline's directory, or msfp:fashion for the built-in one. Every row is calibrated (and
+fine-tuned) from the same recording, exported, and evaluated as `msfp evaluate` does, on the same
+prompts and seeds, which neither calibration nor fine-tuning has seen. One seed of training. What
+was done is kept in --work, so the script resumes. Distances between sets of pictures are left out
+where the pictures are too few for them.
 """
 
 import argparse
@@ -54,7 +56,9 @@ def link(place: Path, target: Path) -> None:
         place.symlink_to(target.resolve())
 
 
-def calibrated(work: Path, source: ModelSource, recipe: CalibrateRecipe, arguments: argparse.Namespace) -> Run:
+def calibrated(
+    work: Path, source: ModelSource, recipe: CalibrateRecipe, arguments: argparse.Namespace
+) -> Run:
     """Calibrate with a recipe, once; all recipes share a recording."""
     names = (recipe.formats, recipe.weights, recipe.activations, recipe.lift)
     run, shared = Run(work / "-".join(str(name) for name in names)), work / "recordings"
@@ -68,7 +72,9 @@ def calibrated(work: Path, source: ModelSource, recipe: CalibrateRecipe, argumen
     return run
 
 
-def made(work: Path, source: ModelSource, name: str, arguments: argparse.Namespace) -> tuple[Run, Path]:
+def made(
+    work: Path, source: ModelSource, name: str, arguments: argparse.Namespace
+) -> tuple[Run, Path]:
     """Make the export of a row, once."""
     recipe, training = ROWS[name]
     base = calibrated(work, source, recipe, arguments)
@@ -80,7 +86,11 @@ def made(work: Path, source: ModelSource, name: str, arguments: argparse.Namespa
         for place in (base.recording, base.held_out, base.calibration):
             link(run.directory / place.name, place)
         every = max(1, arguments.updates // 4)
-        finetune_run(run, replace(training, steps=arguments.updates, evaluate_every=every), device=arguments.device)
+        finetune_run(
+            run,
+            replace(training, steps=arguments.updates, evaluate_every=every),
+            device=arguments.device,
+        )
     export = run.directory / "export"
     if not export.exists():
         calibration = run.load_calibration()
@@ -88,14 +98,17 @@ def made(work: Path, source: ModelSource, name: str, arguments: argparse.Namespa
     return run, export
 
 
-def evaluated(work: Path, source: ModelSource, name: str, arguments: argparse.Namespace) -> Evaluation:
+def evaluated(
+    work: Path, source: ModelSource, name: str, arguments: argparse.Namespace
+) -> Evaluation:
     """Evaluate a row, once; full precision's pictures and trajectories are shared."""
     run, export = made(work, source, name, arguments)
     for part in ("pictures/full", "trajectories"):
         (work / "full-precision" / part).mkdir(parents=True, exist_ok=True)
         (run.evaluation / "pictures").mkdir(parents=True, exist_ok=True)
         link(run.evaluation / part, work / "full-precision" / part)
-    # Without the prompts of the held-out calls as well: they choose which state of a fine-tuning is kept.
+    # Without the prompts of the held-out calls as well: they choose which state of a fine-tuning is
+    # kept.
     prompts = UNSEEN if source.model == BUILT_IN else None
     options = EvaluateOptions(
         prompts=prompts,
@@ -121,10 +134,17 @@ def table(evaluations: dict[str, Evaluation]) -> str:
     models = [model for evaluation in evaluations.values() for model in evaluation.models]
     few = any(model.to_full is not None and model.to_full.few for model in models)
     left_out = _LEFT_OUT + (DISTANCES if few else ())
-    shown = [f for f in FIGURES if f.key not in left_out and any(f.value(model) is not None for model in models)]
+    shown = [
+        f
+        for f in FIGURES
+        if f.key not in left_out and any(f.value(model) is not None for model in models)
+    ]
     keys = [figure.key for figure in shown]
     full = next(iter(evaluations.values())).models[0]
-    lines = [f"| | {' | '.join(figure.title for figure in shown)} |", "|---" * (len(shown) + 1) + "|"]
+    lines = [
+        f"| | {' | '.join(figure.title for figure in shown)} |",
+        "|---" * (len(shown) + 1) + "|",
+    ]
     lines.append(line(full.title, full, keys))
     lines += [line(name, evaluation.models[-1], keys) for name, evaluation in evaluations.items()]
     return "\n".join(lines)
@@ -148,30 +168,52 @@ def sheet(evaluations: dict[str, Evaluation], path: Path) -> None:
     shown = {first.models[0].title: first.gallery("full")}
     shown |= {name: evaluation.gallery("export") for name, evaluation in evaluations.items()}
     rows = [gallery.pictures()[:_SHOWN] for gallery in shown.values()]
-    pictures = [[Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in row] for row in rows]
+    pictures = [
+        [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in row] for row in rows
+    ]
     contact_sheet(pictures, titles=list(shown), min_side=64).save(path, optimize=True)
 
 
 def main() -> None:
     """Make, evaluate and print all rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="a pipeline's directory, or msfp:fashion")
     parser.add_argument("--work", type=Path, required=True, help="where everything is kept")
     parser.add_argument("--updates", type=int, default=300)
     parser.add_argument("--num-images", type=int, default=64)
-    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="just the rows whose name has it")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="just the rows whose name has it",
+    )
     parser.add_argument("--steps", type=int, default=20, help="of the sampler")
-    parser.add_argument("--reference", type=Path, help="real pictures, see `msfp evaluate --reference`")
+    parser.add_argument(
+        "--reference", type=Path, help="real pictures, see `msfp evaluate --reference`"
+    )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--markdown", type=Path, help="put the table into this page, as the part named after MODEL")
-    parser.add_argument("--sheet", type=Path, help=f"write the first {_SHOWN} pictures of every row to this PNG file")
+    parser.add_argument(
+        "--markdown", type=Path, help="put the table into this page, as the part named after MODEL"
+    )
+    parser.add_argument(
+        "--sheet",
+        type=Path,
+        help=f"write the first {_SHOWN} pictures of every row to this PNG file",
+    )
     arguments = parser.parse_args()
     quiet_libraries()
     model = arguments.model if arguments.model == BUILT_IN else os.path.abspath(arguments.model)
     source, evaluations = ModelSource(model=model), {}
-    for name in (name for name in ROWS if not arguments.only or any(text in name for text in arguments.only)):
+    for name in (
+        name for name in ROWS if not arguments.only or any(text in name for text in arguments.only)
+    ):
         evaluations[name] = evaluated(arguments.work, source, name, arguments)
-        print(line(name, evaluations[name].models[-1], [figure.key for figure in FIGURES]), flush=True)
+        print(
+            line(name, evaluations[name].models[-1], [figure.key for figure in FIGURES]), flush=True
+        )
     text = f"{head(next(iter(evaluations.values())), arguments)}\n\n{table(evaluations)}\n"
     print(text)
     if arguments.markdown:

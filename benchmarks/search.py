@@ -1,8 +1,8 @@
 """Compare the exact search with brute force, and time it on the weights of a UNet of Stable Diffusion 1.5's size.
 
 python benchmarks/search.py            both parts, about five minutes on two cores
-python benchmarks/search.py --part 1   one million samples, every candidate, exact against brute force
-python benchmarks/search.py --part 2   860 M random weights, one maximum per output channel
+python benchmarks/search.py --part 1   one million samples, every candidate, exact against brute
+force python benchmarks/search.py --part 2   860 M random weights, one maximum per output channel
 """
 
 import argparse
@@ -31,7 +31,9 @@ def candidates(x: Tensor, fmt: FloatFormat) -> tuple[Tensor, Tensor]:
     """Return 100 maxima, crossed with 13 zero points where the format is unsigned, each ``(1, candidates)``."""
     fractions = torch.linspace(SPACE.low, SPACE.high, SPACE.num_maxima, dtype=torch.float64)
     if fmt.signed:
-        return (fractions * x.abs().max())[None], torch.zeros(1, SPACE.num_maxima, dtype=torch.float64)
+        return (fractions * x.abs().max())[None], torch.zeros(
+            1, SPACE.num_maxima, dtype=torch.float64
+        )
     zeros = torch.linspace(float(x.min()), 0, SPACE.num_zero_points, dtype=torch.float64)
     maxima = fractions * (x.max() - x.min())
     return maxima.repeat_interleave(len(zeros))[None], zeros.repeat(len(maxima))[None]
@@ -41,7 +43,9 @@ def compare(num_samples: int = 1_000_000, seed: int = 0) -> None:
     """Print, per format, the best error of both ways, their greatest relative difference, and seconds a candidate."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(num_samples, generator=generator)
-    x = torch.nn.functional.silu(normal * torch.exp(0.6 * torch.randn(num_samples, generator=generator)))
+    x = torch.nn.functional.silu(
+        normal * torch.exp(0.6 * torch.randn(num_samples, generator=generator))
+    )
     start = time.perf_counter()
     rows, magnitudes = SortedRows(x[None]), SortedRows(x.abs()[None])
     sorting, count, worst = time.perf_counter() - start, 0, 0.0
@@ -61,12 +65,17 @@ def compare(num_samples: int = 1_000_000, seed: int = 0) -> None:
         exact_seconds += time.perf_counter() - start
         start = time.perf_counter()
         pairs = zip(maxima[0].tolist(), zeros[0].tolist(), strict=True)
-        reference = torch.tensor([brute_force(x64, fmt, *pair) for pair in pairs], dtype=torch.float64)
+        reference = torch.tensor(
+            [brute_force(x64, fmt, *pair) for pair in pairs], dtype=torch.float64
+        )
         brute_seconds += time.perf_counter() - start
         difference = float(((errors - reference).abs() / reference).max())
         worst, count = max(worst, difference), count + len(errors)
         best, other = float(errors.min()) / num_samples, float(reference.min()) / num_samples
-        print(f"{fmt.name:8} {len(errors):10} {best:14.6e} {other:14.6e} {difference:20.1e}", flush=True)
+        print(
+            f"{fmt.name:8} {len(errors):10} {best:14.6e} {other:14.6e} {difference:20.1e}",
+            flush=True,
+        )
     exact, brute = (sorting + exact_seconds) / count, brute_seconds / count
     print(f"greatest relative difference over all {count} candidates: {worst:.1e} (target 1e-9)")
     print(
@@ -91,9 +100,13 @@ def search_large() -> None:
         winner = search_rows(layer.weight, formats_of_width(4, signed=True), SPACE).winner
         chosen[winner.format.name] = chosen.get(winner.format.name, 0) + 1
     seconds = time.perf_counter() - start
-    print(f"2. UNet of Stable Diffusion 1.5's configuration: {weights / 1e6:.0f} M weights in {len(layers)} layers")
+    print(
+        f"2. UNet of Stable Diffusion 1.5's configuration: {weights / 1e6:.0f} M weights in {len(layers)} layers"
+    )
     print(f"searched per output channel in {seconds:.0f} s (target 240); chosen {chosen}")
-    print(f"peak memory {peak_gib():.2f} GiB (target 12), {before:.2f} GiB of it before the search, the model itself")
+    print(
+        f"peak memory {peak_gib():.2f} GiB (target 12), {before:.2f} GiB of it before the search, the model itself"
+    )
 
 
 def peak_gib() -> float:
@@ -103,10 +116,14 @@ def peak_gib() -> float:
 
 def main() -> None:
     """Run the parts that were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--part", type=int, choices=(1, 2), help="only this part")
     part = parser.parse_args().part
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, seed 0")
+    print(
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, seed 0"
+    )
     if part != 2:
         compare()
     if part != 1:

@@ -2,10 +2,12 @@
 
 import os
 
-# No test but those of the loopback hub may look for a network; it is read when the hub's client is imported.
+# No test but those of the loopback hub may look for a network; it is read when the hub's client is
+# imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Tiny models gain nothing from threads, which would wait for each other in busy loops beside another busy process; and
-# one thread sums in one order, so that two processes can be compared with one. Read by torch.
+# Tiny models gain nothing from threads, which would wait for each other in busy loops beside
+# another busy process; and one thread sums in one order, so that two processes can be compared with
+# one. Read by torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import dataclasses
@@ -46,12 +48,16 @@ from tiny_pipelines import save_tiny
 torch.set_warn_always(True)
 quiet_libraries()
 
-EVERY_LAYER = tuple(f"{name}:8" for name in ("conv_in", "conv_out", "x_embedder", "pos_embed.*", "proj_out*"))
+EVERY_LAYER = tuple(
+    f"{name}:8" for name in ("conv_in", "conv_out", "x_embedder", "pos_embed.*", "proj_out*")
+)
 QUICK = CalibrateRecipe(max_samples=1000, sensitivity_calls=1, keep=EVERY_LAYER)
 TWO_PICTURES = RecordOptions(num_images=2, num_inference_steps=2, batch_size=2)
 # Three shards of three timesteps, one of them held out.
 SIX_PICTURES = RecordOptions(num_images=6, num_inference_steps=3, batch_size=2)
-CHEAP = CalibrateRecipe(max_samples=200, sensitivity_calls=1, lift=0.0, formats="e2m1,ue2m2", keep=EVERY_LAYER)
+CHEAP = CalibrateRecipe(
+    max_samples=200, sensitivity_calls=1, lift=0.0, formats="e2m1,ue2m2", keep=EVERY_LAYER
+)
 FEW_UPDATES = FinetuneRecipe(
     steps=6,
     batch_size=2,
@@ -63,7 +69,11 @@ FEW_UPDATES = FinetuneRecipe(
     loss_power=1.0,
     evaluate_every=3,
 )
-CONDITIONS: dict[str, tuple[str | None, ...]] = {"prompt": ("a cat",), "class_labels": ("1",), "none": (None,)}
+CONDITIONS: dict[str, tuple[str | None, ...]] = {
+    "prompt": ("a cat",),
+    "class_labels": ("1",),
+    "none": (None,),
+}
 
 Invoke = Callable[..., Result]
 
@@ -83,7 +93,10 @@ class Chained:
 
 
 def chain(
-    model: str | Path, directory: Path, options: RecordOptions = TWO_PICTURES, recipe: CalibrateRecipe = QUICK
+    model: str | Path,
+    directory: Path,
+    options: RecordOptions = TWO_PICTURES,
+    recipe: CalibrateRecipe = QUICK,
 ) -> Chained:
     """Calibrate and export a model into a run directory."""
     run = Run(directory)
@@ -114,11 +127,15 @@ def train(run: Run, recipe: FinetuneRecipe = FEW_UPDATES, **options: object) -> 
     return Tuned.load(Path(report.file))
 
 
-def record_few(model: Path, directory: Path, **options: int) -> tuple[DiffusionPipeline, nn.Module, list[DenoiserCall]]:
+def record_few(
+    model: Path, directory: Path, **options: int
+) -> tuple[DiffusionPipeline, nn.Module, list[DenoiserCall]]:
     """Record two steps of a pipeline that has one denoiser; return it, the denoiser and its calls."""
     source = ModelSource(model=str(model))
     pipe = load_pipeline(source, "cpu")
-    recording, _ = record_both(pipe, Run(directory), source, RecordOptions(num_inference_steps=2, **options))
+    recording, _ = record_both(
+        pipe, Run(directory), source, RecordOptions(num_inference_steps=2, **options)
+    )
     ((component, denoiser),) = find_denoisers(pipe).items()
     return pipe, denoiser, list(recording.calls(component))
 
@@ -129,21 +146,29 @@ def settle(tuned: Tuned, num_layers: int = 5) -> Tuned:
     bias = best["router.logits.bias"].clone().view(-1, tuned.recipe.hub_size)
     for layer in range(num_layers):
         bias[layer, layer % tuned.recipe.hub_size] += 1000
-    return dataclasses.replace(tuned, tensors=tuned.tensors | {"best/router.logits.bias": bias.view(-1)})
+    return dataclasses.replace(
+        tuned, tensors=tuned.tensors | {"best/router.logits.bias": bias.view(-1)}
+    )
 
 
 def finetune(run: Run, recipe: FinetuneRecipe = FEW_UPDATES) -> Finetuned:
     """Fine-tune and export a calibrated run that has one denoiser, most of whose layers switch."""
     tuned, calibration = settle(train(run, recipe, restart=True)), run.load_calibration()
     tuned.save(run.finetuned(*calibration.layers))
-    report = export_(calibration, run.directory / "export", tuned=run.load_tuned(calibration), overwrite=True)
+    report = export_(
+        calibration, run.directory / "export", tuned=run.load_tuned(calibration), overwrite=True
+    )
     run.remember("export", run.directory / "export")
     return Finetuned(run, calibration, tuned, report)
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
     """Return every file below a directory, hidden ones too."""
-    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(directory).as_posix(): p.read_bytes()
+        for p in directory.rglob("*")
+        if p.is_file()
+    }
 
 
 def only_error(result: Result, exit_code: int) -> str:
@@ -187,7 +212,9 @@ def tiny_pipe(tiny_source: ModelSource) -> DiffusionPipeline:
 
 
 @pytest.fixture(scope="session")
-def tiny_recordings(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recording, Recording]:
+def tiny_recordings(
+    tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recording, Recording]:
     """Record the smallest model: calls to choose on, and held-out ones."""
     run = Run(tmp_path_factory.mktemp("tiny-recordings"))
     return record_both(load_pipeline(tiny_source, "cpu"), run, tiny_source, TWO_PICTURES)
@@ -200,13 +227,19 @@ def tiny_chained(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def prompted_chained(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Chained:
+def prompted_chained(
+    tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Chained:
     """Calibrate and export a tiny text-to-image model. Not to be changed: see `copied`."""
-    return chain(tiny("StableDiffusionPipeline"), tmp_path_factory.mktemp("prompted-chained") / "run")
+    return chain(
+        tiny("StableDiffusionPipeline"), tmp_path_factory.mktemp("prompted-chained") / "run"
+    )
 
 
 @pytest.fixture(scope="session")
-def calibrated(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+def calibrated(
+    tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Run]:
     """Return a function that gives a run, calibrated in a moment, of a tiny pipeline. Not to be changed."""
     root = tmp_path_factory.mktemp("calibrated")
 
@@ -223,18 +256,24 @@ def calibrated(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def fresh_run(calibrated: Callable[[str], Run], copied: Callable[..., Path]) -> Callable[..., Run]:
     """Return a function that copies a calibrated run of a tiny pipeline (to a name of its own)."""
-    return lambda model="DiTPipeline", name="msfp-run": Run(copied(calibrated(model).directory, name))
+    return lambda model="DiTPipeline", name="msfp-run": Run(
+        copied(calibrated(model).directory, name)
+    )
 
 
 @pytest.fixture(scope="session")
-def tiny_tuned(calibrated: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory) -> Finetuned:
+def tiny_tuned(
+    calibrated: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory
+) -> Finetuned:
     """Fine-tune and export the smallest model. Not to be changed: see `copied`."""
     directory = tmp_path_factory.mktemp("tiny-tuned") / "run"
     return finetune(Run(shutil.copytree(calibrated("DDIMPipeline").directory, directory)))
 
 
 @pytest.fixture(scope="session")
-def prompted_tuned(prompted_chained: Chained, tmp_path_factory: pytest.TempPathFactory) -> Finetuned:
+def prompted_tuned(
+    prompted_chained: Chained, tmp_path_factory: pytest.TempPathFactory
+) -> Finetuned:
     """Fine-tune and export a tiny text-to-image model. Not to be changed: see `copied`."""
     directory = tmp_path_factory.mktemp("prompted-tuned") / "run"
     run = Run(shutil.copytree(prompted_chained.run.directory, directory))
@@ -258,7 +297,9 @@ def fashion_chained(
     for recording, name in zip(fashion_recordings, ("recording", "held-out"), strict=True):
         shutil.copytree(recording.directory, directory / name)
     options = RecordOptions(num_images=5, num_inference_steps=4, batch_size=2)
-    return chain(BUILT_IN, directory, options, CalibrateRecipe(max_samples=4000, sensitivity_calls=1))
+    return chain(
+        BUILT_IN, directory, options, CalibrateRecipe(max_samples=4000, sensitivity_calls=1)
+    )
 
 
 @pytest.fixture
@@ -289,10 +330,16 @@ def quick(monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path]) -> Itera
     """Make the built-in model, and any hub model, a tiny one, and calibrate on a few calls only."""
 
     def calibrate_quickly(
-        run: Run, source: ModelSource, options: RecordOptions, recipe: CalibrateRecipe, **rest: object
+        run: Run,
+        source: ModelSource,
+        options: RecordOptions,
+        recipe: CalibrateRecipe,
+        **rest: object,
     ) -> Calibration:
         fewer = dataclasses.replace(
-            options, num_images=2 if options.num_images is None else min(options.num_images, 2), num_inference_steps=2
+            options,
+            num_images=2 if options.num_images is None else min(options.num_images, 2),
+            num_inference_steps=2,
         )
         smaller = dataclasses.replace(recipe, max_samples=1000, sensitivity_calls=1)
         return calibrate_run(run, source, fewer, smaller, **rest)
@@ -301,7 +348,9 @@ def quick(monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path]) -> Itera
         smaller = dataclasses.replace(recipe, steps=2, evaluate_every=2, batch_size=2, rank=2)
         return finetune_run(run, smaller, **rest)
 
-    def evaluate_quickly(run: Run, export: Path, options: EvaluateOptions, **rest: object) -> Evaluation:
+    def evaluate_quickly(
+        run: Run, export: Path, options: EvaluateOptions, **rest: object
+    ) -> Evaluation:
         fewer = dataclasses.replace(options, num_images=4, extractor="squeezenet", cost=False)
         return evaluate_run(run, export, fewer, **rest)
 
@@ -314,7 +363,9 @@ def quick(monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path]) -> Itera
             source = dataclasses.replace(source, model=str(tiny("StableDiffusionPipeline")))
         return load_pipeline(source, device)
 
-    monkeypatch.setattr("msfp_cli.pipelines.loading.built_in_directory", lambda: tiny("StableDiffusionPipeline"))
+    monkeypatch.setattr(
+        "msfp_cli.pipelines.loading.built_in_directory", lambda: tiny("StableDiffusionPipeline")
+    )
     monkeypatch.setattr(msfp_cli.calibration.calibrate, "calibrate_run", calibrate_quickly)
     monkeypatch.setattr(msfp_cli.calibration.calibrate, "load_pipeline", load_locally)
     monkeypatch.setattr(msfp_cli.demo, "calibrate_run", calibrate_quickly)

@@ -36,7 +36,11 @@ class _Repository:
     @classmethod
     def read(cls, name: str, directory: Path) -> "_Repository":
         """Take stock of a directory and name its state by a commit hash made of its contents."""
-        files = {p.relative_to(directory).as_posix(): p for p in sorted(directory.rglob("*")) if p.is_file()}
+        files = {
+            p.relative_to(directory).as_posix(): p
+            for p in sorted(directory.rglob("*"))
+            if p.is_file()
+        }
         blob_ids = {path: _blob_id(file.read_bytes()) for path, file in files.items()}
         commit = hashlib.sha1(json.dumps([name, blob_ids]).encode()).hexdigest()
         return cls(name, files, blob_ids, commit)
@@ -79,7 +83,12 @@ class _Repository:
                 entries[parent] = {"type": "directory", "oid": tree_id, "size": 0, "path": parent}
             if recursive or not parents:
                 size = file.stat().st_size
-                entries[path] = {"type": "file", "oid": self.blob_ids[path], "size": size, "path": path}
+                entries[path] = {
+                    "type": "file",
+                    "oid": self.blob_ids[path],
+                    "size": size,
+                    "path": path,
+                }
         return list(entries.values())
 
 
@@ -95,7 +104,9 @@ class HubServer:
 class _HubError(Exception):
     """An answer by which the hub refuses a request."""
 
-    def __init__(self, status: HTTPStatus, code: str, message: str, commit: str | None = None) -> None:
+    def __init__(
+        self, status: HTTPStatus, code: str, message: str, commit: str | None = None
+    ) -> None:
         """Keep what the client tells refusals apart by."""
         super().__init__(message)
         self.status = status
@@ -139,13 +150,22 @@ class _HubHandler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         try:
-            # The API is asked for /api/models/<owner>/<name>/..., a file for /<owner>/<name>/resolve/<revision>/...
+            # The API is asked for /api/models/<owner>/<name>/..., a file for
+            # /<owner>/<name>/resolve/<revision>/...
             if parts[:2] == ["api", "models"] and len(parts) >= 4:
-                self._answer_api(self._find("/".join(parts[2:4])), parts[4:], "recursive=true" in url.query.lower())
+                self._answer_api(
+                    self._find("/".join(parts[2:4])),
+                    parts[4:],
+                    "recursive=true" in url.query.lower(),
+                )
             elif len(parts) >= 5 and parts[2] == "resolve":
                 self._send_file(self._find("/".join(parts[:2])), parts[3], "/".join(parts[4:]))
             else:
-                raise _HubError(HTTPStatus.NOT_FOUND, "NotFound", "Sorry, we can't find the page you are looking for.")
+                raise _HubError(
+                    HTTPStatus.NOT_FOUND,
+                    "NotFound",
+                    "Sorry, we can't find the page you are looking for.",
+                )
         except _HubError as error:
             body = json.dumps({"error": str(error)}).encode()
             self._send(error.status, body, {"Content-Type": "application/json"} | error.headers)
@@ -177,9 +197,15 @@ class _HubHandler(BaseHTTPRequestHandler):
         """Send a file of a repository with the headers from which the client fills its cache."""
         self._require_revision(repository, revision)
         if repository.name in self.gated:
-            raise _HubError(HTTPStatus.FORBIDDEN, "GatedRepo", f"Access to model {repository.name} is restricted")
+            raise _HubError(
+                HTTPStatus.FORBIDDEN,
+                "GatedRepo",
+                f"Access to model {repository.name} is restricted",
+            )
         if path not in repository.files:
-            raise _HubError(HTTPStatus.NOT_FOUND, "EntryNotFound", "Entry not found", repository.commit)
+            raise _HubError(
+                HTTPStatus.NOT_FOUND, "EntryNotFound", "Entry not found", repository.commit
+            )
         headers = {
             "Content-Type": "application/octet-stream",
             "ETag": f'"{repository.blob_ids[path]}"',
@@ -207,7 +233,9 @@ def serve_hub(repositories: dict[str, Path], gated: Collection[str] = ()) -> Ite
     The files of `gated` repositories are described to everyone and given to no one.
     Each repository has one commit, reached by its hash and by "main", fixed when the server starts.
     """
-    served = {name: _Repository.read(name, Path(directory)) for name, directory in repositories.items()}
+    served = {
+        name: _Repository.read(name, Path(directory)) for name, directory in repositories.items()
+    }
     requests: list[str] = []
     handler = partial(_HubHandler, repositories=served, gated=gated, requests=requests)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "msfp_cli"
 
-# What may be imported by whom: a package imports itself and those before it. The first line is the ground.
+# What may be imported by whom: a package imports itself and those before it. The first line is the
+# ground.
 ORDER = (
     "errors version progress files recipe digest processes run",
     "formats",
@@ -57,7 +58,9 @@ def imports_of(path: Path, known: dict[str, Path]) -> set[str]:
             places = [alias.name for alias in node.names]
         else:
             continue
-        found |= {_longest(place, known) for place in places if place.partition(".")[0] == "msfp_cli"}
+        found |= {
+            _longest(place, known) for place in places if place.partition(".")[0] == "msfp_cli"
+        }
     return found
 
 
@@ -80,10 +83,20 @@ def code_lines(text: str) -> int:
     """Count the lines that hold code: neither empty, nor comment, nor docstring."""
     lines = set[int]()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
+        if token.type not in (
+            tokenize.COMMENT,
+            tokenize.NL,
+            tokenize.NEWLINE,
+            tokenize.INDENT,
+            tokenize.DEDENT,
+        ):
             lines.update(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return len(lines)
 
@@ -142,16 +155,26 @@ def measure(source: Path = SOURCE) -> dict[str, float]:
         "lines of a function, median": statistics.median(lengths),
         "lines of a function, 90 %": percentile(lengths, 0.9),
         "functions over 60 lines": long,
-        "packed assignments per 1,000 lines of code": round(sum(map(is_packed, nodes)) / thousands, 1),
-        "nested comprehensions per 1,000 lines of code": round(sum(map(is_nested, nodes)) / thousands, 1),
-        "noqa and type: ignore": sum(len(re.findall(r"# noqa|# type: ignore", text)) for text in texts),
+        "packed assignments per 1,000 lines of code": round(
+            sum(map(is_packed, nodes)) / thousands, 1
+        ),
+        "nested comprehensions per 1,000 lines of code": round(
+            sum(map(is_nested, nodes)) / thousands, 1
+        ),
+        "noqa and type: ignore": sum(
+            len(re.findall(r"# noqa|# type: ignore", text)) for text in texts
+        ),
     }
 
 
 def upward(imports: dict[str, set[str]]) -> list[tuple[str, str]]:
     """Return who imports whom from a package after its own."""
     pairs = [(name, other) for name, found in imports.items() for other in found]
-    return [pair for pair in pairs if FLOOR.get(pair[1].split(".")[0], 0) > FLOOR.get(pair[0].split(".")[0], 0)]
+    return [
+        pair
+        for pair in pairs
+        if FLOOR.get(pair[1].split(".")[0], 0) > FLOOR.get(pair[0].split(".")[0], 0)
+    ]
 
 
 def has_circle(imports: dict[str, set[str]]) -> bool:

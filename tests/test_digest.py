@@ -11,7 +11,9 @@ from msfp_cli.digest import digest, fingerprint
 
 
 def model(seed: int = 0) -> nn.Module:
-    net = nn.Sequential(nn.Linear(6, 5), nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Linear(80, 70, bias=False))
+    net = nn.Sequential(
+        nn.Linear(6, 5), nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Linear(80, 70, bias=False)
+    )
     generator = torch.Generator().manual_seed(seed)
     for parameter in net.parameters():
         nn.init.normal_(parameter, generator=generator)
@@ -55,7 +57,17 @@ def half(net: nn.Module) -> None:
     net.half()
 
 
-CHANGES = [scaled, one_weight, one_bias, one_norm, reshaped, transposed_shape, longer, renamed, half]
+CHANGES = [
+    scaled,
+    one_weight,
+    one_bias,
+    one_norm,
+    reshaped,
+    transposed_shape,
+    longer,
+    renamed,
+    half,
+]
 
 
 def test_equal_models_have_one_fingerprint() -> None:
@@ -84,11 +96,16 @@ def test_fingerprint_is_of_the_values_and_not_of_how_they_lie_or_are_used() -> N
 def test_fingerprint_changes_no_weight() -> None:
     net, untouched = model(), model()
     fingerprint(net)
-    assert all(torch.equal(one, other) for one, other in zip(net.parameters(), untouched.parameters(), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(net.parameters(), untouched.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (255,), (256,), (257,), (1000, 7)], ids=str)
-def test_parameters_of_any_size_are_sampled_from_their_first_element(shape: tuple[int, ...]) -> None:
+def test_parameters_of_any_size_are_sampled_from_their_first_element(
+    shape: tuple[int, ...],
+) -> None:
     net = nn.Module()
     net.weight = nn.Parameter(torch.zeros(shape))
     before = fingerprint(net)
@@ -101,7 +118,9 @@ def test_parameters_of_any_size_are_sampled_from_their_first_element(shape: tupl
 
 tensors = st.dictionaries(
     st.sampled_from("abc"),
-    st.lists(st.integers(0, 3), max_size=3).map(lambda numbers: torch.tensor(numbers, dtype=torch.uint8)),
+    st.lists(st.integers(0, 3), max_size=3).map(
+        lambda numbers: torch.tensor(numbers, dtype=torch.uint8)
+    ),
     max_size=3,
 )
 
@@ -112,11 +131,18 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 @given(tensors, tensors)
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_digests_are_equal_just_where_the_tensors_are(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+def test_digests_are_equal_just_where_the_tensors_are(
+    one: dict[str, Tensor], other: dict[str, Tensor]
+) -> None:
     assert (digest(one) == digest(other)) == same(one, other)
     assert digest(dict(reversed(one.items()))) == digest(one)
 
 
 def test_digest_tells_types_and_shapes_of_equal_bytes_apart() -> None:
-    zeros = [torch.zeros(4), torch.zeros(2, 2), torch.zeros(4, dtype=torch.int32), torch.zeros(8, dtype=torch.bfloat16)]
+    zeros = [
+        torch.zeros(4),
+        torch.zeros(2, 2),
+        torch.zeros(4, dtype=torch.int32),
+        torch.zeros(8, dtype=torch.bfloat16),
+    ]
     assert len({digest({"a": tensor}) for tensor in zeros}) == len(zeros)

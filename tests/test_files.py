@@ -36,7 +36,9 @@ def test_old_content_stays_and_nothing_is_left_when_the_block_raises(
         if written:
             temporary.write_text("half of the ne")
         raise error
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == ({} if old is None else {"state.bin": old})
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == (
+        {} if old is None else {"state.bin": old}
+    )
 
 
 def test_leftover_of_a_killed_process_is_written_over(tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ NO_TORCH = (
 
 
 def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=250, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -42,7 +44,9 @@ def test_the_walk_sees_the_imports_it_is_to_judge() -> None:
     assert {"formats.rounding", "formats.packing"} <= IMPORTS["layers.quantized"]
     assert "checkpoint.quantizer" in IMPORTS["checkpoint.registration"]  # inside of a function
     assert IMPORTS["__main__"] == {"commands.app"}
-    assert upward({"formats.search": {"layers.scheme", "errors"}}) == [("formats.search", "layers.scheme")]
+    assert upward({"formats.search": {"layers.scheme", "errors"}}) == [
+        ("formats.search", "layers.scheme")
+    ]
 
 
 def test_every_package_has_its_place() -> None:
@@ -58,7 +62,9 @@ def test_imports_form_no_circle() -> None:
 
 
 def test_no_module_is_a_drawer() -> None:
-    assert not {"utils", "helpers", "common", "misc"} & {part for name in MODULES for part in name.split(".")}
+    assert not {"utils", "helpers", "common", "misc"} & {
+        part for name in MODULES for part in name.split(".")
+    }
 
 
 def test_package_and_commands_import_no_heavy_library() -> None:
@@ -104,7 +110,11 @@ def test_unknown_public_name_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "imports", ["import msfp_cli; from diffusers import DiffusionPipeline", "import msfp_cli.checkpoint.quantizer"]
+    "imports",
+    [
+        "import msfp_cli; from diffusers import DiffusionPipeline",
+        "import msfp_cli.checkpoint.quantizer",
+    ],
 )
 def test_diffusers_imported_later_knows_our_format(imports: str) -> None:
     printed = run_python(

@@ -16,7 +16,9 @@ from msfp_cli.run import Run
 def test_missing_run_directory_says_how_to_make_one(tmp_path: Path) -> None:
     run = Run(tmp_path / "nowhere")
     for ask in (run.require, run.status, run.next_command, run.latest_export, run.load_calibration):
-        with pytest.raises(RunError, match="no run directory .*nowhere here; `msfp calibrate` makes one"):
+        with pytest.raises(
+            RunError, match="no run directory .*nowhere here; `msfp calibrate` makes one"
+        ):
             ask()
     assert not run.directory.exists()
 
@@ -26,12 +28,16 @@ def test_run_without_an_export_says_how_to_make_one(tmp_path: Path) -> None:
         Run(tmp_path).latest_export()
 
 
-def test_run_directory_can_be_moved(tiny_chained: Chained, copied: Callable[..., Path], tmp_path: Path) -> None:
+def test_run_directory_can_be_moved(
+    tiny_chained: Chained, copied: Callable[..., Path], tmp_path: Path
+) -> None:
     moved = Run(copied(tiny_chained.run.directory).rename(tmp_path / "elsewhere"))
     assert moved.latest_export().resolve() == (tmp_path / "elsewhere" / "export").resolve()
 
 
-def test_export_outside_of_the_run_is_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_outside_of_the_run_is_found_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("dresses-fp4").mkdir()
     Path("run").mkdir()
@@ -95,13 +101,20 @@ def test_status_tells_each_stage_and_the_next_command(
     assert dict(run.status()) == nothing | {"recording": f"0 of 1 shards of {model}"}
     (tmp_path / "shard").rename(run.recording / "00000.safetensors")
     shutil.move(full / "held-out", run.held_out)
-    assert dict(run.status())["recording"] == dict(run.status())["held-out"] == f"1 of 1 shards of {model}"
+    assert (
+        dict(run.status())["recording"]
+        == dict(run.status())["held-out"]
+        == f"1 of 1 shards of {model}"
+    )
     assert run.next_command().startswith("msfp calibrate")
 
     shutil.move(full / "calibration", run.calibration)
     error = tiny_chained.calibration.held_out_error["unet"]
     count = len(tiny_chained.calibration.layers["unet"])
-    assert dict(run.status())["calibration"] == f"W4A4 mixed, {count} layers, held-out error {error:.4f}"
+    assert (
+        dict(run.status())["calibration"]
+        == f"W4A4 mixed, {count} layers, held-out error {error:.4f}"
+    )
     assert run.next_command().startswith("msfp finetune")
 
     shutil.move(full / "export", run.directory / "export")
@@ -116,9 +129,14 @@ def tuned_run(tiny_tuned: Finetuned, copied: Callable[..., Path]) -> Run:
     return Run(copied(tiny_tuned.run.directory, "tuned"))
 
 
-def test_status_tells_how_far_fine_tuning_got_and_what_it_won(tuned_run: Run, tiny_tuned: Finetuned) -> None:
+def test_status_tells_how_far_fine_tuning_got_and_what_it_won(
+    tuned_run: Run, tiny_tuned: Finetuned
+) -> None:
     before, after = tiny_tuned.tuned.history[0].error, tiny_tuned.tuned.best.error
-    assert dict(tuned_run.status())["finetune"] == f"unet: 6 of 6 steps, held-out error {before:.4f} -> {after:.4f}"
+    assert (
+        dict(tuned_run.status())["finetune"]
+        == f"unet: 6 of 6 steps, held-out error {before:.4f} -> {after:.4f}"
+    )
 
 
 def test_fine_tuning_that_was_stopped_is_next(fresh_run: Callable[..., Run]) -> None:
@@ -160,7 +178,9 @@ def test_after_the_export_come_pictures_then_figures_then_the_page(tuned_run: Ru
     assert dict(tuned_run.status())["report"] == str(tuned_run.report)
 
 
-def test_figures_of_an_earlier_export_and_a_page_of_earlier_figures_are_to_be_replaced(tuned_run: Run) -> None:
+def test_figures_of_an_earlier_export_and_a_page_of_earlier_figures_are_to_be_replaced(
+    tuned_run: Run,
+) -> None:
     option, export = f" --run {tuned_run.directory}", tuned_run.latest_export()
     figures, page = tuned_run.evaluation / "evaluation.json", tuned_run.report / "report.html"
     for path in (figures, page):
@@ -173,16 +193,24 @@ def test_figures_of_an_earlier_export_and_a_page_of_earlier_figures_are_to_be_re
     assert tuned_run.next_command() == f"msfp evaluate --overwrite{option}"
 
 
-def test_fine_tuning_of_another_calibration_is_named_and_begun_again(tuned_run: Run, tiny_tuned: Finetuned) -> None:
+def test_fine_tuning_of_another_calibration_is_named_and_begun_again(
+    tuned_run: Run, tiny_tuned: Finetuned
+) -> None:
     replace(tiny_tuned.tuned, calibration="0" * 64).save(tuned_run.finetuned("unet"))
     assert "began with another calibration" in dict(tuned_run.status())["finetune"]
     assert tuned_run.next_command() == f"msfp finetune --restart --run {tuned_run.directory}"
-    with pytest.raises(RunError, match="began with another calibration; run `msfp finetune --restart`"):
+    with pytest.raises(
+        RunError, match="began with another calibration; run `msfp finetune --restart`"
+    ):
         tuned_run.load_tuned(tiny_tuned.calibration)
 
 
-def test_fine_tuning_of_an_equal_calibration_is_loaded(tuned_run: Run, tiny_tuned: Finetuned) -> None:
+def test_fine_tuning_of_an_equal_calibration_is_loaded(
+    tuned_run: Run, tiny_tuned: Finetuned
+) -> None:
     calibration = tuned_run.load_calibration()
-    assert calibration.identity() == tiny_tuned.calibration.identity() == tiny_tuned.tuned.calibration
+    assert (
+        calibration.identity() == tiny_tuned.calibration.identity() == tiny_tuned.tuned.calibration
+    )
     assert tuned_run.load_tuned(calibration)["unet"].recipe == FEW_UPDATES
     assert Run(tuned_run.directory / "empty").load_tuned(calibration) == {}

@@ -57,27 +57,48 @@ def test_seed_decides_the_picture(sample: Invoke) -> None:
         sample("--prompt", "a cat", "--seed", seed, "--out", out)
     first, again = (Path(out, "000-a-cat-seed5.png").read_bytes() for out in ("first", "again"))
     assert again == first
-    assert not np.array_equal(pixels(Path("other/000-a-cat-seed6.png")), pixels(Path("first/000-a-cat-seed5.png")))
+    assert not np.array_equal(
+        pixels(Path("other/000-a-cat-seed6.png")), pixels(Path("first/000-a-cat-seed5.png"))
+    )
 
 
 def test_picture_depends_neither_on_its_batch_nor_on_its_place(sample: Invoke) -> None:
     for size in (1, 3):
-        sample("--prompt", "a cat", "--num-images", 4, "--batch-size", size, "--out", f"batches of {size}")
+        sample(
+            "--prompt",
+            "a cat",
+            "--num-images",
+            4,
+            "--batch-size",
+            size,
+            "--out",
+            f"batches of {size}",
+        )
     for i in range(4):
-        alone, together = (pixels(Path(f"batches of {size}/00{i}-a-cat-seed{i}.png")) for size in (1, 3))
+        alone, together = (
+            pixels(Path(f"batches of {size}/00{i}-a-cat-seed{i}.png")) for size in (1, 3)
+        )
         assert np.abs(alone - together).max() <= 1
     sample("--prompt", "a cat", "--seed", 2, "--out", "third only")
     third = pixels(Path("third only/000-a-cat-seed2.png"))
     assert np.array_equal(third, pixels(Path("batches of 1/002-a-cat-seed2.png")))
 
 
-def test_comparison_adds_the_full_precision_pictures(sample: Invoke, prompted_chained: Chained) -> None:
+def test_comparison_adds_the_full_precision_pictures(
+    sample: Invoke, prompted_chained: Chained
+) -> None:
     sample("--prompt", "a cat", "--num-images", 2, "--compare", "--out", "pictures")
-    names = [f"00{i}-a-cat-seed{i}{suffix}.png" for i in (0, 1) for suffix in ("-full-precision", "-msfp")]
+    names = [
+        f"00{i}-a-cat-seed{i}{suffix}.png"
+        for i in (0, 1)
+        for suffix in ("-full-precision", "-msfp")
+    ]
     assert sorted(path.name for path in Path("pictures").iterdir()) == [*names, "sheet.png"]
     pipe = load_pipeline(prompted_chained.calibration.source, "cpu")
     generator = torch.Generator().manual_seed(1)
-    (expected,) = pipe("a cat", num_inference_steps=2, guidance_scale=7.5, generator=generator).images
+    (expected,) = pipe(
+        "a cat", num_inference_steps=2, guidance_scale=7.5, generator=generator
+    ).images
     full, quantized = (pixels(Path("pictures", name)) for name in names[2:])
     assert np.abs(full - np.asarray(expected).astype(int)).max() <= 1
     assert not np.array_equal(full, quantized)
@@ -93,12 +114,16 @@ def test_contact_sheet_has_a_row_per_model_and_room_for_titles(sample: Invoke) -
 
 def test_contact_sheet_shows_each_picture_in_its_place() -> None:
     colours = [["red", "lime"], ["blue", "black"]]
-    sheet = contact_sheet([[Image.new("RGB", (64, 64), c) for c in row] for row in colours], titles=["a", "b"])
+    sheet = contact_sheet(
+        [[Image.new("RGB", (64, 64), c) for c in row] for row in colours], titles=["a", "b"]
+    )
     for y in range(2):
         for x in range(2):
             left, top = 4 + 132 * x, 4 + 156 * y + 24
             piece = sheet.crop((left, top, left + 128, top + 128))
-            assert piece.getcolors() == [(128 * 128, Image.new("RGB", (1, 1), colours[y][x]).getpixel((0, 0)))]
+            assert piece.getcolors() == [
+                (128 * 128, Image.new("RGB", (1, 1), colours[y][x]).getpixel((0, 0)))
+            ]
 
 
 def test_grey_and_large_pictures_fit_a_contact_sheet() -> None:
@@ -106,7 +131,10 @@ def test_grey_and_large_pictures_fit_a_contact_sheet() -> None:
 
 
 def test_sheets_of_different_models_do_not_overwrite_each_other(tmp_path: Path) -> None:
-    sheets = [Sheet(title=title, pictures=[Image.new("RGB", (8, 8))]) for title in ("signed FP4", "MSFP W4A4")]
+    sheets = [
+        Sheet(title=title, pictures=[Image.new("RGB", (8, 8))])
+        for title in ("signed FP4", "MSFP W4A4")
+    ]
     save_pictures(sheets, (None,), Sampling(seed=2), tmp_path / "out", overwrite=False)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["000-seed2-msfp-w4a4.png", "000-seed2-signed-fp4.png", "sheet.png"]
@@ -133,18 +161,27 @@ def test_steps_and_guidance_are_those_of_the_calibration_unless_given(sample: In
 def test_unconditional_export_needs_no_prompt(msfp: Invoke, tiny_chained: Chained) -> None:
     result = msfp("sample", tiny_chained.export, "--num-images", 2, "--out", "pictures")
     assert result.exit_code == 0
-    assert sorted(path.name for path in Path("pictures").iterdir()) == ["000-seed0.png", "001-seed1.png", "sheet.png"]
+    assert sorted(path.name for path in Path("pictures").iterdir()) == [
+        "000-seed0.png",
+        "001-seed1.png",
+        "sheet.png",
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_type_to_compute_in_is_an_option(sample: Invoke, dtype: str) -> None:
     sample("--prompt", "a cat", "--out", "default")
     sample("--prompt", "a cat", "--dtype", dtype, "--compare", "--out", "typed")
-    default, typed = pixels(Path("default/000-a-cat-seed0.png")), pixels(Path("typed/000-a-cat-seed0-msfp.png"))
+    default, typed = (
+        pixels(Path("default/000-a-cat-seed0.png")),
+        pixels(Path("typed/000-a-cat-seed0-msfp.png")),
+    )
     assert np.array_equal(default, typed) == (dtype == "float32")
 
 
-def test_type_that_the_pipeline_cannot_turn_into_pictures_is_explained(msfp: Invoke, tiny_chained: Chained) -> None:
+def test_type_that_the_pipeline_cannot_turn_into_pictures_is_explained(
+    msfp: Invoke, tiny_chained: Chained
+) -> None:
     # numpy has no bfloat16, and this stock pipeline does not convert.
     result = msfp("sample", tiny_chained.export, "--dtype", "bfloat16", "--out", "pictures")
     assert result.exit_code == 1

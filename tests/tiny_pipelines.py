@@ -1,7 +1,8 @@
 """Build tiny random-weight stock diffusers pipelines for the tests.
 
-Every pipeline keeps the structure of its full-size relative (attention levels, cross attention, skip connections,
-adaptive norms, several text encoders) with a handful of channels, so that it saves, loads and samples in a moment.
+Every pipeline keeps the structure of its full-size relative (attention levels, cross attention,
+skip connections, adaptive norms, several text encoders) with a handful of channels, so that it
+saves, loads and samples in a moment.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,10 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
-from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
+    LDMBertConfig,
+    LDMBertModel,
+)
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import (
@@ -56,8 +60,8 @@ ZERO_REPLACEMENT_STD = 0.05
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = ("a", "the", "of", "cat", "dog", "photo")
 
-# What a test passes to the pipeline, besides the generator, for a small picture in two steps. Flux gets a size because
-# its own default does not follow the size of the transformer.
+# What a test passes to the pipeline, besides the generator, for a small picture in two steps. Flux
+# gets a size because its own default does not follow the size of the transformer.
 CALL_ARGUMENTS: dict[str, dict[str, Any]] = {
     "DDPMPipeline": {"num_inference_steps": 2},
     "DDIMPipeline": {"num_inference_steps": 2},
@@ -77,7 +81,9 @@ def _clip_tokenizer() -> CLIPTokenizer:
     """Make a byte-level BPE tokenizer that knows every byte and one merged word."""
     alphabet = sorted(ByteLevel.alphabet())
     merges = [("c", "a"), ("ca", "t</w>")]
-    tokens = alphabet + [f"{symbol}</w>" for symbol in alphabet] + ["".join(pair) for pair in merges]
+    tokens = (
+        alphabet + [f"{symbol}</w>" for symbol in alphabet] + ["".join(pair) for pair in merges]
+    )
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_LENGTH)
@@ -95,7 +101,9 @@ def _bert_tokenizer() -> BertTokenizer:
     """Make a word-piece tokenizer of whole words that falls back to letters."""
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys((*WORDS, *LETTERS))]
     tokens += [f"##{letter}" for letter in LETTERS]
-    return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)}, model_max_length=CLIP_LENGTH)
+    return BertTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, model_max_length=CLIP_LENGTH
+    )
 
 
 def _clip_config(tokenizer: CLIPTokenizer, **changes: object) -> CLIPTextConfig:
@@ -108,7 +116,8 @@ def _clip_config(tokenizer: CLIPTokenizer, **changes: object) -> CLIPTextConfig:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "max_position_embeddings": CLIP_LENGTH,
-        # The pooled embedding is read at the end token, which the default ids of the full-size vocabulary would miss.
+        # The pooled embedding is read at the end token, which the default ids of the full-size
+        # vocabulary would miss.
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -148,7 +157,9 @@ def _vae(levels: int = 2, **changes: object) -> AutoencoderKL:
 
 def _flow_vae() -> AutoencoderKL:
     """Make the autoencoder of the flow-matching pipelines, which shifts latents and has no quantization convs."""
-    return _vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=0.36)
+    return _vae(
+        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=0.36
+    )
 
 
 def _unconditional_unet(channels: int = 3) -> UNet2DModel:
@@ -231,7 +242,9 @@ def build_ldm() -> DiffusionPipeline:
         num_vq_embeddings=32,
         norm_num_groups=4,
     )
-    return _finish(LDMPipeline(vqvae=vqvae, unet=_unconditional_unet(), scheduler=_latent_ddim_scheduler()))
+    return _finish(
+        LDMPipeline(vqvae=vqvae, unet=_unconditional_unet(), scheduler=_latent_ddim_scheduler())
+    )
 
 
 def build_ldm_text_to_image() -> DiffusionPipeline:
@@ -312,7 +325,8 @@ def build_stable_diffusion_3() -> DiffusionPipeline:
     """Build an SD3 pipeline with joint attention, dual attention in its first block and three text encoders."""
     tokenizer = _clip_tokenizer()
     tokenizer_2 = _clip_tokenizer()
-    # A saved pipeline without the third encoder does not load by itself: its class does not list it as optional.
+    # A saved pipeline without the third encoder does not load by itself: its class does not list it
+    # as optional.
     tokenizer_3 = _t5_tokenizer()
     transformer = SD3Transformer2DModel(
         sample_size=16,
@@ -322,8 +336,8 @@ def build_stable_diffusion_3() -> DiffusionPipeline:
         num_layers=2,
         num_attention_heads=2,
         attention_head_dim=16,
-        # The hidden states of the two CLIP encoders are put side by side, as are their pooled embeddings; those of T5,
-        # as wide as both, follow as further tokens.
+        # The hidden states of the two CLIP encoders are put side by side, as are their pooled
+        # embeddings; those of T5, as wide as both, follow as further tokens.
         joint_attention_dim=2 * TEXT_WIDTH,
         caption_projection_dim=32,
         pooled_projection_dim=2 * TEXT_WIDTH,
@@ -390,7 +404,9 @@ def build_dit() -> DiffusionPipeline:
         norm_num_groups=8,
     )
     id2label = {"0": "cat, house cat", "1": "dog", "2": "photo"}
-    pipeline = DiTPipeline(transformer=transformer, vae=_vae(), scheduler=_latent_ddim_scheduler(), id2label=id2label)
+    pipeline = DiTPipeline(
+        transformer=transformer, vae=_vae(), scheduler=_latent_ddim_scheduler(), id2label=id2label
+    )
     # The class itself does not write its labels, unlike the published pipelines.
     pipeline.register_to_config(id2label=id2label)
     return _finish(pipeline)
@@ -407,7 +423,8 @@ def build_pixart_sigma() -> DiffusionPipeline:
         num_layers=2,
         cross_attention_dim=32,
         norm_num_groups=8,
-        # The smallest size, with an autoencoder that divides by 8, of which the pipeline knows the aspect ratios.
+        # The smallest size, with an autoencoder that divides by 8, of which the pipeline knows the
+        # aspect ratios.
         sample_size=32,
         patch_size=2,
         caption_channels=TEXT_WIDTH,

@@ -1,15 +1,17 @@
 """Train a small unconditional DDIMPipeline on the Noto emoji, from random weights to a saved directory.
 
-There is no autoencoder, no text encoder, no guidance. The UNet sees a 32x32 colour picture mixed with noise and
-predicts the velocity ``v = sqrt(a) noise - sqrt(1 - a) picture``, where ``a`` is the share of the picture's power left
-at that timestep (Salimans and Ho 2022, arXiv:2202.00512). In strong noise that is the picture itself, negated, so the
-sampler, which starts from almost pure noise, gets the white around most emoji right. The schedule is DDPM's linear one,
-for the sake of quantization: a step turns (picture, noise) by an angle, and an error of the velocity counts in
+There is no autoencoder, no text encoder, no guidance. The UNet sees a 32x32 colour picture mixed
+with noise and predicts the velocity ``v = sqrt(a) noise - sqrt(1 - a) picture``, where ``a`` is the
+share of the picture's power left at that timestep (Salimans and Ho 2022, arXiv:2202.00512). In
+strong noise that is the picture itself, negated, so the sampler, which starts from almost pure
+noise, gets the white around most emoji right. The schedule is DDPM's linear one, for the sake of
+quantization: a step turns (picture, noise) by an angle, and an error of the velocity counts in
 proportion to its sine; the cosine schedule would make all these angles equal.
 
-Training lasts a number of updates or a number of minutes. The learning rate is constant first and falls linearly to
-zero over the last part. Only where it begins to fall must the number of updates be known, so a run by the minute
-settles it there, from the pace until then, and says it: given as `--steps`, it repeats the run byte for byte.
+Training lasts a number of updates or a number of minutes. The learning rate is constant first and
+falls linearly to zero over the last part. Only where it begins to fall must the number of updates
+be known, so a run by the minute settles it there, from the pace until then, and says it: given as
+`--steps`, it repeats the run byte for byte.
 """
 
 import copy
@@ -49,7 +51,8 @@ class Plan:
     """How long to train, on how much, and how often to save.
 
     Arguments:
-        num_steps: updates; None settles them from the pace, so that training takes about `num_minutes`.
+        num_steps: updates; None settles them from the pace, so that training takes about
+            `num_minutes`.
         num_minutes: minutes to train for; read only where `num_steps` is None.
         batch_size: pictures in one update.
         seed: seed of everything that is drawn.
@@ -94,12 +97,16 @@ def compute_learning_rate(step: int, num_steps: int | None) -> float:
     return LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS, left)
 
 
-def draw_loss(unet: UNet2DModel, scheduler: DDIMScheduler, pictures: Tensor, generator: torch.Generator) -> Tensor:
+def draw_loss(
+    unet: UNet2DModel, scheduler: DDIMScheduler, pictures: Tensor, generator: torch.Generator
+) -> Tensor:
     """Flip half of the pictures, mix each with noise and return the squared error of the predicted velocity."""
     flipped = torch.rand(len(pictures), 1, 1, 1, generator=generator) < 0.5
     pictures = torch.where(flipped, pictures.flip(-1), pictures)
     noise = torch.randn(pictures.shape, generator=generator)
-    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(pictures),), generator=generator)
+    timesteps = torch.randint(
+        scheduler.config.num_train_timesteps, (len(pictures),), generator=generator
+    )
     noisy = scheduler.add_noise(pictures, noise, timesteps)
     velocity = scheduler.get_velocity(pictures, noise, timesteps)
     return functional.mse_loss(unet(noisy, timesteps).sample, velocity)
@@ -137,7 +144,10 @@ def train(pictures: Tensor, plan: Plan, out: Path) -> None:
     parameters = list(unet.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
     average = EMAModel(parameters, decay=EMA_DECAY)
-    report(f"{len(pictures)} pictures, {sum(parameter.numel() for parameter in parameters)} parameters", 0)
+    report(
+        f"{len(pictures)} pictures, {sum(parameter.numel() for parameter in parameters)} parameters",
+        0,
+    )
     start = saved = time.monotonic()
     num_steps, step, losses = plan.num_steps, 0, []
     while num_steps is None or step < num_steps:
@@ -151,7 +161,10 @@ def train(pictures: Tensor, plan: Plan, out: Path) -> None:
         step, now = step + 1, time.monotonic()
         if num_steps is None and now - start >= (1 - DECAY_SHARE) * plan.num_minutes * 60:
             num_steps = math.ceil(step / (1 - DECAY_SHARE))
-            report(f"the learning rate falls from here on; --steps {num_steps} repeats this run", now - start)
+            report(
+                f"the learning rate falls from here on; --steps {num_steps} repeats this run",
+                now - start,
+            )
         if step % REPORT_STEPS == 0 or step == num_steps:
             report(f"update {step}: loss {np.mean(losses[-REPORT_STEPS:]):.4f}", now - start)
         if now - saved >= plan.save_minutes * 60 or step == num_steps:
@@ -164,27 +177,45 @@ def draw_sheet(directory: Path, seed: int) -> Image.Image:
     pipeline = DDIMPipeline.from_pretrained(directory, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    pictures = pipeline(SHEET_SIDE**2, generator=generator, num_inference_steps=NUM_INFERENCE_STEPS).images
+    pictures = pipeline(
+        SHEET_SIDE**2, generator=generator, num_inference_steps=NUM_INFERENCE_STEPS
+    ).images
     return make_image_grid(pictures, SHEET_SIDE, SHEET_SIDE)
 
 
 @app.command()
 def main(
-    data: Annotated[Path, typer.Option(help="The Noto emoji npz file.", exists=True, dir_okay=False)],
-    out: Annotated[Path, typer.Option(help="The directory to write the pipeline to.", file_okay=False)],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into --out even if it exists.")] = False,
+    data: Annotated[
+        Path, typer.Option(help="The Noto emoji npz file.", exists=True, dir_okay=False)
+    ],
+    out: Annotated[
+        Path, typer.Option(help="The directory to write the pipeline to.", file_okay=False)
+    ],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write into --out even if it exists.")
+    ] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates, instead of --minutes.")] = None,
-    minutes: Annotated[float | None, typer.Option(min=0.1, help="Train for about so long; 50 by default.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.1, help="Train for about so long; 50 by default.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one update.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
     save_minutes: Annotated[float, typer.Option(min=0, help="Minutes between two saves.")] = 4,
 ) -> None:
     """Train a small unconditional DDIMPipeline on the Noto emoji and save it."""
     if out.exists() and not overwrite:
-        raise typer.BadParameter(f"{out} exists; name another directory or add --overwrite", param_hint="--out")
+        raise typer.BadParameter(
+            f"{out} exists; name another directory or add --overwrite", param_hint="--out"
+        )
     if steps is not None and minutes is not None:
         raise typer.BadParameter("give --steps or --minutes, not both", param_hint="--steps")
-    plan = Plan(num_steps=steps, num_minutes=minutes or 50, batch_size=batch_size, seed=seed, save_minutes=save_minutes)
+    plan = Plan(
+        num_steps=steps,
+        num_minutes=minutes or 50,
+        batch_size=batch_size,
+        seed=seed,
+        save_minutes=save_minutes,
+    )
     train(load_pictures(data), plan, out)
     draw_sheet(out, seed).save(out / "samples.png")
     typer.echo(f"pipeline and samples.png written to {out}")

@@ -1,8 +1,10 @@
 """Compute the features of real pictures that the built-in pipeline's are compared with.
 
-    python examples/train_fashion/make_reference.py --test fashion_mnist_test.npz --out fashion_reference.safetensors
+    python examples/train_fashion/make_reference.py --test fashion_mnist_test.npz --out
+    fashion_reference.safetensors
 
-Fashion-MNIST's test pictures, tinted at random as for the pipeline, through the classifier that comes with msfp.
+Fashion-MNIST's test pictures, tinted at random as for the pipeline, through the classifier that
+comes with msfp.
 """
 
 from pathlib import Path
@@ -25,7 +27,9 @@ def main(
 ) -> None:
     """Compute the features and save them in half precision."""
     clothing = load_clothing(test, pictures, seed)
-    colours = torch.randint(len(TINTS), clothing.labels.shape, generator=torch.Generator().manual_seed(seed))
+    colours = torch.randint(
+        len(TINTS), clothing.labels.shape, generator=torch.Generator().manual_seed(seed)
+    )
     tinted = (tint(clothing.grey, colours) * 255).round().to(torch.uint8)
     features = load_extractor("fashion").features(tinted)
     save_file({"features": features.half().contiguous()}, out)

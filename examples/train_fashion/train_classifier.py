@@ -1,11 +1,12 @@
 """Train the small classifier that tells whether a picture of the fashion pipeline shows what its prompt asked for.
 
-    python examples/train_fashion/train_classifier.py --data fashion_mnist_train.npz --test fashion_mnist_test.npz \
+    python examples/train_fashion/train_classifier.py --data fashion_mnist_train.npz --test
+    fashion_mnist_test.npz \
         --out fashion_classifier.safetensors
 
-Fashion-MNIST, padded to 32x32 and tinted as for the pipeline, in 0..1. Pictures are flipped, shifted by up to two
-pixels, blurred a little (as the pipeline's autoencoder does) and given a little noise, so that the classifier judges
-what is drawn and not how it was made.
+Fashion-MNIST, padded to 32x32 and tinted as for the pipeline, in 0..1. Pictures are flipped,
+shifted by up to two pixels, blurred a little (as the pipeline's autoencoder does) and given a
+little noise, so that the classifier judges what is drawn and not how it was made.
 """
 
 import time
@@ -24,7 +25,9 @@ from msfp_cli.evaluation.features.fashion import COLOURS, GarmentClassifier
 assert tuple(TINTS) == COLOURS
 
 
-def draw(clothing: Clothing, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def draw(
+    clothing: Clothing, batch_size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draw tinted and disturbed pictures ``(batch, 3, 32, 32)`` in 0..1, their classes and their colours."""
     index = torch.randint(len(clothing.labels), (batch_size,), generator=generator)
     colours = torch.randint(len(TINTS), (batch_size,), generator=generator)
@@ -34,8 +37,14 @@ def draw(clothing: Clothing, batch_size: int, generator: torch.Generator) -> tup
     shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
     pictures = pictures.roll(shift, dims=(-2, -1))
     if torch.rand((), generator=generator) < 0.5:
-        pictures = functional.avg_pool2d(functional.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    noise = torch.randn(pictures.shape, generator=generator) * 0.05 * torch.rand((), generator=generator)
+        pictures = functional.avg_pool2d(
+            functional.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1
+        )
+    noise = (
+        torch.randn(pictures.shape, generator=generator)
+        * 0.05
+        * torch.rand((), generator=generator)
+    )
     return (pictures + noise).clamp(0, 1), clothing.labels[index], colours
 
 
@@ -47,7 +56,9 @@ def tint(grey: Tensor, colours: Tensor) -> Tensor:
 @torch.no_grad()
 def accuracy(model: GarmentClassifier, clothing: Clothing, seed: int) -> tuple[float, float]:
     """Return the shares of right classes and of right colours."""
-    colours = torch.randint(len(TINTS), clothing.labels.shape, generator=torch.Generator().manual_seed(seed))
+    colours = torch.randint(
+        len(TINTS), clothing.labels.shape, generator=torch.Generator().manual_seed(seed)
+    )
     right = torch.zeros(2)
     for part in torch.arange(len(colours)).split(500):
         garment, colour = model(tint(clothing.grey[part], colours[part]))
@@ -57,7 +68,9 @@ def accuracy(model: GarmentClassifier, clothing: Clothing, seed: int) -> tuple[f
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Fashion-MNIST's training pictures, npz.", exists=True)],
+    data: Annotated[
+        Path, typer.Option(help="Fashion-MNIST's training pictures, npz.", exists=True)
+    ],
     test: Annotated[Path, typer.Option(help="Fashion-MNIST's test pictures, npz.", exists=True)],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
     steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 2500,
@@ -70,13 +83,15 @@ def main(
     clothing, unseen = load_clothing(data, None, seed), load_clothing(test, None, seed)
     model = GarmentClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1
+    )
     for step in range(1, steps + 1):
         pictures, labels, colours = draw(clothing, batch_size, generator)
         garment, colour = model(pictures)
-        loss = functional.cross_entropy(garment, labels, label_smoothing=0.05) + functional.cross_entropy(
-            colour, colours
-        )
+        loss = functional.cross_entropy(
+            garment, labels, label_smoothing=0.05
+        ) + functional.cross_entropy(colour, colours)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -85,7 +100,9 @@ def main(
             model.eval()
             shares = accuracy(model, unseen, seed)
             model.train()
-            typer.echo(f"{step}: loss {loss:.3f}, test pictures {shares[0]:.3f} class, {shares[1]:.3f} colour")
+            typer.echo(
+                f"{step}: loss {loss:.3f}, test pictures {shares[0]:.3f} class, {shares[1]:.3f} colour"
+            )
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out)
     typer.echo(f"{out} written ({time.monotonic() - start:.0f} s)")
 

@@ -2,15 +2,18 @@
 
 A latent diffusion pipeline is learned in the order in which its parts depend on each other:
 
-1. the autoencoder learns to squeeze a 32x32 colour picture into a 4x16x16 latent and back. Its latents are measured:
-   `scaling_factor = 1 / standard deviation` makes them as wide as the unit noise that diffusion mixes into them;
+1. the autoencoder learns to squeeze a 32x32 colour picture into a 4x16x16 latent and back. Its
+   latents are measured: `scaling_factor = 1 / standard deviation` makes them as wide as the unit
+       noise that diffusion mixes into them;
 2. the tokenizer learns the few words of the captions;
-3. the text encoder and the UNet learn together to tell, from a noisy latent, its timestep and its caption, the noise in
-   it. Some captions are left empty, so that the UNet also knows the unconditional answer that guidance needs;
-4. the parts are saved together in half precision, reloaded as a user would, and asked for one picture of everything.
+3. the text encoder and the UNet learn together to tell, from a noisy latent, its timestep and its
+   caption, the noise in it. Some captions are left empty, so that the UNet also knows the
+   unconditional answer that guidance needs;
+4. the parts are saved together in half precision, reloaded as a user would, and asked for one
+   picture of everything.
 
-Fashion-MNIST is grey and has ten classes. Tinting each picture with one of eight colours makes eighty things to ask
-for, and gives the captions two independent words to get right.
+Fashion-MNIST is grey and has ten classes. Tinting each picture with one of eight colours makes
+eighty things to ask for, and gives the captions two independent words to get right.
 """
 
 import json
@@ -34,7 +37,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-KINDS = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+KINDS = (
+    "t-shirt",
+    "trousers",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "boot",
+)
 TINTS = {
     "white": (1.0, 1.0, 1.0),
     "red": (1.0, 0.15, 0.15),
@@ -48,7 +62,8 @@ TINTS = {
 # The plain sentence stands twice because it is what a user types most often.
 TEMPLATES = ("a {} {}", "a {} {}", "a photo of a {} {}", "{} {}")
 EMPTY_CAPTION_SHARE = 0.12
-# Words of likely prompts that no caption holds: known to the tokenizer, they cost one token and not one a letter.
+# Words of likely prompts that no caption holds: known to the tokenizer, they cost one token and not
+# one a letter.
 SPARE_WORDS = "an image the picture fashion clothing"
 
 PICTURE_SIZE = 32
@@ -96,7 +111,10 @@ class Schedule:
 def load_clothing(path: Path, limit: int | None, seed: int) -> Clothing:
     """Load the npz file, pad the pictures from 28x28 to 32x32 and keep `limit` of them."""
     with np.load(path) as arrays:
-        images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]).long()
+        images, labels = (
+            torch.from_numpy(arrays["images"]),
+            torch.from_numpy(arrays["labels"]).long(),
+        )
     # The file may be sorted by class: its first pictures would all be t-shirts.
     kept = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:limit]
     margin = (PICTURE_SIZE - images.shape[-1]) // 2
@@ -108,13 +126,20 @@ def draw_captions(labels: Tensor, colours: Tensor, generator: torch.Generator) -
     templates = torch.randint(len(TEMPLATES), labels.shape, generator=generator)
     is_empty = torch.rand(labels.shape, generator=generator) < EMPTY_CAPTION_SHARE
     names = list(TINTS)
-    rows = zip(labels.tolist(), colours.tolist(), templates.tolist(), is_empty.tolist(), strict=True)
-    return ["" if empty else TEMPLATES[form].format(names[tint], KINDS[kind]) for kind, tint, form, empty in rows]
+    rows = zip(
+        labels.tolist(), colours.tolist(), templates.tolist(), is_empty.tolist(), strict=True
+    )
+    return [
+        "" if empty else TEMPLATES[form].format(names[tint], KINDS[kind])
+        for kind, tint, form, empty in rows
+    ]
 
 
 def list_captions(templates: Iterable[str]) -> list[str]:
     """List every caption that the templates can give, class by class."""
-    return [template.format(tint, kind) for template in templates for kind in KINDS for tint in TINTS]
+    return [
+        template.format(tint, kind) for template in templates for kind in KINDS for tint in TINTS
+    ]
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -174,13 +199,22 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def optimise(label: str, parameters: list[nn.Parameter], num_steps: int, draw_loss: Callable[[], Tensor]) -> float:
+def optimise(
+    label: str, parameters: list[nn.Parameter], num_steps: int, draw_loss: Callable[[], Tensor]
+) -> float:
     """Minimise `draw_loss`, leave the averaged weights in `parameters` and return the mean loss of the last tenth."""
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
-    decay = get_cosine_schedule_with_warmup(optimizer, math.ceil(WARMUP_SHARE * num_steps), num_steps)
+    decay = get_cosine_schedule_with_warmup(
+        optimizer, math.ceil(WARMUP_SHARE * num_steps), num_steps
+    )
     average = EMAModel(parameters, decay=EMA_DECAY)
     losses: list[float] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}")) as progress:
         task = progress.add_task(label, total=num_steps, loss=math.nan)
         for _ in range(num_steps):
@@ -215,7 +249,9 @@ def train_autoencoder(clothing: Clothing, schedule: Schedule) -> tuple[Autoencod
 
 
 @torch.no_grad()
-def measure_autoencoder(autoencoder: AutoencoderKL, clothing: Clothing, seed: int) -> tuple[float, float]:
+def measure_autoencoder(
+    autoencoder: AutoencoderKL, clothing: Clothing, seed: int
+) -> tuple[float, float]:
     """Measure the standard deviation of the latents and the round trip's peak signal-to-noise ratio in decibels."""
     generator = torch.Generator().manual_seed(seed)
     pictures, _ = clothing.draw(NUM_MEASURED_PICTURES, generator)
@@ -228,10 +264,13 @@ def measure_autoencoder(autoencoder: AutoencoderKL, clothing: Clothing, seed: in
 def train_tokenizer() -> CLIPTokenizer:
     """Learn a byte-level byte pair encoding of the captions in the form CLIP's tokenizer has."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # Every byte, inside a word and at its end, gets its id before training: any text can then be written, and the ids
-    # do not hang on the order in which the trainer happens to meet the letters.
+    # Every byte, inside a word and at its end, gets its id before training: any text can then be
+    # written, and the ids do not hang on the order in which the trainer happens to meet the
+    # letters.
     base_tokens = [BOS_TOKEN, EOS_TOKEN, *alphabet, *(byte + WORD_END for byte in alphabet)]
-    trainer = trainers.BpeTrainer(special_tokens=base_tokens, end_of_word_suffix=WORD_END, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        special_tokens=base_tokens, end_of_word_suffix=WORD_END, show_progress=False
+    )
     untrained = CLIPTokenizer().backend_tokenizer
     learned = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
     learned.normalizer, learned.pre_tokenizer = untrained.normalizer, untrained.pre_tokenizer
@@ -241,9 +280,16 @@ def train_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=MAX_TOKENS)
 
 
-def train_denoiser(pipeline: StableDiffusionPipeline, clothing: Clothing, schedule: Schedule) -> float:
+def train_denoiser(
+    pipeline: StableDiffusionPipeline, clothing: Clothing, schedule: Schedule
+) -> float:
     """Train the pipeline's text encoder and UNet jointly to predict the noise in a latent; return the loss."""
-    vae, text_encoder, unet, scheduler = pipeline.vae, pipeline.text_encoder, pipeline.unet, pipeline.scheduler
+    vae, text_encoder, unet, scheduler = (
+        pipeline.vae,
+        pipeline.text_encoder,
+        pipeline.unet,
+        pipeline.scheduler,
+    )
     generator = torch.Generator().manual_seed(schedule.seed)
 
     def draw_loss() -> Tensor:
@@ -251,14 +297,18 @@ def train_denoiser(pipeline: StableDiffusionPipeline, clothing: Clothing, schedu
         with torch.no_grad():
             latents = vae.encode(pictures).latent_dist.sample(generator) * vae.config.scaling_factor
         noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
+        timesteps = torch.randint(
+            scheduler.config.num_train_timesteps, (len(latents),), generator=generator
+        )
         noisy = scheduler.add_noise(latents, noise, timesteps)
         states = text_encoder(tokenize(pipeline.tokenizer, captions)).last_hidden_state
         return functional.mse_loss(unet(noisy, timesteps, states).sample, noise)
 
     text_encoder.train()
     unet.train()
-    loss = optimise("denoiser", [*text_encoder.parameters(), *unet.parameters()], schedule.num_steps, draw_loss)
+    loss = optimise(
+        "denoiser", [*text_encoder.parameters(), *unet.parameters()], schedule.num_steps, draw_loss
+    )
     text_encoder.eval()
     unet.eval()
     return loss
@@ -307,23 +357,39 @@ def draw_sheet(directory: Path, seed: int) -> Image.Image:
     for number, picture in enumerate(pictures):
         row, column = divmod(number, len(TINTS))
         sheet.paste(picture, (column * PICTURE_SIZE, row * PICTURE_SIZE))
-    return sheet.resize((sheet.width * SHEET_ZOOM, sheet.height * SHEET_ZOOM), Image.Resampling.NEAREST)
+    return sheet.resize(
+        (sheet.width * SHEET_ZOOM, sheet.height * SHEET_ZOOM), Image.Resampling.NEAREST
+    )
 
 
 @app.command()
 def main(
-    data: Annotated[Path, typer.Option(help="The Fashion-MNIST npz file.", exists=True, dir_okay=False)],
-    out: Annotated[Path, typer.Option(help="The directory to write the pipeline to.", file_okay=False)],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into --out even if it exists.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Updates of the text encoder and the UNet.")] = 2500,
-    autoencoder_steps: Annotated[int, typer.Option(min=1, help="Updates of the autoencoder.")] = 1500,
+    data: Annotated[
+        Path, typer.Option(help="The Fashion-MNIST npz file.", exists=True, dir_okay=False)
+    ],
+    out: Annotated[
+        Path, typer.Option(help="The directory to write the pipeline to.", file_okay=False)
+    ],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write into --out even if it exists.")
+    ] = False,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Updates of the text encoder and the UNet.")
+    ] = 2500,
+    autoencoder_steps: Annotated[
+        int, typer.Option(min=1, help="Updates of the autoencoder.")
+    ] = 1500,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one update.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many pictures, for a trial.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only this many pictures, for a trial.")
+    ] = None,
 ) -> None:
     """Train a small text-to-image StableDiffusionPipeline on tinted Fashion-MNIST and save it."""
     if out.exists() and not overwrite:
-        raise typer.BadParameter(f"{out} exists; name another directory or add --overwrite", param_hint="--out")
+        raise typer.BadParameter(
+            f"{out} exists; name another directory or add --overwrite", param_hint="--out"
+        )
     start = time.monotonic()
     # Modules draw their first weights from torch's global generator, and from nowhere else.
     torch.manual_seed(seed)
@@ -332,9 +398,14 @@ def main(
     autoencoder, loss = train_autoencoder(clothing, plan)
     latent_std, decibels = measure_autoencoder(autoencoder, clothing, seed + 2)
     autoencoder.register_to_config(scaling_factor=round(1 / latent_std, 5))
-    report(f"autoencoder: loss {loss:.4f}, round trip {decibels:.1f} dB, latents' std {latent_std:.4f}", start)
+    report(
+        f"autoencoder: loss {loss:.4f}, round trip {decibels:.1f} dB, latents' std {latent_std:.4f}",
+        start,
+    )
     pipeline = assemble_pipeline(autoencoder)
-    loss = train_denoiser(pipeline, clothing, Schedule(num_steps=steps, batch_size=batch_size, seed=seed + 3))
+    loss = train_denoiser(
+        pipeline, clothing, Schedule(num_steps=steps, batch_size=batch_size, seed=seed + 3)
+    )
     report(f"denoiser: loss {loss:.4f}", start)
     save_half(pipeline, out)
     draw_sheet(out, seed).save(out / "samples.png")

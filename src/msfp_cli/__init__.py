@@ -1,7 +1,8 @@
 """Quantize diffusers pipelines to 4-bit floating point, weights and activations.
 
-Importing this package registers the format with diffusers, so that a stock ``DiffusionPipeline.from_pretrained``
-loads an export. Everything else is imported when it is first asked for.
+Importing this package registers the format with diffusers, so that a stock
+``DiffusionPipeline.from_pretrained`` loads an export. Everything else is imported when it is first
+asked for.
 """
 
 from importlib import import_module

@@ -51,33 +51,55 @@ class DemoReport:
     errors: dict[str, float]
 
 
-def run_demo(directory: Path, *, device: str | None = None, progress: Progress = SILENT) -> DemoReport:
+def run_demo(
+    directory: Path, *, device: str | None = None, progress: Progress = SILENT
+) -> DemoReport:
     """Calibrate, fine-tune shortly, export, evaluate and report the built-in pipeline."""
     run, source = Run(directory), ModelSource(model=BUILT_IN)
     few = RecordOptions(num_images=_RECORDED)
-    calibration = calibrate_run(run, source, few, CalibrateRecipe(), device=device, overwrite=True, progress=progress)
-    # The defaults are made for thousands of updates: so few want a lower rate, and weights that look at the picture.
+    calibration = calibrate_run(
+        run, source, few, CalibrateRecipe(), device=device, overwrite=True, progress=progress
+    )
+    # The defaults are made for thousands of updates: so few want a lower rate, and weights that
+    # look at the picture.
     recipe = FinetuneRecipe(
-        steps=_UPDATES, batch_size=8, lanes=1, learning_rate=0.02, loss_power=1.0, evaluate_every=_UPDATES
+        steps=_UPDATES,
+        batch_size=8,
+        lanes=1,
+        learning_rate=0.02,
+        loss_power=1.0,
+        evaluate_every=_UPDATES,
     )
     finetune_run(run, recipe, device=device, restart=True, progress=progress)
     export = directory / "export"
-    report = export_(calibration, export, tuned=run.load_tuned(calibration), device=device, overwrite=True)
+    report = export_(
+        calibration, export, tuned=run.load_tuned(calibration), device=device, overwrite=True
+    )
     run.remember("export", export)
     options = EvaluateOptions(prompts=_PROMPTS, num_images=_PICTURES)
-    evaluation = evaluate_run(run, export, options, device=device, overwrite=True, progress=progress)
+    evaluation = evaluate_run(
+        run, export, options, device=device, overwrite=True, progress=progress
+    )
     written = write_report(run, evaluation, run.report, pictures=len(_PROMPTS), overwrite=True)
     return DemoReport(
         page=str(written.page),
         picture=str(_sheet(evaluation, directory / "demo.png")),
         export=report,
-        errors={model.title: noise.error for model in evaluation.models for noise in model.noise.values()},
+        errors={
+            model.title: noise.error
+            for model in evaluation.models
+            for noise in model.noise.values()
+        },
     )
 
 
 def _sheet(evaluation: Evaluation, path: Path) -> Path:
     """Lay the first pictures out, one row a model."""
-    rows = [evaluation.gallery(model.key).pictures()[: len(_PROMPTS)] for model in evaluation.models]
-    pictures = [[Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in row] for row in rows]
+    rows = [
+        evaluation.gallery(model.key).pictures()[: len(_PROMPTS)] for model in evaluation.models
+    ]
+    pictures = [
+        [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in row] for row in rows
+    ]
     contact_sheet(pictures, titles=[model.title for model in evaluation.models]).save(path)
     return path

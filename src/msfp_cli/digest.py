@@ -24,7 +24,8 @@ _SAMPLES = 256  # elements of each tensor
 def fingerprint(module: nn.Module) -> str:
     """Return a digest of a float model's parameters that tells it from other models and other trainings of itself.
 
-    It reads evenly spaced elements of each tensor, so it takes no time on large models; it is no proof against damage.
+    It reads evenly spaced elements of each tensor, so it takes no time on large models; it is no
+    proof against damage.
     """
     sampled = {}
     for name, parameter in module.named_parameters():

@@ -21,14 +21,21 @@ def refuse_existing(directory: Path, *, overwrite: bool) -> None:
     """Refuse an output that is already there, before any work is done for it.
 
     Raises:
-        RunError: it exists and `overwrite` is not set, or it is nothing that msfp wrote and must not be deleted.
+        RunError: it exists and `overwrite` is not set, or it is nothing that msfp wrote and must
+            not be deleted.
     """
     if not directory.exists():
         return
     if not overwrite:
-        raise RunError(f"{directory} exists already; use --overwrite to replace it, or choose another place")
-    if not directory.is_dir() or (any(directory.iterdir()) and not any((directory / n).exists() for n in _OURS)):
-        raise RunError(f"{directory} is nothing that msfp wrote, so it is not replaced; choose another place")
+        raise RunError(
+            f"{directory} exists already; use --overwrite to replace it, or choose another place"
+        )
+    if not directory.is_dir() or (
+        any(directory.iterdir()) and not any((directory / n).exists() for n in _OURS)
+    ):
+        raise RunError(
+            f"{directory} is nothing that msfp wrote, so it is not replaced; choose another place"
+        )
 
 
 @contextmanager

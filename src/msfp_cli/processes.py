@@ -24,7 +24,8 @@ class Processes:
         """Return how this process was started, and meet the others.
 
         Arguments:
-            device: where the work is done; accelerate does not find out by itself that it is the CPU.
+            device: where the work is done; accelerate does not find out by itself that it is the
+                CPU.
         """
         state = PartialState(cpu=device == "cpu")
         return cls(state.process_index, state.num_processes)

@@ -23,7 +23,8 @@ class Recipe:
         """Undo `to_json`.
 
         Raises:
-            ValueError: a key is unknown or missing; whoever reads the file says which and what to do.
+            ValueError: a key is unknown or missing; whoever reads the file says which and what to
+                do.
         """
         known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
         if set(data) != known:

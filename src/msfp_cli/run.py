@@ -76,7 +76,11 @@ class Run:
         Raises:
             RunError: one began with another calibration.
         """
-        found = {c: Tuned.load(self.finetuned(c)) for c in calibration.layers if self.finetuned(c).exists()}
+        found = {
+            c: Tuned.load(self.finetuned(c))
+            for c in calibration.layers
+            if self.finetuned(c).exists()
+        }
         for component, tuned in found.items():
             if tuned.calibration != calibration.identity():
                 raise RunError(
@@ -91,7 +95,9 @@ class Run:
             RunError: it does not exist.
         """
         if not self.directory.is_dir():
-            raise RunError(f"no run directory {self.directory} here; `msfp calibrate` makes one, or give --run")
+            raise RunError(
+                f"no run directory {self.directory} here; `msfp calibrate` makes one, or give --run"
+            )
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -100,14 +106,18 @@ class Run:
         except FileNotFoundError:
             return {}
         except (ValueError, TypeError):
-            raise CheckpointError(f"{self.directory / 'run.json'} is damaged; delete it and export again") from None
+            raise CheckpointError(
+                f"{self.directory / 'run.json'} is damaged; delete it and export again"
+            ) from None
 
     def remember(self, key: str, path: Path) -> None:
         """Keep where a result was put, for the commands that come later."""
         place, here = path.resolve(), self.directory.resolve()
         # Relative inside the run, so that the run directory can be moved.
         kept = place.relative_to(here) if place.is_relative_to(here) else place
-        write_text(self.directory / "run.json", json.dumps({**self._read(), key: str(kept)}, indent=1))
+        write_text(
+            self.directory / "run.json", json.dumps({**self._read(), key: str(kept)}, indent=1)
+        )
 
     def latest_export(self) -> Path:
         """Return the latest export.
@@ -130,11 +140,15 @@ class Run:
         """Whether fine-tuning went on after the latest export."""
         export = self._export()
         files = (self.directory / "finetune").glob("*.safetensors")
-        return export is not None and any(file.stat().st_mtime > export.stat().st_mtime for file in files)
+        return export is not None and any(
+            file.stat().st_mtime > export.stat().st_mtime for file in files
+        )
 
     def next_samples(self) -> Path:
         """Return a fresh directory name for pictures, ``samples/001`` and so on."""
-        taken = [int(p.name) for p in (self.directory / "samples").glob("[0-9]*") if p.name.isdecimal()]
+        taken = [
+            int(p.name) for p in (self.directory / "samples").glob("[0-9]*") if p.name.isdecimal()
+        ]
         return self.directory / "samples" / f"{max(taken, default=0) + 1:03d}"
 
     def status(self) -> list[tuple[str, str]]:
@@ -147,7 +161,12 @@ class Run:
                 continue
             recording = Recording(path)
             done = recording.num_shards - len(recording.missing_shards())
-            rows.append((title, f"{done} of {recording.num_shards} shards of {recording.recipe['source']['model']}"))
+            rows.append(
+                (
+                    title,
+                    f"{done} of {recording.num_shards} shards of {recording.recipe['source']['model']}",
+                )
+            )
         rows.append(("calibration", self._calibration_state()))
         rows.append(("finetune", self._finetune_state()))
         rows.append(("export", str(self._export() or "none")))
@@ -174,7 +193,11 @@ class Run:
 
     def _finetune_state(self) -> str:
         try:
-            tuned = self.load_tuned(Calibration.load(self.calibration)) if self.calibration.exists() else {}
+            tuned = (
+                self.load_tuned(Calibration.load(self.calibration))
+                if self.calibration.exists()
+                else {}
+            )
         except RunError as error:
             return str(error)
         return (
@@ -189,7 +212,9 @@ class Run:
     def next_command(self) -> str:
         """Return what to type next."""
         self.require()
-        option = "" if self.directory == DEFAULT_RUN else f" --run {shlex.quote(str(self.directory))}"
+        option = (
+            "" if self.directory == DEFAULT_RUN else f" --run {shlex.quote(str(self.directory))}"
+        )
         if not self.calibration.exists():
             return f"msfp calibrate{option}"
         calibration = Calibration.load(self.calibration)
@@ -218,4 +243,6 @@ class Run:
                     return command
                 if source is not None and source.stat().st_mtime > result.stat().st_mtime:
                     return f"{command} --overwrite"
-        return "msfp sample" if condition is None else f"msfp sample --prompt {shlex.quote(condition)}"
+        return (
+            "msfp sample" if condition is None else f"msfp sample --prompt {shlex.quote(condition)}"
+        )

@@ -40,7 +40,12 @@ def make_pictures(
 
 
 def save_pictures(
-    sheets: Sequence[Sheet], conditions: Sequence[str | None], sampling: Sampling, directory: Path, *, overwrite: bool
+    sheets: Sequence[Sheet],
+    conditions: Sequence[str | None],
+    sampling: Sampling,
+    directory: Path,
+    *,
+    overwrite: bool,
 ) -> Path:
     """Write every picture as PNG, and a contact sheet with one row per model; return the contact sheet's path.
 
@@ -51,15 +56,22 @@ def save_pictures(
         for sheet in sheets:
             for i, picture in enumerate(sheet.pictures):
                 picture.save(
-                    temporary / f"{i:03d}-{_slug(conditions[i])}seed{sampling.seed + i}{_suffix(sheet, sheets)}.png"
+                    temporary
+                    / f"{i:03d}-{_slug(conditions[i])}seed{sampling.seed + i}{_suffix(sheet, sheets)}.png"
                 )
         titles = [sheet.title for sheet in sheets] if len(sheets) > 1 else []
-        contact_sheet([sheet.pictures for sheet in sheets], titles=titles).save(temporary / "sheet.png")
+        contact_sheet([sheet.pictures for sheet in sheets], titles=titles).save(
+            temporary / "sheet.png"
+        )
     return directory / "sheet.png"
 
 
 def contact_sheet(
-    rows: Sequence[Sequence[Image.Image]], *, titles: Sequence[str] = (), min_side: int = 128, gap: int = 4
+    rows: Sequence[Sequence[Image.Image]],
+    *,
+    titles: Sequence[str] = (),
+    min_side: int = 128,
+    gap: int = 4,
 ) -> Image.Image:
     """Lay pictures out row by row; small ones are enlarged without smoothing so that pixels can be seen.
 
@@ -71,11 +83,15 @@ def contact_sheet(
     factor = max(1, min_side // max(width, height))
     width, height, head = width * factor, height * factor, 24 if titles else 0
     columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, len(rows) * (head + height + gap) + gap), "white")
+    sheet = Image.new(
+        "RGB", (columns * (width + gap) + gap, len(rows) * (head + height + gap) + gap), "white"
+    )
     for y, row in enumerate(rows):
         top = gap + y * (head + height + gap)
         if titles:
-            ImageDraw.Draw(sheet).text((gap, top + 4), titles[y], fill="black", font=ImageFont.load_default(14))
+            ImageDraw.Draw(sheet).text(
+                (gap, top + 4), titles[y], fill="black", font=ImageFont.load_default(14)
+            )
         for x, picture in enumerate(row):
             enlarged = picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (gap + x * (width + gap), top + head))
@@ -84,9 +100,15 @@ def contact_sheet(
 
 def _slug(condition: str | None) -> str:
     """Turn a prompt into a piece of a file name."""
-    return "" if condition is None else re.sub(r"[^a-z0-9]+", "-", condition.lower()).strip("-")[:40] + "-"
+    return (
+        ""
+        if condition is None
+        else re.sub(r"[^a-z0-9]+", "-", condition.lower()).strip("-")[:40] + "-"
+    )
 
 
 def _suffix(sheet: Sheet, sheets: Sequence[Sheet]) -> str:
     """Name the model in the file name where there are several."""
-    return "" if len(sheets) == 1 else "-" + re.sub(r"[^a-z0-9]+", "-", sheet.title.lower()).strip("-")
+    return (
+        "" if len(sheets) == 1 else "-" + re.sub(r"[^a-z0-9]+", "-", sheet.title.lower()).strip("-")
+    )

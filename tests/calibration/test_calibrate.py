@@ -38,7 +38,9 @@ def assert_same_calibration(left: Calibration, right: Calibration) -> None:
     assert left.scales.keys() == right.scales.keys()
     for component, scales in left.scales.items():
         assert scales.keys() == right.scales[component].keys()
-        assert all(torch.equal(scale, right.scales[component][name]) for name, scale in scales.items())
+        assert all(
+            torch.equal(scale, right.scales[component][name]) for name, scale in scales.items()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,10 @@ def fashion_errors(fashion_recordings: Recordings) -> dict[str, float]:
     for formats in ("mixed", "signed", "integer"):
         pipe = load_pipeline(ModelSource(model=BUILT_IN), "cpu")
         calibration = calibrate_(pipe, *fashion_recordings, replace(UNLIFTED, formats=formats))
-        assert all(layer.reason != "lifted" and layer.sensitivity is None for layer in chosen(calibration).values())
+        assert all(
+            layer.reason != "lifted" and layer.sensitivity is None
+            for layer in chosen(calibration).values()
+        )
         errors[formats] = calibration.held_out_error["unet"]
     return errors
 
@@ -57,17 +62,26 @@ def test_mixed_formats_beat_signed_and_integer_ones(fashion_errors: dict[str, fl
     assert 0 < fashion_errors["mixed"] < min(fashion_errors["signed"], fashion_errors["integer"])
 
 
-def test_lifting_halves_the_error_within_its_budget(fashion_errors: dict[str, float], fashion_chained: Chained) -> None:
+def test_lifting_halves_the_error_within_its_budget(
+    fashion_errors: dict[str, float], fashion_chained: Chained
+) -> None:
     calibration = fashion_chained.calibration
     assert calibration.held_out_error["unet"] < 0.5 * fashion_errors["mixed"]
     lifted = [layer for layer in chosen(calibration).values() if layer.reason == "lifted"]
     spent = sum(layer.multiply_adds for layer in lifted)
-    assert 0 < spent <= calibration.recipe.lift * sum(layer.multiply_adds for layer in chosen(calibration).values())
+    assert (
+        0
+        < spent
+        <= calibration.recipe.lift
+        * sum(layer.multiply_adds for layer in chosen(calibration).values())
+    )
     assert {layer.parameters.weight.bits for layer in lifted} == {LIFTED_BITS}
     assert {layer.parameters.input.format.bits for layer in lifted} == {LIFTED_BITS}
 
 
-def test_layers_left_behind_fit_no_more_or_matter_less_than_those_lifted(fashion_chained: Chained) -> None:
+def test_layers_left_behind_fit_no_more_or_matter_less_than_those_lifted(
+    fashion_chained: Chained,
+) -> None:
     layers = chosen(fashion_chained.calibration).values()
     lifted = [layer for layer in layers if layer.reason == "lifted"]
     budget = fashion_chained.calibration.recipe.lift * sum(layer.multiply_adds for layer in layers)
@@ -75,12 +89,18 @@ def test_layers_left_behind_fit_no_more_or_matter_less_than_those_lifted(fashion
     for other in (layer for layer in layers if layer.reason == "default"):
         assert other.parameters.weight.bits == other.parameters.input.format.bits == 4
         gain = other.sensitivity / other.multiply_adds
-        assert other.multiply_adds > left or gain <= min(c.sensitivity / c.multiply_adds for c in lifted)
+        assert other.multiply_adds > left or gain <= min(
+            c.sensitivity / c.multiply_adds for c in lifted
+        )
 
 
-def test_trained_unet_takes_unsigned_formats_where_inputs_are_one_sided(fashion_chained: Chained) -> None:
+def test_trained_unet_takes_unsigned_formats_where_inputs_are_one_sided(
+    fashion_chained: Chained,
+) -> None:
     # SiLU, the activation before most convolutions, never goes below -0.2785.
-    inputs = [c for c in chosen(fashion_chained.calibration).values() if c.parameters.input is not None]
+    inputs = [
+        c for c in chosen(fashion_chained.calibration).values() if c.parameters.input is not None
+    ]
     layers = [c for c in inputs if c.parameters.input.format.bits == 4]
     one_sided = [c for c in layers if c.minimum > -0.2785 and c.maximum > 10 * 0.2785]
     assert len(one_sided) > 5
@@ -101,7 +121,9 @@ def test_outermost_layers_are_kept_in_floating_point_and_timestep_layers_at_eigh
             assert parameters.weight.bits == parameters.input.format.bits == 8
 
 
-def test_keep_rules_leave_layers_in_floating_point_or_at_their_bits(prompted_chained: Chained, tmp_path: Path) -> None:
+def test_keep_rules_leave_layers_in_floating_point_or_at_their_bits(
+    prompted_chained: Chained, tmp_path: Path
+) -> None:
     source = prompted_chained.calibration.source
     pipe = load_pipeline(source, "cpu")
     recordings = Recording(prompted_chained.run.recording), Recording(prompted_chained.run.held_out)
@@ -112,7 +134,11 @@ def test_keep_rules_leave_layers_in_floating_point_or_at_their_bits(prompted_cha
     assert attention
     for name in attention:
         if "to_out" in name:
-            assert layers[name].parameters.weight.bits == layers[name].parameters.input.format.bits == 6
+            assert (
+                layers[name].parameters.weight.bits
+                == layers[name].parameters.input.format.bits
+                == 6
+            )
         else:
             assert layers[name].parameters.weight is layers[name].parameters.input is None
             assert type(modules[name]) is nn.Linear
@@ -132,9 +158,15 @@ def test_keep_rules_leave_layers_in_floating_point_or_at_their_bits(prompted_cha
     ],
 )
 def test_only_the_formats_asked_for_are_candidates(
-    tiny_pipe: DiffusionPipeline, tiny_recordings: Recordings, formats: str, inputs: set[str], weights: set[str]
+    tiny_pipe: DiffusionPipeline,
+    tiny_recordings: Recordings,
+    formats: str,
+    inputs: set[str],
+    weights: set[str],
 ) -> None:
-    layers = chosen(calibrate_(tiny_pipe, *tiny_recordings, replace(QUICK, lift=0.0, formats=formats)))
+    layers = chosen(
+        calibrate_(tiny_pipe, *tiny_recordings, replace(QUICK, lift=0.0, formats=formats))
+    )
     default = [layer for layer in layers.values() if layer.reason == "default"]
     for layer in default:
         assert {score.format for score in layer.input_scores} == inputs
@@ -177,16 +209,27 @@ def test_calibrating_leaves_the_denoiser_quantized_and_measures_it(
 def test_equal_recipes_give_equal_calibrations(
     tiny_chained: Chained, tiny_pipe: DiffusionPipeline, tiny_recordings: Recordings
 ) -> None:
-    assert_same_calibration(calibrate_(tiny_pipe, *tiny_recordings, QUICK), tiny_chained.calibration)
+    assert_same_calibration(
+        calibrate_(tiny_pipe, *tiny_recordings, QUICK), tiny_chained.calibration
+    )
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"max_samples": 500}], ids=lambda change: next(iter(change)))
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"max_samples": 500}], ids=lambda change: next(iter(change))
+)
 def test_another_sample_gives_other_grids(
-    tiny_chained: Chained, tiny_pipe: DiffusionPipeline, tiny_recordings: Recordings, change: dict[str, int]
+    tiny_chained: Chained,
+    tiny_pipe: DiffusionPipeline,
+    tiny_recordings: Recordings,
+    change: dict[str, int],
 ) -> None:
     other = chosen(calibrate_(tiny_pipe, *tiny_recordings, replace(QUICK, lift=0.0, **change)))
-    grids = {name: layer.parameters.input for name, layer in chosen(tiny_chained.calibration).items()}
-    assert sum(layer.parameters.input != grids[name] for name, layer in other.items()) > len(grids) / 2
+    grids = {
+        name: layer.parameters.input for name, layer in chosen(tiny_chained.calibration).items()
+    }
+    assert (
+        sum(layer.parameters.input != grids[name] for name, layer in other.items()) > len(grids) / 2
+    )
 
 
 def test_more_sensitivity_calls_give_other_sensitivities(
@@ -215,7 +258,9 @@ def test_weight_that_is_not_finite_is_named(
     tiny_pipe: DiffusionPipeline, tiny_recordings: Recordings, name: str, value: float
 ) -> None:
     tiny_pipe.unet.get_submodule(name).weight.data.view(-1)[3] = value
-    with pytest.raises(CalibrationError, match=rf"the weight of layer '{name}' holds a NaN or infinity"):
+    with pytest.raises(
+        CalibrationError, match=rf"the weight of layer '{name}' holds a NaN or infinity"
+    ):
         calibrate_(tiny_pipe, *tiny_recordings, QUICK)
 
 
@@ -227,35 +272,47 @@ def test_activation_that_is_not_finite_is_named_with_its_timestep(
     timesteps = [call.timestep for call in recording.calls()]
     runs = iter(range(len(timesteps)))
 
-    def overflow_in_the_second_call(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def overflow_in_the_second_call(
+        module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> None:
         if next(runs) == 1:
             output.view(-1)[5] = value
 
     tiny_pipe.unet.mid_block.resnets[0].conv1.register_forward_hook(overflow_in_the_second_call)
-    # The layer that reads the value is the one with a bad input: between the two is a norm, which spreads a NaN.
+    # The layer that reads the value is the one with a bad input: between the two is a norm, which
+    # spreads a NaN.
     message = rf"the input of layer 'mid_block\.resnets\.0\.conv2' .* at timestep {timesteps[1]:g}; .*--dtype float32"
     with pytest.raises(CalibrationError, match=message):
         calibrate_(tiny_pipe, recording, held_out, QUICK)
 
 
-def test_calibration_comes_back_from_disk_as_it_was(fashion_chained: Chained, tmp_path: Path) -> None:
+def test_calibration_comes_back_from_disk_as_it_was(
+    fashion_chained: Chained, tmp_path: Path
+) -> None:
     fashion_chained.calibration.save(tmp_path / "calibration")
     loaded = Calibration.load(tmp_path / "calibration")
     assert_same_calibration(loaded, fashion_chained.calibration)
     loaded.save(tmp_path / "again")
     for name in ("calibration.json", "scales.safetensors"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "calibration" / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (
+            tmp_path / "calibration" / name
+        ).read_bytes()
 
 
 def test_loaded_calibration_quantizes_to_the_same_codes(
-    tiny_chained: Chained, tiny_pipe: DiffusionPipeline, tiny_recordings: Recordings, tiny_source: ModelSource
+    tiny_chained: Chained,
+    tiny_pipe: DiffusionPipeline,
+    tiny_recordings: Recordings,
+    tiny_source: ModelSource,
 ) -> None:
     calibrate_(tiny_pipe, *tiny_recordings, QUICK)
     other = load_pipeline(tiny_source, "cpu")
     quantize_(other.unet, tiny_chained.run.load_calibration(), "unet")
     state = other.unet.state_dict()
     assert state.keys() == tiny_pipe.unet.state_dict().keys()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in tiny_pipe.unet.state_dict().items())
+    assert all(
+        torch.equal(tensor, state[name]) for name, tensor in tiny_pipe.unet.state_dict().items()
+    )
 
 
 def test_saving_over_a_calibration_needs_leave(tiny_chained: Chained, tmp_path: Path) -> None:
@@ -303,7 +360,9 @@ DAMAGES = {
     "half a scales.safetensors": _truncate("scales.safetensors"),
     "no layers": _edit(lambda document: document.pop("layers")),
     "unknown setting": _edit(lambda document: document["recipe"].update(rotation=1)),
-    "unknown format": _edit(lambda document: document["layers"]["unet"]["conv_in"]["parameters"].update(weight="e9")),
+    "unknown format": _edit(
+        lambda document: document["layers"]["unet"]["conv_in"]["parameters"].update(weight="e9")
+    ),
     "layers of another kind": _edit(lambda document: document.update(layers=[])),
     "a list": lambda directory: (directory / "calibration.json").write_text("[]"),
     "newer": _edit(lambda document: document.update(schema=99, rotation=1)),
@@ -335,8 +394,12 @@ def test_missing_calibration_says_what_to_run(tmp_path: Path) -> None:
     ("num_shards", "batch_size", "expected"),
     [(3, 8, 3), (10, 8, 10), (25, 8, 10), (200, 1, 80), (7, 100, 1)],
 )
-def test_search_looks_at_a_fair_share_of_a_long_recording(num_shards: int, batch_size: int, expected: int) -> None:
-    recording: Any = SimpleNamespace(num_shards=num_shards, recipe={"record": {"batch_size": batch_size}})
+def test_search_looks_at_a_fair_share_of_a_long_recording(
+    num_shards: int, batch_size: int, expected: int
+) -> None:
+    recording: Any = SimpleNamespace(
+        num_shards=num_shards, recipe={"record": {"batch_size": batch_size}}
+    )
     shards = observed_shards(recording)
     assert len(set(shards)) == len(shards) == expected
     gaps = {after - before for before, after in zip(shards, [*shards[1:], num_shards], strict=True)}

@@ -40,13 +40,17 @@ class Reloaded:
 def draw(pipe: DiffusionPipeline) -> np.ndarray:
     """Draw one picture in two steps."""
     return np.asarray(
-        call_pipeline(pipe, CONDITIONS[conditioning_of(pipe)], Sampling(num_inference_steps=2, seed=7))[0]
+        call_pipeline(
+            pipe, CONDITIONS[conditioning_of(pipe)], Sampling(num_inference_steps=2, seed=7)
+        )[0]
     )
 
 
 @pytest.fixture(scope="module", params=BUILDERS)
 def reloaded(
-    request: pytest.FixtureRequest, tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Reloaded:
     """Chain one kind of pipeline and reload it in every way."""
     chained = chain(tiny(request.param), tmp_path_factory.mktemp("chain") / "run")
@@ -61,7 +65,9 @@ def reloaded(
 
 
 @pytest.mark.parametrize("way", ["stock", "wrapper"])
-def test_reloaded_export_draws_the_in_memory_picture_bit_for_bit(reloaded: Reloaded, way: str) -> None:
+def test_reloaded_export_draws_the_in_memory_picture_bit_for_bit(
+    reloaded: Reloaded, way: str
+) -> None:
     assert np.array_equal(reloaded.pictures[way], reloaded.pictures["memory"])
 
 
@@ -85,11 +91,17 @@ def test_every_layer_of_the_calibration_is_quantized_after_reloading(reloaded: R
         table = reloaded.chained.calibration.table(component)
         modules = dict(denoiser.named_modules())
         quantized = {
-            n: m.parameters_of for n, m in modules.items() if isinstance(m, QuantLinear | QuantConv2d | QuantEmbedding)
+            n: m.parameters_of
+            for n, m in modules.items()
+            if isinstance(m, QuantLinear | QuantConv2d | QuantEmbedding)
         }
         assert quantized == table
         original = find_denoisers(reloaded.float_pipe)[component]
-        assert set(table) == {n for n, m in original.named_modules() if type(m) in (nn.Linear, nn.Conv2d, nn.Embedding)}
+        assert set(table) == {
+            n
+            for n, m in original.named_modules()
+            if type(m) in (nn.Linear, nn.Conv2d, nn.Embedding)
+        }
 
 
 def test_quantization_moves_the_denoisers_output_a_little(reloaded: Reloaded) -> None:
@@ -102,7 +114,9 @@ def test_existing_calibration_is_refused_before_the_model_is_loaded(tiny_chained
         calibrate_run(tiny_chained.run, ModelSource(model="/no/such/model"), TWO_PICTURES, QUICK)
 
 
-def test_calibration_stores_what_was_asked_for(tiny_chained: Chained, tiny_source: ModelSource) -> None:
+def test_calibration_stores_what_was_asked_for(
+    tiny_chained: Chained, tiny_source: ModelSource
+) -> None:
     calibration = tiny_chained.calibration
     assert calibration.source == tiny_source
     assert calibration.recipe == QUICK
@@ -116,9 +130,12 @@ def test_prompts_are_read_one_a_line_without_empty_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "cannot read prompts"), (b"\n \n", "no prompts"), (b"\xff\xfe\x00", "cannot read")]
+    ("content", "message"),
+    [(None, "cannot read prompts"), (b"\n \n", "no prompts"), (b"\xff\xfe\x00", "cannot read")],
 )
-def test_useless_prompt_files_are_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_useless_prompt_files_are_refused(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
     path = tmp_path / "prompts.txt"
     if content is not None:
         path.write_bytes(content)
@@ -144,18 +161,30 @@ def test_recorded_conditions_follow_from_the_pipeline(tiny: Callable[[str], Path
     assert conditions("StableDiffusionPipeline", options) == default_prompts("any")[:4]
     given = RecordOptions(prompts=("a", "b", "c"))
     assert conditions("StableDiffusionPipeline", given) == ("a", "b", "c")
-    assert conditions("StableDiffusionPipeline", replace(given, num_images=5)) == ("a", "b", "a", "b", "c")
+    assert conditions("StableDiffusionPipeline", replace(given, num_images=5)) == (
+        "a",
+        "b",
+        "a",
+        "b",
+        "c",
+    )
     assert conditions("StableDiffusionPipeline", replace(given, num_images=2)) == ("a", "b")
 
 
-@pytest.mark.parametrize(("large", "num_images"), [(False, 800), (True, 200)], ids=["small", "large"])
+@pytest.mark.parametrize(
+    ("large", "num_images"), [(False, 800), (True, 200)], ids=["small", "large"]
+)
 def test_pictures_that_nobody_counted_are_many_and_leave_prompts_to_evaluate_on(
     large: bool, num_images: int, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if large:
         monkeypatch.setattr("msfp_cli.recording.record.LARGE", 1000)
     source = ModelSource(model=BUILT_IN)
-    for name, num_conditions in (("StableDiffusionPipeline", 200), ("DiTPipeline", 200), ("DDIMPipeline", 1)):
+    for name, num_conditions in (
+        ("StableDiffusionPipeline", 200),
+        ("DiTPipeline", 200),
+        ("DDIMPipeline", 1),
+    ):
         pipe = load_pipeline(ModelSource(model=str(tiny(name))), "cpu")
         chosen, held_out = record_recipes(pipe, source, RecordOptions())
         assert len(chosen.conditions) + len(held_out.conditions) == num_images
@@ -164,15 +193,21 @@ def test_pictures_that_nobody_counted_are_many_and_leave_prompts_to_evaluate_on(
 
 
 @pytest.mark.parametrize("asked", [None, 0.0, 2.0])
-def test_guidance_is_what_was_asked_for_else_the_models_own(tiny: Callable[[str], Path], asked: float | None) -> None:
+def test_guidance_is_what_was_asked_for_else_the_models_own(
+    tiny: Callable[[str], Path], asked: float | None
+) -> None:
     pipe = load_pipeline(ModelSource(model=str(tiny("StableDiffusionPipeline"))), "cpu")
     options = RecordOptions(num_images=2, guidance_scale=asked)
     for model, default in ((BUILT_IN, BUILT_IN_GUIDANCE), ("any", 7.5)):
         recipes = record_recipes(pipe, ModelSource(model=model), options)
-        assert {recipe.guidance_scale for recipe in recipes} == {default if asked is None else asked}
+        assert {recipe.guidance_scale for recipe in recipes} == {
+            default if asked is None else asked
+        }
 
 
-def test_chain_reuses_the_recording_of_an_interrupted_calibration(tiny_chained: Chained, tmp_path: Path) -> None:
+def test_chain_reuses_the_recording_of_an_interrupted_calibration(
+    tiny_chained: Chained, tmp_path: Path
+) -> None:
     run = Run(tmp_path / "run")
     calibrate_run(run, tiny_chained.calibration.source, TWO_PICTURES, QUICK)
     before = (run.recording / "00000.safetensors").stat()

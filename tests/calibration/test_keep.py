@@ -4,7 +4,9 @@ from msfp_cli.calibration.keep import KeepRule, parse_bits
 from msfp_cli.errors import UsageError
 
 
-@pytest.mark.parametrize(("text", "bits"), [("4", 4), (" 8 ", 8), ("2", 2), ("none", None), ("None", None)])
+@pytest.mark.parametrize(
+    ("text", "bits"), [("4", 4), (" 8 ", 8), ("2", 2), ("none", None), ("None", None)]
+)
 def test_bits_are_a_number_or_none(text: str, bits: int | None) -> None:
     assert parse_bits(text, "--weights") == bits
 

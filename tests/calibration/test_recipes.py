@@ -15,9 +15,21 @@ from msfp_cli.recording.recipe import RecordRecipe, recorded_conditions, split_h
 RECIPES: list[Recipe] = [
     ModelSource(model="a/b"),
     ModelSource(model="msfp:fashion", revision="main", variant="fp16", dtype="bfloat16"),
-    RecordRecipe(conditions=("a cat", None), num_inference_steps=None, guidance_scale=7.5, seed=3, batch_size=2),
+    RecordRecipe(
+        conditions=("a cat", None),
+        num_inference_steps=None,
+        guidance_scale=7.5,
+        seed=3,
+        batch_size=2,
+    ),
     CalibrateRecipe(),
-    CalibrateRecipe(weights=None, activations=6, formats="e2m3,ue2m4", keep=("conv_in:none", "*attn*:6"), lift=0.5),
+    CalibrateRecipe(
+        weights=None,
+        activations=6,
+        formats="e2m3,ue2m4",
+        keep=("conv_in:none", "*attn*:6"),
+        lift=0.5,
+    ),
     FinetuneRecipe(),
     FinetuneRecipe(
         steps=5,
@@ -122,9 +134,18 @@ NOT_POSITIVE = [0.0, -1e-3, float("inf"), float("nan")]
         ({"loss": "best"}, "loss 'best'; choose one of dfa, plain"),
         ({"timesteps": "best"}, "timesteps 'best'; choose one of error, uniform"),
         ({"mixed_precision": "fp16"}, "--mixed-precision 'fp16'; choose one of no, bf16"),
-        *(({"learning_rate": rate}, f"^--learning-rate must be positive, got {rate:g}") for rate in NOT_POSITIVE),
-        *(({"router_learning_rate": rate}, f"--router-learning-rate must .*, got {rate:g}") for rate in NOT_POSITIVE),
-        *(({"input_learning_rate": rate}, f"--input-learning-rate must .*, got {rate:g}") for rate in NOT_POSITIVE[1:]),
+        *(
+            ({"learning_rate": rate}, f"^--learning-rate must be positive, got {rate:g}")
+            for rate in NOT_POSITIVE
+        ),
+        *(
+            ({"router_learning_rate": rate}, f"--router-learning-rate must .*, got {rate:g}")
+            for rate in NOT_POSITIVE
+        ),
+        *(
+            ({"input_learning_rate": rate}, f"--input-learning-rate must .*, got {rate:g}")
+            for rate in NOT_POSITIVE[1:]
+        ),
     ],
 )
 def test_finetune_recipe_refuses_by_name(arguments: dict[str, Any], message: str) -> None:
@@ -141,7 +162,9 @@ def test_unknown_dtype_lists_the_known() -> None:
         ModelSource(model="x", dtype="int4")
 
 
-@pytest.mark.parametrize(("images", "batch", "shards"), [(1, 8, 1), (8, 8, 1), (9, 8, 2), (5, 1, 5)])
+@pytest.mark.parametrize(
+    ("images", "batch", "shards"), [(1, 8, 1), (8, 8, 1), (9, 8, 2), (5, 1, 5)]
+)
 def test_shards_cover_all_images(images: int, batch: int, shards: int) -> None:
     assert RecordRecipe(conditions=(None,) * images, batch_size=batch).num_shards == shards
 
@@ -154,14 +177,22 @@ def test_last_matching_rule_wins_and_default_comes_first() -> None:
     assert CalibrateRecipe(keep=("conv_in:5", "*:6")).kept_bits("conv_in") == (True, 6)
 
 
-@pytest.mark.parametrize("name", ["conv_in", "conv_out", "x_embedder", "proj_out", "proj_out_2", "pos_embed.proj"])
+@pytest.mark.parametrize(
+    "name", ["conv_in", "conv_out", "x_embedder", "proj_out", "proj_out_2", "pos_embed.proj"]
+)
 def test_default_policy_keeps_first_and_last_layers_in_floating_point(name: str) -> None:
     assert CalibrateRecipe().kept_bits(name) == (True, None)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["time_embedding.linear_1", "time_embedding.linear_2", "context_embedder", "norm_out.linear", "proj_out_1"]
+    [
+        "time_embedding.linear_1",
+        "time_embedding.linear_2",
+        "context_embedder",
+        "norm_out.linear",
+        "proj_out_1",
+    ]
     + ["adaln_single.linear", "time_text_embed.timestep_embedder.linear_1"],
 )
 def test_default_policy_keeps_layers_on_timestep_and_text_at_8_bits(name: str) -> None:
@@ -170,7 +201,12 @@ def test_default_policy_keeps_layers_on_timestep_and_text_at_8_bits(name: str) -
 
 @pytest.mark.parametrize(
     "name",
-    ["mid_block.resnets.0.conv1", "down_blocks.0.resnets.0.time_emb_proj", "mid.attentions.0.proj_out", "mid.conv_in"],
+    [
+        "mid_block.resnets.0.conv1",
+        "down_blocks.0.resnets.0.time_emb_proj",
+        "mid.attentions.0.proj_out",
+        "mid.conv_in",
+    ],
 )
 def test_default_policy_leaves_inner_layers_to_the_search(name: str) -> None:
     assert CalibrateRecipe().kept_bits(name) == (False, None)
@@ -209,7 +245,9 @@ def test_list_of_4_bit_formats_leaves_8_bit_layers_a_free_choice() -> None:
         (4, "e1m2 e2m1 e3m0 ue1m3 ue2m2 ue3m1 ue4m0", "e1m2 e2m1 e3m0"),
     ],
 )
-def test_free_choice_is_among_formats_that_8_bit_units_hold(bits: int, inputs: str, weights: str) -> None:
+def test_free_choice_is_among_formats_that_8_bit_units_hold(
+    bits: int, inputs: str, weights: str
+) -> None:
     recipe = CalibrateRecipe(weights=bits, activations=bits)
     assert [fmt.name for fmt in recipe.input_formats(bits)] == inputs.split()
     assert [fmt.name for fmt in recipe.weight_formats(bits)] == weights.split()
@@ -217,18 +255,26 @@ def test_free_choice_is_among_formats_that_8_bit_units_hold(bits: int, inputs: s
 
 def test_formats_asked_for_by_name_may_be_any() -> None:
     recipe = CalibrateRecipe(weights=8, activations=8, formats="e4m3")
-    assert [fmt.name for fmt in recipe.input_formats(8)] == [fmt.name for fmt in recipe.weight_formats(8)] == ["e4m3"]
+    assert (
+        [fmt.name for fmt in recipe.input_formats(8)]
+        == [fmt.name for fmt in recipe.weight_formats(8)]
+        == ["e4m3"]
+    )
 
 
 @given(st.integers(1, 60), st.integers(1, 200))
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_conditions_that_are_not_held_out_come_again_where_more_pictures_are_asked_for(known: int, asked: int) -> None:
+def test_conditions_that_are_not_held_out_come_again_where_more_pictures_are_asked_for(
+    known: int, asked: int
+) -> None:
     conditions = tuple(str(i) for i in range(known))
     chosen, held_out = recorded_conditions(conditions, asked)
     distinct, same = split_held_out(conditions)
     assert held_out == same
     assert len(chosen) == max(len(distinct), asked - len(held_out))
-    assert {chosen.count(condition) for condition in distinct} <= {len(chosen) // len(distinct) + i for i in (0, 1)}
+    assert {chosen.count(condition) for condition in distinct} <= {
+        len(chosen) // len(distinct) + i for i in (0, 1)
+    }
     assert chosen[: len(distinct)] == distinct
 
 

@@ -74,22 +74,34 @@ def test_new_process_draws_the_in_memory_picture_bit_for_bit(
 ) -> None:
     pipe = load_calibrated(fashion_chained.calibration, "cpu")
     generator = torch.Generator().manual_seed(3)
-    picture = pipe("a red dress", num_inference_steps=2, generator=generator, output_type="np").images
+    picture = pipe(
+        "a red dress", num_inference_steps=2, generator=generator, output_type="np"
+    ).images
     assert fresh_process[1] == hashlib.sha256(np.ascontiguousarray(picture).tobytes()).hexdigest()
 
 
-def test_trained_denoiser_shrinks_to_less_than_a_third_of_half_precision(fashion_chained: Chained) -> None:
+def test_trained_denoiser_shrinks_to_less_than_a_third_of_half_precision(
+    fashion_chained: Chained,
+) -> None:
     # The built-in model is stored in half precision.
     half = (built_in_directory() / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
     size = (fashion_chained.export / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
     assert size <= 0.32 * half
     assert fashion_chained.report.denoiser_bytes == size
     assert fashion_chained.report.half_precision_bytes == pytest.approx(half, rel=0.01)
-    assert fashion_chained.report.ratio == fashion_chained.report.to_json()["ratio"] == pytest.approx(size / half, 0.01)
+    assert (
+        fashion_chained.report.ratio
+        == fashion_chained.report.to_json()["ratio"]
+        == pytest.approx(size / half, 0.01)
+    )
 
 
-def test_saving_what_was_loaded_gives_the_same_bytes(prompted_chained: Chained, tmp_path: Path) -> None:
-    MSFPPipeline.from_pretrained(prompted_chained.export, device="cpu").save_pretrained(tmp_path / "again")
+def test_saving_what_was_loaded_gives_the_same_bytes(
+    prompted_chained: Chained, tmp_path: Path
+) -> None:
+    MSFPPipeline.from_pretrained(prompted_chained.export, device="cpu").save_pretrained(
+        tmp_path / "again"
+    )
     assert files_of(tmp_path / "again") == files_of(prompted_chained.export)
 
 
@@ -118,12 +130,16 @@ def test_export_holds_codes_and_scales_in_place_of_weights(tiny_chained: Chained
         assert f"{name}.weight" not in tensors
         bits = layer.parameters.weight.bits
         assert tensors[f"{name}.weight_codes"].nbytes == -(-layer.num_weights * bits // 8)
-        assert torch.equal(tensors[f"{name}.weight_scale"], tiny_chained.calibration.scales["unet"][name])
+        assert torch.equal(
+            tensors[f"{name}.weight_scale"], tiny_chained.calibration.scales["unet"][name]
+        )
 
 
 def test_exported_files_are_readable_by_others(tiny_chained: Chained) -> None:
     assert tiny_chained.export.stat().st_mode & 0o777 == 0o755
-    assert {p.stat().st_mode & 0o444 for p in tiny_chained.export.rglob("*") if p.is_file()} == {0o444}
+    assert {p.stat().st_mode & 0o444 for p in tiny_chained.export.rglob("*") if p.is_file()} == {
+        0o444
+    }
 
 
 @pytest.mark.parametrize(("weights", "activations"), [(None, 4), (4, None), (2, 3), (6, 6), (8, 8)])
@@ -155,7 +171,9 @@ def sharded(tiny_chained: Chained, tmp_path: Path) -> Path:
 
 
 def test_sharded_export_draws_the_same_pictures(sharded: Path, tiny_chained: Chained) -> None:
-    whole, parts = (MSFPPipeline.from_pretrained(d, device="cpu").pipe for d in (tiny_chained.export, sharded))
+    whole, parts = (
+        MSFPPipeline.from_pretrained(d, device="cpu").pipe for d in (tiny_chained.export, sharded)
+    )
     assert np.array_equal(draw(parts), draw(whole))
 
 
@@ -169,7 +187,9 @@ def test_every_shard_of_an_export_is_verified(sharded: Path) -> None:
     MSFPPipeline.from_pretrained(sharded, device="cpu")
 
 
-def test_existing_directory_is_refused_and_left_alone(tiny_chained: Chained, tmp_path: Path) -> None:
+def test_existing_directory_is_refused_and_left_alone(
+    tiny_chained: Chained, tmp_path: Path
+) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     with pytest.raises(RunError, match="exists already; use --overwrite"):
@@ -178,7 +198,9 @@ def test_existing_directory_is_refused_and_left_alone(tiny_chained: Chained, tmp
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])
-def test_overwriting_never_deletes_what_is_not_ours(tiny_chained: Chained, tmp_path: Path, kind: str) -> None:
+def test_overwriting_never_deletes_what_is_not_ours(
+    tiny_chained: Chained, tmp_path: Path, kind: str
+) -> None:
     mine = tmp_path / "mine" / "thesis.txt"
     mine.parent.mkdir()
     mine.write_text("keep me")
@@ -199,7 +221,11 @@ def test_overwriting_replaces_the_whole_directory(
 
 @pytest.mark.parametrize("existing", [False, True])
 def test_failed_save_leaves_nothing_new_and_nothing_lost(
-    tiny_chained: Chained, copied: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
+    tiny_chained: Chained,
+    copied: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    existing: bool,
 ) -> None:
     pipe = MSFPPipeline.from_pretrained(tiny_chained.export, device="cpu").pipe
     if existing:
@@ -219,7 +245,9 @@ def test_failed_save_leaves_nothing_new_and_nothing_lost(
 
 def now_as_best(tuned: Tuned) -> Tuned:
     """Return a state as if the last update had been the best."""
-    return replace(tuned, tensors={f"best/{name}": tensor for name, tensor in tuned.state("now").items()})
+    return replace(
+        tuned, tensors={f"best/{name}": tensor for name, tensor in tuned.state("now").items()}
+    )
 
 
 def held_out_errors(denoiser: torch.nn.Module, run: Run, component: str) -> OutputError:
@@ -227,7 +255,9 @@ def held_out_errors(denoiser: torch.nn.Module, run: Run, component: str) -> Outp
     return output_error(denoiser, Recording(run.held_out).calls(component))
 
 
-@pytest.mark.parametrize("name", ["DDIMPipeline", "StableDiffusionXLPipeline", "FluxPipeline", "DiTPipeline"])
+@pytest.mark.parametrize(
+    "name", ["DDIMPipeline", "StableDiffusionXLPipeline", "FluxPipeline", "DiTPipeline"]
+)
 def test_fine_tuned_export_computes_bit_for_bit_what_was_trained(
     name: str, fresh_run: Callable[..., Run], tmp_path: Path
 ) -> None:
@@ -249,10 +279,14 @@ def test_fine_tuned_export_computes_bit_for_bit_what_was_trained(
     assert tuned.unit == (1000.0 if name == "FluxPipeline" else 1.0)
 
 
-def test_best_state_is_exported_and_not_the_last(fresh_run: Callable[..., Run], tmp_path: Path) -> None:
+def test_best_state_is_exported_and_not_the_last(
+    fresh_run: Callable[..., Run], tmp_path: Path
+) -> None:
     run = fresh_run("DDIMPipeline")
     tuned, calibration = train(run), run.load_calibration()
-    spoilt = {n: torch.full_like(t, 7) if n.startswith("now/") else t for n, t in tuned.tensors.items()}
+    spoilt = {
+        n: torch.full_like(t, 7) if n.startswith("now/") else t for n, t in tuned.tensors.items()
+    }
     worse = replace(tuned.history[-1], step=99, error=tuned.best.error * 2)
     export_(
         calibration,
@@ -298,7 +332,9 @@ def test_only_layers_that_switch_hold_several_sets_of_weights(tiny_tuned: Finetu
     assert tensors[f"{ROUTER}.table"].shape == (TABLE_SIZE, switching)
 
 
-def test_table_of_the_export_is_the_routers_choice_at_every_trained_timestep(tiny_tuned: Finetuned) -> None:
+def test_table_of_the_export_is_the_routers_choice_at_every_trained_timestep(
+    tiny_tuned: Finetuned,
+) -> None:
     denoiser = DiffusionPipeline.from_pretrained(tiny_tuned.export).unet
     names = tuned_names(tiny_tuned.calibration.table("unet"))
     members = served(tiny_tuned.tuned, names)
@@ -309,7 +345,9 @@ def test_table_of_the_export_is_the_routers_choice_at_every_trained_timestep(tin
             assert sorted(set(members[name]))[choice] == members[name][position]
 
 
-def test_hub_that_training_has_not_touched_costs_nothing(fresh_run: Callable[..., Run], tmp_path: Path) -> None:
+def test_hub_that_training_has_not_touched_costs_nothing(
+    fresh_run: Callable[..., Run], tmp_path: Path
+) -> None:
     run = fresh_run("DDIMPipeline")
     tuned, calibration = train(run, stop=lambda: True), run.load_calibration()
     first = replace(tuned, history=tuned.history[:1], tensors=untouched(tuned))
@@ -332,7 +370,9 @@ def untouched(tuned: Tuned) -> dict[str, torch.Tensor]:
 def test_hub_of_one_needs_no_router(fresh_run: Callable[..., Run], tmp_path: Path) -> None:
     run = fresh_run()
     tuned = train(run, replace(FEW_UPDATES, hub_size=1, steps=2, evaluate_every=2))
-    report = export_(run.load_calibration(), tmp_path / "export", tuned={"transformer": tuned}, device="cpu")
+    report = export_(
+        run.load_calibration(), tmp_path / "export", tuned={"transformer": tuned}, device="cpu"
+    )
     denoiser = DiffusionPipeline.from_pretrained(tmp_path / "export").transformer
     assert not hasattr(denoiser, ROUTER)
     assert {layer.parameters_of.hub for layer in quantized_layers(denoiser).values()} == {1}
@@ -354,11 +394,17 @@ def test_hub_bytes_are_what_the_hub_takes_on_disk(tiny_tuned: Finetuned, plain: 
         return len(content) - 8 - int.from_bytes(content[:8], "little")
 
     assert tiny_tuned.report.hub_bytes > TABLE_SIZE
-    assert tiny_tuned.report.hub_bytes == bytes_without_header(tiny_tuned.export) - bytes_without_header(plain)
+    assert tiny_tuned.report.hub_bytes == bytes_without_header(
+        tiny_tuned.export
+    ) - bytes_without_header(plain)
 
 
-def test_saving_a_fine_tuned_export_again_gives_the_same_bytes(tiny_tuned: Finetuned, tmp_path: Path) -> None:
-    MSFPPipeline.from_pretrained(tiny_tuned.export, device="cpu").save_pretrained(tmp_path / "again")
+def test_saving_a_fine_tuned_export_again_gives_the_same_bytes(
+    tiny_tuned: Finetuned, tmp_path: Path
+) -> None:
+    MSFPPipeline.from_pretrained(tiny_tuned.export, device="cpu").save_pretrained(
+        tmp_path / "again"
+    )
     assert files_of(tmp_path / "again") == files_of(tiny_tuned.export)
 
 
@@ -374,7 +420,9 @@ def test_calibrated_leaves_the_fine_tuning_out(
         assert ("layers switch between sets of weights" in result.stderr) == (expected != plain)
 
 
-def test_sharded_fine_tuned_export_draws_the_same_pictures(tiny_tuned: Finetuned, tmp_path: Path) -> None:
+def test_sharded_fine_tuned_export_draws_the_same_pictures(
+    tiny_tuned: Finetuned, tmp_path: Path
+) -> None:
     pipe = DiffusionPipeline.from_pretrained(tiny_tuned.export)
     pipe.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
     assert len(list((tmp_path / "sharded" / "unet").glob("*.safetensors"))) > 1

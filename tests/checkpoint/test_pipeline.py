@@ -68,7 +68,9 @@ def _rewrite(denoiser: Path, *, drop: str = "", digest: bool = True) -> None:
     """Write the file again without the first tensor whose name ends so, or without the digest."""
     path = tensors_of(denoiser)
     with safe_open(path, framework="pt") as file:
-        metadata = {key: value for key, value in file.metadata().items() if digest or key != "msfp_digest"}
+        metadata = {
+            key: value for key, value in file.metadata().items() if digest or key != "msfp_digest"
+        }
     tensors = load_file(path)
     if drop:
         del tensors[next(name for name in sorted(tensors) if name.endswith(drop))]
@@ -115,7 +117,9 @@ def unknown_key(denoiser: Path) -> None:
 
 def unknown_layer(denoiser: Path) -> None:
     """Name a layer that the denoiser does not have."""
-    _change_config(denoiser, lambda config: config["layers"].update(nowhere=config["layers"]["conv_in"]))
+    _change_config(
+        denoiser, lambda config: config["layers"].update(nowhere=config["layers"]["conv_in"])
+    )
 
 
 def unknown_format(denoiser: Path) -> None:
@@ -162,7 +166,10 @@ def _from_wrapper(directory: Path) -> object:
     return MSFPPipeline.from_pretrained(directory, device="cpu")
 
 
-ENTRY_POINTS = {"MSFPPipeline": _from_wrapper, "DiffusionPipeline": DiffusionPipeline.from_pretrained}
+ENTRY_POINTS = {
+    "MSFPPipeline": _from_wrapper,
+    "DiffusionPipeline": DiffusionPipeline.from_pretrained,
+}
 
 
 @pytest.mark.parametrize("entry", ENTRY_POINTS)
@@ -182,10 +189,15 @@ def test_broken_export_is_refused_in_one_helpful_line(
         ENTRY_POINTS[entry](directory)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
-    assert any(hint in message for hint in ("export again", "export it again", "export or download it again", *HINTS))
+    assert any(
+        hint in message
+        for hint in ("export again", "export it again", "export or download it again", *HINTS)
+    )
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_scale_bit, newer_schema], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize(
+    "damage", [truncate, flip_scale_bit, newer_schema], ids=lambda damage: damage.__name__
+)
 def test_sampling_a_broken_export_fails_with_one_line(
     tiny_chained: Chained, copied: Callable[..., Path], msfp: Invoke, damage: Damage
 ) -> None:
@@ -199,10 +211,14 @@ def test_sampling_a_broken_export_fails_with_one_line(
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "null", '{"quantization_config": 3}'])
-def test_config_that_is_no_config_is_refused(tiny_chained: Chained, copied: Callable[..., Path], content: str) -> None:
+def test_config_that_is_no_config_is_refused(
+    tiny_chained: Chained, copied: Callable[..., Path], content: str
+) -> None:
     directory = copied(tiny_chained.export)
     (directory / "unet" / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match="config.json is damaged .*; export or download it again"):
+    with pytest.raises(
+        CheckpointError, match="config.json is damaged .*; export or download it again"
+    ):
         MSFPPipeline.from_pretrained(directory, device="cpu")
 
 
@@ -218,7 +234,9 @@ def test_directory_without_an_index_is_no_export(tmp_path: Path) -> None:
 
 def test_float_models_are_not_quantized_while_they_load(tiny: Callable[[str], Path]) -> None:
     unet = type(DiffusionPipeline.from_pretrained(tiny("DDIMPipeline")).unet)
-    with pytest.raises(CheckpointError, match="exported models only; make one with `msfp calibrate`"):
+    with pytest.raises(
+        CheckpointError, match="exported models only; make one with `msfp calibrate`"
+    ):
         unet.from_pretrained(tiny("DDIMPipeline") / "unet", quantization_config=MSFPConfig())
 
 
@@ -241,18 +259,26 @@ def test_wrapper_stands_in_for_the_stock_pipeline(wrapper: MSFPPipeline) -> None
         _ = wrapper.no_such_part
 
 
-def test_description_names_the_source_and_the_formats(wrapper: MSFPPipeline, prompted_chained: Chained) -> None:
+def test_description_names_the_source_and_the_formats(
+    wrapper: MSFPPipeline, prompted_chained: Chained
+) -> None:
     (line,) = wrapper.describe().splitlines()
     table = prompted_chained.calibration.table("unet").values()
     unsigned = sum(not p.input.format.signed for p in table)
-    assert line.startswith(f"unet: {len(table)} quantized layers of {prompted_chained.calibration.source.model};")
+    assert line.startswith(
+        f"unet: {len(table)} quantized layers of {prompted_chained.calibration.source.model};"
+    )
     assert {str(p.weight) for p in table} <= set(line.replace(";", "").split())
     assert {str(p.input.format) for p in table} <= set(line.replace(",", "").split())
     assert f", {unsigned} of them unsigned; run by cpu (" in line
 
 
-@pytest.mark.parametrize("other", [{"kernel": "reference"}, {"kernel": "cpu", "keep_packed": True}], ids=str)
-def test_kernels_in_integers_draw_the_same_picture(other: dict[str, Any], fashion_chained: Chained) -> None:
+@pytest.mark.parametrize(
+    "other", [{"kernel": "reference"}, {"kernel": "cpu", "keep_packed": True}], ids=str
+)
+def test_kernels_in_integers_draw_the_same_picture(
+    other: dict[str, Any], fashion_chained: Chained
+) -> None:
     if other["kernel"] == "reference" and not torch.cpu._is_vnni_supported():
         pytest.skip("without VNNI the layers at 8 bits are simulated")
     pictures = []
@@ -263,15 +289,21 @@ def test_kernels_in_integers_draw_the_same_picture(other: dict[str, Any], fashio
         drawn = pipe("a red dress", num_inference_steps=4, guidance_scale=3.0, generator=generator)
         pictures.append(np.asarray(drawn.images[0]).astype(int))
     assert np.array_equal(pictures[0], pictures[1])
-    assert 0 < np.abs(pictures[0] - pictures[2]).mean() < 10  # sums in floating point move a code here and there
+    assert (
+        0 < np.abs(pictures[0] - pictures[2]).mean() < 10
+    )  # sums in floating point move a code here and there
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says which files are mapped")
+@pytest.mark.skipif(
+    not Path("/proc/self/maps").exists(), reason="only Linux says which files are mapped"
+)
 def test_laid_out_weights_leave_the_file(tiny_chained: Chained, tmp_path: Path) -> None:
     shutil.copytree(tiny_chained.export, tmp_path / "export")
 
     def is_mapped(*, keep_packed: bool) -> bool:
-        pipe = MSFPPipeline.from_pretrained(tmp_path / "export", device="cpu", keep_packed=keep_packed)
+        pipe = MSFPPipeline.from_pretrained(
+            tmp_path / "export", device="cpu", keep_packed=keep_packed
+        )
         assert len(quantized_layers(pipe.unet)) > 0
         return str(tmp_path / "export") in Path("/proc/self/maps").read_text()
 
@@ -294,8 +326,12 @@ def test_configs_are_read_by_component(prompted_chained: Chained) -> None:
 @torch.no_grad()
 def test_half_precision_leaves_codes_and_scales_alone(tiny_chained: Chained) -> None:
     full = MSFPPipeline.from_pretrained(tiny_chained.export, device="cpu")
-    pipe = MSFPPipeline.from_pretrained(tiny_chained.export, dtype=torch.bfloat16, device="cpu").pipe
-    layers = {n: m for n, m in pipe.unet.named_modules() if isinstance(m, QuantLinear | QuantConv2d)}
+    pipe = MSFPPipeline.from_pretrained(
+        tiny_chained.export, dtype=torch.bfloat16, device="cpu"
+    ).pipe
+    layers = {
+        n: m for n, m in pipe.unet.named_modules() if isinstance(m, QuantLinear | QuantConv2d)
+    }
     for name, layer in layers.items():
         assert layer.bias is None or layer.bias.dtype == torch.bfloat16
         assert layer.packed_codes().dtype == torch.uint8
@@ -310,7 +346,11 @@ def flip_table(denoiser: Path) -> None:
     path = tensors_of(denoiser)
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
-    flip(path, 8 + length + json.loads(content[8 : 8 + length])[f"{ROUTER}.table"]["data_offsets"][0], 1)
+    flip(
+        path,
+        8 + length + json.loads(content[8 : 8 + length])[f"{ROUTER}.table"]["data_offsets"][0],
+        1,
+    )
 
 
 def lose_table(denoiser: Path) -> None:
@@ -333,14 +373,18 @@ def another_unit(denoiser: Path) -> None:
 
 
 @pytest.mark.parametrize("entry", ENTRY_POINTS)
-@pytest.mark.parametrize("damage", [flip_table, lose_table, fewer_members, another_unit], ids=lambda d: d.__name__)
+@pytest.mark.parametrize(
+    "damage", [flip_table, lose_table, fewer_members, another_unit], ids=lambda d: d.__name__
+)
 def test_broken_router_is_refused_in_one_helpful_line(
     tiny_tuned: Finetuned, copied: Callable[..., Path], damage: Damage, entry: str
 ) -> None:
     directory = copied(tiny_tuned.export)
     ENTRY_POINTS[entry](directory)
     damage(directory / "unet")
-    with pytest.raises(CheckpointError, match="altered.*export (or download )?(it )?again") as caught:
+    with pytest.raises(
+        CheckpointError, match="altered.*export (or download )?(it )?again"
+    ) as caught:
         ENTRY_POINTS[entry](directory)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -348,12 +392,19 @@ def test_broken_router_is_refused_in_one_helpful_line(
 @torch.no_grad()
 def test_timestep_decides_which_set_of_weights_serves(tiny_tuned: Finetuned) -> None:
     unet = MSFPPipeline.from_pretrained(tiny_tuned.export, device="cpu").unet
-    layers = [m for m in unet.modules() if isinstance(m, QuantLinear | QuantConv2d) and m.parameters_of.hub > 1]
+    layers = [
+        m
+        for m in unet.modules()
+        if isinstance(m, QuantLinear | QuantConv2d) and m.parameters_of.hub > 1
+    ]
     seen: dict[float, list[list[int]]] = {}
     timesteps = tiny_tuned.tuned.timesteps
     for timestep in (*timesteps, *reversed(timesteps)):
         members: list[int] = []
-        handles = [m.register_forward_pre_hook(lambda m, args, to=members: to.append(m.member())) for m in layers]
+        handles = [
+            m.register_forward_pre_hook(lambda m, args, to=members: to.append(m.member()))
+            for m in layers
+        ]
         unet(torch.zeros(1, 3, 16, 16), torch.tensor(timestep))
         seen.setdefault(timestep, []).append(members)
         for handle in handles:
@@ -364,11 +415,15 @@ def test_timestep_decides_which_set_of_weights_serves(tiny_tuned: Finetuned) -> 
 
 def test_layer_that_switches_needs_its_denoiser_to_run(tiny_tuned: Finetuned) -> None:
     unet = MSFPPipeline.from_pretrained(tiny_tuned.export, device="cpu").unet
-    layer = next(m for m in unet.modules() if isinstance(m, QuantLinear) and m.parameters_of.hub > 1)
+    layer = next(
+        m for m in unet.modules() if isinstance(m, QuantLinear) and m.parameters_of.hub > 1
+    )
     for _ in range(2):
         with pytest.raises(MsfpError, match="outside its denoiser"):
             layer(torch.zeros(1, layer.in_features))
-        with pytest.raises(RuntimeError):  # wrong number of channels: the denoiser fails within a call
+        with pytest.raises(
+            RuntimeError
+        ):  # wrong number of channels: the denoiser fails within a call
             unet(torch.zeros(1, 5, 16, 16), 500)
     with pytest.raises(MsfpError, match="several timesteps at once"):
         unet(torch.zeros(2, 3, 16, 16), torch.tensor([1, 500]))
@@ -386,6 +441,8 @@ def test_half_precision_keeps_the_router(tiny_tuned: Finetuned) -> None:
     assert 0 < (less - whole).square().sum() < 0.2 * whole.square().sum()
 
 
-def test_sampling_a_fine_tuned_export_works(tiny_tuned: Finetuned, copied: Callable[..., Path], msfp: Invoke) -> None:
+def test_sampling_a_fine_tuned_export_works(
+    tiny_tuned: Finetuned, copied: Callable[..., Path], msfp: Invoke
+) -> None:
     result = msfp("sample", copied(tiny_tuned.export), "--out", "pictures", "--device", "cpu")
     assert (result.exit_code, result.stdout) == (0, "pictures/sheet.png\n"), result.stderr

@@ -52,7 +52,9 @@ def save_photos(evaluation: Evaluation, directory: Path) -> None:
 
 
 @pytest.fixture
-def stage(prompted_chained: Chained, prompted_tuned: Finetuned, copied: Callable[..., Path]) -> Callable[..., Path]:
+def stage(
+    prompted_chained: Chained, prompted_tuned: Finetuned, copied: Callable[..., Path]
+) -> Callable[..., Path]:
     """Return a function that puts a run in the working directory as it is before a command."""
 
     def prepare(command: str, run: str = "msfp-run", chained: Chained = prompted_chained) -> Path:
@@ -68,8 +70,12 @@ def stage(prompted_chained: Chained, prompted_tuned: Finetuned, copied: Callable
         if command == "evaluate":
             shutil.copytree(directory / "export", "my-model-fp4")
         if command in ("evaluate", "report"):
-            options = EvaluateOptions(num_images=4, compare=(), layers=command == "report", cost=False)
-            evaluation = evaluate_run(Run(directory), directory / "export", options, directory=Path("my-evaluation"))
+            options = EvaluateOptions(
+                num_images=4, compare=(), layers=command == "report", cost=False
+            )
+            evaluation = evaluate_run(
+                Run(directory), directory / "export", options, directory=Path("my-evaluation")
+            )
             save_photos(evaluation, Path("photos"))
         if command == "report":
             shutil.copytree("my-evaluation", directory / "evaluation")
@@ -80,19 +86,28 @@ def stage(prompted_chained: Chained, prompted_tuned: Finetuned, copied: Callable
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_examples(command: str) -> None:
-    assert help_of(command) == CliRunner().invoke(app, [command, "-h"], env={"COLUMNS": "300"}).stdout
-    assert len([example for example in examples_in(help_of(command)) if example.split()[1] == command]) >= 2
+    assert (
+        help_of(command) == CliRunner().invoke(app, [command, "-h"], env={"COLUMNS": "300"}).stdout
+    )
+    assert (
+        len([example for example in examples_in(help_of(command)) if example.split()[1] == command])
+        >= 2
+    )
 
 
 def test_help_lists_every_command_and_says_how_to_begin() -> None:
     text = CliRunner().invoke(app, ["-h"]).stdout
     assert CliRunner().invoke(app, ["--help"]).stdout == text
-    assert [command for command in COMMANDS if not re.search(rf"^\W*{command} ", text, re.MULTILINE)] == []
+    assert [
+        command for command in COMMANDS if not re.search(rf"^\W*{command} ", text, re.MULTILINE)
+    ] == []
     assert "msfp calibrate MODEL" in text
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_example_of_the_help_works(example: str, msfp: Invoke, stage: Callable[..., Path], quick: None) -> None:
+def test_example_of_the_help_works(
+    example: str, msfp: Invoke, stage: Callable[..., Path], quick: None
+) -> None:
     _, command, *rest = shlex.split(example)
     stage(command)
     result = msfp(command, *rest)
@@ -103,7 +118,10 @@ def test_example_of_the_help_works(example: str, msfp: Invoke, stage: Callable[.
 def test_demo_ends_with_a_report_and_a_picture_of_four_models(msfp: Invoke, quick: None) -> None:
     result = msfp("demo", "--json")
     report = json.loads(result.stdout)
-    assert (report["picture"], report["page"]) == ("msfp-demo/demo.png", "msfp-demo/report/report.html")
+    assert (report["picture"], report["page"]) == (
+        "msfp-demo/demo.png",
+        "msfp-demo/report/report.html",
+    )
     page = Path(report["page"]).read_text("utf-8")
     titles = ("full precision", *report["errors"])
     assert titles[1:3] == ("signed FP4", "MSFP")  # two updates may or may not be better than none
@@ -128,7 +146,11 @@ def test_demo_ends_with_a_report_and_a_picture_of_four_models(msfp: Invoke, quic
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_stdout_holds_only_the_path_of_the_result(
-    command: tuple[object, ...], path: str, msfp: Invoke, stage: Callable[..., Path], tiny_source: ModelSource
+    command: tuple[object, ...],
+    path: str,
+    msfp: Invoke,
+    stage: Callable[..., Path],
+    tiny_source: ModelSource,
 ) -> None:
     stage(command[0])
     result = msfp(*(tiny_source.model if argument == "MODEL" else argument for argument in command))
@@ -154,27 +176,60 @@ def test_calibration_reports_formats_layers_size_and_error_on_stderr(
         (("calibrate", "MODEL", *QUICKLY), {"source", "recipe", "held_out_error", "components"}),
         (("finetune", "--steps", 1, "--rank", 1), {"unet"}),
         (("inspect",), {"unet"}),
-        (("export",), {"directory", "denoiser_bytes", "half_precision_bytes", "ratio", "hub_bytes"}),
+        (
+            ("export",),
+            {"directory", "denoiser_bytes", "half_precision_bytes", "ratio", "hub_bytes"},
+        ),
         (("sample", "--prompt", "a cat"), {"sheet", "pictures"}),
         (
             ("status",),
-            {"recording", "held-out", "calibration", "finetune", "export", "evaluation", "report", "next"},
+            {
+                "recording",
+                "held-out",
+                "calibration",
+                "finetune",
+                "export",
+                "evaluation",
+                "report",
+                "next",
+            },
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_json_is_all_that_is_on_stdout(
-    command: tuple[object, ...], keys: set[str], msfp: Invoke, stage: Callable[..., Path], tiny_source: ModelSource
+    command: tuple[object, ...],
+    keys: set[str],
+    msfp: Invoke,
+    stage: Callable[..., Path],
+    tiny_source: ModelSource,
 ) -> None:
     stage(command[0])
-    result = msfp(*(tiny_source.model if argument == "MODEL" else argument for argument in command), "--json")
+    result = msfp(
+        *(tiny_source.model if argument == "MODEL" else argument for argument in command), "--json"
+    )
     assert result.exit_code == 0, result.stderr
     assert keys <= json.loads(result.stdout).keys()
 
 
-def test_json_of_a_calibration_tells_what_was_asked_for_and_chosen(msfp: Invoke, tiny_source: ModelSource) -> None:
-    options = ("--weights", 6, "--activations", "none", "--formats", "signed", "--keep", "conv_out:8", "--lift", 0)
-    data = json.loads(msfp("calibrate", tiny_source.model, *QUICKLY, *options, "--seed", 4, "--json").stdout)
+def test_json_of_a_calibration_tells_what_was_asked_for_and_chosen(
+    msfp: Invoke, tiny_source: ModelSource
+) -> None:
+    options = (
+        "--weights",
+        6,
+        "--activations",
+        "none",
+        "--formats",
+        "signed",
+        "--keep",
+        "conv_out:8",
+        "--lift",
+        0,
+    )
+    data = json.loads(
+        msfp("calibrate", tiny_source.model, *QUICKLY, *options, "--seed", 4, "--json").stdout
+    )
     recipe, unet = data["recipe"], data["components"]["unet"]
     assert (recipe["weights"], recipe["activations"], recipe["formats"]) == (6, None, "signed")
     assert (recipe["keep"], recipe["lift"], recipe["seed"]) == (["conv_out:8"], 0, 4)
@@ -185,7 +240,9 @@ def test_json_of_a_calibration_tells_what_was_asked_for_and_chosen(msfp: Invoke,
     assert data["source"]["model"] == tiny_source.model
 
 
-def test_status_follows_the_chain(msfp: Invoke, stage: Callable[..., Path], tiny_source: ModelSource) -> None:
+def test_status_follows_the_chain(
+    msfp: Invoke, stage: Callable[..., Path], tiny_source: ModelSource
+) -> None:
     assert "`msfp calibrate` makes one" in only_line(msfp("status"), 1)
     Path("msfp-run").mkdir()
     assert "next: msfp calibrate" in msfp("status").stderr
@@ -233,39 +290,129 @@ _EXPORTED, _CALIBRATED = "sample", "export"
 @pytest.mark.parametrize(
     ("stage_of", "command", "message", "exit_code"),
     [
-        (None, "calibrate --prompts missing.txt", "cannot read prompts from missing.txt: No such file", 2),
+        (
+            None,
+            "calibrate --prompts missing.txt",
+            "cannot read prompts from missing.txt: No such file",
+            2,
+        ),
         (None, "calibrate --prompts empty.txt", "empty.txt holds no prompts; write one a line", 2),
-        (None, "calibrate --weights 9", "--weights '9' is out of range; choose 2 to 8 bits, or none", 2),
-        (None, "calibrate --activations 1", "--activations '1' is out of range; choose 2 to 8 bits, or none", 2),
+        (
+            None,
+            "calibrate --weights 9",
+            "--weights '9' is out of range; choose 2 to 8 bits, or none",
+            2,
+        ),
+        (
+            None,
+            "calibrate --activations 1",
+            "--activations '1' is out of range; choose 2 to 8 bits, or none",
+            2,
+        ),
         (None, "calibrate --weights four", "--weights 'four'", 2),
-        (None, "calibrate --weights none --activations none", "neither weights nor activations are quantized", 2),
+        (
+            None,
+            "calibrate --weights none --activations none",
+            "neither weights nor activations are quantized",
+            2,
+        ),
         (None, "calibrate --formats e9m9", "e9m9", 2),
-        (None, "calibrate --formats fp4", "unknown format 'fp4'; write it like e2m1 (signed) or ue2m2", 2),
+        (
+            None,
+            "calibrate --formats fp4",
+            "unknown format 'fp4'; write it like e2m1 (signed) or ue2m2",
+            2,
+        ),
         (None, "calibrate --formats e4m3", "e4m3", 2),
         (None, "calibrate --keep conv_in", "cannot read --keep 'conv_in'; write PATTERN:BITS", 2),
         (None, "calibrate --keep conv_in:1", "--keep '1' is out of range", 2),
-        (None, "calibrate --lift 1.5", "--lift 1.5 is out of range; it is a share of the multiply-adds, 0 to 1", 2),
+        (
+            None,
+            "calibrate --lift 1.5",
+            "--lift 1.5 is out of range; it is a share of the multiply-adds, 0 to 1",
+            2,
+        ),
         (None, "calibrate --lift nan", "--lift nan is out of range", 2),
-        (None, "calibrate --dtype float8", "unknown dtype 'float8'; choose one of float32, float16, bfloat16", 2),
+        (
+            None,
+            "calibrate --dtype float8",
+            "unknown dtype 'float8'; choose one of float32, float16, bfloat16",
+            2,
+        ),
         (None, "calibrate --num-images 0", "--num-images must be at least 1, got 0", 2),
-        (None, "calibrate {unconditional} --prompts prompts.txt", "DDIMPipeline takes no prompts; leave --prompts", 2),
-        (None, "calibrate {classes} --prompts prompts.txt", "'a red dress' is no class label of this pipeline", 2),
+        (
+            None,
+            "calibrate {unconditional} --prompts prompts.txt",
+            "DDIMPipeline takes no prompts; leave --prompts",
+            2,
+        ),
+        (
+            None,
+            "calibrate {classes} --prompts prompts.txt",
+            "'a red dress' is no class label of this pipeline",
+            2,
+        ),
         (None, "export", "no run directory msfp-run here; `msfp calibrate` makes one", 1),
-        (None, "sample --prompt cat", "no run directory msfp-run here; `msfp calibrate` makes one", 1),
+        (
+            None,
+            "sample --prompt cat",
+            "no run directory msfp-run here; `msfp calibrate` makes one",
+            1,
+        ),
         (None, "status --run nowhere", "no run directory nowhere here", 1),
-        (None, "sample nowhere --prompt cat", "nowhere is no exported pipeline: it has no model_index.json", 1),
-        (None, "sample {unconditional}", "not one that msfp exported; run `msfp calibrate` and `msfp export`", 1),
-        ("uncalibrated", "export", "no calibration in msfp-run/calibration; run `msfp calibrate` first", 1),
+        (
+            None,
+            "sample nowhere --prompt cat",
+            "nowhere is no exported pipeline: it has no model_index.json",
+            1,
+        ),
+        (
+            None,
+            "sample {unconditional}",
+            "not one that msfp exported; run `msfp calibrate` and `msfp export`",
+            1,
+        ),
+        (
+            "uncalibrated",
+            "export",
+            "no calibration in msfp-run/calibration; run `msfp calibrate` first",
+            1,
+        ),
         (_CALIBRATED, "calibrate", "msfp-run/calibration exists already; use --overwrite", 1),
-        (_CALIBRATED, "sample --prompt cat", "msfp-run holds no export yet; run `msfp export` first", 1),
+        (
+            _CALIBRATED,
+            "sample --prompt cat",
+            "msfp-run holds no export yet; run `msfp export` first",
+            1,
+        ),
         (_EXPORTED, "export", "msfp-run/export exists already; use --overwrite", 1),
         (_EXPORTED, "export --out prompts.txt", "prompts.txt exists already; use --overwrite", 1),
-        (_EXPORTED, "sample", 'no prompt; give at least one, for instance --prompt "a red dress"', 2),
+        (
+            _EXPORTED,
+            "sample",
+            'no prompt; give at least one, for instance --prompt "a red dress"',
+            2,
+        ),
         (_EXPORTED, "sample --prompts empty.txt", "empty.txt holds no prompts", 2),
-        (_EXPORTED, "sample --prompt cat --num-images 0", "--num-images must be at least 1, got 0", 2),
-        (_EXPORTED, "sample --prompt cat --out msfp-run", "msfp-run exists already; use --overwrite", 1),
+        (
+            _EXPORTED,
+            "sample --prompt cat --num-images 0",
+            "--num-images must be at least 1, got 0",
+            2,
+        ),
+        (
+            _EXPORTED,
+            "sample --prompt cat --out msfp-run",
+            "msfp-run exists already; use --overwrite",
+            1,
+        ),
         (_EXPORTED, "sample --prompt cat --dtype half", "unknown dtype 'half'", 2),
-        (_EXPORTED, "sample --prompt cat --device abacus", "device 'abacus' cannot be used here", 1),
+        (
+            _EXPORTED,
+            "sample --prompt cat --device abacus",
+            "device 'abacus' cannot be used here",
+            1,
+        ),
         (
             _EXPORTED,
             "sample {unconditional_export} --prompt cat",
@@ -297,7 +444,11 @@ def test_wrong_input_is_one_helpful_line(
         unconditional_export=tiny_chained.export,
     )
     assert message in only_line(msfp(*shlex.split(filled)), exit_code)
-    files = [path for path in sorted(Path(".").rglob("*")) if path not in before and path.suffix == ".safetensors"]
+    files = [
+        path
+        for path in sorted(Path(".").rglob("*"))
+        if path not in before and path.suffix == ".safetensors"
+    ]
     assert files == []
 
 
@@ -306,12 +457,21 @@ def test_pipeline_without_a_denoiser_is_one_helpful_line(
 ) -> None:
     # diffusers saves no pipeline without its parts, hence this one is made here.
     tiny_pipe.register_modules(unet=None)
-    monkeypatch.setattr("msfp_cli.calibration.calibrate.load_pipeline", lambda source, device: tiny_pipe)
+    monkeypatch.setattr(
+        "msfp_cli.calibration.calibrate.load_pipeline", lambda source, device: tiny_pipe
+    )
     assert only_line(msfp("calibrate"), 1).startswith("DDIMPipeline has no denoiser")
 
 
 @pytest.mark.parametrize(
-    "command", ["calibrate --steps 0", "calibrate --batch-size 0", "calibrate --wieghts 4", "sample --steps x", "paint"]
+    "command",
+    [
+        "calibrate --steps 0",
+        "calibrate --batch-size 0",
+        "calibrate --wieghts 4",
+        "sample --steps x",
+        "paint",
+    ],
 )
 def test_wrong_command_line_is_named_with_exit_code_two(command: str, msfp: Invoke) -> None:
     result = msfp(*command.split())
@@ -321,14 +481,18 @@ def test_wrong_command_line_is_named_with_exit_code_two(command: str, msfp: Invo
 
 @pytest.mark.parametrize("text", ["[bold]x[/bold]", ":cat:", "back\\[slash]"])
 def test_errors_repeat_what_was_typed(text: str, msfp: Invoke) -> None:
-    assert f"cannot read prompts from {text}: " in only_line(msfp("calibrate", "--prompts", text), 2)
+    assert f"cannot read prompts from {text}: " in only_line(
+        msfp("calibrate", "--prompts", text), 2
+    )
 
 
 @pytest.mark.parametrize(
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device"),
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -340,21 +504,31 @@ def test_full_disk_is_one_helpful_line(
 
     monkeypatch.setattr("msfp_cli.recording.result.save_file", fail)
     result = msfp("calibrate", tiny_source.model, *QUICKLY)
-    assert only_line(result, 1) == "the disk is full; free some space and run the same command to go on"
+    assert (
+        only_line(result, 1)
+        == "the disk is full; free some space and run the same command to go on"
+    )
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
         (MemoryError(), "out of memory; give a smaller --batch-size"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory; give a smaller --batch-size"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "out of memory; give a smaller --batch-size",
+        ),
         (ValueError("odd\nand more"), "ValueError: odd (run `msfp --debug ...` for the traceback"),
         (KeyboardInterrupt(), "stopped; what was finished is kept, run the same command to go on"),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_unexpected_error_is_one_line(
-    error: BaseException, message: str, msfp: Invoke, tiny_source: ModelSource, monkeypatch: pytest.MonkeyPatch
+    error: BaseException,
+    message: str,
+    msfp: Invoke,
+    tiny_source: ModelSource,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(pipe: object, batch_size: int = 1) -> None:
         raise error
@@ -391,7 +565,8 @@ def _seconds(*arguments: str) -> float:
 
 
 def test_help_answers_within_half_a_second() -> None:
-    # Importing what draws the help takes 0.1 s on an idle machine; a busy one gets as much longer as it is slower.
+    # Importing what draws the help takes 0.1 s on an idle machine; a busy one gets as much longer
+    # as it is slower.
     slowness = max(1.0, _seconds("-c", "import rich.markdown, typer") / 0.15)
     assert _seconds("-m", "msfp_cli", "--help") < 0.5 * slowness
 
@@ -404,4 +579,6 @@ def test_help_loads_neither_torch_nor_diffusers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "msfp_cli" in done.stdout.split()
-    assert not {"torch", "diffusers", "transformers", "numpy", "safetensors"} & set(done.stdout.split())
+    assert not {"torch", "diffusers", "transformers", "numpy", "safetensors"} & set(
+        done.stdout.split()
+    )

@@ -19,17 +19,24 @@ def inspected(tiny_tuned: Finetuned, copied: Copied) -> Tuned:
     return Tuned.load(tiny_tuned.run.finetuned("unet"))
 
 
-def test_errors_are_those_of_the_first_and_of_the_best_evaluation(inspected: Tuned, msfp: Invoke) -> None:
+def test_errors_are_those_of_the_first_and_of_the_best_evaluation(
+    inspected: Tuned, msfp: Invoke
+) -> None:
     errors = json.loads(msfp("inspect", "--json").stdout)["unet"]["errors"]
     assert [(e["timestep"], e["before"]) for e in errors] == list(inspected.history[0].by_timestep)
     assert [(e["timestep"], e["after"]) for e in errors] == list(inspected.best.by_timestep)
 
 
-def test_members_are_those_of_the_exported_table(inspected: Tuned, tiny_tuned: Finetuned, msfp: Invoke) -> None:
+def test_members_are_those_of_the_exported_table(
+    inspected: Tuned, tiny_tuned: Finetuned, msfp: Invoke
+) -> None:
     members = json.loads(msfp("inspect", "--json").stdout)["unet"]["members"]
     names = tuned_names(tiny_tuned.run.load_calibration().table("unet"))
     table = choices(inspected, names)
-    rows = [table_index(timestep, inspected.unit) for timestep in sorted(inspected.timesteps, reverse=True)]
+    rows = [
+        table_index(timestep, inspected.unit)
+        for timestep in sorted(inspected.timesteps, reverse=True)
+    ]
     assert members == {name: table[rows, slot].tolist() for slot, name in enumerate(names)}
     assert any(len(set(row)) > 1 for row in members.values())
 
@@ -38,7 +45,9 @@ def test_map_draws_blocks_or_the_layers_of_a_pattern(inspected: Tuned, msfp: Inv
     blocks = msfp("inspect").stderr
     assert "down_blocks.0 " in blocks and "down_blocks.0.resnets" not in blocks
     layers = msfp("inspect", "--layers", "down_blocks.0.*conv1")
-    members = json.loads(msfp("inspect", "--layers", "down_blocks.0.*conv1", "--json").stdout)["unet"]["members"]
+    members = json.loads(msfp("inspect", "--layers", "down_blocks.0.*conv1", "--json").stdout)[
+        "unet"
+    ]["members"]
     assert list(members) == ["down_blocks.0.resnets.0.conv1"]
     assert "".join(map(str, members["down_blocks.0.resnets.0.conv1"])) in layers.stderr
 
@@ -47,24 +56,34 @@ def test_pattern_of_no_layer_names_one_that_there_is(inspected: Tuned, msfp: Inv
     assert only_line(msfp("inspect", "--layers", "decoder*"), 2).endswith("'conv_in'")
 
 
-def test_run_without_fine_tuning_names_the_command(tiny_tuned: Finetuned, copied: Copied, msfp: Invoke) -> None:
+def test_run_without_fine_tuning_names_the_command(
+    tiny_tuned: Finetuned, copied: Copied, msfp: Invoke
+) -> None:
     for file in (copied(tiny_tuned.run.directory, "msfp-run") / "finetune").iterdir():
         file.unlink()
     assert only_line(msfp("inspect"), 1).endswith("run `msfp finetune` first")
 
 
-def test_kernels_are_shown_for_every_layer_of_the_export(tiny_tuned: Finetuned, copied: Copied, msfp: Invoke) -> None:
+def test_kernels_are_shown_for_every_layer_of_the_export(
+    tiny_tuned: Finetuned, copied: Copied, msfp: Invoke
+) -> None:
     copied(tiny_tuned.run.directory, "msfp-run")
     result = msfp("inspect", "--kernels", "--device", "cpu", "--json")
     shown = json.loads(result.stdout)["unet"]
     assert set(shown) == set(tiny_tuned.calibration.table("unet"))
     assert {how["kernel"] for how in shown.values()} <= {"cpu", "simulated"}
-    assert all(how["why"] if how["kernel"] == "simulated" else not how["why"] for how in shown.values())
-    some = json.loads(msfp("inspect", "--kernels", "--layers", "*conv1", "--device", "cpu", "--json").stdout)["unet"]
+    assert all(
+        how["why"] if how["kernel"] == "simulated" else not how["why"] for how in shown.values()
+    )
+    some = json.loads(
+        msfp("inspect", "--kernels", "--layers", "*conv1", "--device", "cpu", "--json").stdout
+    )["unet"]
     assert some == {name: how for name, how in shown.items() if name.endswith("conv1")} != {}
 
 
-def test_kernels_of_no_layer_are_one_clear_line(tiny_tuned: Finetuned, copied: Copied, msfp: Invoke) -> None:
+def test_kernels_of_no_layer_are_one_clear_line(
+    tiny_tuned: Finetuned, copied: Copied, msfp: Invoke
+) -> None:
     copied(tiny_tuned.run.directory, "msfp-run")
     result = msfp("inspect", "--kernels", "--layers", "nothing*", "--device", "cpu")
     assert "no layer matches 'nothing*'" in only_line(result, 2)

@@ -35,14 +35,22 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
     return launch_two
 
 
-def test_processes_know_of_each_other_and_run_the_same_command_line(run: Script, tmp_path: Path) -> None:
+def test_processes_know_of_each_other_and_run_the_same_command_line(
+    run: Script, tmp_path: Path
+) -> None:
     names = "$WORLD_SIZE $RANK $LOCAL_RANK $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS"
     assert run(f'echo "$# $*" > command$RANK; echo "{names}" > told$RANK') == 0
     first, second = ((tmp_path / f"told{rank}").read_text().split() for rank in range(2))
     assert first[:4] == ["2", "0", "0", "127.0.0.1"] and second[:4] == ["2", "1", "1", "127.0.0.1"]
-    assert first[4:] == second[4:] and int(first[4]) > 1023 and first[5] == os.environ["OMP_NUM_THREADS"]
+    assert (
+        first[4:] == second[4:]
+        and int(first[4]) > 1023
+        and first[5] == os.environ["OMP_NUM_THREADS"]
+    )
     for rank in range(2):
-        assert (tmp_path / f"command{rank}").read_text() == "7 -m msfp_cli evaluate --num-processes 2 --out a b\n"
+        assert (
+            tmp_path / f"command{rank}"
+        ).read_text() == "7 -m msfp_cli evaluate --num-processes 2 --out a b\n"
 
 
 def test_the_first_process_speaks_for_all(run: Script, capfd: pytest.CaptureFixture[str]) -> None:
@@ -56,17 +64,23 @@ def test_error_that_all_meet_is_said_once(run: Script, capfd: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("other", ["exit 0", "exec sleep 100"], ids=["ends", "waits"])
-def test_error_of_the_second_process_is_heard(other: str, run: Script, capfd: pytest.CaptureFixture[str]) -> None:
+def test_error_of_the_second_process_is_heard(
+    other: str, run: Script, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert run(f"if [ $RANK = 1 ]; then echo error 1 >&2; exit 3; fi; {other}") == 3
     assert capfd.readouterr() == ("", "error 1\n")
 
 
-def test_process_that_waits_for_one_that_failed_is_taken_along(run: Script, capfd: pytest.CaptureFixture[str]) -> None:
+def test_process_that_waits_for_one_that_failed_is_taken_along(
+    run: Script, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert run("echo error $RANK >&2; [ $RANK = 0 ] && exit 2; exec sleep 100") == 2
     assert capfd.readouterr() == ("", "error 0\n")
 
 
-@pytest.mark.parametrize("other", ["exit 0", "exec sleep 100", f"exit {LEFT_ALONE}"], ids=["ends", "waits", "notices"])
+@pytest.mark.parametrize(
+    "other", ["exit 0", "exec sleep 100", f"exit {LEFT_ALONE}"], ids=["ends", "waits", "notices"]
+)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_process_that_is_killed_is_a_failure_that_is_explained(
     rank: int, other: str, run: Script, capfd: pytest.CaptureFixture[str]
@@ -77,8 +91,13 @@ def test_process_that_is_killed_is_a_failure_that_is_explained(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_process_that_failed_first_says_why(rank: int, run: Script, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(f"if [ $RANK = {rank} ]; then echo error {rank} >&2; exit 2; fi; exit {LEFT_ALONE}") == 2
+def test_process_that_failed_first_says_why(
+    rank: int, run: Script, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        run(f"if [ $RANK = {rank} ]; then echo error {rank} >&2; exit 2; fi; exit {LEFT_ALONE}")
+        == 2
+    )
     assert capfd.readouterr() == ("", f"error {rank}\n")
 
 
@@ -86,7 +105,9 @@ def test_process_that_loses_the_other_leaves_the_word_to_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def lose() -> None:
-        raise RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2. Good luck!")
+        raise RuntimeError(
+            "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2. Good luck!"
+        )
 
     for size, code, lines in ((None, 1, 1), ("2", LEFT_ALONE, 0)):
         if size:
@@ -100,14 +121,18 @@ def test_polite_kill_of_the_launcher_is_heard_by_all(tmp_path: Path) -> None:
     script = f"#!/bin/sh\ncd '{tmp_path}'\ntrap 'touch saved$RANK; exit 1' TERM\ntouch began$RANK\n"
     (tmp_path / "python").write_text(f"{script}while true; do sleep 0.1; done\n")
     (tmp_path / "python").chmod(0o755)
-    launcher = subprocess.Popen([sys.executable, "-c", launching(tmp_path)], env=outside(), stdin=subprocess.DEVNULL)
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", launching(tmp_path)], env=outside(), stdin=subprocess.DEVNULL
+    )
     wait_for(tmp_path, "began")
     launcher.terminate()
     wait_for(tmp_path, "saved")
     assert launcher.wait(20) == 1
 
 
-def test_processes_that_end_by_a_polite_kill_were_stopped(run: Script, capfd: pytest.CaptureFixture[str]) -> None:
+def test_processes_that_end_by_a_polite_kill_were_stopped(
+    run: Script, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert run("kill $$; exec sleep 100") == 1
     assert capfd.readouterr() == ("", f"error: {STOPPED}\n")
 
@@ -132,9 +157,13 @@ def test_launched_process_ends_when_its_input_does(launched: str | None, ends: b
 
 
 def test_input_of_launched_processes_ends_when_the_launcher_is_killed(tmp_path: Path) -> None:
-    (tmp_path / "python").write_text(f"#!/bin/sh\ncd '{tmp_path}'\ntouch began$RANK\ncat\ntouch ended$RANK\n")
+    (tmp_path / "python").write_text(
+        f"#!/bin/sh\ncd '{tmp_path}'\ntouch began$RANK\ncat\ntouch ended$RANK\n"
+    )
     (tmp_path / "python").chmod(0o755)
-    launcher = subprocess.Popen([sys.executable, "-c", launching(tmp_path)], env=outside(), stdin=subprocess.DEVNULL)
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", launching(tmp_path)], env=outside(), stdin=subprocess.DEVNULL
+    )
     wait_for(tmp_path, "began")
     assert not list(tmp_path.glob("ended*"))
     launcher.kill()
@@ -175,7 +204,17 @@ def test_one_process_and_those_that_were_launched_do_the_work(
 
 @pytest.mark.parametrize(
     ("calls", "cores", "count"),
-    [(1, 8, 1), (2, 1, 1), (2, 2, 2), (2, 16, 2), (4, 2, 2), (4, 3, 2), (4, 4, 4), (6, 4, 3), (5, 4, 1)],
+    [
+        (1, 8, 1),
+        (2, 1, 1),
+        (2, 2, 2),
+        (2, 16, 2),
+        (4, 2, 2),
+        (4, 3, 2),
+        (4, 4, 4),
+        (6, 4, 3),
+        (5, 4, 1),
+    ],
 )
 def test_on_a_cpu_as_many_processes_share_the_calls_as_have_a_core_and_equal_shares(
     calls: int, cores: int, count: int, monkeypatch: pytest.MonkeyPatch
@@ -189,7 +228,9 @@ def test_on_a_cpu_as_many_processes_share_the_calls_as_have_a_core_and_equal_sha
 
 
 @pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "WORLD_SIZE"])
-def test_one_process_where_somebody_has_shared_the_machine_out(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_where_somebody_has_shared_the_machine_out(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launch, "_cores", lambda: 4)
     for name in ("OMP_NUM_THREADS", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -202,7 +243,9 @@ def test_cores_are_those_that_this_process_may_use() -> None:
 
 
 @pytest.mark.parametrize(("rank", "speaks"), [(None, True), ("0", True), ("1", False)])
-def test_main_process_is_the_first(rank: str | None, speaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_process_is_the_first(
+    rank: str | None, speaks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)

@@ -27,21 +27,31 @@ def python(code: str) -> str:
 
 def measure() -> Cost:
     return measure_cost(
-        ModelSource(model="a/model"), ("a cat", "1"), num_inference_steps=3, guidance_scale=1.5, device="cpu"
+        ModelSource(model="a/model"),
+        ("a cat", "1"),
+        num_inference_steps=3,
+        guidance_scale=1.5,
+        device="cpu",
     )
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's count of a process's memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="needs Linux's count of a process's memory"
+)
 def test_cost_is_that_of_a_process_of_its_own(tiny_source: ModelSource) -> None:
     ballast = torch.ones(500 * MIB, dtype=torch.uint8)
-    cost = measure_cost(tiny_source, (None, None), num_inference_steps=2, guidance_scale=None, device="cpu")
+    cost = measure_cost(
+        tiny_source, (None, None), num_inference_steps=2, guidance_scale=None, device="cpu"
+    )
     assert cost.load_seconds > 0 and cost.seconds_per_picture > 0
     assert 50 * MIB < cost.peak_memory_bytes < resident_bytes()
     assert int(ballast[-1]) == 1
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's count of a process's memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="needs Linux's count of a process's memory"
+)
 def test_peak_memory_is_neither_the_parents_nor_what_is_held_now() -> None:
     ballast = torch.ones(500 * MIB, dtype=torch.uint8)
     assert resident_bytes() > 500 * MIB
@@ -53,13 +63,18 @@ def test_peak_memory_is_neither_the_parents_nor_what_is_held_now() -> None:
     assert int(ballast[-1]) == 1
 
 
-def test_process_with_a_broken_installation_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_with_a_broken_installation_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('this torch is broken')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     with pytest.raises(ModelError) as caught:
         measure()
-    assert str(caught.value) == "cannot measure time and memory of a/model: ImportError: this torch is broken"
+    assert (
+        str(caught.value)
+        == "cannot measure time and memory of a/model: ImportError: this torch is broken"
+    )
 
 
 @pytest.fixture
@@ -83,14 +98,18 @@ def instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
     ],
     ids=["error", "silent", "killed"],
 )
-def test_process_that_fails_is_one_line(script: str, reason: str, instead: Callable[[str], None]) -> None:
+def test_process_that_fails_is_one_line(
+    script: str, reason: str, instead: Callable[[str], None]
+) -> None:
     instead(script)
     with pytest.raises(ModelError) as caught:
         measure()
     assert str(caught.value) == f"cannot measure time and memory of a/model: {reason}"
 
 
-def test_process_is_told_all_and_its_last_line_counts(instead: Callable[[str], None], tmp_path: Path) -> None:
+def test_process_is_told_all_and_its_last_line_counts(
+    instead: Callable[[str], None], tmp_path: Path
+) -> None:
     cost = Cost(load_seconds=1.5, seconds_per_picture=0.25, peak_memory_bytes=7)
     said = json.dumps({"load_seconds": 1.5, "seconds_per_picture": 0.25, "peak_memory_bytes": 7})
     instead(f"printf '%s' \"$3\" > '{tmp_path}/asked'; echo a notice; echo '{said}'")

@@ -6,7 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
@@ -29,17 +32,32 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@given(st.integers(1, 4), st.integers(1, 3), st.integers(11, 20), st.integers(11, 20), st.integers(0, 1000))
+@given(
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(11, 20),
+    st.integers(11, 20),
+    st.integers(0, 1000),
+)
 @few
 def test_pictures_measures_equal_those_of_torchmetrics(
     n: int, channels: int, height: int, width: int, seed: int
 ) -> None:
-    pictures, reference = draw(n, channels, height, width, seed=seed), draw(n, channels, height, width, seed=seed + 1)
+    pictures, reference = (
+        draw(n, channels, height, width, seed=seed),
+        draw(n, channels, height, width, seed=seed + 1),
+    )
     for i in range(n):
         pair = pictures[i : i + 1], reference[i : i + 1]
-        assert float(psnr(*pair)) == pytest.approx(float(peak_signal_noise_ratio(*pair, data_range=1.0)), abs=1e-5)
-        _, everywhere = structural_similarity_index_measure(*pair, data_range=1.0, return_full_image=True)
-        inside = everywhere[..., 5:-5, 5:-5]  # theirs goes on over the mirrored border, Wang's does not
+        assert float(psnr(*pair)) == pytest.approx(
+            float(peak_signal_noise_ratio(*pair, data_range=1.0)), abs=1e-5
+        )
+        _, everywhere = structural_similarity_index_measure(
+            *pair, data_range=1.0, return_full_image=True
+        )
+        inside = everywhere[
+            ..., 5:-5, 5:-5
+        ]  # theirs goes on over the mirrored border, Wang's does not
         assert float(ssim(*pair)) == pytest.approx(float(inside.mean()), abs=1e-6)
     assert psnr(pictures, reference).shape == ssim(pictures, reference).shape == (n,)
 
@@ -68,7 +86,10 @@ def frechet_by_scipy(x: Tensor, y: Tensor) -> float:
 def test_frechet_distance_equals_the_formula_by_scipy_and_by_torchmetrics(
     dimensions: int, samples: int, seed: int
 ) -> None:
-    x, y = draw(samples, dimensions, seed=seed) * 3, draw(samples + 5, dimensions, seed=seed + 1).square()
+    x, y = (
+        draw(samples, dimensions, seed=seed) * 3,
+        draw(samples + 5, dimensions, seed=seed + 1).square(),
+    )
     assert frechet_distance(x, y) == pytest.approx(frechet_by_scipy(x, y), rel=1e-6, abs=1e-9)
     by_torchmetrics = _compute_fid(x.mean(0), torch.cov(x.t()), y.mean(0), torch.cov(y.t()))
     assert frechet_distance(x, y) == pytest.approx(float(by_torchmetrics), rel=1e-6, abs=1e-9)
@@ -84,7 +105,9 @@ def test_frechet_distance_of_shifted_and_widened_samples_is_the_closed_form() ->
 
 @given(st.integers(2, 30), st.integers(2, 30), st.integers(1, 6), st.integers(0, 1000))
 @few
-def test_kernel_distance_equals_that_of_torchmetrics(n: int, m: int, dimensions: int, seed: int) -> None:
+def test_kernel_distance_equals_that_of_torchmetrics(
+    n: int, m: int, dimensions: int, seed: int
+) -> None:
     n = m = min(n, m)  # torchmetrics takes sets of one size only
     x, y = draw(n, dimensions, seed=seed), draw(m, dimensions, seed=seed + 1)
     assert kernel_distance(x, y) == pytest.approx(float(poly_mmd(x, y)), abs=1e-9)
@@ -97,7 +120,10 @@ def poly_mmd_by_pairs(x: Tensor, y: Tensor) -> float:
     def mean(pairs: list[float]) -> float:
         return sum(pairs) / len(pairs)
 
-    inside = [mean([kernel(a, b) for i, a in enumerate(s) for j, b in enumerate(s) if i != j]) for s in (x, y)]
+    inside = [
+        mean([kernel(a, b) for i, a in enumerate(s) for j, b in enumerate(s) if i != j])
+        for s in (x, y)
+    ]
     return sum(inside) - 2 * mean([kernel(a, b) for a in x for b in y])
 
 
@@ -107,7 +133,9 @@ def test_kernel_distance_of_sets_of_other_sizes_is_the_mean_over_pairs() -> None
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_order_does_not_matter_and_equal_sets_are_close(distance: Callable[[Tensor, Tensor], float]) -> None:
+def test_order_does_not_matter_and_equal_sets_are_close(
+    distance: Callable[[Tensor, Tensor], float],
+) -> None:
     x, y = draw(60, 5), draw(50, 5, seed=1) + 0.3
     shuffled = x[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
     assert distance(shuffled, y) == pytest.approx(distance(x, y), rel=1e-9)
@@ -147,6 +175,10 @@ def test_wrong_sets_are_refused() -> None:
         precision_recall(draw(3, 3), draw(9, 3))
 
 
-@pytest.mark.parametrize(("samples", "dimensions", "few_enough"), [(100, 64, True), (128, 64, False)])
-def test_too_few_samples_for_a_covariance_are_told(samples: int, dimensions: int, few_enough: bool) -> None:
+@pytest.mark.parametrize(
+    ("samples", "dimensions", "few_enough"), [(100, 64, True), (128, 64, False)]
+)
+def test_too_few_samples_for_a_covariance_are_told(
+    samples: int, dimensions: int, few_enough: bool
+) -> None:
     assert too_few(samples, dimensions) is few_enough

@@ -21,7 +21,10 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
 
 from conftest import Chained, Finetuned, Invoke, files_of, only_error, only_line
 from msfp_cli import __version__
@@ -33,7 +36,12 @@ from msfp_cli.evaluation.evaluate import evaluate_run
 from msfp_cli.evaluation.features.extractors import load_extractor
 from msfp_cli.evaluation.features.fashion import agreement, load_classifier
 from msfp_cli.evaluation.features.squeezenet import deep_distance, load_squeezenet
-from msfp_cli.evaluation.measures import MOST_PSNR, compare_pictures, distance_between, relative_error
+from msfp_cli.evaluation.measures import (
+    MOST_PSNR,
+    compare_pictures,
+    distance_between,
+    relative_error,
+)
 from msfp_cli.evaluation.metrics import FIGURES
 from msfp_cli.evaluation.recipe import EvaluateOptions
 from msfp_cli.evaluation.reference import BUILT_IN_REFERENCE, built_in_reference, load_reference
@@ -55,11 +63,17 @@ ALONE = (*QUICKLY, "--compare", "none")
 def evaluated(tiny_chained: Chained, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     """Evaluate the smallest model's export beside signed FP4. Not to be changed."""
     directory = tmp_path_factory.mktemp("evaluated") / "evaluation"
-    return evaluate_run(tiny_chained.run, tiny_chained.export, THREE, directory=directory, device="cpu")
+    return evaluate_run(
+        tiny_chained.run, tiny_chained.export, THREE, directory=directory, device="cpu"
+    )
 
 
-def again(chained: Chained | Finetuned, directory: Path, options: EvaluateOptions = THREE, **rest: Any) -> Evaluation:  # noqa: ANN401
-    return evaluate_run(chained.run, chained.export, options, directory=directory, device="cpu", **rest)
+def again(
+    chained: Chained | Finetuned, directory: Path, options: EvaluateOptions = THREE, **rest: Any
+) -> Evaluation:  # noqa: ANN401
+    return evaluate_run(
+        chained.run, chained.export, options, directory=directory, device="cpu", **rest
+    )
 
 
 def result_of(directory: Path) -> bytes:
@@ -72,11 +86,21 @@ def result_of(directory: Path) -> bytes:
 def test_models_stand_side_by_side_with_full_precision_first(evaluated: Evaluation) -> None:
     assert [model.key for model in evaluated.models] == ["full", "signed", "export"]
     full, *quantized = evaluated.models
-    assert (full.noise, full.latents, full.psnr, full.ssim, full.deep, full.to_full) == ({}, None, (), (), (), None)
+    assert (full.noise, full.latents, full.psnr, full.ssim, full.deep, full.to_full) == (
+        {},
+        None,
+        (),
+        (),
+        (),
+        None,
+    )
     for model in quantized:
         assert {len(values) for values in (model.psnr, model.ssim, model.deep)} == {3}
         assert set(model.noise) == {"unet"} and model.to_full is not None
-    assert all(model.to_reference is model.clip is model.cost is model.garment is None for model in evaluated.models)
+    assert all(
+        model.to_reference is model.clip is model.cost is model.garment is None
+        for model in evaluated.models
+    )
     signed, export = quantized
     assert export.noise["unet"].error < signed.noise["unet"].error
     assert full.denoiser_bytes is not None and export.denoiser_bytes is not None
@@ -86,7 +110,14 @@ def test_models_stand_side_by_side_with_full_precision_first(evaluated: Evaluati
 def test_what_is_returned_is_what_is_written(evaluated: Evaluation) -> None:
     assert Evaluation.load(evaluated.directory) == evaluated
     written = {path.name for path in evaluated.directory.iterdir()}
-    assert written == {"asked.json", "trajectories", "pictures", "measured", "signed", "evaluation.json"}
+    assert written == {
+        "asked.json",
+        "trajectories",
+        "pictures",
+        "measured",
+        "signed",
+        "evaluation.json",
+    }
     assert json.loads((evaluated.directory / "asked.json").read_text()) == evaluated.asked
 
 
@@ -145,7 +176,10 @@ def test_seed_steps_guidance_extractor_and_reference_are_those_of_the_options(
     assert (found.asked["models"], found.asked["layers"]) == (["full", "export"], False)
     pictures = found.gallery("full").pictures()
     assert not torch.equal(pictures[0], pictures[2])  # the same prompt from another seed
-    assert len(found.models[-1].noise["unet"].by_timestep) == 1 and found.models[-1].noise["unet"].layers == {}
+    assert (
+        len(found.models[-1].noise["unet"].by_timestep) == 1
+        and found.models[-1].noise["unet"].layers == {}
+    )
     reference = load_reference(tmp_path, load_extractor("fashion"), (32, 32))
     for model in found.models:
         features = load_extractor("fashion").features(found.gallery(model.key).pictures())
@@ -161,9 +195,15 @@ def test_pictures_are_measured_one_by_one(evaluated: Evaluation) -> None:
         pictures = evaluated.gallery(model.key).pictures() / 255
         for i in range(3):
             pair = pictures[i : i + 1], full[i : i + 1]
-            _, everywhere = structural_similarity_index_measure(*pair, data_range=1.0, return_full_image=True)
-            assert model.psnr[i] == pytest.approx(float(peak_signal_noise_ratio(*pair, data_range=1.0)), abs=1e-4)
-            assert model.ssim[i] == pytest.approx(float(everywhere[..., 5:-5, 5:-5].mean()), abs=1e-4)
+            _, everywhere = structural_similarity_index_measure(
+                *pair, data_range=1.0, return_full_image=True
+            )
+            assert model.psnr[i] == pytest.approx(
+                float(peak_signal_noise_ratio(*pair, data_range=1.0)), abs=1e-4
+            )
+            assert model.ssim[i] == pytest.approx(
+                float(everywhere[..., 5:-5, 5:-5].mean()), abs=1e-4
+            )
             assert model.deep[i] == pytest.approx(float(deep_distance(network, *pair)), rel=1e-4)
 
 
@@ -175,14 +215,18 @@ def test_latents_and_distances_are_those_of_the_galleries(evaluated: Evaluation)
         wanted = full.latents().double()
         error = (gallery.latents().double() - wanted).square().sum() / wanted.square().sum()
         assert model.latents == pytest.approx(float(error), rel=1e-9)
-        assert model.to_full is not None and model.to_full.num_pictures == (3, 3) and model.to_full.few
+        assert (
+            model.to_full is not None and model.to_full.num_pictures == (3, 3) and model.to_full.few
+        )
         features = extractor.features(gallery.pictures())
         assert model.to_full.frechet == frechet_distance(features, reference)
         assert model.to_full.kernel == kernel_distance(features, reference)
         assert model.to_full.precision is model.to_full.recall is None
 
 
-def test_noise_is_that_of_replayed_trajectories(evaluated: Evaluation, tiny_chained: Chained) -> None:
+def test_noise_is_that_of_replayed_trajectories(
+    evaluated: Evaluation, tiny_chained: Chained
+) -> None:
     recording = Recording(evaluated.directory / "trajectories")
     calls = list(recording.calls("unet"))
     assert sum(len(call.output) for call in calls) == 2 * 2  # pictures times steps
@@ -196,7 +240,9 @@ def test_noise_is_that_of_replayed_trajectories(evaluated: Evaluation, tiny_chai
     assert not evaluated.models[1].noise["unet"].layers  # of the export alone
 
 
-def test_full_precision_is_perfect_beside_itself(evaluated: Evaluation, tiny_chained: Chained) -> None:
+def test_full_precision_is_perfect_beside_itself(
+    evaluated: Evaluation, tiny_chained: Chained
+) -> None:
     gallery, extractor = evaluated.gallery("full"), load_extractor("squeezenet")
     found = compare_pictures(gallery.pictures(), gallery.pictures())
     assert found["psnr"] == (MOST_PSNR,) * 3 and found["deep"] == (0.0,) * 3
@@ -207,7 +253,10 @@ def test_full_precision_is_perfect_beside_itself(evaluated: Evaluation, tiny_cha
     assert distance is not None and evaluated.models[1].to_full is not None
     assert distance.frechet < 1e-4 * evaluated.models[1].to_full.frechet
     calls = Recording(evaluated.directory / "trajectories").calls("unet")
-    assert output_error(load_pipeline(tiny_chained.calibration.source, "cpu").unet, calls).relative() == 0
+    assert (
+        output_error(load_pipeline(tiny_chained.calibration.source, "cpu").unet, calls).relative()
+        == 0
+    )
 
 
 def test_too_few_pictures_are_noted(evaluated: Evaluation) -> None:
@@ -215,7 +264,9 @@ def test_too_few_pictures_are_noted(evaluated: Evaluation) -> None:
     assert note.startswith("3 pictures are too few for a Fréchet distance by 'squeezenet'")
 
 
-def test_single_picture_has_no_distance_and_needs_no_note(tiny_chained: Chained, tmp_path: Path) -> None:
+def test_single_picture_has_no_distance_and_needs_no_note(
+    tiny_chained: Chained, tmp_path: Path
+) -> None:
     found = again(tiny_chained, tmp_path / "one", replace(THREE, num_images=1, compare=()))
     assert found.models[-1].to_full is None and len(found.models[-1].psnr) == 1
     assert found.notes == ()
@@ -232,14 +283,20 @@ def test_every_kind_of_pipeline_is_evaluated(
     def call_small(pipe: FluxPipeline, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (diffusers' signature)
         return call(pipe, *args, height=32, width=32, **kwargs)
 
-    monkeypatch.setattr(FluxPipeline, "__call__", call_small)  # its own default does not follow its transformer
+    monkeypatch.setattr(
+        FluxPipeline, "__call__", call_small
+    )  # its own default does not follow its transformer
     run, export = calibrated(name), tmp_path / "export"
     calibration = run.load_calibration()
     export_(calibration, export)
     options = replace(THREE, num_images=2, compare=None if name == "DiTPipeline" else ())
     found = evaluate_run(run, export, options, directory=tmp_path / "evaluation", device="cpu")
     (component,) = calibration.layers
-    assert found.gallery("full").pictures().shape == found.gallery("export").pictures().shape == (2, 3, 32, 32)
+    assert (
+        found.gallery("full").pictures().shape
+        == found.gallery("export").pictures().shape
+        == (2, 3, 32, 32)
+    )
     for model in found.models[1:]:
         noise = model.noise[component]
         assert noise.error > 0 and all(math.isfinite(error) for _, error in noise.by_timestep)
@@ -254,9 +311,18 @@ def test_every_kind_of_pipeline_is_evaluated(
     assert found.asked["record"]["conditions"] == wanted
 
 
-def test_fine_tuned_export_is_measured_beside_what_it_began_from(tiny_tuned: Finetuned, tmp_path: Path) -> None:
-    found = again(tiny_tuned, tmp_path / "evaluation", replace(THREE, num_images=2, num_trajectories=1))
-    assert [model.title for model in found.models] == ["full precision", "signed FP4", "MSFP", "MSFP, fine-tuned"]
+def test_fine_tuned_export_is_measured_beside_what_it_began_from(
+    tiny_tuned: Finetuned, tmp_path: Path
+) -> None:
+    found = again(
+        tiny_tuned, tmp_path / "evaluation", replace(THREE, num_images=2, num_trajectories=1)
+    )
+    assert [model.title for model in found.models] == [
+        "full precision",
+        "signed FP4",
+        "MSFP",
+        "MSFP, fine-tuned",
+    ]
     calls = list(Recording(found.directory / "trajectories").calls("unet"))
     before = output_error(load_calibrated(tiny_tuned.calibration, "cpu").unet, calls).relative()
     after = load_pipeline(ModelSource(model=str(tiny_tuned.export)), "cpu").unet
@@ -267,10 +333,16 @@ def test_fine_tuned_export_is_measured_beside_what_it_began_from(tiny_tuned: Fin
 def test_built_in_pipeline_is_compared_with_real_pictures_and_asked_prompts(
     prompted_chained: Chained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = Path(prompted_chained.calibration.source.model)  # in the place of the built-in one, which takes longer
+    model = Path(
+        prompted_chained.calibration.source.model
+    )  # in the place of the built-in one, which takes longer
     monkeypatch.setattr("msfp_cli.pipelines.loading.built_in_directory", lambda: model)
-    options = EvaluateOptions(num_images=5, num_trajectories=1, compare=(), layers=False, cost=False)
-    found = again(prompted_chained, tmp_path / "evaluation", options, against=ModelSource(model=BUILT_IN))
+    options = EvaluateOptions(
+        num_images=5, num_trajectories=1, compare=(), layers=False, cost=False
+    )
+    found = again(
+        prompted_chained, tmp_path / "evaluation", options, against=ModelSource(model=BUILT_IN)
+    )
     assert (found.asked["extractor"], found.asked["reference"]) == ("fashion", BUILT_IN_REFERENCE)
     prompts = found.asked["record"]["conditions"]
     assert tuple(prompts) == default_prompts(BUILT_IN)[:5]
@@ -280,21 +352,29 @@ def test_built_in_pipeline_is_compared_with_real_pictures_and_asked_prompts(
         assert (measured.garment, measured.colour) == agreement(classifier, pictures / 255, prompts)
         features = classifier.embed(pictures / 255)
         assert measured.to_reference is not None and measured.to_reference.num_pictures == (5, 2000)
-        assert measured.to_reference.frechet == frechet_distance(features, built_in_reference().features)
-        assert measured.to_reference.precision is not None and measured.to_reference.recall is not None
+        assert measured.to_reference.frechet == frechet_distance(
+            features, built_in_reference().features
+        )
+        assert (
+            measured.to_reference.precision is not None and measured.to_reference.recall is not None
+        )
 
 
 # That it repeats and goes on
 
 
-def test_two_evaluations_agree_to_the_last_digit(evaluated: Evaluation, tiny_chained: Chained, tmp_path: Path) -> None:
+def test_two_evaluations_agree_to_the_last_digit(
+    evaluated: Evaluation, tiny_chained: Chained, tmp_path: Path
+) -> None:
     torch.rand(7)  # the global random state is nobody's business
     found = again(tiny_chained, tmp_path / "again")
     assert found.models == evaluated.models
     assert result_of(found.directory) == result_of(evaluated.directory)
 
 
-def test_another_seed_gives_other_figures(evaluated: Evaluation, tiny_chained: Chained, tmp_path: Path) -> None:
+def test_another_seed_gives_other_figures(
+    evaluated: Evaluation, tiny_chained: Chained, tmp_path: Path
+) -> None:
     found = again(tiny_chained, tmp_path / "other", replace(THREE, seed=1, compare=()))
     assert found.models[-1].psnr != evaluated.models[-1].psnr
 
@@ -312,12 +392,19 @@ def test_cost_alone_differs_between_evaluations(
     found = again(tiny_chained, tmp_path / "cost", replace(THREE, cost=True))
     assert [replace(model, cost=None) for model in found.models] == list(evaluated.models)
     settings = ((None, None), {"num_inference_steps": 2, "guidance_scale": None, "device": "cpu"})
-    assert asked == [(tiny_chained.calibration.source.model, settings), (str(tiny_chained.export), settings)]
-    costs = [None if model.cost is None else model.cost.seconds_per_picture for model in found.models]
+    assert asked == [
+        (tiny_chained.calibration.source.model, settings),
+        (str(tiny_chained.export), settings),
+    ]
+    costs = [
+        None if model.cost is None else model.cost.seconds_per_picture for model in found.models
+    ]
     assert costs == [1.0, None, 2.0]  # what exists in memory only has no process of its own
     before = result_of(found.directory)
     again(tiny_chained, found.directory, replace(THREE, cost=True))
-    assert len(asked) == 2 and result_of(found.directory) == before  # what is measured is not measured again
+    assert (
+        len(asked) == 2 and result_of(found.directory) == before
+    )  # what is measured is not measured again
 
 
 def test_evaluation_killed_at_every_write_equals_an_uninterrupted_one(
@@ -337,7 +424,9 @@ def test_evaluation_killed_at_every_write_equals_an_uninterrupted_one(
     monkeypatch.setattr(os, "replace", stop)
     for attempt in itertools.count():
         before = kept()
-        left[0] = 1 if attempt == 0 else 2  # the settings, which each command writes, and what comes next
+        left[0] = (
+            1 if attempt == 0 else 2
+        )  # the settings, which each command writes, and what comes next
         try:
             again(tiny_chained, place)
             break
@@ -353,7 +442,13 @@ def test_evaluation_killed_at_every_write_equals_an_uninterrupted_one(
         ("evaluation.json", "measured/full.json"),
         ("evaluation.json", "pictures/export", "measured/export.json"),
         ("evaluation.json", "pictures/full/00001.safetensors", "pictures/signed/00000.safetensors"),
-        ("evaluation.json", "trajectories/00000.safetensors", "signed", "measured/signed.json", "measured/export.json"),
+        (
+            "evaluation.json",
+            "trajectories/00000.safetensors",
+            "signed",
+            "measured/signed.json",
+            "measured/export.json",
+        ),
     ],
     ids=lambda lost: " ".join(lost[1:]) or "result",
 )
@@ -384,7 +479,9 @@ def test_finished_evaluation_is_read_and_not_drawn_again(
     assert files_of(place) == files_of(evaluated.directory)
 
 
-@pytest.mark.parametrize("leftover", [".asked.json.tmp", ".evaluation.json.tmp", ".signed-abc123/scales.safetensors"])
+@pytest.mark.parametrize(
+    "leftover", [".asked.json.tmp", ".evaluation.json.tmp", ".signed-abc123/scales.safetensors"]
+)
 def test_leftovers_of_a_killed_process_do_not_stop_it(
     leftover: str, evaluated: Evaluation, tiny_chained: Chained, copied: Copied
 ) -> None:
@@ -396,16 +493,26 @@ def test_leftovers_of_a_killed_process_do_not_stop_it(
     assert result_of(place) == result_of(evaluated.directory)
 
 
-def test_overwrite_begins_again(evaluated: Evaluation, tiny_chained: Chained, copied: Copied) -> None:
+def test_overwrite_begins_again(
+    evaluated: Evaluation, tiny_chained: Chained, copied: Copied
+) -> None:
     place = copied(evaluated.directory)
     found = again(tiny_chained, place, replace(THREE, num_images=1, compare=()), overwrite=True)
     assert [model.key for model in found.models] == ["full", "export"]
     assert sorted(path.name for path in (place / "pictures").iterdir()) == ["export", "full"]
-    assert sorted(path.name for path in (place / "measured").iterdir()) == ["export.json", "full.json"]
+    assert sorted(path.name for path in (place / "measured").iterdir()) == [
+        "export.json",
+        "full.json",
+    ]
 
 
-def test_export_that_was_made_again_is_another_model(calibrated: Callable[[str], Run], tmp_path: Path) -> None:
-    run, options = calibrated("DDIMPipeline"), replace(THREE, num_images=1, num_trajectories=1, compare=())
+def test_export_that_was_made_again_is_another_model(
+    calibrated: Callable[[str], Run], tmp_path: Path
+) -> None:
+    run, options = (
+        calibrated("DDIMPipeline"),
+        replace(THREE, num_images=1, num_trajectories=1, compare=()),
+    )
     calibration, export = run.load_calibration(), tmp_path / "export"
 
     def evaluate_again() -> Evaluation:
@@ -434,12 +541,17 @@ def here(msfp: Invoke, tiny_chained: Chained, copied: Copied) -> Path:
 
 def test_command_prints_figures_and_what_is_next(here: Path, msfp: Invoke) -> None:
     result = msfp("evaluate", *QUICKLY)
-    assert (result.exit_code, result.stdout) == (0, "msfp-run/evaluation/evaluation.json\n"), result.stderr
+    assert (result.exit_code, result.stdout) == (0, "msfp-run/evaluation/evaluation.json\n"), (
+        result.stderr
+    )
     found = Evaluation.load(Path("msfp-run/evaluation"))
     assert "2 pictures from the same seeds; distances by 'squeezenet' features" in result.stderr
     for title in ("full precision", "signed FP4", "MSFP"):
         assert title in result.stderr
-    rows = [[cell.strip() for cell in re.split("[│┃|]", line)[1:-1]] for line in result.stderr.splitlines()]
+    rows = [
+        [cell.strip() for cell in re.split("[│┃|]", line)[1:-1]]
+        for line in result.stderr.splitlines()
+    ]
     shown = {row[0]: row[1:] for row in rows if row and row[0]}
     for figure in FIGURES:
         values = [figure.value(model) for model in found.models]
@@ -451,14 +563,18 @@ def test_command_prints_figures_and_what_is_next(here: Path, msfp: Invoke) -> No
 
 def test_json_is_what_the_file_holds(here: Path, msfp: Invoke) -> None:
     result = msfp("evaluate", *ALONE, "--json")
-    assert json.loads(result.stdout) == json.loads(Path("msfp-run/evaluation/evaluation.json").read_text())
+    assert json.loads(result.stdout) == json.loads(
+        Path("msfp-run/evaluation/evaluation.json").read_text()
+    )
     found = json.loads(result.stdout)
     assert [model["key"] for model in found["models"]] == ["full", "export"]
 
 
 def test_options_reach_the_evaluation(here: Path, msfp: Invoke) -> None:
     command = "evaluate msfp-run/export --num-images 3 --num-trajectories 2 --steps 1 --seed 9 --batch-size 2"
-    options = "--extractor squeezenet --compare signed --no-layers --no-cost --out elsewhere --device cpu"
+    options = (
+        "--extractor squeezenet --compare signed --no-layers --no-cost --out elsewhere --device cpu"
+    )
     result = msfp(*command.split(), *options.split())
     assert (result.exit_code, result.stdout) == (0, "elsewhere/evaluation.json\n"), result.stderr
     assert not Path("msfp-run/evaluation").exists()
@@ -470,12 +586,18 @@ def test_options_reach_the_evaluation(here: Path, msfp: Invoke) -> None:
         "seed": 9,
         "batch_size": 2,
     }
-    assert (asked["models"], asked["num_trajectories"], asked["layers"]) == (["full", "signed", "export"], 2, False)
+    assert (asked["models"], asked["num_trajectories"], asked["layers"]) == (
+        ["full", "signed", "export"],
+        2,
+        False,
+    )
     assert result.stderr.splitlines()[-1] == "next: msfp report elsewhere"
 
 
 @pytest.mark.parametrize(
-    ("run", "out"), [("my runs", None), ("msfp-run", "my evaluation")], ids=["another-run", "another-place"]
+    ("run", "out"),
+    [("my runs", None), ("msfp-run", "my evaluation")],
+    ids=["another-run", "another-place"],
 )
 def test_next_command_finds_the_evaluation(
     run: str, out: str | None, msfp: Invoke, tiny_chained: Chained, copied: Copied
@@ -502,14 +624,19 @@ def test_prompts_file_and_clip_score(
     result = msfp("evaluate", *ALONE, "--prompts", "prompts.txt", "--clip", "some/clip")
     assert result.exit_code == 0, result.stderr
     found = Evaluation.load(Path("msfp-run/evaluation"))
-    assert found.asked["record"]["conditions"] == ["a cat", "a dog"] and found.asked["clip"] == "some/clip"
+    assert (
+        found.asked["record"]["conditions"] == ["a cat", "a dog"]
+        and found.asked["clip"] == "some/clip"
+    )
     assert [model.clip for model in found.models] == [21.0, 22.0]
     for (model, pictures, prompts, device), key in zip(seen, ("full", "export"), strict=True):
         assert (model, prompts, device) == ("some/clip", ["a cat", "a dog"], "cpu")
         assert torch.equal(pictures, found.gallery(key).pictures())
 
 
-def test_extractor_of_the_users_own_is_used(here: Path, msfp: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extractor_of_the_users_own_is_used(
+    here: Path, msfp: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("user_features.py").write_text(
         "from torch import nn\ndef make():\n    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
     )
@@ -518,7 +645,9 @@ def test_extractor_of_the_users_own_is_used(here: Path, msfp: Invoke, monkeypatc
     assert msfp("evaluate", *ALONE, "--extractor", "user_features:make").exit_code == 0
     found = Evaluation.load(Path("msfp-run/evaluation"))
     assert found.asked["extractor"] == "user_features:make"
-    features = [(found.gallery(key).pictures() / 255).mean(dim=(2, 3)) for key in ("export", "full")]
+    features = [
+        (found.gallery(key).pictures() / 255).mean(dim=(2, 3)) for key in ("export", "full")
+    ]
     assert found.models[-1].to_full is not None
     assert found.models[-1].to_full.frechet == pytest.approx(frechet_distance(*features), abs=1e-9)
 
@@ -530,7 +659,9 @@ def test_two_processes_give_what_one_gives(here: Path, msfp: Invoke) -> None:
     if not torch.accelerator.is_available():  # then nobody says on which device
         options = tuple(option for option in options if option not in ("--device", "cpu"))
     command = [sys.executable, "-m", "msfp_cli", "evaluate", *map(str, options), "--out", "two"]
-    done = subprocess.run([*command, "--num-processes", "2"], capture_output=True, text=True, timeout=250)
+    done = subprocess.run(
+        [*command, "--num-processes", "2"], capture_output=True, text=True, timeout=250
+    )
     assert (done.returncode, done.stdout) == (0, "two/evaluation.json\n"), done.stderr
     assert done.stderr.splitlines()[-1] == "next: msfp report two"
     assert result_of(Path("two")) == result_of(Path("one"))
@@ -555,32 +686,72 @@ def array_of(**arrays: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("prepare", "options", "message"),
     [
-        (lambda: reference_of(), "--reference photos", "photos holds 0 pictures; a reference needs at least two"),
+        (
+            lambda: reference_of(),
+            "--reference photos",
+            "photos holds 0 pictures; a reference needs at least two",
+        ),
         (lambda: reference_of((16, 16)), "--reference photos", "photos holds 1 pictures"),
         (
             lambda: reference_of((20, 30), (20, 30)),
             "--reference photos",
             "photos holds pictures of 20 by 30, the pipeline makes 16 by 16; resize the reference",
         ),
-        (lambda: reference_of((16, 16), (16, 17)), "--reference photos", "1.png has another size than 0.png"),
-        (lambda: reference_of((16, 16), text="cat"), "--reference photos", "a.png is no picture that can be read"),
+        (
+            lambda: reference_of((16, 16), (16, 17)),
+            "--reference photos",
+            "1.png has another size than 0.png",
+        ),
+        (
+            lambda: reference_of((16, 16), text="cat"),
+            "--reference photos",
+            "a.png is no picture that can be read",
+        ),
         (
             lambda: array_of(pictures=np.zeros((2, 16, 16, 3), np.uint8)),
             "--reference photos.npz",
             "cannot read 'images' from photos.npz",
         ),
-        (lambda: None, "--reference nowhere", "no reference in nowhere; give a directory of pictures, or an npz file"),
-        (lambda: None, "--extractor resnet", "unknown extractor 'resnet'; choose squeezenet, fashion, inception"),
-        (lambda: None, "--extractor no_such_module:make", "cannot make extractor 'no_such_module:make'"),
-        (lambda: None, "--extractor fashion", "the classifier takes pictures of 32 by 32, not (16, 16)"),
-        (lambda: None, "--compare plain", "unknown --compare 'plain'; choose from signed, calibrated, or none"),
+        (
+            lambda: None,
+            "--reference nowhere",
+            "no reference in nowhere; give a directory of pictures, or an npz file",
+        ),
+        (
+            lambda: None,
+            "--extractor resnet",
+            "unknown extractor 'resnet'; choose squeezenet, fashion, inception",
+        ),
+        (
+            lambda: None,
+            "--extractor no_such_module:make",
+            "cannot make extractor 'no_such_module:make'",
+        ),
+        (
+            lambda: None,
+            "--extractor fashion",
+            "the classifier takes pictures of 32 by 32, not (16, 16)",
+        ),
+        (
+            lambda: None,
+            "--compare plain",
+            "unknown --compare 'plain'; choose from signed, calibrated, or none",
+        ),
         (lambda: None, "--compare signed,full", "unknown --compare 'full'"),
         (lambda: None, "--num-images 0", "--num-images must be at least 1, got 0"),
         (lambda: None, "--num-images -3", "--num-images must be at least 1, got -3"),
         (lambda: None, "--num-trajectories 0", "--num-trajectories must be at least 1, got 0"),
-        (lambda: Path("p.txt").write_text(" \n"), "--prompts p.txt", "p.txt holds no prompts; write one a line"),
+        (
+            lambda: Path("p.txt").write_text(" \n"),
+            "--prompts p.txt",
+            "p.txt holds no prompts; write one a line",
+        ),
         (lambda: None, "--prompts p.txt", "cannot read prompts from p.txt: No such file"),
-        (lambda: Path("p.txt").write_text("a cat\n"), "--prompts p.txt", "DDIMPipeline takes no prompts"),
+        (
+            lambda: Path("p.txt").write_text("a cat\n"),
+            "--prompts p.txt",
+            "DDIMPipeline takes no prompts",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and value.startswith("--") else "",
 )
@@ -593,7 +764,9 @@ def test_wrong_input_is_one_helpful_line(
     assert not Path("msfp-run/evaluation/evaluation.json").exists()
 
 
-@pytest.mark.parametrize("option", ["--batch-size 0", "--steps 0", "--num-processes 0", "--num-images many"])
+@pytest.mark.parametrize(
+    "option", ["--batch-size 0", "--steps 0", "--num-processes 0", "--num-images many"]
+)
 def test_wrong_number_is_a_wrong_command_line(option: str, here: Path, msfp: Invoke) -> None:
     result = msfp("evaluate", *option.split())
     assert (result.exit_code, result.stdout) == (2, "")
@@ -601,10 +774,16 @@ def test_wrong_number_is_a_wrong_command_line(option: str, here: Path, msfp: Inv
 
 
 @pytest.mark.parametrize(
-    "wrong", [("--reference", "nowhere"), ("--clip", "./nowhere"), ("--against", "OTHER")], ids=lambda wrong: wrong[0]
+    "wrong",
+    [("--reference", "nowhere"), ("--clip", "./nowhere"), ("--against", "OTHER")],
+    ids=lambda wrong: wrong[0],
 )
 def test_mistake_that_is_put_right_needs_no_overwrite(
-    wrong: tuple[str, str], prompted_chained: Chained, copied: Copied, msfp: Invoke, tiny: Callable[[str], Path]
+    wrong: tuple[str, str],
+    prompted_chained: Chained,
+    copied: Copied,
+    msfp: Invoke,
+    tiny: Callable[[str], Path],
 ) -> None:
     copied(prompted_chained.run.directory, "msfp-run")
     option, value = wrong[0], wrong[1].replace("OTHER", str(tiny("DDIMPipeline")))
@@ -614,13 +793,17 @@ def test_mistake_that_is_put_right_needs_no_overwrite(
 
 
 def test_run_without_an_export_says_what_to_type(msfp: Invoke, here: Path) -> None:
-    assert "no run directory nowhere here" in only_line(msfp("evaluate", *QUICKLY, "--run", "nowhere"), 1)
+    assert "no run directory nowhere here" in only_line(
+        msfp("evaluate", *QUICKLY, "--run", "nowhere"), 1
+    )
     shutil.rmtree(here / "export")
     message = only_line(msfp("evaluate", *QUICKLY), 1)
     assert message == "msfp-run holds no export yet; run `msfp export` first"
 
 
-def test_directory_that_is_no_export_is_named(msfp: Invoke, here: Path, tiny_chained: Chained) -> None:
+def test_directory_that_is_no_export_is_named(
+    msfp: Invoke, here: Path, tiny_chained: Chained
+) -> None:
     Path("empty").mkdir()
     for place in ("empty", "nowhere"):
         message = only_line(msfp("evaluate", place, *QUICKLY), 1)
@@ -639,15 +822,26 @@ def test_damaged_export_is_named(msfp: Invoke, here: Path) -> None:
     assert path.name in message or "altered" in message
 
 
-def test_export_of_no_run_is_evaluated_but_not_beside_the_steps_before(msfp: Invoke, tiny_chained: Chained) -> None:
+def test_export_of_no_run_is_evaluated_but_not_beside_the_steps_before(
+    msfp: Invoke, tiny_chained: Chained
+) -> None:
     message = only_line(msfp("evaluate", tiny_chained.export, *QUICKLY, "--compare", "signed"), 2)
-    assert message == (f"{tiny_chained.export} was not made by the run msfp-run; use --compare none, or give its --run")
+    assert message == (
+        f"{tiny_chained.export} was not made by the run msfp-run; use --compare none, or give its --run"
+    )
     result = msfp("evaluate", tiny_chained.export, *QUICKLY)
-    assert (result.exit_code, result.stdout) == (0, "msfp-run/evaluation/evaluation.json\n"), result.stderr
-    assert [model.key for model in Evaluation.load(Path("msfp-run/evaluation")).models] == ["full", "export"]
+    assert (result.exit_code, result.stdout) == (0, "msfp-run/evaluation/evaluation.json\n"), (
+        result.stderr
+    )
+    assert [model.key for model in Evaluation.load(Path("msfp-run/evaluation")).models] == [
+        "full",
+        "export",
+    ]
 
 
-@pytest.mark.parametrize("kind", ["another-architecture", "other-weights", "another-pipeline", "missing"])
+@pytest.mark.parametrize(
+    "kind", ["another-architecture", "other-weights", "another-pipeline", "missing"]
+)
 def test_wrong_full_precision_model_is_named(
     kind: str, here: Path, msfp: Invoke, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -657,12 +851,16 @@ def test_wrong_full_precision_model_is_named(
             torch.manual_seed(1)
             BUILDERS["DDIMPipeline"]().save_pretrained(model)
     elif kind != "missing":
-        model = tiny({"another-architecture": "DiTPipeline", "another-pipeline": "LDMPipeline"}[kind])
+        model = tiny(
+            {"another-architecture": "DiTPipeline", "another-pipeline": "LDMPipeline"}[kind]
+        )
     message = only_error(msfp("evaluate", *ALONE, "--against", model), 1)
     if kind == "missing":
         assert message == f"'{model}' is neither a directory nor a hub id (owner/name)"
     else:
-        assert message.startswith("the export is of another model: ") and message.endswith("give it with --against")
+        assert message.startswith("the export is of another model: ") and message.endswith(
+            "give it with --against"
+        )
 
 
 @pytest.mark.parametrize(
@@ -682,14 +880,24 @@ def test_wrong_full_precision_model_is_named(
     ],
 )
 def test_other_settings_are_refused_by_name(
-    options: str, field: str, here: Path, msfp: Invoke, evaluated: Evaluation, monkeypatch: pytest.MonkeyPatch
+    options: str,
+    field: str,
+    here: Path,
+    msfp: Invoke,
+    evaluated: Evaluation,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copytree(evaluated.directory, here / "evaluation")
-    asked = evaluated.asked | {"export": "msfp-run/export", "models": ["full", "export"], "num_trajectories": 1}
+    asked = evaluated.asked | {
+        "export": "msfp-run/export",
+        "models": ["full", "export"],
+        "num_trajectories": 1,
+    }
     asked["record"] = asked["record"] | {"conditions": [None, None], "batch_size": 8}
     (here / "evaluation/asked.json").write_text(json.dumps(asked))
     monkeypatch.setattr(
-        "msfp_cli.evaluation.evaluate.load_extractor", lambda name: replace(load_extractor("squeezenet"), name=name)
+        "msfp_cli.evaluation.evaluate.load_extractor",
+        lambda name: replace(load_extractor("squeezenet"), name=name),
     )
     before = files_of(here)
     message = only_line(msfp("evaluate", *ALONE, "--extractor", "squeezenet", *options.split()), 1)
@@ -698,7 +906,9 @@ def test_other_settings_are_refused_by_name(
     assert files_of(here) == before
 
 
-@pytest.mark.parametrize("content", [{"thesis.txt": "years"}, {"asked.json": "{}", "thesis.txt": "years"}], ids=len)
+@pytest.mark.parametrize(
+    "content", [{"thesis.txt": "years"}, {"asked.json": "{}", "thesis.txt": "years"}], ids=len
+)
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_directory_of_somebody_else_is_left_alone(
     content: dict[str, str], overwrite: bool, here: Path, msfp: Invoke
@@ -735,14 +945,18 @@ def test_damaged_file_says_to_overwrite_and_that_helps(
     assert msfp("evaluate", *ALONE, "--num-images", 1, "--overwrite").exit_code == 0
 
 
-def test_damaged_result_is_written_again(evaluated: Evaluation, tiny_chained: Chained, copied: Copied) -> None:
+def test_damaged_result_is_written_again(
+    evaluated: Evaluation, tiny_chained: Chained, copied: Copied
+) -> None:
     place = copied(evaluated.directory)
     (place / "evaluation.json").write_text("{")
     again(tiny_chained, place)
     assert result_of(place) == result_of(evaluated.directory)
 
 
-def test_interrupted_command_says_how_to_go_on(here: Path, msfp: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_command_says_how_to_go_on(
+    here: Path, msfp: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
 
         def stop(*args: object, **kwargs: object) -> None:
@@ -768,7 +982,17 @@ def test_every_figure_is_read_off_a_model(evaluated: Evaluation) -> None:
     assert values["output"] == model.noise["unet"].error and values["latents"] == model.latents
     assert model.to_full is not None and values["frechet_full"] == model.to_full.frechet
     assert {key for key, value in values.items() if value is None} == {
-        *("frechet", "kernel", "precision", "recall", "garment", "colour", "clip", "seconds", "memory")
+        *(
+            "frechet",
+            "kernel",
+            "precision",
+            "recall",
+            "garment",
+            "colour",
+            "clip",
+            "seconds",
+            "memory",
+        )
     }
     assert {figure.key for figure in FIGURES if figure.value(full) is not None} == {"size"}
     rich = replace(
@@ -776,5 +1000,9 @@ def test_every_figure_is_read_off_a_model(evaluated: Evaluation) -> None:
         garment=0.25,
         cost=Cost(load_seconds=1, seconds_per_picture=2, peak_memory_bytes=3 << 20),
     )
-    shown = {figure.key: figure.text(value) for figure in FIGURES if (value := figure.value(rich)) is not None}
+    shown = {
+        figure.key: figure.text(value)
+        for figure in FIGURES
+        if (value := figure.value(rich)) is not None
+    }
     assert shown == {"garment": "25.0", "seconds": "2.000", "memory": "3"}

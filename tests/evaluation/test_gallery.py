@@ -17,22 +17,38 @@ from tiny_pipelines import BUILDERS
 
 THREE = RecordRecipe(conditions=(None,) * 3, num_inference_steps=2, seed=4, batch_size=2)
 MODEL = {"name": "tiny"}
-KINDS = {"StableDiffusionPipeline": "a cat", "FluxPipeline": "a cat", "DiTPipeline": "1", "DDIMPipeline": None}
+KINDS = {
+    "StableDiffusionPipeline": "a cat",
+    "FluxPipeline": "a cat",
+    "DiTPipeline": "1",
+    "DDIMPipeline": None,
+}
 
 
 def files_of(gallery: Gallery) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(gallery.directory.iterdir())}
 
 
-def test_pictures_and_latents_are_the_pipelines_own(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
+def test_pictures_and_latents_are_the_pipelines_own(
+    tiny_pipe: DiffusionPipeline, tmp_path: Path
+) -> None:
     gallery = Gallery.create(tmp_path / "gallery", THREE, MODEL)
     gallery.fill(tiny_pipe, title="tiny")
     sampling = Sampling(num_inference_steps=2, seed=4)
-    expected = [picture for i in range(3) for picture in call_pipeline(tiny_pipe, (None,), sampling, first=i)]
+    expected = [
+        picture
+        for i in range(3)
+        for picture in call_pipeline(tiny_pipe, (None,), sampling, first=i)
+    ]
     pictures = gallery.pictures().permute(0, 2, 3, 1).numpy()
-    assert all(np.array_equal(picture, np.asarray(own)) for picture, own in zip(pictures, expected, strict=True))
+    assert all(
+        np.array_equal(picture, np.asarray(own))
+        for picture, own in zip(pictures, expected, strict=True)
+    )
     decoded = ((gallery.latents() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    assert torch.equal(decoded, gallery.pictures())  # in pixel space the final sample is the picture
+    assert torch.equal(
+        decoded, gallery.pictures()
+    )  # in pixel space the final sample is the picture
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -42,7 +58,9 @@ def test_final_latents_are_what_the_pipeline_gives_without_its_decoder(
     assert name in BUILDERS
     pipe = load_pipeline(ModelSource(model=str(tiny(name))), "cpu")
     conditions = (KINDS[name],) * 2
-    gallery = Gallery.create(tmp_path, RecordRecipe(conditions=conditions, num_inference_steps=2), MODEL)
+    gallery = Gallery.create(
+        tmp_path, RecordRecipe(conditions=conditions, num_inference_steps=2), MODEL
+    )
     gallery.fill(pipe, title=name)
     with watch_samples(pipe) as samples:
         call_pipeline(pipe, conditions, Sampling(num_inference_steps=2))
@@ -61,19 +79,26 @@ def test_interrupted_gallery_goes_on_and_equals_an_uninterrupted_one(
     before = parts.path(1).read_bytes()
     Gallery.create(parts.directory, THREE, MODEL).fill(tiny_pipe, title="parts")
     assert parts.path(1).read_bytes() == before
-    assert torch.equal(parts.pictures(), whole.pictures()) and torch.equal(parts.latents(), whole.latents())
+    assert torch.equal(parts.pictures(), whole.pictures()) and torch.equal(
+        parts.latents(), whole.latents()
+    )
 
 
 @pytest.mark.parametrize("num_processes", [2, 3, 5])
 def test_processes_that_share_a_gallery_draw_each_batch_once(
-    num_processes: int, tiny_pipe: DiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    num_processes: int,
+    tiny_pipe: DiffusionPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = RecordRecipe(conditions=(None,) * 7, num_inference_steps=1, seed=4, batch_size=2)
     whole, shared = (Gallery.create(tmp_path / name, recipe, MODEL) for name in ("whole", "shared"))
     whole.fill(tiny_pipe, title="whole", share=ALONE)
     drawn: list[int] = []
 
-    def call(pipe: object, conditions: tuple[None, ...], sampling: Sampling, *, first: int) -> object:
+    def call(
+        pipe: object, conditions: tuple[None, ...], sampling: Sampling, *, first: int
+    ) -> object:
         drawn.extend(range(first, first + len(conditions)))
         return call_pipeline(pipe, conditions, sampling, first=first)
 
@@ -82,12 +107,18 @@ def test_processes_that_share_a_gallery_draw_each_batch_once(
         share = Processes(index, num_processes)
         before = set(shared.missing())
         Gallery.create(shared.directory, recipe, MODEL).fill(tiny_pipe, title="shared", share=share)
-        assert before - set(shared.missing()) == {batch for batch in range(4) if batch % num_processes == index}
+        assert before - set(shared.missing()) == {
+            batch for batch in range(4) if batch % num_processes == index
+        }
     assert sorted(drawn) == list(range(7))
-    assert torch.equal(shared.pictures(), whole.pictures()) and torch.equal(shared.latents(), whole.latents())
+    assert torch.equal(shared.pictures(), whole.pictures()) and torch.equal(
+        shared.latents(), whole.latents()
+    )
 
 
-def test_share_of_an_interrupted_gallery_is_what_is_missing_of_it(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
+def test_share_of_an_interrupted_gallery_is_what_is_missing_of_it(
+    tiny_pipe: DiffusionPipeline, tmp_path: Path
+) -> None:
     recipe = RecordRecipe(conditions=(None,) * 4, num_inference_steps=1, batch_size=1)
     gallery = Gallery.create(tmp_path, recipe, MODEL)
     gallery.fill(tiny_pipe, title="tiny")

@@ -6,7 +6,10 @@ from diffusers import DiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
 
 import msfp_cli.evaluation.measures
 from msfp_cli.evaluation.distances import frechet_distance, kernel_distance, precision_recall
@@ -28,7 +31,9 @@ few = settings(max_examples=20, deadline=None, derandomize=True)
 
 
 def bytes_of(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -53,25 +58,39 @@ def test_equal_pictures_are_as_good_as_it_gets() -> None:
     assert found["deep"] == (0, 0)
 
 
-def test_pictures_are_compared_one_by_one_whatever_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_compared_one_by_one_whatever_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(msfp_cli.evaluation.measures, "_BATCH", 2)
     pictures, reference = bytes_of(3, 3, 12, 20), bytes_of(3, 3, 12, 20, seed=1)
     reference[1] = pictures[1] // 2
     found = compare_pictures(pictures, reference)
     network = load_squeezenet()
-    assert {name: len(values) for name, values in found.items()} == {"psnr": 3, "ssim": 3, "deep": 3}
+    assert {name: len(values) for name, values in found.items()} == {
+        "psnr": 3,
+        "ssim": 3,
+        "deep": 3,
+    }
     for i in range(3):
         pair = pictures[i : i + 1] / 255, reference[i : i + 1] / 255
         _, full = structural_similarity_index_measure(*pair, data_range=1.0, return_full_image=True)
-        assert found["psnr"][i] == pytest.approx(float(peak_signal_noise_ratio(*pair, data_range=1.0)), abs=1e-4)
+        assert found["psnr"][i] == pytest.approx(
+            float(peak_signal_noise_ratio(*pair, data_range=1.0)), abs=1e-4
+        )
         assert found["ssim"][i] == pytest.approx(float(full[..., 5:-5, 5:-5].mean()), abs=1e-4)
         assert found["deep"][i] == pytest.approx(float(deep_distance(network, *pair)), rel=1e-4)
 
 
 @pytest.mark.parametrize(("height", "width", "number"), [(10, 40, 0), (40, 10, 0), (11, 11, 1)])
-def test_pictures_smaller_than_the_window_have_no_ssim(height: int, width: int, number: int) -> None:
+def test_pictures_smaller_than_the_window_have_no_ssim(
+    height: int, width: int, number: int
+) -> None:
     found = compare_pictures(bytes_of(1, 3, height, width), bytes_of(1, 3, height, width, seed=1))
-    assert {name: len(values) for name, values in found.items()} == {"psnr": 1, "ssim": number, "deep": 1}
+    assert {name: len(values) for name, values in found.items()} == {
+        "psnr": 1,
+        "ssim": number,
+        "deep": 1,
+    }
 
 
 def test_histograms_count_what_reaches_every_layer(
@@ -81,7 +100,9 @@ def test_histograms_count_what_reaches_every_layer(
     found, inputs = input_histograms(tiny_pipe.unet, calls), dict[str, list[Tensor]]()
     layers = find_layers(tiny_pipe.unet)
     for name, layer in layers.items():
-        layer.register_forward_hook(lambda _, args, out, name=name: inputs.setdefault(name, []).append(args[0]))
+        layer.register_forward_hook(
+            lambda _, args, out, name=name: inputs.setdefault(name, []).append(args[0])
+        )
     for call in calls:
         tiny_pipe.unet(**call.arguments)
     assert found.keys() == inputs.keys() == layers.keys()
@@ -116,10 +137,16 @@ class OneLayer(nn.Module):
         return (self.layer(sample),)
 
 
-@pytest.mark.parametrize(("value", "counts"), [(0.5, [0] * 64), (None, [2, *[0] * 62, 2])], ids=["constant", "two"])
+@pytest.mark.parametrize(
+    ("value", "counts"), [(0.5, [0] * 64), (None, [2, *[0] * 62, 2])], ids=["constant", "two"]
+)
 def test_histogram_of_few_values(value: float | None, counts: list[int]) -> None:
-    sample = torch.tensor([[-1.0, 3.0], [3.0, -1.0]]) if value is None else torch.full((2, 2), value)
-    call = DenoiserCall(component="unet", timestep=1.0, arguments={"sample": sample, "timestep": 1.0}, output=sample)
+    sample = (
+        torch.tensor([[-1.0, 3.0], [3.0, -1.0]]) if value is None else torch.full((2, 2), value)
+    )
+    call = DenoiserCall(
+        component="unet", timestep=1.0, arguments={"sample": sample, "timestep": 1.0}, output=sample
+    )
     (histogram,) = input_histograms(OneLayer(), [call]).values()
     assert (histogram.minimum, histogram.maximum) == (sample.min(), sample.max())
     nonzero = [i for i, count in enumerate(histogram.counts) if count]
@@ -158,7 +185,8 @@ def test_equal_sets_are_no_distance_apart(n: int, dimensions: int, seed: int) ->
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "few_enough"), [(7, 100, True), (100, 7, True), (8, 8, False), (100, 100, False)]
+    ("ours", "theirs", "few_enough"),
+    [(7, 100, True), (100, 7, True), (8, 8, False), (100, 100, False)],
 )
 def test_too_few_pictures_on_either_side_are_told(ours: int, theirs: int, few_enough: bool) -> None:
     found = distance_between(normal(ours, 4), normal(theirs, 4, seed=1))

@@ -16,7 +16,13 @@ from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.checkpoint.export import export_, load_calibrated
 from msfp_cli.digest import digest
 from msfp_cli.errors import ModelError, RunError, UsageError
-from msfp_cli.evaluation.models import Subject, denoiser_bytes, find_subjects, identity_of, refuse_other_model
+from msfp_cli.evaluation.models import (
+    Subject,
+    denoiser_bytes,
+    find_subjects,
+    identity_of,
+    refuse_other_model,
+)
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import load_pipeline
@@ -51,10 +57,14 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Chained:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         BUILDERS["DDIMPipeline"]().save_pretrained(directory / "model")
-    return chain(directory / "model", directory / "run", TWO_PICTURES, replace(CHEAP, formats="e2m1,ue2m2"))
+    return chain(
+        directory / "model", directory / "run", TWO_PICTURES, replace(CHEAP, formats="e2m1,ue2m2")
+    )
 
 
-def test_calibrated_export_stands_beside_full_precision_and_signed_formats(tiny_chained: Chained) -> None:
+def test_calibrated_export_stands_beside_full_precision_and_signed_formats(
+    tiny_chained: Chained,
+) -> None:
     subjects = subjects_of(tiny_chained.run, tiny_chained.export)
     assert list(titles(subjects).items()) == [
         ("full", "full precision"),
@@ -84,22 +94,30 @@ def test_fine_tuned_export_stands_beside_what_it_began_from_as_well(tiny_tuned: 
     ],
     ids=lambda value: ",".join(value) or "none",
 )
-def test_steps_before_can_be_chosen(compare: tuple[str, ...], keys: list[str], tiny_tuned: Finetuned) -> None:
+def test_steps_before_can_be_chosen(
+    compare: tuple[str, ...], keys: list[str], tiny_tuned: Finetuned
+) -> None:
     assert list(subjects_of(tiny_tuned.run, tiny_tuned.export, compare)) == keys
 
 
-def test_export_of_no_run_stands_beside_full_precision_alone(tiny_chained: Chained, tmp_path: Path) -> None:
+def test_export_of_no_run_stands_beside_full_precision_alone(
+    tiny_chained: Chained, tmp_path: Path
+) -> None:
     run = Run(tmp_path / "none")
     assert list(titles(subjects_of(run, tiny_chained.export)).items()) == [
         ("full", "full precision"),
         ("export", "MSFP"),
     ]
     assert list(subjects_of(run, tiny_chained.export, ())) == ["full", "export"]
-    with pytest.raises(UsageError, match=r"was not made by the run .*none; use --compare none, or give its --run"):
+    with pytest.raises(
+        UsageError, match=r"was not made by the run .*none; use --compare none, or give its --run"
+    ):
         subjects_of(run, tiny_chained.export, ("signed",))
 
 
-def test_export_of_another_pipeline_is_not_of_this_run(tiny_chained: Chained, prompted_chained: Chained) -> None:
+def test_export_of_another_pipeline_is_not_of_this_run(
+    tiny_chained: Chained, prompted_chained: Chained
+) -> None:
     assert list(subjects_of(tiny_chained.run, prompted_chained.export)) == ["full", "export"]
     with pytest.raises(UsageError, match="was not made by the run"):
         subjects_of(tiny_chained.run, prompted_chained.export, ("signed",))
@@ -120,14 +138,18 @@ def test_run_without_its_recording_does_not_know_how_to_make_signed_formats(
     shutil.rmtree(run.recording)
     assert list(subjects_of(run, run.directory / "export")) == ["full", "export"]
     with pytest.raises((RunError, UsageError)):
-        subjects_of(run, run.directory / "export", ("signed",), work=tmp_path / "work")["signed"].load()
+        subjects_of(run, run.directory / "export", ("signed",), work=tmp_path / "work")[
+            "signed"
+        ].load()
 
 
 def test_another_full_precision_model_can_be_given(tiny_chained: Chained, copied: Copied) -> None:
     source = ModelSource(model=str(copied(Path(tiny_chained.calibration.source.model))))
     subject = subjects_of(tiny_chained.run, tiny_chained.export, against=source)["full"]
     assert subject.source == source
-    assert identity_of(subject.load()) == identity_of(load_pipeline(tiny_chained.calibration.source, "cpu"))
+    assert identity_of(subject.load()) == identity_of(
+        load_pipeline(tiny_chained.calibration.source, "cpu")
+    )
 
 
 def test_directory_that_is_no_export_is_refused(tiny_chained: Chained, tmp_path: Path) -> None:
@@ -137,7 +159,9 @@ def test_directory_that_is_no_export_is_refused(tiny_chained: Chained, tmp_path:
         subjects_of(tiny_chained.run, Path(tiny_chained.calibration.source.model))
 
 
-def test_signed_formats_are_signed_everywhere_and_lift_nothing(tiny_chained: Chained, tmp_path: Path) -> None:
+def test_signed_formats_are_signed_everywhere_and_lift_nothing(
+    tiny_chained: Chained, tmp_path: Path
+) -> None:
     pipe = subjects_of(tiny_chained.run, tiny_chained.export, work=tmp_path)["signed"].load()
     calibration, layers = tiny_chained.calibration, quantized_layers(pipe.unet)
     assert layers.keys() == calibration.table("unet").keys()
@@ -146,7 +170,11 @@ def test_signed_formats_are_signed_everywhere_and_lift_nothing(tiny_chained: Cha
         choice = calibration.layers["unet"][name]
         parameters = layer.parameters_of
         assert parameters.weight is not None and parameters.input is not None
-        assert parameters.weight.signed and parameters.input.format.signed and parameters.input.zero_point == 0
+        assert (
+            parameters.weight.signed
+            and parameters.input.format.signed
+            and parameters.input.zero_point == 0
+        )
         bits = 4 if choice.reason != "kept" else choice.parameters.weight.bits
         assert parameters.weight.bits == parameters.input.format.bits == bits
 
@@ -158,10 +186,17 @@ def test_signed_formats_are_searched_once_and_again_for_another_calibration(
     work = tmp_path / "work"
     first = identity_of(subjects_of(run, tiny_chained.export, work=work)["signed"].load())
     with monkeypatch.context() as patch:
-        patch.setattr("msfp_cli.evaluation.models.calibrate_", lambda *arguments: pytest.fail("it was searched again"))
-        assert identity_of(subjects_of(run, tiny_chained.export, work=work)["signed"].load()) == first
+        patch.setattr(
+            "msfp_cli.evaluation.models.calibrate_",
+            lambda *arguments: pytest.fail("it was searched again"),
+        )
+        assert (
+            identity_of(subjects_of(run, tiny_chained.export, work=work)["signed"].load()) == first
+        )
     calibration = run.load_calibration()
-    replace(calibration, recipe=replace(calibration.recipe, weights=6)).save(run.calibration, overwrite=True)
+    replace(calibration, recipe=replace(calibration.recipe, weights=6)).save(
+        run.calibration, overwrite=True
+    )
     assert identity_of(subjects_of(run, tiny_chained.export, work=work)["signed"].load()) != first
 
 
@@ -172,12 +207,19 @@ def test_calibrated_is_the_state_before_fine_tuning(tiny_tuned: Finetuned) -> No
     assert found != identity_of(subjects["export"].load())
 
 
-def test_every_model_has_an_identity_of_its_own(tiny_tuned: Finetuned, tmp_path: Path, other: Chained) -> None:
+def test_every_model_has_an_identity_of_its_own(
+    tiny_tuned: Finetuned, tmp_path: Path, other: Chained
+) -> None:
     subjects = subjects_of(tiny_tuned.run, tiny_tuned.export, work=tmp_path)
     prints = [identity_of(subject.load())["unet"] for subject in subjects.values()]
-    prints += [identity_of(load_pipeline(each, "cpu"))["unet"] for each in (other.calibration.source,)]
+    prints += [
+        identity_of(load_pipeline(each, "cpu"))["unet"] for each in (other.calibration.source,)
+    ]
     assert len(set(prints)) == len(prints) == 5
-    assert prints == [*(identity_of(subject.load())["unet"] for subject in subjects.values()), prints[-1]]
+    assert prints == [
+        *(identity_of(subject.load())["unet"] for subject in subjects.values()),
+        prints[-1],
+    ]
 
 
 def test_identity_sees_a_single_code(tiny_chained: Chained) -> None:
@@ -199,7 +241,9 @@ def test_identity_sees_the_grid_of_an_input(tiny_chained: Chained) -> None:
     assert identity_of(other) != identity_of(load_calibrated(calibration, "cpu"))
 
 
-@pytest.mark.parametrize("chained", ["tiny_chained", "tiny_tuned", "prompted_chained", "prompted_tuned"])
+@pytest.mark.parametrize(
+    "chained", ["tiny_chained", "tiny_tuned", "prompted_chained", "prompted_tuned"]
+)
 def test_the_models_own_export_is_accepted(chained: str, request: pytest.FixtureRequest) -> None:
     made: Chained | Finetuned = request.getfixturevalue(chained)
     full = load_pipeline(made.calibration.source, "cpu")
@@ -214,19 +258,29 @@ def test_another_models_export_is_refused(
     full = load_pipeline(tiny_chained.calibration.source, "cpu")
     for export in (prompted_chained.export, other.export):
         with pytest.raises(
-            ModelError, match=r"the export is of another model: its .*'.*' differs; give it with --against"
+            ModelError,
+            match=r"the export is of another model: its .*'.*' differs; give it with --against",
         ):
             refuse_other_model(full, load_pipeline(ModelSource(model=str(export)), "cpu"))
     transformer = load_pipeline(ModelSource(model=str(tiny("DiTPipeline"))), "cpu")
-    with pytest.raises(ModelError, match="the export is of another model: 'unet' is missing; give it with --against"):
-        refuse_other_model(transformer, load_pipeline(ModelSource(model=str(tiny_chained.export)), "cpu"))
+    with pytest.raises(
+        ModelError,
+        match="the export is of another model: 'unet' is missing; give it with --against",
+    ):
+        refuse_other_model(
+            transformer, load_pipeline(ModelSource(model=str(tiny_chained.export)), "cpu")
+        )
 
 
 @pytest.mark.parametrize("name", ["conv_in.bias", "mid_block.resnets.0.norm1.weight"])
-def test_one_other_value_is_named(name: str, tiny_pipe: DiffusionPipeline, tiny_chained: Chained) -> None:
+def test_one_other_value_is_named(
+    name: str, tiny_pipe: DiffusionPipeline, tiny_chained: Chained
+) -> None:
     tiny_pipe.unet.get_parameter(name).data[0] += 0.1
     with pytest.raises(ModelError, match=f"its '{name}' differs"):
-        refuse_other_model(tiny_pipe, load_pipeline(ModelSource(model=str(tiny_chained.export)), "cpu"))
+        refuse_other_model(
+            tiny_pipe, load_pipeline(ModelSource(model=str(tiny_chained.export)), "cpu")
+        )
 
 
 def test_size_is_what_the_export_holds_and_sixteen_bits_of_full_precision(
@@ -237,7 +291,9 @@ def test_size_is_what_the_export_holds_and_sixteen_bits_of_full_precision(
     assert denoiser_bytes(exported) == sum(tensor.nbytes for tensor in load_file(path).values())
     (header,) = struct.unpack("<Q", path.read_bytes()[:8])
     assert path.stat().st_size == 8 + header + denoiser_bytes(exported)
-    assert denoiser_bytes(tiny_pipe) == 2 * sum(parameter.numel() for parameter in tiny_pipe.unet.parameters())
+    assert denoiser_bytes(tiny_pipe) == 2 * sum(
+        parameter.numel() for parameter in tiny_pipe.unet.parameters()
+    )
     assert denoiser_bytes(exported) < 0.5 * denoiser_bytes(tiny_pipe)
     assert digest(find_denoisers(exported)["unet"].state_dict()) == digest(load_file(path))
 
@@ -250,5 +306,7 @@ def test_export_of_an_earlier_calibration_is_not_of_this_run(
     assert "signed" in subjects_of(run, tmp_path / "export")
     calibration = run.load_calibration()
     options = replace(TWO_PICTURES, num_images=2)
-    calibrate_run(run, calibration.source, options, replace(CHEAP, weights=6), device="cpu", overwrite=True)
+    calibrate_run(
+        run, calibration.source, options, replace(CHEAP, weights=6), device="cpu", overwrite=True
+    )
     assert "signed" not in subjects_of(run, tmp_path / "export")

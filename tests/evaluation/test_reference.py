@@ -41,7 +41,9 @@ def test_directory_gives_its_pictures_in_the_order_of_their_names(album: Path) -
     (album / "4.png").rename(album / "4.PNG")
     reference = load_reference(album, PIXELS, SIZE)
     assert reference.name == str(album)
-    torch.testing.assert_close(reference.features, features_of(draw(5, *SIZE, 3)), rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        reference.features, features_of(draw(5, *SIZE, 3)), rtol=0, atol=1e-7
+    )
 
 
 def test_pictures_of_every_kind_become_colours(tmp_path: Path) -> None:
@@ -51,7 +53,9 @@ def test_pictures_of_every_kind_become_colours(tmp_path: Path) -> None:
         picture.save(tmp_path / f"{i}.png")
     grey.save(tmp_path / "4.bmp")
     expected = features_of(np.repeat(draw(*SIZE)[None, :, :, None], 3, axis=3)).expand(5, -1)
-    torch.testing.assert_close(load_reference(tmp_path, PIXELS, SIZE).features, expected, rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        load_reference(tmp_path, PIXELS, SIZE).features, expected, rtol=0, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "jpeg", "webp"])
@@ -59,10 +63,14 @@ def test_compressed_pictures_are_read(suffix: str, tmp_path: Path) -> None:
     for i in range(2):
         Image.new("RGB", SIZE[::-1], (200, 100, 50)).save(tmp_path / f"{i}.{suffix}", quality=95)
     features = load_reference(tmp_path, PIXELS, SIZE).features.view(2, 3, -1) * 255
-    torch.testing.assert_close(features.mean(dim=(0, 2)), torch.tensor([200.0, 100.0, 50.0]), rtol=0, atol=4)
+    torch.testing.assert_close(
+        features.mean(dim=(0, 2)), torch.tensor([200.0, 100.0, 50.0]), rtol=0, atol=4
+    )
 
 
-def test_array_gives_the_same_as_a_directory(album: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_array_gives_the_same_as_a_directory(
+    album: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     path = tmp_path_factory.mktemp("array") / "photos.npz"
     np.savez_compressed(path, images=draw(5, *SIZE, 3), labels=np.arange(5))
     ours, theirs = load_reference(path, PIXELS, SIZE), load_reference(album, PIXELS, SIZE)
@@ -77,7 +85,9 @@ def test_grey_array_is_grey_in_all_channels(tmp_path: Path) -> None:
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-7)
 
 
-def test_names_of_the_files_do_not_matter_to_distances(album: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_names_of_the_files_do_not_matter_to_distances(
+    album: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     other = tmp_path_factory.mktemp("renamed")
     for i, path in enumerate(sorted(album.iterdir())):
         (other / f"{(3 * i + 2) % 5}.png").write_bytes(path.read_bytes())
@@ -98,7 +108,9 @@ def test_the_reference_of_the_built_in_pipeline_is_of_the_classifiers_features()
     assert reference.features.shape == (2000, 64) and reference.features.dtype == torch.float32
     garments = classifier.garment(reference.features).argmax(1).bincount(minlength=10)
     colours = classifier.colour(reference.features).argmax(1).bincount(minlength=8)
-    assert 120 < int(garments.min()) and int(garments.max()) < 280  # as many of each kind as there are
+    assert (
+        120 < int(garments.min()) and int(garments.max()) < 280
+    )  # as many of each kind as there are
     assert 150 < int(colours.min()) and int(colours.max()) < 350
 
 
@@ -145,37 +157,79 @@ def archive_bytes(pictures: int = 3) -> bytes:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        pytest.param(write_pictures(), "holds 0 pictures; a reference needs at least two", id="empty"),
-        pytest.param(write_pictures((8, 6)), "holds 1 pictures; a reference needs at least two", id="one"),
+        pytest.param(
+            write_pictures(), "holds 0 pictures; a reference needs at least two", id="empty"
+        ),
+        pytest.param(
+            write_pictures((8, 6)), "holds 1 pictures; a reference needs at least two", id="one"
+        ),
         pytest.param(
             write_pictures((6, 8), (6, 8)),
             "holds pictures of 6 by 8, the pipeline makes 8 by 6; resize",
             id="other-size",
         ),
-        pytest.param(write_pictures((8, 6), (8, 7)), "1.png has another size than 0.png", id="two-sizes"),
         pytest.param(
-            write_pictures((8, 6), text="hello"), "a.png is no picture that can be read", id="text-as-picture"
+            write_pictures((8, 6), (8, 7)), "1.png has another size than 0.png", id="two-sizes"
         ),
-        pytest.param(write_pictures((8, 6), text=""), "a.png is no picture that can be read", id="empty-picture"),
         pytest.param(
-            lambda directory: directory / "nowhere", "no reference in .*nowhere; give a directory", id="missing"
+            write_pictures((8, 6), text="hello"),
+            "a.png is no picture that can be read",
+            id="text-as-picture",
         ),
-        pytest.param(write_npz(pictures=draw(3, *SIZE, 3)), "cannot read 'images' from .*photos.npz", id="no-images"),
+        pytest.param(
+            write_pictures((8, 6), text=""),
+            "a.png is no picture that can be read",
+            id="empty-picture",
+        ),
+        pytest.param(
+            lambda directory: directory / "nowhere",
+            "no reference in .*nowhere; give a directory",
+            id="missing",
+        ),
+        pytest.param(
+            write_npz(pictures=draw(3, *SIZE, 3)),
+            "cannot read 'images' from .*photos.npz",
+            id="no-images",
+        ),
         pytest.param(write_npz(images=draw(1, *SIZE, 3)), "holds 1 pictures", id="one-in-array"),
         pytest.param(write_npz(images=draw(0, *SIZE, 3)), "holds 0 pictures", id="none-in-array"),
-        pytest.param(write_npz(images=draw(3, 8, 6, 3)), "pictures of 6 by 8", id="other-size-in-array"),
-        pytest.param(write_npz(images=draw(3, 3, *SIZE)), r"is uint8 \(3, 3, 6, 8\); it must be", id="channels-first"),
-        pytest.param(write_npz(images=draw(3, *SIZE, 4)), r"is uint8 \(3, 6, 8, 4\); it must be", id="four-channels"),
+        pytest.param(
+            write_npz(images=draw(3, 8, 6, 3)), "pictures of 6 by 8", id="other-size-in-array"
+        ),
+        pytest.param(
+            write_npz(images=draw(3, 3, *SIZE)),
+            r"is uint8 \(3, 3, 6, 8\); it must be",
+            id="channels-first",
+        ),
+        pytest.param(
+            write_npz(images=draw(3, *SIZE, 4)),
+            r"is uint8 \(3, 6, 8, 4\); it must be",
+            id="four-channels",
+        ),
         pytest.param(write_npz(images=draw(6)), r"is uint8 \(6,\); it must be", id="one-dimension"),
-        pytest.param(write_npz(images=draw(3, *SIZE) / 255), r"is float64 \(3, 6, 8\); it must be uint8", id="floats"),
-        pytest.param(write_npz(images=np.array([[1], [1, 2]], dtype=object)), "cannot read 'images'", id="objects"),
+        pytest.param(
+            write_npz(images=draw(3, *SIZE) / 255),
+            r"is float64 \(3, 6, 8\); it must be uint8",
+            id="floats",
+        ),
+        pytest.param(
+            write_npz(images=np.array([[1], [1, 2]], dtype=object)),
+            "cannot read 'images'",
+            id="objects",
+        ),
         pytest.param(write_bytes(b"hello"), "cannot read 'images'", id="text-as-array"),
         pytest.param(write_bytes(b""), "cannot read 'images'", id="empty-file"),
-        pytest.param(write_bytes(array_bytes()), "cannot read 'images'", id="array-outside-an-archive"),
-        pytest.param(write_bytes(archive_bytes()[:-40]), "cannot read 'images'", id="truncated-archive"),
+        pytest.param(
+            write_bytes(array_bytes()), "cannot read 'images'", id="array-outside-an-archive"
+        ),
+        pytest.param(
+            write_bytes(archive_bytes()[:-40]), "cannot read 'images'", id="truncated-archive"
+        ),
     ],
 )
-def test_wrong_reference_is_one_line(write: Callable[[Path], Path], message: str, tmp_path: Path) -> None:
+def test_wrong_reference_is_one_line(
+    write: Callable[[Path], Path], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         load_reference(write(tmp_path), PIXELS, SIZE)
     assert "\n" not in str(caught.value)

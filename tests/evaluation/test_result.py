@@ -34,7 +34,9 @@ distances = st.builds(
     num_pictures=st.tuples(counts, counts),
     few=st.booleans(),
 )
-histograms = st.builds(Histogram, minimum=numbers, maximum=numbers, counts=st.lists(counts, max_size=4).map(tuple))
+histograms = st.builds(
+    Histogram, minimum=numbers, maximum=numbers, counts=st.lists(counts, max_size=4).map(tuple)
+)
 noises = st.builds(
     OutputNoise,
     error=numbers,
@@ -60,11 +62,17 @@ models = st.builds(
     clip=maybe(numbers),
     cost=maybe(costs),
 )
-ASKED = {"record": RecordRecipe(conditions=("a cat", None), seed=3).to_json(), "reference": None, "layers": True}
+ASKED = {
+    "record": RecordRecipe(conditions=("a cat", None), seed=3).to_json(),
+    "reference": None,
+    "layers": True,
+}
 
 
 def evaluation(directory: Path, *measured: Measured) -> Evaluation:
-    return Evaluation(directory=directory, asked=ASKED, machine={"device": "cpu"}, models=measured, notes=("few",))
+    return Evaluation(
+        directory=directory, asked=ASKED, machine={"device": "cpu"}, models=measured, notes=("few",)
+    )
 
 
 @given(models)
@@ -107,7 +115,9 @@ def test_file_in_the_place_of_the_directory_is_no_evaluation(tmp_path: Path) -> 
 
 
 def without(key: str) -> str:
-    return json.dumps({name: value for name, value in evaluation(Path("x")).to_json().items() if name != key})
+    return json.dumps(
+        {name: value for name, value in evaluation(Path("x")).to_json().items() if name != key}
+    )
 
 
 MEASURED = Measured(key="full", title="full").to_json()
@@ -124,15 +134,30 @@ MEASURED = Measured(key="full", title="full").to_json()
         *(without(key) for key in ("schema", "asked", "machine", "models", "notes")),
         json.dumps({**json.loads(without("models")), "models": [3]}),
         json.dumps({**json.loads(without("models")), "models": [{**MEASURED, "odd": 1}]}),
-        json.dumps({**json.loads(without("models")), "models": [{k: v for k, v in MEASURED.items() if k != "psnr"}]}),
-        json.dumps({**json.loads(without("models")), "models": [{**MEASURED, "to_full": {"num_pictures": [1]}}]}),
-        json.dumps({**json.loads(without("models")), "models": [{**MEASURED, "noise": {"unet": 3}}]}),
+        json.dumps(
+            {
+                **json.loads(without("models")),
+                "models": [{k: v for k, v in MEASURED.items() if k != "psnr"}],
+            }
+        ),
+        json.dumps(
+            {
+                **json.loads(without("models")),
+                "models": [{**MEASURED, "to_full": {"num_pictures": [1]}}],
+            }
+        ),
+        json.dumps(
+            {**json.loads(without("models")), "models": [{**MEASURED, "noise": {"unet": 3}}]}
+        ),
         json.dumps({**json.loads(without("schema")), "schema": "one"}),
     ],
 )
 def test_damaged_evaluation_says_what_to_type(text: str, tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"evaluation\.json is damaged \(.*\); run `msfp evaluate --overwrite`"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"evaluation\.json is damaged \(.*\); run `msfp evaluate --overwrite`",
+    ):
         Evaluation.load(tmp_path)
 
 
@@ -144,5 +169,7 @@ def test_undecodable_evaluation_is_damaged(tmp_path: Path) -> None:
 
 def test_newer_evaluation_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(json.dumps({"schema": 2, "unknown": True}))
-    with pytest.raises(CheckpointError, match="written by a newer msfp; upgrade msfp, or evaluate again"):
+    with pytest.raises(
+        CheckpointError, match="written by a newer msfp; upgrade msfp, or evaluate again"
+    ):
         Evaluation.load(tmp_path)

@@ -29,13 +29,17 @@ def rows_of(shard: int, component: str = "unet") -> Tensor:
 def call(shard: int, timestep: float, component: str = "unet") -> DenoiserCall:
     rows = rows_of(shard, component)
     arguments = {"sample": rows[:, None], "timestep": torch.tensor(timestep), "scale": 0.5}
-    return DenoiserCall(component=component, timestep=timestep, arguments=arguments, output=rows[:, None] + timestep)
+    return DenoiserCall(
+        component=component, timestep=timestep, arguments=arguments, output=rows[:, None] + timestep
+    )
 
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     """Six shards of five timesteps; the last timestep is missing in all but two, and a second denoiser is called."""
-    made = Recording.create(tmp_path_factory.mktemp("batches") / "recording", {"source": "x"}, NUM_SHARDS)
+    made = Recording.create(
+        tmp_path_factory.mktemp("batches") / "recording", {"source": "x"}, NUM_SHARDS
+    )
     for shard in range(NUM_SHARDS):
         calls = [call(shard, timestep) for timestep in TIMESTEPS if timestep > 1 or shard in (0, 2)]
         made.write_shard(shard, [*calls, call(shard, 77.0, "prior")])
@@ -46,19 +50,25 @@ def batches(recording: Recording, *, lanes: int = 2, seed: int = 0, batch_size: 
     return Batches(recording, "unet", batch_size=batch_size, lanes=lanes, seed=seed)
 
 
-def drawn(source: Batches, asked: list[tuple[int, int]]) -> dict[tuple[int, int], list[tuple[float, float]]]:
+def drawn(
+    source: Batches, asked: list[tuple[int, int]]
+) -> dict[tuple[int, int], list[tuple[float, float]]]:
     """What each (step, lane) sees: the timestep and the name of each row."""
     seen = {}
     for step, lane in asked:
         (batch,) = source.batch(step, lane)
-        seen[step, lane] = list(zip(batch.timesteps, batch.arguments["sample"].flatten().tolist(), strict=True))
+        seen[step, lane] = list(
+            zip(batch.timesteps, batch.arguments["sample"].flatten().tolist(), strict=True)
+        )
     return seen
 
 
 def shards_seen(source: Batches, lane: int, steps: int = 60) -> set[int]:
     """The shards of what a lane sees, but for the timestep that few shards have."""
     found = drawn(source, [(step, lane) for step in range(steps)])
-    return {int(row // 100) - 1 for rows in found.values() for timestep, row in rows if timestep > 1}
+    return {
+        int(row // 100) - 1 for rows in found.values() for timestep, row in rows if timestep > 1
+    }
 
 
 @given(st.permutations(ASKED), st.integers(0, 2**40))
@@ -66,10 +76,14 @@ def shards_seen(source: Batches, lane: int, steps: int = 60) -> set[int]:
 def test_draw_is_a_function_of_seed_step_and_lane(
     recording: Recording, order: list[tuple[int, int]], seed: int
 ) -> None:
-    assert drawn(batches(recording, seed=seed), order) == drawn(batches(recording, seed=seed), ASKED)
+    assert drawn(batches(recording, seed=seed), order) == drawn(
+        batches(recording, seed=seed), ASKED
+    )
 
 
-def test_draw_does_not_depend_on_what_is_kept_in_memory(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draw_does_not_depend_on_what_is_kept_in_memory(
+    recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = drawn(batches(recording), ASKED)
     monkeypatch.setattr(msfp_cli.finetuning.batches, "_MAX_CACHED_BYTES", 0)
     small = batches(recording)
@@ -83,7 +97,9 @@ def test_other_seeds_draw_otherwise(recording: Recording) -> None:
 
 
 def visits(source: Batches, steps: range, lanes: int) -> Counter[float]:
-    return Counter(timestep for step in steps for lane in range(lanes) for timestep in source.drawn(step, lane))
+    return Counter(
+        timestep for step in steps for lane in range(lanes) for timestep in source.drawn(step, lane)
+    )
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 1000), st.integers(1, 3), st.integers(1, 7))
@@ -116,21 +132,29 @@ def test_lanes_part_the_schedule_and_take_turns(recording: Recording, lanes: int
         assert sum(stretches, []) == together.drawn(step, 0)
 
 
-weights = st.lists(st.floats(0, 100), min_size=len(TIMESTEPS), max_size=len(TIMESTEPS)).filter(lambda w: sum(w) > 1e-3)
+weights = st.lists(st.floats(0, 100), min_size=len(TIMESTEPS), max_size=len(TIMESTEPS)).filter(
+    lambda w: sum(w) > 1e-3
+)
 
 
 @given(weights)
 @few
-def test_half_of_the_shares_is_equal_and_half_follows_the_weights(recording: Recording, parts: list[float]) -> None:
+def test_half_of_the_shares_is_equal_and_half_follows_the_weights(
+    recording: Recording, parts: list[float]
+) -> None:
     source = batches(recording, lanes=1)
     source.share_out_(dict(zip(TIMESTEPS, parts, strict=True)))
-    assert list(source.shares.values()) == pytest.approx([0.1 + 0.5 * part / sum(parts) for part in parts])
+    assert list(source.shares.values()) == pytest.approx(
+        [0.1 + 0.5 * part / sum(parts) for part in parts]
+    )
     assert sum(source.shares.values()) == pytest.approx(1)
 
 
 @given(weights, st.integers(2, 8))
 @few
-def test_shares_hardly_depend_on_the_number_of_lanes(recording: Recording, parts: list[float], lanes: int) -> None:
+def test_shares_hardly_depend_on_the_number_of_lanes(
+    recording: Recording, parts: list[float], lanes: int
+) -> None:
     source, plain = batches(recording, lanes=lanes), batches(recording, lanes=1)
     for each in (source, plain):
         each.share_out_(dict(zip(TIMESTEPS, parts, strict=True)))
@@ -140,9 +164,13 @@ def test_shares_hardly_depend_on_the_number_of_lanes(recording: Recording, parts
 
 @given(st.integers(0, 100))
 @few
-def test_lanes_do_not_part_a_timestep_where_that_takes_little(recording: Recording, step: int) -> None:
+def test_lanes_do_not_part_a_timestep_where_that_takes_little(
+    recording: Recording, step: int
+) -> None:
     source = batches(recording, lanes=2, batch_size=9)
-    source.share_out_(dict(zip(TIMESTEPS, (3, 2, 0, 2, 3), strict=True)))  # 0.25, 0.2, 0.1, 0.2, 0.25
+    source.share_out_(
+        dict(zip(TIMESTEPS, (3, 2, 0, 2, 3), strict=True))
+    )  # 0.25, 0.2, 0.1, 0.2, 0.25
     shares = [0.25 / 0.45 / 2, 0.2 / 0.45 / 2, 0.1 / 0.55 / 2, 0.2 / 0.55 / 2, 0.25 / 0.55 / 2]
     assert list(source.shares.values()) == pytest.approx(shares)
     noisy, clean = (set(source.drawn(step, (lane - step) % 2)) for lane in range(2))
@@ -174,7 +202,9 @@ def test_rows_of_many_updates_follow_the_shares_to_a_few(
 
 
 @pytest.mark.parametrize("weight", [0.0, math.inf, math.nan])
-def test_weights_that_say_nothing_leave_the_shares_equal(recording: Recording, weight: float) -> None:
+def test_weights_that_say_nothing_leave_the_shares_equal(
+    recording: Recording, weight: float
+) -> None:
     source = batches(recording)
     source.share_out_(dict.fromkeys(TIMESTEPS, weight))
     assert source.shares == dict.fromkeys(TIMESTEPS, 1 / len(TIMESTEPS))
@@ -207,7 +237,10 @@ def test_rows_are_distinct_and_of_one_shard(recording: Recording, batch_size: in
         (batch,) = source.batch(step, 0)
         rows = batch.arguments["sample"].flatten()
         assert len(set((rows % 100).tolist())) == len(rows) == batch_size
-        assert len({int(row // 100) for t, row in zip(batch.timesteps, rows, strict=True) if t > 1}) <= 1
+        assert (
+            len({int(row // 100) for t, row in zip(batch.timesteps, rows, strict=True) if t > 1})
+            <= 1
+        )
         seen |= set((rows % 100).tolist())
     assert seen == set(range(ROWS))
 
@@ -222,7 +255,9 @@ def test_more_rows_than_a_shard_has_come_again(recording: Recording) -> None:
 
 def test_rows_that_cannot_be_one_call_are_several(tmp_path: Path) -> None:
     """As where a pipeline calls its denoiser for the prompt and for the negative prompt, of other lengths."""
-    calls = [replace(call(0, t), arguments=call(0, t).arguments | {"scale": t}) for t in (801.0, 1.0)]
+    calls = [
+        replace(call(0, t), arguments=call(0, t).arguments | {"scale": t}) for t in (801.0, 1.0)
+    ]
     made = Recording.create(tmp_path, {"source": "x"}, 1)
     made.write_shard(0, calls)
     parts = batches(made, lanes=1, batch_size=4).batch(0, 0)
@@ -239,7 +274,9 @@ def test_only_the_components_own_calls_are_drawn(recording: Recording) -> None:
 
 
 def test_component_that_was_not_recorded_is_refused_by_name(recording: Recording) -> None:
-    with pytest.raises(RunError, match="holds no call of transformer; run `msfp calibrate --overwrite`"):
+    with pytest.raises(
+        RunError, match="holds no call of transformer; run `msfp calibrate --overwrite`"
+    ):
         Batches(recording, "transformer", batch_size=2, lanes=1, seed=0)
 
 

@@ -34,7 +34,18 @@ from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 
 FreshRun = Callable[..., Run]
-OPTIONS = ("--steps", 4, "--batch-size", 2, "--gradient-accumulation", 1, "--rank", 2, "--evaluate-every", 2)
+OPTIONS = (
+    "--steps",
+    4,
+    "--batch-size",
+    2,
+    "--gradient-accumulation",
+    1,
+    "--rank",
+    2,
+    "--evaluate-every",
+    2,
+)
 OPTIONS += ("--device", "cpu")
 
 
@@ -64,10 +75,15 @@ def test_command_tells_what_was_won_and_what_is_next(fresh_run: FreshRun, msfp: 
     for evaluation in tuned.history:
         assert f"held-out error {evaluation.error:.5f}" in result.stderr
     before, after = tuned.history[0].error, tuned.best.error
-    assert f"transformer: held-out error {before:.5f} -> {after:.5f} ({after / before:.2f} of the" in result.stderr
+    assert (
+        f"transformer: held-out error {before:.5f} -> {after:.5f} ({after / before:.2f} of the"
+        in result.stderr
+    )
     assert f"best after {tuned.best.step} updates" in result.stderr
     assert result.stderr.splitlines()[-1] == "next: msfp export"
-    assert msfp("status").stdout.splitlines()[3].startswith("finetune     transformer: 4 of 4 steps")
+    assert (
+        msfp("status").stdout.splitlines()[3].startswith("finetune     transformer: 4 of 4 steps")
+    )
 
 
 def test_json_holds_the_figures(fresh_run: FreshRun, msfp: Invoke) -> None:
@@ -92,7 +108,9 @@ def test_without_options_it_goes_on_with_the_saved_settings(
     run = fresh_run()
     with monkeypatch.context() as patch:
         stop_after(3, patch)
-        result = msfp("finetune", *OPTIONS, "--hub-size", 3, "--loss", "plain", "--gradient-accumulation", 2)
+        result = msfp(
+            "finetune", *OPTIONS, "--hub-size", 3, "--loss", "plain", "--gradient-accumulation", 2
+        )
     assert (result.exit_code, Tuned.load(state(run)).finished) == (1, False)
     recipe = Tuned.load(state(run)).recipe
     assert (recipe.steps, recipe.hub_size, recipe.loss, recipe.lanes) == (4, 3, "plain", 2)
@@ -129,7 +147,10 @@ def test_training_that_does_not_help_is_said_to_be_left_out(
     monkeypatch.setattr(OutputError, "relative", lambda error: next(errors))
     result = msfp("finetune", *OPTIONS)
     assert result.exit_code == 0
-    assert "training did not lower the held-out error of 0.25000; the calibrated state is kept" in result.stderr
+    assert (
+        "training did not lower the held-out error of 0.25000; the calibrated state is kept"
+        in result.stderr
+    )
     assert "Try a lower --learning-rate with --restart" in result.stderr
     tuned = Tuned.load(state(run))
     assert tuned.best.step == 0
@@ -170,7 +191,8 @@ def test_wrong_input_is_one_helpful_line(
 
 
 @pytest.mark.parametrize(
-    ("usual", "processes", "calls"), [(1, 1, 1), (2, 1, 2), (2, 2, 2), (1, 3, 3), (2, 3, 3), (4, 3, 6), (4, 2, 4)]
+    ("usual", "processes", "calls"),
+    [(1, 1, 1), (2, 1, 2), (2, 2, 2), (1, 3, 3), (2, 3, 3), (4, 3, 6), (4, 2, 4)],
 )
 def test_calls_of_an_update_are_as_many_as_usual_or_just_enough_for_equal_shares(
     usual: int, processes: int, calls: int
@@ -180,7 +202,11 @@ def test_calls_of_an_update_are_as_many_as_usual_or_just_enough_for_equal_shares
 
 @pytest.mark.parametrize(
     ("options", "launched"),
-    [(("--gradient-accumulation", 2), [2]), ((), []), (("--gradient-accumulation", 2, "--num-processes", 1), [])],
+    [
+        (("--gradient-accumulation", 2), [2]),
+        ((), []),
+        (("--gradient-accumulation", 2, "--num-processes", 1), []),
+    ],
     ids=["two calls", "one call", "one process asked for"],
 )
 def test_processes_share_the_calls_of_an_update_on_a_cpu(
@@ -212,9 +238,12 @@ def test_nothing_is_launched_where_all_updates_are_done(
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--num-processes", 0), ("--gradient-accumulation", 0), ("--seed", -1), ("--seed", 10**20)]
+    ("option", "value"),
+    [("--num-processes", 0), ("--gradient-accumulation", 0), ("--seed", -1), ("--seed", 10**20)],
 )
-def test_numbers_out_of_range_are_a_wrong_command_line(option: str, value: int, msfp: Invoke) -> None:
+def test_numbers_out_of_range_are_a_wrong_command_line(
+    option: str, value: int, msfp: Invoke
+) -> None:
     result = msfp("finetune", option, value)
     assert (result.exit_code, result.stdout) == (2, "")
     assert option in result.stderr
@@ -224,7 +253,9 @@ def test_recording_of_another_model_is_refused(
     tiny: Callable[[str], Path], copied: Callable[..., Path], tmp_path: Path, msfp: Invoke
 ) -> None:
     model = copied(tiny("DiTPipeline"), "model")
-    calibrate_run(Run(tmp_path / "msfp-run"), ModelSource(model=str(model)), TWO_PICTURES, CHEAP, device="cpu")
+    calibrate_run(
+        Run(tmp_path / "msfp-run"), ModelSource(model=str(model)), TWO_PICTURES, CHEAP, device="cpu"
+    )
     (weights,) = (model / "transformer").glob("*.safetensors")
     tensors = load_file(weights)
     tensors["proj_out_2.weight"][0, 0] += 1
@@ -232,7 +263,9 @@ def test_recording_of_another_model_is_refused(
     message = only_line(msfp("finetune", *OPTIONS), 1)
     assert message.startswith(f"msfp-run/recording is of another model than {model} is now")
     assert message.endswith("run `msfp calibrate --overwrite`")
-    again = msfp("calibrate", model, "--overwrite", "--num-images", 2, "--steps", 2, "--device", "cpu")
+    again = msfp(
+        "calibrate", model, "--overwrite", "--num-images", 2, "--steps", 2, "--device", "cpu"
+    )
     assert again.exit_code == 0, again.stderr
     assert msfp("finetune", *OPTIONS).exit_code == 0
 
@@ -243,10 +276,14 @@ def test_denoiser_whose_rows_cannot_be_told_is_refused(
     run = fresh_run()
     monkeypatch.setattr(
         "msfp_cli.finetuning.batches.join_rows",
-        lambda picked: [replace(joined, output=joined.output.roll(1, 0)) for joined in join_rows(picked)],
+        lambda picked: [
+            replace(joined, output=joined.output.roll(1, 0)) for joined in join_rows(picked)
+        ],
     )
     message = only_line(msfp("finetune", *OPTIONS), 1)
-    assert message.startswith("transformer does not answer recorded rows, taken from several calls, as it did before")
+    assert message.startswith(
+        "transformer does not answer recorded rows, taken from several calls, as it did before"
+    )
     assert not state(run).exists()
 
 
@@ -254,18 +291,25 @@ def test_model_of_another_kind_is_refused(
     tiny: Callable[[str], Path], copied: Callable[..., Path], tmp_path: Path, msfp: Invoke
 ) -> None:
     model = copied(tiny("DiTPipeline"), "model")
-    calibrate_run(Run(tmp_path / "msfp-run"), ModelSource(model=str(model)), TWO_PICTURES, CHEAP, device="cpu")
+    calibrate_run(
+        Run(tmp_path / "msfp-run"), ModelSource(model=str(model)), TWO_PICTURES, CHEAP, device="cpu"
+    )
     shutil.rmtree(model)
     shutil.copytree(tiny("DDIMPipeline"), model)
     assert "is of another model than" in only_line(msfp("finetune", *OPTIONS), 1)
 
 
-def test_calibration_without_quantized_weights_has_nothing_to_train(tiny: Callable[[str], Path], msfp: Invoke) -> None:
+def test_calibration_without_quantized_weights_has_nothing_to_train(
+    tiny: Callable[[str], Path], msfp: Invoke
+) -> None:
     options = ("--num-images", 2, "--steps", 2, "--device", "cpu", "--weights", "none")
     result = msfp("calibrate", tiny("DDIMPipeline"), *options)
     assert result.stderr.splitlines()[-1] == "next: msfp export", result.stderr
     message = only_line(msfp("finetune", *OPTIONS), 1)
-    assert message == "no layer has a quantized weight, so there is nothing to train; run `msfp export`"
+    assert (
+        message
+        == "no layer has a quantized weight, so there is nothing to train; run `msfp export`"
+    )
     assert msfp("export", "--device", "cpu").exit_code == 0
 
 
@@ -275,17 +319,23 @@ def test_model_is_loaded_in_the_type_it_was_recorded_in(
     """Whatever the device of fine-tuning would make of it."""
     source = ModelSource(model=str(tiny("DDIMPipeline")))
     with monkeypatch.context() as patch:
-        patch.setattr("msfp_cli.pipelines.loading.choose_dtype", lambda dtype, device: torch.float16)
+        patch.setattr(
+            "msfp_cli.pipelines.loading.choose_dtype", lambda dtype, device: torch.float16
+        )
         calibrate_run(Run(tmp_path / "msfp-run"), source, TWO_PICTURES, CHEAP, device="cpu")
     result = msfp("finetune", *OPTIONS)
     assert result.exit_code == 0, result.stderr
 
 
-def test_recording_that_is_not_the_calibrations_is_refused(fresh_run: FreshRun, msfp: Invoke) -> None:
+def test_recording_that_is_not_the_calibrations_is_refused(
+    fresh_run: FreshRun, msfp: Invoke
+) -> None:
     run = fresh_run()
     shutil.rmtree(run.recording)
     shutil.copytree(run.held_out, run.recording)
-    assert "is not the recording that the calibration was made from" in only_line(msfp("finetune", *OPTIONS), 1)
+    assert "is not the recording that the calibration was made from" in only_line(
+        msfp("finetune", *OPTIONS), 1
+    )
 
 
 def test_restart_that_is_refused_leaves_the_state_as_it_is(
@@ -294,7 +344,9 @@ def test_restart_that_is_refused_leaves_the_state_as_it_is(
     run = fresh_run()
     assert msfp("finetune", *OPTIONS).exit_code == 0
     before = state(run).read_bytes()
-    processes = SimpleNamespace(num_processes=2, process_index=0, is_main_process=True, device=torch.device("cpu"))
+    processes = SimpleNamespace(
+        num_processes=2, process_index=0, is_main_process=True, device=torch.device("cpu")
+    )
     monkeypatch.setattr("msfp_cli.finetuning.finetune.Accelerator", lambda cpu: processes)
     message = only_line(msfp("finetune", *OPTIONS, "--restart"), 2)
     assert message.startswith("2 processes cannot share 1 calls per update evenly")
@@ -305,13 +357,18 @@ def test_restart_that_is_refused_leaves_the_state_as_it_is(
 def test_incomplete_recording_is_refused(name: str, fresh_run: FreshRun, msfp: Invoke) -> None:
     (fresh_run().directory / name / "00000.safetensors").unlink()
     message = only_line(msfp("finetune", *OPTIONS), 1)
-    assert re.fullmatch(rf"msfp-run/{name} lacks 1 of \d shards; run `msfp calibrate` again to complete it", message)
+    assert re.fullmatch(
+        rf"msfp-run/{name} lacks 1 of \d shards; run `msfp calibrate` again to complete it", message
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--rank", 3), "begun with --rank 2, not 3; give --rank 2 to go on, or --restart to begin again"),
+        (
+            ("--rank", 3),
+            "begun with --rank 2, not 3; give --rank 2 to go on, or --restart to begin again",
+        ),
         (("--steps", 9), "begun with --steps 4, not 9"),
         (("--mixed-precision", "bf16"), "begun with --mixed-precision no, not bf16"),
         (("--gradient-accumulation", 2), "begun with --gradient-accumulation 1, not 2"),
@@ -319,7 +376,11 @@ def test_incomplete_recording_is_refused(name: str, fresh_run: FreshRun, msfp: I
     ids=lambda value: str(value[0]) if isinstance(value, tuple) else "",
 )
 def test_going_on_with_other_settings_names_the_difference(
-    options: tuple[object, ...], message: str, fresh_run: FreshRun, msfp: Invoke, monkeypatch: pytest.MonkeyPatch
+    options: tuple[object, ...],
+    message: str,
+    fresh_run: FreshRun,
+    msfp: Invoke,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = fresh_run()
     with monkeypatch.context() as patch:
@@ -339,21 +400,52 @@ def test_processes_that_go_on_keep_the_number_of_calls(fresh_run: FreshRun) -> N
     assert _recipe(run, {}, False, 3)[0].lanes == 3
 
 
-def test_fine_tuning_of_another_recording_is_refused(tiny: Callable[[str], Path], msfp: Invoke) -> None:
+def test_fine_tuning_of_another_recording_is_refused(
+    tiny: Callable[[str], Path], msfp: Invoke
+) -> None:
     """Even where the formats do not depend on it."""
-    options = ("--num-images", 2, "--steps", 2, "--activations", "none", "--lift", 0, "--device", "cpu")
+    options = (
+        "--num-images",
+        2,
+        "--steps",
+        2,
+        "--activations",
+        "none",
+        "--lift",
+        0,
+        "--device",
+        "cpu",
+    )
     for seed in (0, 1):
-        assert msfp("calibrate", tiny("DDIMPipeline"), *options, "--overwrite", "--seed", seed).exit_code == 0
+        assert (
+            msfp(
+                "calibrate", tiny("DDIMPipeline"), *options, "--overwrite", "--seed", seed
+            ).exit_code
+            == 0
+        )
         if not seed:
             assert msfp("finetune", *OPTIONS).exit_code == 0
     assert "began with another calibration" in only_line(msfp("finetune", *OPTIONS), 1)
 
 
-def test_fine_tuning_of_another_calibration_is_explained_everywhere(fresh_run: FreshRun, msfp: Invoke) -> None:
+def test_fine_tuning_of_another_calibration_is_explained_everywhere(
+    fresh_run: FreshRun, msfp: Invoke
+) -> None:
     run = fresh_run()
     train(run, replace(FEW_UPDATES, steps=1))
     calibration = run.load_calibration()
-    options = ("--num-images", 6, "--steps", 3, "--batch-size", 2, "--formats", "signed", "--device", "cpu")
+    options = (
+        "--num-images",
+        6,
+        "--steps",
+        3,
+        "--batch-size",
+        2,
+        "--formats",
+        "signed",
+        "--device",
+        "cpu",
+    )
     result = msfp("calibrate", calibration.source.model, *options, "--overwrite")
     assert (result.exit_code, result.stdout) == (0, "msfp-run/calibration\n"), result.stderr
     assert result.stderr.splitlines()[-1] == "next: msfp finetune --restart"
@@ -363,7 +455,11 @@ def test_fine_tuning_of_another_calibration_is_explained_everywhere(fresh_run: F
     assert "began with another calibration" in msfp("status").stdout
     assert msfp("export", "--calibrated").exit_code == 0
     assert msfp("finetune", "--restart", *OPTIONS).exit_code == 0
-    assert Tuned.load(state(run)).calibration == run.load_calibration().identity() != calibration.identity()
+    assert (
+        Tuned.load(state(run)).calibration
+        == run.load_calibration().identity()
+        != calibration.identity()
+    )
 
 
 def test_diverging_training_says_what_to_change(fresh_run: FreshRun, msfp: Invoke) -> None:
@@ -406,7 +502,10 @@ def test_model_that_cannot_checkpoint_gradients_says_so(
     run = fresh_run()
     monkeypatch.setattr(DiTTransformer2DModel, "_supports_gradient_checkpointing", False)
     message = only_line(msfp("finetune", *OPTIONS, "--gradient-checkpointing"), 2)
-    assert message == "DiTTransformer2DModel cannot checkpoint gradients; leave --gradient-checkpointing out"
+    assert (
+        message
+        == "DiTTransformer2DModel cannot checkpoint gradients; leave --gradient-checkpointing out"
+    )
     assert not state(run).exists()
 
 
@@ -430,7 +529,10 @@ def test_weights_follow_the_denoising_factors_with_mean_one() -> None:
     roots = timestep_weights([750.0, 500.0, 250.0], factors, FinetuneRecipe(), 1.0)
     assert sum(roots.values()) == pytest.approx(3.0)
     assert (roots[250.0] / roots[500.0]) ** 4 == pytest.approx(3.0)
-    assert timestep_weights([0.75, 0.5], factors, FinetuneRecipe(loss="plain"), 1000.0) == {0.75: 1.0, 0.5: 1.0}
+    assert timestep_weights([0.75, 0.5], factors, FinetuneRecipe(loss="plain"), 1000.0) == {
+        0.75: 1.0,
+        0.5: 1.0,
+    }
     with pytest.raises(RunError, match="use --loss plain"):
         timestep_weights([750.0], None, FinetuneRecipe(), 1.0)
 
@@ -450,9 +552,22 @@ def test_interrupted_command_says_how_far_it_got_and_how_to_go_on(
 
 def test_interrupted_process_keeps_its_state(fresh_run: FreshRun, tmp_path: Path) -> None:
     run = fresh_run()
-    options = ("--steps", "100000", "--batch-size", "1", "--rank", "1", "--evaluate-every", "100000", "--device", "cpu")
+    options = (
+        "--steps",
+        "100000",
+        "--batch-size",
+        "1",
+        "--rank",
+        "1",
+        "--evaluate-every",
+        "100000",
+        "--device",
+        "cpu",
+    )
     command = [sys.executable, "-m", "msfp_cli", "finetune", *options]
-    process = subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     try:
         lines = iter(process.stderr.readline, "")
         assert any(line.startswith("before held-out error") for line in lines)
@@ -463,7 +578,10 @@ def test_interrupted_process_keeps_its_state(fresh_run: FreshRun, tmp_path: Path
     step = Tuned.load(state(run)).step
     assert (process.returncode, output) == (1, "msfp-run/finetune\n"), errors
     assert 1 <= step < 100000
-    assert errors == f"transformer: stopped after {step} of 100000 updates; all is kept\nnext: msfp finetune\n"
+    assert (
+        errors
+        == f"transformer: stopped after {step} of 100000 updates; all is kept\nnext: msfp finetune\n"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
@@ -485,7 +603,9 @@ def test_handlers_are_restored_after_an_error() -> None:
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_one_of_several_processes_only_remembers_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_several_processes_only_remembers_interrupts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with stop_on_interrupt() as stop:
         for _ in range(3):

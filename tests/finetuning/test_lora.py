@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from msfp_cli.errors import MsfpError
-from msfp_cli.finetuning.lora import TunedLayer, _RoundedWeight, moved_input, tune_layers_, tuned_names, updated_steps
+from msfp_cli.finetuning.lora import (
+    TunedLayer,
+    _RoundedWeight,
+    moved_input,
+    tune_layers_,
+    tuned_names,
+    updated_steps,
+)
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.router import Choice
 from msfp_cli.formats.float_format import FloatFormat, formats_of_width
@@ -44,7 +51,9 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def float_layer(kind: str) -> nn.Linear | nn.Conv2d:
-    layer = nn.Linear(12, 8, **SHAPES[kind]) if "linear" in kind else nn.Conv2d(4, 8, 3, **SHAPES[kind])
+    layer = (
+        nn.Linear(12, 8, **SHAPES[kind]) if "linear" in kind else nn.Conv2d(4, 8, 3, **SHAPES[kind])
+    )
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.3, generator=generator(1))
     return layer
@@ -59,10 +68,15 @@ def scales_of(weight: Tensor, fmt: FloatFormat = E2M1) -> Tensor:
 
 
 def tuned_layer(
-    layer: nn.Linear | nn.Conv2d, grid: Grid | None = None, recipe: FinetuneRecipe = SMALL, seed: int = 0
+    layer: nn.Linear | nn.Conv2d,
+    grid: Grid | None = None,
+    recipe: FinetuneRecipe = SMALL,
+    seed: int = 0,
 ) -> TunedLayer:
     parameters = LayerParameters(weight=E2M1, input=grid)
-    return TunedLayer(layer, parameters, scales_of(layer.weight), Route(), 0, recipe, generator(seed))
+    return TunedLayer(
+        layer, parameters, scales_of(layer.weight), Route(), 0, recipe, generator(seed)
+    )
 
 
 def open_(layer: TunedLayer, member: int) -> None:
@@ -70,24 +84,36 @@ def open_(layer: TunedLayer, member: int) -> None:
     layer.route.open([[Choice(member)]])
 
 
-def quantized_layer(layer: nn.Linear | nn.Conv2d, grids: Sequence[Grid | None], hub: int) -> QuantLinear | QuantConv2d:
+def quantized_layer(
+    layer: nn.Linear | nn.Conv2d, grids: Sequence[Grid | None], hub: int
+) -> QuantLinear | QuantConv2d:
     """A layer with one grid of the input for each member, or one for all."""
     first, *further = grids
-    parameters = LayerParameters(weight=E2M1, input=first, hub=hub, further_inputs=tuple(g for g in further if g))
-    return QuantLinear(layer, parameters) if isinstance(layer, nn.Linear) else QuantConv2d(layer, parameters)
+    parameters = LayerParameters(
+        weight=E2M1, input=first, hub=hub, further_inputs=tuple(g for g in further if g)
+    )
+    return (
+        QuantLinear(layer, parameters)
+        if isinstance(layer, nn.Linear)
+        else QuantConv2d(layer, parameters)
+    )
 
 
 def stir_(layer: TunedLayer) -> None:
     """Give every trained number a value that training could have given it."""
     for k, parameter in enumerate([*layer.lora_a, *layer.lora_b]):
         nn.init.normal_(parameter, generator=generator(k))
-    for shift, numbers in zip(layer.input_shift or (), [(0.2, -0.7), (0.0, 0.0), (-0.3, 0.4)], strict=False):
+    for shift, numbers in zip(
+        layer.input_shift or (), [(0.2, -0.7), (0.0, 0.0), (-0.3, 0.4)], strict=False
+    ):
         shift.data.copy_(torch.tensor(numbers))
 
 
 def steps_of(layer: TunedLayer, k: int) -> Tensor:
     """The updated weight of a member, in steps of its grid."""
-    return updated_steps(layer.layer.weight, layer.scale, layer.lora_a[k].detach(), layer.lora_b[k].detach())
+    return updated_steps(
+        layer.layer.weight, layer.scale, layer.lora_a[k].detach(), layer.lora_b[k].detach()
+    )
 
 
 def moved_inputs(layer: TunedLayer) -> list[Grid | None]:
@@ -132,7 +158,11 @@ def test_trained_member_computes_what_its_export_will(kind: str, grid: str) -> N
     assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
 
 
-GIVEN = {"in order": [(0, 1), (2,), (3, 4)], "mixed up": [(0, 3), (1, 4), (2,)], "alone": [(0, 1, 2, 3, 4)]}
+GIVEN = {
+    "in order": [(0, 1), (2,), (3, 4)],
+    "mixed up": [(0, 3), (1, 4), (2,)],
+    "alone": [(0, 1, 2, 3, 4)],
+}
 
 
 @pytest.mark.parametrize("folded", [1, 3], ids=["rows", "folded"])
@@ -158,7 +188,9 @@ def test_every_row_is_computed_with_its_own_member(
     tuned.route.open([[Choice(member, own) for member, own in enumerate(rows)]])
     y = tuned(x)
     torch.testing.assert_close(y, expected)
-    for one, other in zip(torch.autograd.grad(y, trained, upstream, allow_unused=True), wanted, strict=True):
+    for one, other in zip(
+        torch.autograd.grad(y, trained, upstream, allow_unused=True), wanted, strict=True
+    ):
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -169,7 +201,9 @@ def test_input_without_the_rows_of_the_call_is_refused_only_where_members_part_t
     tuned.route.open([[Choice(0, (0, 1))]])
     assert tuned(draw(3, 12)).shape == (3, 8)
     tuned.route.open([[Choice(0, (0,)), Choice(1, (1,))]])
-    with pytest.raises(MsfpError, match=r"of shape \(3, 12\) does not begin with the 2 rows.*--hub-size 1"):
+    with pytest.raises(
+        MsfpError, match=r"of shape \(3, 12\) does not begin with the 2 rows.*--hub-size 1"
+    ):
         tuned(draw(3, 12))
 
 
@@ -178,7 +212,10 @@ def test_update_counts_in_steps_of_the_weights_grid(kind: str) -> None:
     layer = float_layer(kind)
     tuned = tuned_layer(layer)
     stir_(tuned)
-    wanted = layer.weight.detach().flatten(1) / tuned.scale[:, None] + (tuned.lora_b[1] @ tuned.lora_a[1]).detach()
+    wanted = (
+        layer.weight.detach().flatten(1) / tuned.scale[:, None]
+        + (tuned.lora_b[1] @ tuned.lora_a[1]).detach()
+    )
     rounded = dequantize(quantize(wanted, Grid(E2M1, 1.0)), Grid(E2M1, tuned.scale[:, None]))
     torch.testing.assert_close(tuned.rounded_weight(1).detach(), rounded.view(layer.weight.shape))
 
@@ -193,7 +230,9 @@ def test_svd_leaves_of_the_rounding_error_what_a_truncated_svd_leaves(kind: str,
     left_out = torch.linalg.svdvals(error)[rank:]
     for a, b in zip(tuned.lora_a, tuned.lora_b, strict=True):
         assert a.shape[0] == b.shape[1] == min(rank, *error.shape)
-        assert float((error - b @ a).detach().norm()) == pytest.approx(float(left_out.norm()), abs=1e-4)
+        assert float((error - b @ a).detach().norm()) == pytest.approx(
+            float(left_out.norm()), abs=1e-4
+        )
     assert float(left_out.norm()) < float(error.norm())
 
 
@@ -216,13 +255,19 @@ def test_only_the_hub_and_the_inputs_grid_are_trained(kind: str) -> None:
     open_(tuned, 2)
     tuned(input_of(tuned.layer)).square().sum().backward()
     trained = {name: p.grad for name, p in tuned.named_parameters() if p.requires_grad}
-    assert set(trained) == {f"{kind}.{k}" for kind in ("lora_a", "lora_b", "input_shift") for k in range(3)}
+    assert set(trained) == {
+        f"{kind}.{k}" for kind in ("lora_a", "lora_b", "input_shift") for k in range(3)
+    }
     for name, grad in trained.items():
         assert grad.any() if name.endswith("2") else grad is None  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("grid", "rate"), [(None, 1e-3), (INPUTS["ue2m2"], 0.0)], ids=["float input", "no rate"])
-def test_inputs_grid_stands_still_where_there_is_nothing_to_train(grid: Grid | None, rate: float) -> None:
+@pytest.mark.parametrize(
+    ("grid", "rate"), [(None, 1e-3), (INPUTS["ue2m2"], 0.0)], ids=["float input", "no rate"]
+)
+def test_inputs_grid_stands_still_where_there_is_nothing_to_train(
+    grid: Grid | None, rate: float
+) -> None:
     tuned = tuned_layer(float_layer("linear"), grid, FinetuneRecipe(input_learning_rate=rate))
     assert tuned.input_shift is None
     trained = {name for name, p in tuned.named_parameters() if p.requires_grad}
@@ -230,12 +275,18 @@ def test_inputs_grid_stands_still_where_there_is_nothing_to_train(grid: Grid | N
 
 
 def test_gradient_of_the_weight_is_straight_through_where_rounding_did_not_clip() -> None:
-    weight, scale, upstream = 2 * draw(7, 5, 2, seed=4), draw(7, seed=5).abs() + 0.1, draw(7, 10, seed=6)
+    weight, scale, upstream = (
+        2 * draw(7, 5, 2, seed=4),
+        draw(7, seed=5).abs() + 0.1,
+        draw(7, 10, seed=6),
+    )
     a, b = draw(3, 10, seed=1).requires_grad_(), draw(7, 3, seed=2).requires_grad_()
     steps = weight.flatten(1) / scale[:, None] + b @ a
     straight = steps.clamp(-E2M1.largest, E2M1.largest) * scale[:, None]
     rounded = _RoundedWeight.apply(weight, scale, E2M1, a, b)
-    torch.testing.assert_close(rounded, fake_quantize(steps.detach(), Grid(E2M1, 1.0)) * scale[:, None])
+    torch.testing.assert_close(
+        rounded, fake_quantize(steps.detach(), Grid(E2M1, 1.0)) * scale[:, None]
+    )
     got = torch.autograd.grad(rounded, (a, b), upstream)
     for one, other in zip(got, torch.autograd.grad(straight, (a, b), upstream), strict=True):
         assert one.any()
@@ -266,11 +317,16 @@ def test_router_is_told_what_each_member_would_do_to_each_row(
         for row in own:
             places = slice(row * folded, (row + 1) * folded)
             weights = torch.zeros(SMALL.hub_size, requires_grad=True)
-            update = sum(weights[k] * (tuned.lora_b[k] @ tuned.lora_a[k]).detach() for k in range(SMALL.hub_size))
+            update = sum(
+                weights[k] * (tuned.lora_b[k] @ tuned.lora_a[k]).detach()
+                for k in range(SMALL.hub_size)
+            )
             mixed = (update * inside * tuned.scale[:, None]).view(tuned.layer.weight.shape)
             with torch.no_grad():
                 rounded = tuned.rounded_input(x[places], Choice(member))
-            (expected,) = torch.autograd.grad(tuned._run(rounded, mixed, None), weights, upstream[places])
+            (expected,) = torch.autograd.grad(
+                tuned._run(rounded, mixed, None), weights, upstream[places]
+            )
             assert expected.all()
             torch.testing.assert_close(got[row], expected, rtol=1e-3, atol=1e-3)
 
@@ -278,7 +334,9 @@ def test_router_is_told_what_each_member_would_do_to_each_row(
 float32s = st.floats(2.0**-20, 2.0**20, width=32)
 input_grids = st.builds(
     lambda fmt, scale, zero: Grid(fmt, scale, 0.0 if fmt.signed else zero),
-    st.sampled_from([fmt for signed in (True, False) for fmt in formats_of_width(4, signed=signed)]),
+    st.sampled_from(
+        [fmt for signed in (True, False) for fmt in formats_of_width(4, signed=signed)]
+    ),
     float32s,
     st.floats(-100, 0, width=32),
 )
@@ -292,11 +350,15 @@ def test_input_that_was_not_moved_has_the_calibrated_numbers_exactly(grid: Grid)
 
 @given(input_grids, st.floats(-1, 1, width=32), st.floats(-4, 4, width=32))
 @few
-def test_input_moves_by_a_factor_and_by_calibrated_steps(grid: Grid, growth: float, steps: float) -> None:
+def test_input_moves_by_a_factor_and_by_calibrated_steps(
+    grid: Grid, growth: float, steps: float
+) -> None:
     moved = moved_input(grid, growth, steps)
     assert moved.scale == pytest.approx(math.exp(growth) * grid.scale, rel=1e-6)
     expected = 0.0 if grid.format.signed else grid.zero_point + grid.scale * steps
-    assert moved.zero_point == pytest.approx(expected, abs=1e-6 * (abs(grid.zero_point) + 4 * grid.scale))
+    assert moved.zero_point == pytest.approx(
+        expected, abs=1e-6 * (abs(grid.zero_point) + 4 * grid.scale)
+    )
     for number in (moved.scale, moved.zero_point):
         assert torch.tensor(number, dtype=torch.float32).item() == number
 
@@ -337,7 +399,9 @@ def test_tuned_layers_share_one_route_and_read_their_own_rows() -> None:
         (choice,) = route.of(layer.slot)
         assert choice.member == layer.slot + 1
         rounded = dequantize(quantize(steps_of(layer, choice.member), Grid(E2M1, 1.0)), grid)
-        assert torch.equal(layer.rounded_weight(choice.member), rounded.view(layer.layer.weight.shape))
+        assert torch.equal(
+            layer.rounded_weight(choice.member), rounded.view(layer.layer.weight.shape)
+        )
 
 
 def test_tuned_layer_outside_the_route_says_so() -> None:

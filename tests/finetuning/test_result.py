@@ -32,7 +32,10 @@ def test_state_comes_back_as_it_was_saved(tiny_tuned: Finetuned, tmp_path: Path)
     tiny_tuned.tuned.save(tmp_path / "deep" / "state.safetensors")
     again = Tuned.load(tmp_path / "deep" / "state.safetensors")
     assert replace(again, tensors={}) == replace(tiny_tuned.tuned, tensors={})
-    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in tiny_tuned.tuned.tensors.items())
+    assert all(
+        torch.equal(again.tensors[name], tensor)
+        for name, tensor in tiny_tuned.tuned.tensors.items()
+    )
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["state.safetensors"]
 
 
@@ -147,14 +150,18 @@ def test_every_command_says_how_to_get_past_a_broken_state(
     for command in (("finetune",), ("export", "--overwrite"), ("status",)):
         assert "run `msfp finetune --restart`" in only_line(msfp(*command), 1)
     assert msfp("export", "--calibrated", "--out", "plain").stdout == "plain\n"
-    assert msfp("finetune", "--restart", "--steps", 1, "--rank", 1, "--device", "cpu").exit_code == 0
+    assert (
+        msfp("finetune", "--restart", "--steps", 1, "--rank", 1, "--device", "cpu").exit_code == 0
+    )
     assert Tuned.load(file).finished
 
 
 def router_of(tuned: Tuned, layers: int) -> Router:
     """Return the trained router as it was when the error was lowest."""
     router = Router(layers, tuned.recipe.hub_size, tuned.unit, torch.Generator())
-    router.load_state_dict({n.removeprefix("router."): t for n, t in tuned.state("best").items() if "router." in n})
+    router.load_state_dict(
+        {n.removeprefix("router."): t for n, t in tuned.state("best").items() if "router." in n}
+    )
     return router
 
 
@@ -163,37 +170,57 @@ def test_table_says_what_the_router_does_at_every_trained_timestep(tiny_tuned: F
     router, table = router_of(tiny_tuned.tuned, len(names)), choices(tiny_tuned.tuned, names)
     assert table.shape == (TABLE_SIZE, len(names))
     for timestep in tiny_tuned.tuned.timesteps:
-        assert table[round(timestep)].tolist() == [choice.member for (choice,) in router([timestep])]
+        assert table[round(timestep)].tolist() == [
+            choice.member for (choice,) in router([timestep])
+        ]
 
 
 @torch.no_grad()
-def test_layers_hold_the_members_that_serve_and_switch_as_the_router_does(tiny_tuned: Finetuned) -> None:
+def test_layers_hold_the_members_that_serve_and_switch_as_the_router_does(
+    tiny_tuned: Finetuned,
+) -> None:
     calibration, tuned = tiny_tuned.calibration, tiny_tuned.tuned
     floats = find_layers(load_pipeline(calibration.source, "cpu").unet)
-    denoiser = quantize_tuned_(load_pipeline(calibration.source, "cpu").unet, calibration, "unet", tuned)
+    denoiser = quantize_tuned_(
+        load_pipeline(calibration.source, "cpu").unet, calibration, "unet", tuned
+    )
     names, best = tuned_names(calibration.table("unet")), tuned.state("best")
     router, table = router_of(tuned, len(names)), denoiser.get_submodule(ROUTER)
     hubs = {name: layer.parameters_of.hub for name, layer in quantized_layers(denoiser).items()}
     assert {1, 3} <= set(hubs.values())
     for timestep in tuned.timesteps:
-        members = dict(zip((n for n in sorted(names) if hubs[n] > 1), table.choices(timestep), strict=True))
+        members = dict(
+            zip((n for n in sorted(names) if hubs[n] > 1), table.choices(timestep), strict=True)
+        )
         for name, (choice,) in zip(names, router([timestep]), strict=True):
             layer, weight = quantized_layers(denoiser)[name], floats[name].weight
             a, b = (best[f"{name}.{part}.{choice.member}"] for part in ("lora_a", "lora_b"))
             scale = calibration.scales["unet"][name][:, None]
             steps = (weight.flatten(1) / scale).double() + b.double() @ a.double()
             member = members.get(name, 0)
-            codes = quantize(steps.float(), Grid(layer.parameters_of.weight, 1.0)).view(weight.shape)
+            codes = quantize(steps.float(), Grid(layer.parameters_of.weight, 1.0)).view(
+                weight.shape
+            )
             assert (layer.codes(member) == codes).float().mean() > 0.999, name  # but for ties
-            grid, moved = layer.parameters_of.input_of(member), best[f"{name}.input_shift.{choice.member}"]
+            grid, moved = (
+                layer.parameters_of.input_of(member),
+                best[f"{name}.input_shift.{choice.member}"],
+            )
             assert grid == moved_input(calibration.table("unet")[name].input, *moved.tolist())
 
 
 def test_no_set_of_weights_is_kept_that_serves_no_timestep(tiny_tuned: Finetuned) -> None:
     denoiser = quantize_tuned_(
-        load_pipeline(tiny_tuned.calibration.source, "cpu").unet, tiny_tuned.calibration, "unet", tiny_tuned.tuned
+        load_pipeline(tiny_tuned.calibration.source, "cpu").unet,
+        tiny_tuned.calibration,
+        "unet",
+        tiny_tuned.tuned,
     )
-    layers = [layer for _, layer in sorted(quantized_layers(denoiser).items()) if layer.parameters_of.hub > 1]
+    layers = [
+        layer
+        for _, layer in sorted(quantized_layers(denoiser).items())
+        if layer.parameters_of.hub > 1
+    ]
     table = denoiser.get_submodule(ROUTER).get_buffer("table")
     for layer in layers:
         assert table[:, layer.slot].unique().tolist() == list(range(layer.parameters_of.hub))
@@ -202,5 +229,7 @@ def test_no_set_of_weights_is_kept_that_serves_no_timestep(tiny_tuned: Finetuned
 
 def test_state_of_another_calibration_is_not_quantized(tiny_tuned: Finetuned) -> None:
     other = replace(tiny_tuned.tuned, calibration="0" * 64)
-    with pytest.raises(RunError, match="began with another calibration; run `msfp finetune --restart`"):
+    with pytest.raises(
+        RunError, match="began with another calibration; run `msfp finetune --restart`"
+    ):
         quantize_tuned_(torch.nn.Module(), tiny_tuned.calibration, "unet", other)

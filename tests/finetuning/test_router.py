@@ -57,7 +57,9 @@ def test_each_row_gets_its_own_timesteps_member(asked: list[float], unit: float)
     model, timesteps = router(unit=unit), [position / unit for position in asked]
     own = [plain_softmax(model, timestep).argmax(dim=-1).tolist() for timestep in timesteps]
     for slot, choices in enumerate(model(timesteps)):
-        assert [choice.rows[0] for choice in choices] == sorted(choice.rows[0] for choice in choices)
+        assert [choice.rows[0] for choice in choices] == sorted(
+            choice.rows[0] for choice in choices
+        )
         given_ = {row: choice.member for choice in choices for row in choice.rows}
         assert given_ == {row: of_row[slot] for row, of_row in enumerate(own)}
         assert all(list(choice.rows) == sorted(choice.rows) for choice in choices)
@@ -73,8 +75,12 @@ def test_every_row_passes_its_own_gradient_on(asked: list[float], unit: float) -
         for choice in choices:
             assert choice.weights is not None and not choice.weights.any()
             got = got + (choice.weights * upstream[list(choice.rows), slot]).sum()
-    expected = sum((plain_softmax(model, t) * upstream[row]).sum() for row, t in enumerate(timesteps))
-    for one, other in zip(torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters), strict=True):
+    expected = sum(
+        (plain_softmax(model, t) * upstream[row]).sum() for row, t in enumerate(timesteps)
+    )
+    for one, other in zip(
+        torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
         assert one.any()
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -100,7 +106,9 @@ def test_table_is_the_routers_own_choice_at_the_timesteps_and_the_nearest_ones_b
 @pytest.mark.parametrize("unit", [1.0, 1000.0])
 def test_router_begins_as_it_is_told_and_can_be_overturned(unit: float) -> None:
     model = router(unit=unit)
-    told = {t / unit: k for t, k in zip(range(980, -1, -49), [0] * 6 + [1] * 9 + [2] * 6, strict=True)}
+    told = {
+        t / unit: k for t, k in zip(range(980, -1, -49), [0] * 6 + [1] * 9 + [2] * 6, strict=True)
+    }
     model.begin_(told)
     for timestep, member in told.items():
         assert members(model, timestep) == [member] * 4

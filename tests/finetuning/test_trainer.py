@@ -55,8 +55,12 @@ OTHERS: dict[str, object] = {
 
 def options_of(recipe: FinetuneRecipe) -> list[str]:
     """Return a recipe as it is typed for one process."""
-    names = {f.name: "--" + f.name.replace("_", "-") for f in fields(recipe)} | {"lanes": "--gradient-accumulation"}
-    return [word for name, option in names.items() for word in (option, str(getattr(recipe, name)))] + [
+    names = {f.name: "--" + f.name.replace("_", "-") for f in fields(recipe)} | {
+        "lanes": "--gradient-accumulation"
+    }
+    return [
+        word for name, option in names.items() for word in (option, str(getattr(recipe, name)))
+    ] + [
         "--device",
         "cpu",
     ]
@@ -65,7 +69,9 @@ def options_of(recipe: FinetuneRecipe) -> list[str]:
 def assert_same(one: Tuned, other: Tuned) -> None:
     """Compare two saved states bit for bit."""
     assert one.tensors.keys() == other.tensors.keys()
-    assert [name for name, tensor in one.tensors.items() if not torch.equal(tensor, other.tensors[name])] == []
+    assert [
+        name for name, tensor in one.tensors.items() if not torch.equal(tensor, other.tensors[name])
+    ] == []
     assert replace(one, tensors={}) == replace(other, tensors={})
 
 
@@ -81,7 +87,9 @@ def saved_step(file: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(calibrated: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory) -> Tuned:
+def uninterrupted(
+    calibrated: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory
+) -> Tuned:
     """Fine-tune the class-conditional transformer in one go."""
     directory = tmp_path_factory.mktemp("uninterrupted")
     for name in ("recording", "held-out", "calibration"):
@@ -91,14 +99,22 @@ def uninterrupted(calibrated: Callable[[str], Run], tmp_path_factory: pytest.Tem
 
 def test_every_kind_of_state_is_kept(uninterrupted: Tuned) -> None:
     names = uninterrupted.state("now").keys()
-    for part in ("lora_a.2", "lora_b.2", "input_shift.2", "router.logits.weight", "router.hidden.bias"):
+    for part in (
+        "lora_a.2",
+        "lora_b.2",
+        "input_shift.2",
+        "router.logits.weight",
+        "router.hidden.bias",
+    ):
         assert any(name.endswith(part) for name in names)
     assert uninterrupted.state("best").keys() == names
     chosen = uninterrupted.state("step").keys()
     assert chosen < names  # a member that no timestep has chosen has no moments yet
     for kind in ("exp_avg", "exp_avg_sq"):
         assert uninterrupted.state(kind).keys() == chosen
-        assert all(tensor.any() for name, tensor in uninterrupted.state(kind).items() if "lora_b" in name)
+        assert all(
+            tensor.any() for name, tensor in uninterrupted.state(kind).items() if "lora_b" in name
+        )
 
 
 @pytest.mark.parametrize("updates", [1, 3, 5])
@@ -129,7 +145,9 @@ def test_crashed_run_goes_on_from_what_it_saved_last(
     assert_same(train(run), uninterrupted)
 
 
-def test_killed_process_goes_on_to_where_an_uninterrupted_run_ends(fresh_run: FreshRun, msfp: Invoke) -> None:
+def test_killed_process_goes_on_to_where_an_uninterrupted_run_ends(
+    fresh_run: FreshRun, msfp: Invoke
+) -> None:
     recipe = replace(FEW_UPDATES, steps=SAVE_EVERY + 20, evaluate_every=35, rank=1, batch_size=1)
     run = fresh_run()
     file = run.finetuned("transformer")
@@ -168,9 +186,17 @@ def test_two_processes_do_what_one_does_with_accumulation(
         assert theirs.loss == (ours.loss and pytest.approx(ours.loss, rel=1e-5))
 
 
-def test_accelerate_launches_the_command(uninterrupted: Tuned, fresh_run: FreshRun, msfp: Invoke) -> None:
+def test_accelerate_launches_the_command(
+    uninterrupted: Tuned, fresh_run: FreshRun, msfp: Invoke
+) -> None:
     run = fresh_run()
-    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "1"]
+    launcher = [
+        str(Path(sys.executable).with_name("accelerate")),
+        "launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+    ]
     command = [*launcher, "-m", "msfp_cli", "finetune", *options_of(FEW_UPDATES)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (0, "msfp-run/finetune\n"), done.stderr
@@ -180,9 +206,13 @@ def test_accelerate_launches_the_command(uninterrupted: Tuned, fresh_run: FreshR
 
 
 @pytest.mark.parametrize(("num_processes", "lanes"), [(2, 1), (2, 3), (4, 6)])
-def test_processes_that_cannot_share_the_calls_of_an_update_are_refused(num_processes: int, lanes: int) -> None:
+def test_processes_that_cannot_share_the_calls_of_an_update_are_refused(
+    num_processes: int, lanes: int
+) -> None:
     accelerator = SimpleNamespace(num_processes=num_processes, process_index=0)
-    with pytest.raises(UsageError, match=f"{num_processes} processes cannot share {lanes} calls per update evenly"):
+    with pytest.raises(
+        UsageError, match=f"{num_processes} processes cannot share {lanes} calls per update evenly"
+    ):
         Trainer(None, None, {}, [], FinetuneRecipe(lanes=lanes), Path("state"), "", accelerator)
 
 
@@ -191,11 +221,15 @@ def test_every_setting_has_another_value_to_try() -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_every_setting_changes_the_result(name: str, uninterrupted: Tuned, fresh_run: FreshRun) -> None:
+def test_every_setting_changes_the_result(
+    name: str, uninterrupted: Tuned, fresh_run: FreshRun
+) -> None:
     assert getattr(FEW_UPDATES, name) != OTHERS[name]
     tuned = train(fresh_run(), replace(FEW_UPDATES, **{name: OTHERS[name]}))
     assert all(tensor.isfinite().all() for tensor in tuned.tensors.values())
-    if name == "evaluate_every":  # measuring more often changes what is known, and not what is learned
+    if (
+        name == "evaluate_every"
+    ):  # measuring more often changes what is known, and not what is learned
         assert [evaluation.step for evaluation in tuned.history] == [0, 2, 4, 6]
         before, now = uninterrupted.state("now"), tuned.state("now")
         assert all(torch.equal(before[n], tensor) for n, tensor in now.items())
@@ -216,7 +250,10 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
 ) -> None:
     recipe, seen = replace(FEW_UPDATES, steps=2, evaluate_every=2), []
     checkpoint = torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr("torch.utils.checkpoint.checkpoint", lambda *a, **k: (seen.append(a), checkpoint(*a, **k))[1])
+    monkeypatch.setattr(
+        "torch.utils.checkpoint.checkpoint",
+        lambda *a, **k: (seen.append(a), checkpoint(*a, **k))[1],
+    )
     plain = train(fresh_run("DDIMPipeline", "plain"), recipe)
     assert seen == []
     assert_same(train(fresh_run("DDIMPipeline"), recipe, gradient_checkpointing=True), plain)
@@ -224,11 +261,16 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
 
 
 def test_training_begins_at_the_calibrated_model(tiny_tuned: Finetuned) -> None:
-    denoiser, calls = load_calibrated(tiny_tuned.calibration, "cpu").unet, Recording(tiny_tuned.run.held_out)
+    denoiser, calls = (
+        load_calibrated(tiny_tuned.calibration, "cpu").unet,
+        Recording(tiny_tuned.run.held_out),
+    )
     error = output_error(denoiser, calls.calls("unet")).relative()
     assert error == pytest.approx(tiny_tuned.calibration.held_out_error["unet"])
     prepare_(denoiser, "simulated")  # training computes in floating point
-    assert tiny_tuned.tuned.history[0].error == output_error(denoiser, calls.calls("unet")).relative()
+    assert (
+        tiny_tuned.tuned.history[0].error == output_error(denoiser, calls.calls("unet")).relative()
+    )
 
 
 def test_training_lowers_the_held_out_error(tiny_tuned: Finetuned) -> None:
@@ -263,18 +305,24 @@ def test_diverging_training_says_what_to_change_and_keeps_the_saved_state(
         return loss
 
     monkeypatch.setattr(Trainer, "_backward", poisoned)
-    with pytest.raises(TrainingError, match="diverged.* at update 3; .*a third of this one, and --restart") as caught:
+    with pytest.raises(
+        TrainingError, match="diverged.* at update 3; .*a third of this one, and --restart"
+    ) as caught:
         train(run)
     assert len(str(caught.value).splitlines()) == 1
     assert_same(Tuned.load(run.finetuned("transformer")), kept)
 
 
-def test_best_state_is_on_disk_when_training_diverges(fresh_run: FreshRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_state_is_on_disk_when_training_diverges(
+    fresh_run: FreshRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However far the next of the regular saves is."""
     run, errors = fresh_run(), iter((0.5, 0.3, 0.2))
     monkeypatch.setattr(OutputError, "relative", lambda error: next(errors))
     backward, count = Trainer._backward, itertools.count(1)
-    monkeypatch.setattr(Trainer, "_backward", lambda t, call: backward(t, call) if next(count) < 6 else math.nan)
+    monkeypatch.setattr(
+        Trainer, "_backward", lambda t, call: backward(t, call) if next(count) < 6 else math.nan
+    )
     with pytest.raises(TrainingError, match="diverged.* at update 6; what was best so far is kept"):
         train(run, replace(FEW_UPDATES, steps=20, evaluate_every=2))
     kept = Tuned.load(run.finetuned("transformer"))
@@ -282,9 +330,13 @@ def test_best_state_is_on_disk_when_training_diverges(fresh_run: FreshRun, monke
     assert any(tensor.any() for name, tensor in kept.state("best").items() if "lora_b" in name)
 
 
-def call_in_float16(denoiser: nn.Module, arguments: dict[str, Any], recorded: torch.Tensor) -> torch.Tensor:
+def call_in_float16(
+    denoiser: nn.Module, arguments: dict[str, Any], recorded: torch.Tensor
+) -> torch.Tensor:
     """Call a denoiser with arguments of another type than was recorded."""
-    halved = {k: v.half() if k != "timestep" and torch.is_tensor(v) else v for k, v in arguments.items()}
+    halved = {
+        k: v.half() if k != "timestep" and torch.is_tensor(v) else v for k, v in arguments.items()
+    }
     return call_with(denoiser, halved, recorded)
 
 
@@ -297,23 +349,34 @@ def test_gradients_that_float16_cannot_hold_are_not_lost(
     monkeypatch.setattr("msfp_cli.finetuning.student.call_with", call_in_float16)
     for part in (1, 1 / 64**2):
         denoiser = load_pipeline(replace(calibration.source, dtype="float16"), "cpu").unet
-        student = Student(denoiser, calibration.table("unet"), calibration.scales["unet"], recipe, 1.0)
+        student = Student(
+            denoiser, calibration.table("unet"), calibration.scales["unet"], recipe, 1.0
+        )
         batches = Batches(Recording(run.recording), "unet", batch_size=2, lanes=1, seed=0)
         weights = dict.fromkeys(batches.timesteps, part)
-        trainer = Trainer(student, batches, weights, [], recipe, Path("state"), "", Accelerator(cpu=True))
+        trainer = Trainer(
+            student, batches, weights, [], recipe, Path("state"), "", Accelerator(cpu=True)
+        )
         trainer.optimizer.step = trainer.optimizer.zero_grad = lambda: None
         trainer.update()
-        gradients.append(torch.cat([p.grad.flatten() for name, p in trainer.parameters.items() if ".lora_b." in name]))
+        gradients.append(
+            torch.cat(
+                [p.grad.flatten() for name, p in trainer.parameters.items() if ".lora_b." in name]
+            )
+        )
     torch.testing.assert_close(
         gradients[1] / part, gradients[0], rtol=0.05, atol=0.01 * float(gradients[0].abs().max())
     )
 
 
-def test_evaluation_that_is_no_number_is_not_saved(fresh_run: FreshRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_that_is_no_number_is_not_saved(
+    fresh_run: FreshRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = fresh_run()
     monkeypatch.setattr(OutputError, "relative", lambda error: float("nan"))
     with pytest.raises(
-        TrainingError, match="held-out error is nan after 0 updates; calibrate again with --dtype float32"
+        TrainingError,
+        match="held-out error is nan after 0 updates; calibrate again with --dtype float32",
     ):
         train(run)
     with pytest.raises(RunError, match="no fine-tuning in .*; run `msfp finetune` first"):

@@ -24,7 +24,11 @@ each_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 
 def test_exactly_the_widths_2_to_8_are_formats() -> None:
     shapes = {(f.exponent_bits, f.mantissa_bits, f.signed) for f in FORMATS}
-    wanted = {(e, m, s) for e, m, s in product(range(9), range(9), (True, False)) if e + m >= 1 and 2 <= e + m + s <= 8}
+    wanted = {
+        (e, m, s)
+        for e, m, s in product(range(9), range(9), (True, False))
+        if e + m >= 1 and 2 <= e + m + s <= 8
+    }
     assert shapes <= wanted
     assert {shape for shape in wanted if shape[0] <= 5} <= shapes
 
@@ -42,11 +46,17 @@ def test_magnitudes_follow_ieee_754_with_subnormals(fmt: FloatFormat) -> None:
     for code, magnitude in enumerate(fmt.magnitudes):
         exponent, mantissa = divmod(code, 2**fmt.mantissa_bits)
         fraction = Fraction(mantissa, 2**fmt.mantissa_bits)
-        value = Fraction(2) ** (exponent - bias) * (1 + fraction) if exponent else Fraction(2) ** (1 - bias) * fraction
+        value = (
+            Fraction(2) ** (exponent - bias) * (1 + fraction)
+            if exponent
+            else Fraction(2) ** (1 - bias) * fraction
+        )
         assert magnitude == value / smallest
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)]
+)
 def test_finite_values_equal_torch_float8(name: str, dtype: torch.dtype) -> None:
     theirs = torch.arange(128, dtype=torch.uint8).view(dtype).double()
     finite = theirs.isfinite()
@@ -63,7 +73,9 @@ def test_levels_are_sorted_distinct_and_symmetric_if_signed(fmt: FloatFormat) ->
     assert fmt.levels[0] == (-fmt.largest if fmt.signed else 0)
     if fmt.signed:
         assert all(-low == high for low, high in zip(fmt.levels, reversed(fmt.levels), strict=True))
-        assert all(fmt.code_book[c | fmt.sign_bit] == -fmt.code_book[c] for c in range(fmt.sign_bit))
+        assert all(
+            fmt.code_book[c | fmt.sign_bit] == -fmt.code_book[c] for c in range(fmt.sign_bit)
+        )
 
 
 @pytest.mark.parametrize(
@@ -87,18 +99,39 @@ def test_four_bit_magnitudes_equal_the_published_table(name: str, magnitudes: li
 def test_name_leads_back_to_the_format(fmt: FloatFormat) -> None:
     assert FloatFormat.parse(fmt.name) == fmt
     assert FloatFormat.parse(f" {fmt.name.upper()} ") == fmt
-    assert str(fmt) == fmt.name == f"{'' if fmt.signed else 'u'}e{fmt.exponent_bits}m{fmt.mantissa_bits}"
+    assert (
+        str(fmt)
+        == fmt.name
+        == f"{'' if fmt.signed else 'u'}e{fmt.exponent_bits}m{fmt.mantissa_bits}"
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["", "e", "fp4", "e2", "m1", "2m1", "e2m1x", "se2m1", "e-1m3", "e2 m1", "e10m1", "uue2m2", "e2m1,ue2m2"]
+    "name",
+    [
+        "",
+        "e",
+        "fp4",
+        "e2",
+        "m1",
+        "2m1",
+        "e2m1x",
+        "se2m1",
+        "e-1m3",
+        "e2 m1",
+        "e10m1",
+        "uue2m2",
+        "e2m1,ue2m2",
+    ],
 )
 def test_unreadable_name_says_how_to_write_one(name: str) -> None:
     with pytest.raises(UsageError, match="write it like e2m1"):
         FloatFormat.parse(name)
 
 
-@pytest.mark.parametrize("name", ["e0m0", "ue0m0", "ue1m0", "ue0m1", "e4m4", "ue4m5", "e0m8", "e9m9"])
+@pytest.mark.parametrize(
+    "name", ["e0m0", "ue0m0", "ue1m0", "ue0m1", "e4m4", "ue4m5", "e0m8", "e9m9"]
+)
 def test_name_of_too_few_or_too_many_bits_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=name):
         FloatFormat.parse(name)
@@ -134,7 +167,9 @@ def test_uniform_means_equal_steps(fmt: FloatFormat) -> None:
 
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_formats_of_a_width_are_distinct_grids_with_the_uniform_one_first(bits: int, signed: bool) -> None:
+def test_formats_of_a_width_are_distinct_grids_with_the_uniform_one_first(
+    bits: int, signed: bool
+) -> None:
     formats = formats_of_width(bits, signed=signed)
     assert all(fmt.bits == bits and fmt.signed == signed for fmt in formats)
     assert len({fmt.levels for fmt in formats}) == len(formats)
@@ -150,13 +185,17 @@ def test_formats_of_a_width_are_distinct_grids_with_the_uniform_one_first(bits: 
     ],
 )
 def test_widths_list_the_documented_formats(bits: int, names: str) -> None:
-    assert [f.name for signed in (True, False) for f in formats_of_width(bits, signed=signed)] == names.split()
+    assert [
+        f.name for signed in (True, False) for f in formats_of_width(bits, signed=signed)
+    ] == names.split()
 
 
 @pytest.mark.parametrize("fmt", [f for f in FORMATS if f.bits == 4], ids=str)
 def test_four_bit_grids_fit_eight_bit_units(fmt: FloatFormat) -> None:
     levels = torch.tensor(fmt.levels, dtype=torch.float32)
-    scaled = levels * 2.0**-9  # the smallest float8_e4m3 number: any power of two may go into the scale
+    scaled = (
+        levels * 2.0**-9
+    )  # the smallest float8_e4m3 number: any power of two may go into the scale
     assert torch.equal(scaled.to(torch.float8_e4m3fn).float(), scaled)
     integers = torch.iinfo(torch.int8 if fmt.signed else torch.uint8)
     is_small = integers.min <= fmt.levels[0] and fmt.levels[-1] <= integers.max

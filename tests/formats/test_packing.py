@@ -16,7 +16,9 @@ def codes_of_a_width(draw: st.DrawFn) -> tuple[list[int], int]:
 
 @given(codes_of_a_width())
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_bytes_are_one_little_endian_number_and_unpack_undoes_pack(drawn: tuple[list[int], int]) -> None:
+def test_bytes_are_one_little_endian_number_and_unpack_undoes_pack(
+    drawn: tuple[list[int], int],
+) -> None:
     codes, bits = drawn
     packed = pack(torch.tensor(codes, dtype=torch.uint8), bits)
     number = sum(code << (i * bits) for i, code in enumerate(codes))
@@ -31,7 +33,11 @@ def test_bytes_are_one_little_endian_number_and_unpack_undoes_pack(drawn: tuple[
     [
         (4, [0x1, 0x2, 0xF, 0x0, 0xA], [0x21, 0x0F, 0x0A]),
         (6, [0b000001, 0b000010, 0b000011, 0b000100], [0b10_000001, 0b0011_0000, 0b000100_00]),
-        (6, [0b111111, 0b000000, 0b101010, 0b110011, 0b100001], [0x3F, 0b1010_0000, 0b110011_10, 0b00_100001]),
+        (
+            6,
+            [0b111111, 0b000000, 0b101010, 0b110011, 0b100001],
+            [0x3F, 0b1010_0000, 0b110011_10, 0b00_100001],
+        ),
         (1, [1, 0, 1, 1, 0, 0, 0, 0, 1], [0b00001101, 1]),
         (8, [0, 7, 255], [0, 7, 255]),
     ],
@@ -50,7 +56,9 @@ def test_shapes_survive_row_by_row(bits: int) -> None:
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(2**bits, (3, 5, 7), dtype=torch.uint8, generator=generator)
     assert torch.equal(unpack(pack(codes, bits), bits, codes.shape), codes)
-    assert torch.equal(pack(codes.permute(2, 0, 1), bits), pack(codes.permute(2, 0, 1).contiguous(), bits))
+    assert torch.equal(
+        pack(codes.permute(2, 0, 1), bits), pack(codes.permute(2, 0, 1).contiguous(), bits)
+    )
     assert torch.equal(pack(codes, bits), pack(codes.flatten(), bits))
 
 

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from msfp_cli.errors import UsageError
 from msfp_cli.formats.float_format import FloatFormat, formats_of_width
-from msfp_cli.formats.rounding import Grid, dequantize, fake_quantize, fake_quantize_learned, quantize
+from msfp_cli.formats.rounding import (
+    Grid,
+    dequantize,
+    fake_quantize,
+    fake_quantize_learned,
+    quantize,
+)
 
 
 def valid_formats() -> list[FloatFormat]:
@@ -22,7 +28,12 @@ def valid_formats() -> list[FloatFormat]:
 
 
 FORMATS = valid_formats()
-SEARCHED = [fmt for bits in range(2, 9) for signed in (True, False) for fmt in formats_of_width(bits, signed=signed)]
+SEARCHED = [
+    fmt
+    for bits in range(2, 9)
+    for signed in (True, False)
+    for fmt in formats_of_width(bits, signed=signed)
+]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -66,19 +77,26 @@ def test_dequantize_is_scale_times_code_book_plus_zero_point(fmt: FloatFormat) -
     grid = grid_of(fmt, offset=-3.7)
     expected = torch.tensor(fmt.code_book, dtype=torch.float64) * grid.scale + grid.zero_point
     torch.testing.assert_close(
-        dequantize(all_codes(fmt), grid).double(), expected, rtol=3e-7, atol=1e-6 * float(grid.scale)
+        dequantize(all_codes(fmt), grid).double(),
+        expected,
+        rtol=3e-7,
+        atol=1e-6 * float(grid.scale),
     )
 
 
 @pytest.mark.parametrize("offset", [0.0, -3.7])
 @pytest.mark.parametrize("max_value", [3.3, 1e-3, 7e4])
 @each_format
-def test_every_code_book_value_is_a_fixed_point(fmt: FloatFormat, max_value: float, offset: float) -> None:
+def test_every_code_book_value_is_a_fixed_point(
+    fmt: FloatFormat, max_value: float, offset: float
+) -> None:
     grid = grid_of(fmt, max_value, offset)
     codes = all_codes(fmt)
     values = dequantize(codes, grid)
     assert torch.equal(fake_quantize(values, grid), values)
-    written = torch.where((codes == fmt.sign_bit) & fmt.signed, 0, codes)  # zero has one code, though two would do
+    written = torch.where(
+        (codes == fmt.sign_bit) & fmt.signed, 0, codes
+    )  # zero has one code, though two would do
     assert torch.equal(quantize(values, grid), written)
 
 
@@ -128,7 +146,9 @@ def test_idempotent(grid: Grid, numbers: list[float]) -> None:
 
 @each_dtype
 @each_format
-def test_fake_quantize_is_dequantize_of_quantize_bit_for_bit(fmt: FloatFormat, dtype: torch.dtype) -> None:
+def test_fake_quantize_is_dequantize_of_quantize_bit_for_bit(
+    fmt: FloatFormat, dtype: torch.dtype
+) -> None:
     grid = grid_of(fmt, offset=-3.7)
     x = awkward_values(grid).to(dtype)
     rounded = fake_quantize(x, grid)
@@ -177,7 +197,9 @@ def test_infinities_saturate_and_nan_stays_nan(fmt: FloatFormat) -> None:
 @pytest.mark.parametrize("fmt", [f for f in FORMATS if f.signed], ids=str)
 def test_zero_is_code_0_and_never_negative(fmt: FloatFormat) -> None:
     grid = grid_of(fmt)
-    x = torch.tensor([0.0, -0.0, 0.4, -0.4, 0.5, -0.5, -1e-30, -1e-44]) * torch.tensor(float(grid.scale))
+    x = torch.tensor([0.0, -0.0, 0.4, -0.4, 0.5, -0.5, -1e-30, -1e-44]) * torch.tensor(
+        float(grid.scale)
+    )
     assert quantize(x, grid).tolist() == [0] * len(x)
     assert not fake_quantize(x, grid).signbit().any()
     assert not dequantize(torch.tensor([0, fmt.sign_bit], dtype=torch.uint8), grid).signbit().any()
@@ -201,7 +223,9 @@ def test_each_channel_is_rounded_with_its_own_scale(name: str, shape: tuple[int,
     fmt, generator = FloatFormat.parse(name), torch.Generator().manual_seed(0)
     x, scales = torch.randn(shape, generator=generator), torch.rand(5, generator=generator) + 0.01
     grid = Grid(fmt, scales.view(-1, *[1] * (len(shape) - 1)))
-    by_channel = [quantize(row, Grid(fmt, float(scale))) for row, scale in zip(x, scales, strict=True)]
+    by_channel = [
+        quantize(row, Grid(fmt, float(scale))) for row, scale in zip(x, scales, strict=True)
+    ]
     assert torch.equal(quantize(x, grid), torch.stack(by_channel))
     expected = [dequantize(c, Grid(fmt, float(s))) for c, s in zip(by_channel, scales, strict=True)]
     assert torch.equal(fake_quantize(x, grid), torch.stack(expected))
@@ -227,7 +251,19 @@ def test_memory_layout_does_not_matter() -> None:
 def test_gradient_is_straight_through_inside_the_range_and_zero_outside(
     grid: Grid, low: float, high: float, dtype: torch.dtype
 ) -> None:
-    points = [low, high, low - 0.125, high + 0.125, low + 0.125, high - 0.125, 1.0, 0.3, -9.0, 9.0, float("inf")]
+    points = [
+        low,
+        high,
+        low - 0.125,
+        high + 0.125,
+        low + 0.125,
+        high - 0.125,
+        1.0,
+        0.3,
+        -9.0,
+        9.0,
+        float("inf"),
+    ]
     x = torch.tensor(points, dtype=dtype, requires_grad=True)
     upstream = torch.linspace(-2, 3, len(points)).to(dtype)
     fake_quantize(x, grid).backward(upstream)
@@ -241,11 +277,18 @@ def test_gradient_is_straight_through_inside_the_range_and_zero_outside(
 def test_gradient_range_is_exact_for_every_16_bit_value(name: str, dtype: torch.dtype) -> None:
     fmt = FloatFormat.parse(name)
     # Bounds that no 16-bit type can represent: rounding them would move the range.
-    grid = Grid(fmt, float(torch.tensor(1.0045 / fmt.largest)), 0.0 if fmt.signed else float(torch.tensor(-0.3003)))
+    grid = Grid(
+        fmt,
+        float(torch.tensor(1.0045 / fmt.largest)),
+        0.0 if fmt.signed else float(torch.tensor(-0.3003)),
+    )
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x[~x.isnan()].clone().requires_grad_()
     fake_quantize(x, grid).sum().backward()
-    low, high = grid.zero_point - fmt.signed * grid.scale * fmt.largest, grid.zero_point + grid.scale * fmt.largest
+    low, high = (
+        grid.zero_point - fmt.signed * grid.scale * fmt.largest,
+        grid.zero_point + grid.scale * fmt.largest,
+    )
     inside = (x.detach().double() >= low) & (x.detach().double() <= high)
     assert x.grad is not None
     assert x.detach()[(x.grad != 0) != inside].tolist() == []
@@ -309,7 +352,9 @@ def plain_autograd(x: Tensor, grid: Grid, shift: Tensor) -> Tensor:
 
 @each_dtype
 @each_format
-def test_learned_grid_rounds_as_a_fixed_one_bit_for_bit(fmt: FloatFormat, dtype: torch.dtype) -> None:
+def test_learned_grid_rounds_as_a_fixed_one_bit_for_bit(
+    fmt: FloatFormat, dtype: torch.dtype
+) -> None:
     grid = grid_of(fmt, offset=-3.7)
     x = awkward_values(grid).to(dtype)
     got, expected = fake_quantize_learned(x, grid, no_shift(), UNIT), fake_quantize(x, grid)
@@ -325,13 +370,18 @@ def test_learned_grid_anywhere_rounds_as_a_fixed_one(grid: Grid, numbers: list[f
     assert torch.equal(fake_quantize_learned(x, grid, no_shift(), UNIT), fake_quantize(x, grid))
 
 
-# Shares of the largest value, away from the borders of the grid, where either side's gradient is right.
-shares = st.floats(-1.5, 1.5, width=32).filter(lambda share: min(abs(share), abs(abs(share) - 1)) > 1e-4)
+# Shares of the largest value, away from the borders of the grid, where either side's gradient is
+# right.
+shares = st.floats(-1.5, 1.5, width=32).filter(
+    lambda share: min(abs(share), abs(abs(share) - 1)) > 1e-4
+)
 
 
 @given(grids(), st.lists(shares, min_size=1, max_size=30), st.integers(0, 2**31))
 @relaxed
-def test_gradients_of_a_learned_grid_are_those_of_plain_autograd(grid: Grid, parts: list[float], seed: int) -> None:
+def test_gradients_of_a_learned_grid_are_those_of_plain_autograd(
+    grid: Grid, parts: list[float], seed: int
+) -> None:
     x = (torch.tensor(parts) * grid.max_value + grid.zero_point).requires_grad_()
     upstream = torch.randn(len(parts), generator=torch.Generator().manual_seed(seed))
     got, expected = (
@@ -340,10 +390,13 @@ def test_gradients_of_a_learned_grid_are_those_of_plain_autograd(grid: Grid, par
         for rounded in (fake_quantize_learned(x, grid, shift, UNIT), plain_autograd(x, grid, shift))
     )
     torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=1e-7)
-    # What float32 may lose is a share of the sums' terms, of the size of the largest value in steps.
+    # What float32 may lose is a share of the sums' terms, of the size of the largest value in
+    # steps.
     terms = float((upstream.abs() * (x.detach().abs() + abs(grid.zero_point))).sum())
     torch.testing.assert_close(got[1][0], expected[1][0], rtol=1e-5, atol=2e-6 * terms + 1e-6)
-    torch.testing.assert_close(got[1][1], expected[1][1], rtol=1e-5, atol=2e-6 * float(upstream.abs().sum()))
+    torch.testing.assert_close(
+        got[1][1], expected[1][1], rtol=1e-5, atol=2e-6 * float(upstream.abs().sum())
+    )
 
 
 @pytest.mark.parametrize("name", ["e2m1", "ue2m2", "ue4m0", "e4m3"])
@@ -360,7 +413,9 @@ def test_clipped_values_pull_the_grid_and_rounded_ones_only_its_scale(name: str)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["e2m1", "ue2m2"])
-def test_gradients_of_a_learned_grid_are_summed_in_float32_whatever_the_type(name: str, dtype: torch.dtype) -> None:
+def test_gradients_of_a_learned_grid_are_summed_in_float32_whatever_the_type(
+    name: str, dtype: torch.dtype
+) -> None:
     fmt, generator = FloatFormat.parse(name), torch.Generator().manual_seed(0)
     grid = Grid(fmt, 0.25, 0.0 if fmt.signed else -0.3125)
     x = torch.randn(20_000, generator=generator).to(dtype).requires_grad_()

@@ -9,7 +9,14 @@ from torch import Tensor
 from msfp_cli import search
 from msfp_cli.formats.float_format import FloatFormat, formats_of_width
 from msfp_cli.formats.rounding import Grid, fake_quantize
-from msfp_cli.formats.search import FormatScore, SearchResult, SearchSpace, SortedRows, search_rows, search_tensor
+from msfp_cli.formats.search import (
+    FormatScore,
+    SearchResult,
+    SearchSpace,
+    SortedRows,
+    search_rows,
+    search_tensor,
+)
 
 SPACE = SearchSpace()
 SIGNED, UNSIGNED = (formats_of_width(4, signed=signed) for signed in (True, False))
@@ -48,7 +55,9 @@ def absmax_error(x: Tensor, fmt: FloatFormat) -> float:
 def grid_of(score: FormatScore) -> Grid:
     rows = score.max_value.numel()
     return Grid.with_maximum(
-        score.format, score.max_value[0] if rows == 1 else score.max_value[:, None], score.zero_point
+        score.format,
+        score.max_value[0] if rows == 1 else score.max_value[:, None],
+        score.zero_point,
     )
 
 
@@ -70,7 +79,9 @@ def same(one: SearchResult, other: SearchResult) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", ["e1m2", "e2m1", "e3m0", "ue1m3", "ue2m2", "ue3m1", "ue4m0", "e3m4", "ue4m4"])
+@pytest.mark.parametrize(
+    "name", ["e1m2", "e2m1", "e3m0", "ue1m3", "ue2m2", "ue3m1", "ue4m0", "e3m4", "ue4m4"]
+)
 @pytest.mark.parametrize("with_zero_point", [False, True])
 def test_error_equals_brute_force(name: str, with_zero_point: bool) -> None:
     fmt, generator = FloatFormat.parse(name), torch.Generator().manual_seed(1)
@@ -90,8 +101,16 @@ def test_error_is_exact_for_the_float32_numbers_next_to_a_border(name: str) -> N
     for max_value in torch.rand(20, generator=generator, dtype=torch.float64).tolist():
         levels = grid_levels(fmt, max_value)
         nearest = ((levels[1:] + levels[:-1]) / 2).float()
-        data = torch.cat([nearest, torch.nextafter(nearest, -torch.ones(())), torch.nextafter(nearest, torch.ones(()))])
-        got = SortedRows(data[:, None]).error(fmt.levels, torch.full((len(data), 1), max_value, dtype=torch.float64))
+        data = torch.cat(
+            [
+                nearest,
+                torch.nextafter(nearest, -torch.ones(())),
+                torch.nextafter(nearest, torch.ones(())),
+            ]
+        )
+        got = SortedRows(data[:, None]).error(
+            fmt.levels, torch.full((len(data), 1), max_value, dtype=torch.float64)
+        )
         expected = torch.tensor([rounding_error(x, levels) for x in data], dtype=torch.float64)
         torch.testing.assert_close(got[:, 0], expected, rtol=1e-9, atol=1e-15)
 
@@ -100,7 +119,9 @@ def test_error_is_exact_for_the_float32_numbers_next_to_a_border(name: str) -> N
 def test_signed_grids_may_be_scored_on_magnitudes(fmt: FloatFormat) -> None:
     data, maxima = heavy_tailed(2, 500), torch.tensor([[0.7, 2.0], [1.5, 9.0]], dtype=torch.float64)
     halves = SortedRows(data.abs()).error(fmt.magnitudes, maxima)
-    torch.testing.assert_close(halves, SortedRows(data).error(fmt.levels, maxima), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        halves, SortedRows(data).error(fmt.levels, maxima), rtol=1e-9, atol=0
+    )
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6, 8])
@@ -157,7 +178,9 @@ def test_reported_error_is_the_error_of_fake_quantize(data: Tensor) -> None:
 def test_scores_are_sorted_and_cover_every_format_once() -> None:
     result = search_tensor(after_silu(500), BOTH, SPACE)
     assert {score.format for score in result.scores} == set(BOTH)
-    assert [score.error for score in result.scores] == sorted(score.error for score in result.scores)
+    assert [score.error for score in result.scores] == sorted(
+        score.error for score in result.scores
+    )
     assert all((score.zero_point is None) == score.format.signed for score in result.scores)
     assert result.runner_up is result.scores[1]
 
@@ -167,7 +190,13 @@ def test_zero_point_carries_the_gain_after_silu() -> None:
     result = search_tensor(data, BOTH, SPACE)
     rows, total = SortedRows(data.reshape(1, -1)), float(data.double().square().sum())
     maxima = torch.linspace(0.05, 1.2, 400, dtype=torch.float64)[None] * data.max().double()
-    without = min(float(rows.error(fmt.magnitudes, maxima, torch.zeros_like(maxima)).min()) for fmt in UNSIGNED) / total
+    without = (
+        min(
+            float(rows.error(fmt.magnitudes, maxima, torch.zeros_like(maxima)).min())
+            for fmt in UNSIGNED
+        )
+        / total
+    )
     signed, unsigned = best(result, signed=True), best(result, signed=False)
     assert signed.error > without > 3 * unsigned.error
     assert result.winner is unsigned
@@ -203,7 +232,9 @@ def test_wide_formats_are_searched_more_coarsely() -> None:
 
 def test_refinement_moves_maximum_and_zero_point_to_lower_the_error() -> None:
     data = after_silu(2000)
-    fine, coarse = (search_tensor(data, BOTH, replace(SPACE, num_refinements=n)).scores for n in (2, 0))
+    fine, coarse = (
+        search_tensor(data, BOTH, replace(SPACE, num_refinements=n)).scores for n in (2, 0)
+    )
     for after in fine:
         before = next(score for score in coarse if score.format == after.format)
         assert after.error < before.error
@@ -218,7 +249,9 @@ def test_rows_get_their_own_maxima_as_if_searched_alone() -> None:
     totals = weight.double().square().sum(dim=1)
     for score in together.scores:
         parts = [next(s for s in result.scores if s.format == score.format) for result in alone]
-        torch.testing.assert_close(score.max_value, torch.cat([part.max_value for part in parts]), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            score.max_value, torch.cat([part.max_value for part in parts]), rtol=1e-6, atol=0
+        )
         errors = torch.tensor([part.error for part in parts], dtype=torch.float64)
         assert score.error == pytest.approx(float((errors * totals).sum() / totals.sum()), rel=1e-9)
         assert score.error == pytest.approx(measured_error(weight, score), rel=1e-5)
@@ -238,7 +271,9 @@ def test_kernel_of_a_convolution_is_one_row_per_output_channel() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 3000])
-def test_blocks_of_rows_do_not_change_the_result(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_rows_do_not_change_the_result(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = heavy_tailed(7, 60)
     whole = search_rows(weight, SIGNED, SPACE)
     monkeypatch.setattr(search, "_CHUNK", chunk)
@@ -264,7 +299,19 @@ def test_blocks_of_rows_do_not_change_the_result(chunk: int, monkeypatch: pytest
         torch.tensor([1e-20, -2e-20, 3e-20]),
         torch.tensor([1e18, -2e18, 3e18]),
     ],
-    ids=["zeros", "five", "minus five", "one", "minus one", "0-d", "0", "negative", "positive", "tiny", "huge"],
+    ids=[
+        "zeros",
+        "five",
+        "minus five",
+        "one",
+        "minus one",
+        "0-d",
+        "0",
+        "negative",
+        "positive",
+        "tiny",
+        "huge",
+    ],
 )
 def test_degenerate_data_give_a_usable_grid(data: Tensor) -> None:
     result = search_tensor(data, BOTH, SPACE)

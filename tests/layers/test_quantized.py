@@ -69,7 +69,9 @@ def scales_of(weight: Tensor, fmt: FloatFormat) -> Tensor:
     return weight.detach().abs().flatten(1).amax(dim=1) * 0.8 / fmt.largest
 
 
-def quantized(layer: nn.Linear | nn.Conv2d, parameters: LayerParameters) -> QuantLinear | QuantConv2d:
+def quantized(
+    layer: nn.Linear | nn.Conv2d, parameters: LayerParameters
+) -> QuantLinear | QuantConv2d:
     kind = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
     new = kind(layer, parameters)
     if parameters.weight is not None:
@@ -105,21 +107,33 @@ def close(got: Tensor, expected: Tensor) -> None:
 def test_linear_equals_the_formula(weight: str, grid: str, bias: bool) -> None:
     layer, x, fmt = linear(bias=bias), draw(3, 2, 6), FloatFormat.parse(weight)
     new = quantized(layer, LayerParameters(weight=fmt, input=INPUTS[grid]))
-    close(new(x), F.linear(reals(x, INPUTS[grid]), reals_of_weight(layer.weight, fmt), double(layer.bias)))
+    close(
+        new(x),
+        F.linear(reals(x, INPUTS[grid]), reals_of_weight(layer.weight, fmt), double(layer.bias)),
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("grid", ["e2m1", "ue2m2"])
 @pytest.mark.parametrize("arguments", list(CONVOLUTIONS.values()), ids=list(CONVOLUTIONS))
-def test_convolution_rounds_then_pads_then_sums(arguments: dict[str, Any], grid: str, bias: bool) -> None:
+def test_convolution_rounds_then_pads_then_sums(
+    arguments: dict[str, Any], grid: str, bias: bool
+) -> None:
     layer, x = conv(bias=bias, **arguments), draw(2, 4, 9, 8)
     new = quantized(layer, LayerParameters(weight=E2M1, input=INPUTS[grid]))
     padding = {"same": (1, 1), "valid": (0, 0)}.get(str(layer.padding)) or layer.padding
     mode = {"zeros": "constant"}.get(layer.padding_mode, layer.padding_mode)
-    padded = F.pad(reals(x, INPUTS[grid]), (padding[1], padding[1], padding[0], padding[0]), mode=mode)
+    padded = F.pad(
+        reals(x, INPUTS[grid]), (padding[1], padding[1], padding[0], padding[0]), mode=mode
+    )
     weight = reals_of_weight(layer.weight, E2M1)
     expected = F.conv2d(
-        padded, weight, double(layer.bias), stride=layer.stride, dilation=layer.dilation, groups=layer.groups
+        padded,
+        weight,
+        double(layer.bias),
+        stride=layer.stride,
+        dilation=layer.dilation,
+        groups=layer.groups,
     )
     assert new(x).shape == layer(x).shape
     close(new(x), expected)
@@ -127,7 +141,9 @@ def test_convolution_rounds_then_pads_then_sums(arguments: dict[str, Any], grid:
 
 def test_convolution_pads_with_zeros_and_not_with_the_zero_point() -> None:
     layer = conv(padding=1)
-    grid = Grid(UE2M2, 0.2, -0.3)  # no level of this grid is 0, so padding before rounding would show too
+    grid = Grid(
+        UE2M2, 0.2, -0.3
+    )  # no level of this grid is 0, so padding before rounding would show too
     x = draw(2, 4, 1, 1)
     new = quantized(layer, LayerParameters(weight=E2M1, input=grid))
     centre = reals_of_weight(layer.weight, E2M1)[:, :, 1, 1]
@@ -142,7 +158,11 @@ def test_linear_is_an_integer_product_plus_a_zero_point_term(grid: str) -> None:
     s_w = new.weight_scale.double()
     q_a, q_w = integers(x, a), integers(layer.weight.detach(), new.weight_grid())
     assert torch.equal(q_a, q_a.round()) and torch.equal(q_w, q_w.round())
-    y = a.scale * s_w * (q_a @ q_w.T) + a.zero_point * s_w * q_w.sum(dim=1) + layer.bias.detach().double()
+    y = (
+        a.scale * s_w * (q_a @ q_w.T)
+        + a.zero_point * s_w * q_w.sum(dim=1)
+        + layer.bias.detach().double()
+    )
     close(new(x), y)
 
 
@@ -151,8 +171,14 @@ def test_convolution_is_an_integer_product_plus_the_zero_point_inside_the_pictur
     new = quantized(layer, LayerParameters(weight=E2M1, input=a))
     q_a, q_w = integers(x, a), integers(layer.weight.detach(), new.weight_grid())
     s_w = new.weight_scale.double().view(1, -1, 1, 1)
-    product_of_codes, inside = (F.conv2d(t, q_w, stride=2, padding=1) for t in (q_a, torch.ones_like(q_a)))
-    y = a.scale * s_w * product_of_codes + a.zero_point * s_w * inside + layer.bias.detach().double().view(1, -1, 1, 1)
+    product_of_codes, inside = (
+        F.conv2d(t, q_w, stride=2, padding=1) for t in (q_a, torch.ones_like(q_a))
+    )
+    y = (
+        a.scale * s_w * product_of_codes
+        + a.zero_point * s_w * inside
+        + layer.bias.detach().double().view(1, -1, 1, 1)
+    )
     close(new(x), y)
 
 
@@ -161,7 +187,10 @@ def test_weight_may_stay_in_floating_point() -> None:
     new = quantized(layer, LayerParameters(input=INPUTS["e2m1"]))
     assert new.weight is layer.weight
     assert set(new.state_dict()) == {"weight", "bias"}
-    close(new(x), F.linear(reals(x, INPUTS["e2m1"]), layer.weight.detach().double(), double(layer.bias)))
+    close(
+        new(x),
+        F.linear(reals(x, INPUTS["e2m1"]), layer.weight.detach().double(), double(layer.bias)),
+    )
 
 
 def test_input_may_stay_in_floating_point() -> None:
@@ -215,8 +244,14 @@ def test_layer_made_on_the_meta_device_is_filled_by_loading() -> None:
 
 def test_layers_pass_for_torch_layers() -> None:
     parameters = LayerParameters(weight=E2M1, input=INPUTS["e2m1"])
-    new_linear, new_conv = quantized(linear(), parameters), quantized(conv(stride=2, groups=2), parameters)
-    assert isinstance(new_linear, nn.Linear) and (new_linear.in_features, new_linear.out_features) == (6, 5)
+    new_linear, new_conv = (
+        quantized(linear(), parameters),
+        quantized(conv(stride=2, groups=2), parameters),
+    )
+    assert isinstance(new_linear, nn.Linear) and (
+        new_linear.in_features,
+        new_linear.out_features,
+    ) == (6, 5)
     assert isinstance(new_conv, nn.Conv2d) and (new_conv.stride, new_conv.groups) == ((2, 2), 2)
     for layer in (new_linear, new_conv):
         assert "weight=e2m1, input=e2m1" in repr(layer)
@@ -263,7 +298,9 @@ def test_16_bit_layer_answers_in_16_bits_on_the_same_grid(dtype: torch.dtype) ->
 
 
 HUB = 3
-each_hub_layer = pytest.mark.parametrize("make", [linear, lambda **a: conv(padding=1, **a)], ids=["linear", "conv"])
+each_hub_layer = pytest.mark.parametrize(
+    "make", [linear, lambda **a: conv(padding=1, **a)], ids=["linear", "conv"]
+)
 
 
 def hub_layer(
@@ -272,7 +309,9 @@ def hub_layer(
     """A layer of three members, stored out of order, their float weights, and the scale that they share."""
     weights = [make(seed=seed).weight.detach() for seed in range(HUB)]
     first, *further = grids or (None,)
-    parameters = LayerParameters(weight=fmt, input=first, hub=HUB, further_inputs=tuple(g for g in further if g))
+    parameters = LayerParameters(
+        weight=fmt, input=first, hub=HUB, further_inputs=tuple(g for g in further if g)
+    )
     layer, scale = quantized(make(), parameters), scales_of(torch.stack(weights).amax(dim=0), fmt)
     for member in (2, 0, 1):
         layer.store_(weights[member], scale, member)
@@ -281,7 +320,9 @@ def hub_layer(
 
 @pytest.mark.parametrize("name", ["e2m1", "e2m3", "e4m3"])
 @each_hub_layer
-def test_members_are_stored_and_read_independently(make: Callable[..., nn.Linear | nn.Conv2d], name: str) -> None:
+def test_members_are_stored_and_read_independently(
+    make: Callable[..., nn.Linear | nn.Conv2d], name: str
+) -> None:
     fmt = FloatFormat.parse(name)
     layer, weights, scale = hub_layer(make, fmt)
     assert layer.weight_codes.shape == (HUB, packed_size(weights[0].numel(), fmt.bits))
@@ -357,22 +398,32 @@ float32s = st.floats(2.0**-100, 2.0**100, width=32)
 
 
 input_grids = st.builds(
-    Grid, st.sampled_from(["e2m1", "ue2m2", "e4m3"]).map(FloatFormat.parse), float32s, st.floats(-100, 0, width=32)
+    Grid,
+    st.sampled_from(["e2m1", "ue2m2", "e4m3"]).map(FloatFormat.parse),
+    float32s,
+    st.floats(-100, 0, width=32),
 )
 
 
 @given(st.sampled_from([E2M1, None]), input_grids, st.lists(input_grids, max_size=3))
 @settings(max_examples=50, deadline=None, derandomize=True)
-def test_parameters_survive_json_exactly(weight: FloatFormat | None, grid: Grid, further: list[Grid]) -> None:
+def test_parameters_survive_json_exactly(
+    weight: FloatFormat | None, grid: Grid, further: list[Grid]
+) -> None:
     shared = LayerParameters(weight=weight, input=grid, hub=3)
-    for parameters in (shared, replace(shared, hub=1 + len(further), further_inputs=tuple(further))):
+    for parameters in (
+        shared,
+        replace(shared, hub=1 + len(further), further_inputs=tuple(further)),
+    ):
         assert LayerParameters.from_json(json.loads(json.dumps(parameters.to_json()))) == parameters
 
 
 @pytest.mark.parametrize(("hub", "further"), [(0, 0), (1, 1), (3, 1)])
 def test_parameters_refuse_inputs_that_do_not_fit_the_hub(hub: int, further: int) -> None:
     with pytest.raises(ValueError, match="do not fit"):
-        LayerParameters(weight=E2M1, input=INPUTS["ue2m2"], hub=hub, further_inputs=(INPUTS["ue2m2"],) * further)
+        LayerParameters(
+            weight=E2M1, input=INPUTS["ue2m2"], hub=hub, further_inputs=(INPUTS["ue2m2"],) * further
+        )
 
 
 def test_parameters_that_name_no_hub_have_one_member() -> None:
@@ -393,7 +444,10 @@ def test_scale_of_a_search_survives_json_exactly() -> None:
 
 
 def test_parameters_of_nothing_survive_json() -> None:
-    assert LayerParameters.from_json(json.loads(json.dumps(LayerParameters().to_json()))) == LayerParameters()
+    assert (
+        LayerParameters.from_json(json.loads(json.dumps(LayerParameters().to_json())))
+        == LayerParameters()
+    )
 
 
 @pytest.mark.parametrize(
@@ -402,9 +456,20 @@ def test_parameters_of_nothing_survive_json() -> None:
         ({"weight": "fp4", "input": None}, UsageError),
         ({"weight": None}, KeyError),
         ({"weight": None, "input": {"format": "e2m1", "scale": 1.0}}, KeyError),
-        ({"weight": None, "input": {"format": "e2m1", "scale": None, "zero_point": 0.0}}, TypeError),
+        (
+            {"weight": None, "input": {"format": "e2m1", "scale": None, "zero_point": 0.0}},
+            TypeError,
+        ),
         ({"weight": "e2m1", "input": None, "hub": None}, TypeError),
-        ({"weight": "e2m1", "input": None, "hub": 2, "further_inputs": [{"format": "e2m1", "scale": 1.0}]}, KeyError),
+        (
+            {
+                "weight": "e2m1",
+                "input": None,
+                "hub": 2,
+                "further_inputs": [{"format": "e2m1", "scale": 1.0}],
+            },
+            KeyError,
+        ),
     ],
 )
 def test_damaged_parameters_are_refused(data: dict[str, Any], error: type[Exception]) -> None:

@@ -16,7 +16,9 @@ from msfp_cli.layers.scheme import LayerParameters
 from tiny_pipelines import build_tiny
 
 TABLE = LayerParameters(weight=FloatFormat.parse("e3m4"), lookup=True)
-PARAMETERS = LayerParameters(weight=FloatFormat.parse("e2m1"), input=Grid(FloatFormat.parse("ue2m2"), 0.1, -0.2))
+PARAMETERS = LayerParameters(
+    weight=FloatFormat.parse("e2m1"), input=Grid(FloatFormat.parse("ue2m2"), 0.1, -0.2)
+)
 
 
 class Doubling(nn.Linear):
@@ -39,19 +41,31 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(3, 4, 3, padding=1, stride=2, bias=False)
-        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 6)), nn.LayerNorm(6)])
-        self.odd = nn.ModuleDict({"doubling": Doubling(4, 4), "masked": Masked(3, 3, 1), "plain": Plain(4, 4)})
+        self.blocks = nn.ModuleList(
+            [nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 6)), nn.LayerNorm(6)]
+        )
+        self.odd = nn.ModuleDict(
+            {"doubling": Doubling(4, 4), "masked": Masked(3, 3, 1), "plain": Plain(4, 4)}
+        )
         self.upsample = nn.ConvTranspose2d(4, 4, 2)
         self.line = nn.Conv1d(4, 4, 1)
         self.embedding = nn.Embedding(3, 4)
 
 
 def parameters_of_all(net: nn.Module) -> dict[str, LayerParameters]:
-    return {n: TABLE if isinstance(m, nn.Embedding) else PARAMETERS for n, m in find_layers(net).items()}
+    return {
+        n: TABLE if isinstance(m, nn.Embedding) else PARAMETERS for n, m in find_layers(net).items()
+    }
 
 
 def test_finds_layers_and_tables_in_order_of_definition() -> None:
-    assert list(find_layers(Net())) == ["conv_in", "blocks.0.0", "blocks.0.2", "odd.plain", "embedding"]
+    assert list(find_layers(Net())) == [
+        "conv_in",
+        "blocks.0.0",
+        "blocks.0.2",
+        "odd.plain",
+        "embedding",
+    ]
 
 
 def test_found_layers_are_the_modules_themselves() -> None:
@@ -62,7 +76,9 @@ def test_found_layers_are_the_modules_themselves() -> None:
 def test_replaces_only_the_named_layers_in_place() -> None:
     net = Net()
     before = {name: module for name, module in net.named_modules() if name}
-    new = replace_layers_(net, {"conv_in": PARAMETERS, "blocks.0.2": PARAMETERS, "odd.plain": PARAMETERS})
+    new = replace_layers_(
+        net, {"conv_in": PARAMETERS, "blocks.0.2": PARAMETERS, "odd.plain": PARAMETERS}
+    )
     assert [type(layer) for layer in new.values()] == [QuantConv2d, QuantLinear, QuantLinear]
     for name, module in net.named_modules():
         if name:
@@ -93,7 +109,9 @@ def test_replaced_network_runs() -> None:
     assert net.embedding(torch.ones(2, dtype=torch.int)).shape == (2, 4)
 
 
-@pytest.mark.parametrize("name", ["conv_out", "blocks.0.1", "blocks.7.0", "odd.doubling", "upsample"])
+@pytest.mark.parametrize(
+    "name", ["conv_out", "blocks.0.1", "blocks.7.0", "odd.doubling", "upsample"]
+)
 def test_unknown_layer_is_named_and_nothing_is_replaced(name: str) -> None:
     net = Net()
     before = dict(net.named_modules())
@@ -106,8 +124,12 @@ def test_unknown_layer_is_named_and_nothing_is_replaced(name: str) -> None:
 def test_layer_of_another_kind_is_named_and_nothing_is_replaced(name: str, kind: str) -> None:
     net = Net()
     before = dict(net.named_modules())
-    with pytest.raises(CheckpointError, match=f"layer '{name}' is of another kind, {kind}.*another model"):
-        replace_layers_(net, {"conv_in": PARAMETERS, name: TABLE if name == "odd.plain" else PARAMETERS})
+    with pytest.raises(
+        CheckpointError, match=f"layer '{name}' is of another kind, {kind}.*another model"
+    ):
+        replace_layers_(
+            net, {"conv_in": PARAMETERS, name: TABLE if name == "odd.plain" else PARAMETERS}
+        )
     assert dict(net.named_modules()) == before
 
 
@@ -115,7 +137,12 @@ def hub_of(members: int) -> LayerParameters:
     return replace(PARAMETERS, hub=members)
 
 
-HUBS = {"odd.plain": hub_of(2), "conv_in": hub_of(1), "blocks.0.2": hub_of(4), "blocks.0.0": hub_of(3)}
+HUBS = {
+    "odd.plain": hub_of(2),
+    "conv_in": hub_of(1),
+    "blocks.0.2": hub_of(4),
+    "blocks.0.0": hub_of(3),
+}
 
 
 def test_quantized_layers_are_listed_in_order_of_definition() -> None:
@@ -166,7 +193,9 @@ def store_(layer: QuantizedModule, weight: Tensor, member: int, source: int) -> 
     layer.store_(weight + scale.view(-1, *[1] * (weight.ndim - 1)) * noise, scale, member)
 
 
-def quantized_unet(table: dict[str, LayerParameters], sources: Callable[[str], range | tuple[int, ...]]) -> nn.Module:
+def quantized_unet(
+    table: dict[str, LayerParameters], sources: Callable[[str], range | tuple[int, ...]]
+) -> nn.Module:
     unet = build_tiny("DDIMPipeline").unet
     weights = {name: layer.weight.detach() for name, layer in find_layers(unet).items()}
     for name, layer in replace_layers_(unet, table).items():
@@ -192,7 +221,9 @@ def output_at(unet: nn.Module, timestep: int) -> Tensor:
 @pytest.mark.parametrize("timestep", TIMESTEPS)
 def test_denoiser_computes_with_the_members_that_the_table_names(timestep: int) -> None:
     chosen = dict(zip(sorted(SWITCHING)[:2], MEMBERS[timestep], strict=True))
-    fixed = quantized_unet(dict.fromkeys(SWITCHING, PARAMETERS), lambda name: (chosen.get(name, 0),))
+    fixed = quantized_unet(
+        dict.fromkeys(SWITCHING, PARAMETERS), lambda name: (chosen.get(name, 0),)
+    )
     unet = switching_unet()
     assert torch.equal(output_at(unet, timestep), output_at(fixed, timestep))
     other = next(t for t in TIMESTEPS if t != timestep)
@@ -204,12 +235,18 @@ def test_switching_denoiser_and_its_copy_do_not_touch_each_other() -> None:
     unet = switching_unet()
     expected = [output_at(unet, timestep) for timestep in TIMESTEPS]
     twin = copy.deepcopy(unet)
-    assert all(torch.equal(output_at(twin, t), output) for t, output in zip(TIMESTEPS, expected, strict=True))
+    assert all(
+        torch.equal(output_at(twin, t), output)
+        for t, output in zip(TIMESTEPS, expected, strict=True)
+    )
     twin.get_submodule(ROUTER).table.zero_()
     twin.conv_out.restore_()
     twin.conv_out.weight_codes.zero_()
     assert not torch.equal(output_at(twin, 400), expected[1])
-    assert all(torch.equal(output_at(unet, t), output) for t, output in zip(TIMESTEPS, expected, strict=True))
+    assert all(
+        torch.equal(output_at(unet, t), output)
+        for t, output in zip(TIMESTEPS, expected, strict=True)
+    )
     assert twin.conv_out.route is twin.get_submodule(ROUTER).route is not unet.conv_out.route
 
 

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from msfp_cli.errors import MsfpError
-from msfp_cli.layers.routing import ROUTER, TABLE_SIZE, Route, RouterTable, shared_timestep, table_index, timestep_unit
+from msfp_cli.layers.routing import (
+    ROUTER,
+    TABLE_SIZE,
+    Route,
+    RouterTable,
+    shared_timestep,
+    table_index,
+    timestep_unit,
+)
 from tiny_pipelines import build_tiny
 
 relaxed = settings(max_examples=100, deadline=None, derandomize=True)
@@ -37,7 +45,9 @@ class Denoiser(nn.Module):
         self.readers = nn.ModuleList(Reader(router.route, slot) for slot in range(NUM_LAYERS))
         router.attach_(self)
 
-    def forward(self, sample: Tensor | None, timestep: Tensor | float, return_dict: bool = True) -> list[int]:
+    def forward(
+        self, sample: Tensor | None, timestep: Tensor | float, return_dict: bool = True
+    ) -> list[int]:
         if sample is None:
             raise ValueError("no sample")
         return [reader() for reader in self.readers]
@@ -81,7 +91,13 @@ def test_every_row_is_reached_by_its_own_timestep(row: int, unit: float) -> None
 
 @pytest.mark.parametrize(
     ("timesteps", "unit"),
-    [([999.0, 500.0, 0.0], 1.0), ([1.5], 1.0), ([1.0, 0.25], 1000.0), ([0.999], 1000.0), ([250.0, 1.0], 1.0)],
+    [
+        ([999.0, 500.0, 0.0], 1.0),
+        ([1.5], 1.0),
+        ([1.0, 0.25], 1000.0),
+        ([0.999], 1000.0),
+        ([250.0, 1.0], 1.0),
+    ],
 )
 def test_flows_count_in_thousandths(timesteps: list[float], unit: float) -> None:
     assert timestep_unit(timesteps) == timestep_unit(timesteps[::-1]) == unit
@@ -113,7 +129,9 @@ def test_batch_of_several_timesteps_is_refused(dtype: torch.dtype) -> None:
 
 def test_route_answers_only_while_it_is_open() -> None:
     route = Route[str]()
-    with pytest.raises(MsfpError, match="ran outside its denoiser; call the denoiser, which knows the timestep"):
+    with pytest.raises(
+        MsfpError, match="ran outside its denoiser; call the denoiser, which knows the timestep"
+    ):
         route.of(0)
     route.open(["a", "b"])
     assert [route.of(0), route.of(1)] == ["a", "b"]
@@ -196,7 +214,11 @@ def test_hooks_find_the_timestep_among_the_arguments_of_a_stock_denoiser(name: s
     router.attach_(unet)
     unet.conv_out.register_forward_hook(lambda *_: seen.append(router.route.of(2)))
     sample = torch.zeros(2, unet.config.in_channels, 16, 16)
-    text = {"encoder_hidden_states": torch.zeros(2, 3, 32)} if name == "StableDiffusionPipeline" else {}
+    text = (
+        {"encoder_hidden_states": torch.zeros(2, 3, 32)}
+        if name == "StableDiffusionPipeline"
+        else {}
+    )
     with torch.no_grad():
         unet(sample, 500, **text)
         unet(sample, timestep=torch.tensor(501), return_dict=False, **text)

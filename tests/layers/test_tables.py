@@ -33,7 +33,9 @@ E3M4 = FloatFormat.parse("e3m4")
 TABLE = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table"
 
 
-def table_of(rows: int = 7, width: int = 6, fmt: FloatFormat = E3M4) -> tuple[QuantEmbedding, Tensor]:
+def table_of(
+    rows: int = 7, width: int = 6, fmt: FloatFormat = E3M4
+) -> tuple[QuantEmbedding, Tensor]:
     """A quantized table, and the float one's weight."""
     plain = nn.Embedding(rows, width)
     nn.init.normal_(plain.weight, generator=torch.Generator().manual_seed(rows * width))
@@ -43,14 +45,22 @@ def table_of(rows: int = 7, width: int = 6, fmt: FloatFormat = E3M4) -> tuple[Qu
     return table, weight
 
 
-@given(st.sampled_from([f for bits in range(2, 9) for f in formats_of_width(bits, signed=True)]), st.integers(1, 9))
+@given(
+    st.sampled_from([f for bits in range(2, 9) for f in formats_of_width(bits, signed=True)]),
+    st.integers(1, 9),
+)
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_looks_up_what_the_codes_stand_for(fmt: FloatFormat, width: int) -> None:
     table, weight = table_of(5, width, fmt)
     grid = Grid(fmt, (weight.abs().amax(dim=1) / fmt.largest)[:, None])
     expected = dequantize(quantize(weight, grid), grid)
     assert torch.equal(table.weight, expected)
-    for index in (torch.arange(5), torch.tensor([[4, 0], [4, 4]]), torch.tensor(3), torch.zeros(0, 2, dtype=torch.int)):
+    for index in (
+        torch.arange(5),
+        torch.tensor([[4, 0], [4, 4]]),
+        torch.tensor(3),
+        torch.zeros(0, 2, dtype=torch.int),
+    ):
         assert torch.equal(table(index), expected[index.long()])
 
 
@@ -68,7 +78,9 @@ def test_rows_have_the_type_of_the_model(dtype: torch.dtype) -> None:
     table.to(dtype)
     assert table.weight_scale.dtype == torch.float32
     assert torch.equal(table(index), rows.to(dtype)) and table(index).dtype == dtype
-    born_short = QuantEmbedding(nn.Embedding(3, 4).to(dtype), LayerParameters(weight=E3M4, lookup=True))
+    born_short = QuantEmbedding(
+        nn.Embedding(3, 4).to(dtype), LayerParameters(weight=E3M4, lookup=True)
+    )
     assert born_short(index[:1]).dtype == dtype
 
 
@@ -90,7 +102,9 @@ def test_state_and_copies_keep_the_rows() -> None:
 
 @pytest.mark.parametrize("prepared", [True, False])
 def test_compiles_without_a_graph_break(prepared: bool) -> None:
-    table, _ = table_of(fmt=FloatFormat.parse("e3m4"))  # a fresh one, whose code book nobody has asked for
+    table, _ = table_of(
+        fmt=FloatFormat.parse("e3m4")
+    )  # a fresh one, whose code book nobody has asked for
     if prepared:
         table.prepare_()
     torch.compiler.reset()
@@ -128,12 +142,18 @@ def test_a_table_has_one_kernel(kernel: str) -> None:
     table, _ = table_of()
     assert choose_kernel(table, kernel) == (Lookup, "")  # type: ignore[arg-type]
     assert Lookup.refusal(table) is None  # type: ignore[arg-type]
-    assert Lookup.refusal(QuantLinear(nn.Linear(2, 2), LayerParameters(weight=E3M4))) == "this layer multiplies"
+    assert (
+        Lookup.refusal(QuantLinear(nn.Linear(2, 2), LayerParameters(weight=E3M4)))
+        == "this layer multiplies"
+    )
 
 
 def test_a_refusal_names_a_layer_rather_than_a_table() -> None:
     line = QuantLinear(nn.Linear(2, 2), LayerParameters(weight=E3M4))
-    with pytest.raises(Exception, match="'cpu' can run none of the 2 layers; 1: cpu: the input is in floating point"):
+    with pytest.raises(
+        Exception,
+        match="'cpu' can run none of the 2 layers; 1: cpu: the input is in floating point",
+    ):
         prepare_(nn.Sequential(table_of()[0], line), "cpu")
 
 
@@ -149,7 +169,9 @@ def test_calibration_keeps_tables_at_eight_bits_unless_a_rule_speaks(
     pipe = load_pipeline(run.load_calibration().source, "cpu")
     index = torch.arange(3)
     rows = pipe.transformer.get_submodule(TABLE)(index)
-    choice = calibrate_(pipe, Recording(run.recording), Recording(run.held_out), recipe).layers["transformer"][TABLE]
+    choice = calibrate_(pipe, Recording(run.recording), Recording(run.held_out), recipe).layers[
+        "transformer"
+    ][TABLE]
     assert (choice.kind, choice.reason, choice.multiply_adds) == ("embedding", "kept", 0)
     assert choice.parameters.weight is not None and choice.parameters.weight.bits == fmt_bits
     assert choice.parameters.lookup and choice.input_scores == () and choice.weight_scores
@@ -157,16 +179,24 @@ def test_calibration_keeps_tables_at_eight_bits_unless_a_rule_speaks(
     assert 0 < (got - rows).square().sum() < 10 ** (1 - 0.5 * fmt_bits) * rows.square().sum()
 
 
-@pytest.mark.parametrize("change", [{"weights": None}, {"keep": ("*embedding_table:none",)}], ids=str)
-def test_tables_can_stay_in_floating_point(calibrated: Callable[[str], Run], change: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"weights": None}, {"keep": ("*embedding_table:none",)}], ids=str
+)
+def test_tables_can_stay_in_floating_point(
+    calibrated: Callable[[str], Run], change: dict[str, object]
+) -> None:
     run = calibrated("DiTPipeline")
     pipe = load_pipeline(run.load_calibration().source, "cpu")
-    calibration = calibrate_(pipe, Recording(run.recording), Recording(run.held_out), replace(QUICK, **change))
+    calibration = calibrate_(
+        pipe, Recording(run.recording), Recording(run.held_out), replace(QUICK, **change)
+    )
     assert type(pipe.transformer.get_submodule(TABLE)) is nn.Embedding
     assert TABLE not in calibration.table("transformer")
 
 
-def test_export_holds_tables_and_fine_tuning_leaves_them(fresh_run: Callable[..., Run], msfp: Invoke) -> None:
+def test_export_holds_tables_and_fine_tuning_leaves_them(
+    fresh_run: Callable[..., Run], msfp: Invoke
+) -> None:
     run = fresh_run()
     calibration = run.load_calibration()
     assert TABLE not in tuned_names(calibration.table("transformer"))
@@ -176,7 +206,9 @@ def test_export_holds_tables_and_fine_tuning_leaves_them(fresh_run: Callable[...
     assert not any(name.startswith(f"{TABLE}.") for name in tuned.state("best"))
     pipe = MSFPPipeline.from_pretrained(run.latest_export(), device="cpu")
     table = quantized_layers(pipe.transformer)[TABLE]
-    plain = load_pipeline(ModelSource(model=calibration.source.model), "cpu").transformer.get_submodule(TABLE)
+    plain = load_pipeline(
+        ModelSource(model=calibration.source.model), "cpu"
+    ).transformer.get_submodule(TABLE)
     index = torch.tensor([2, 0])
     grid = Grid(table.weight_grid().format, calibration.scales["transformer"][TABLE][index, None])
     assert torch.equal(table(index), dequantize(quantize(plain.weight[index], grid), grid))
@@ -188,4 +220,6 @@ def test_histograms_leave_tables_out(calibrated: Callable[[str], Run]) -> None:
     pipe = load_pipeline(run.load_calibration().source, "cpu")
     calls = list(Recording(run.held_out).calls("transformer"))[:1]
     found = input_histograms(pipe.transformer, calls)
-    assert found.keys() == {name for name in find_layers(pipe.transformer) if "embedding_table" not in name}
+    assert found.keys() == {
+        name for name in find_layers(pipe.transformer) if "embedding_table" not in name
+    }

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from msfp_cli.errors import ModelError
-from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers, replay, watch_calls, watch_steps
+from msfp_cli.pipelines.denoiser import (
+    DenoiserCall,
+    find_denoisers,
+    replay,
+    watch_calls,
+    watch_steps,
+)
 
 
 class Denoiser(nn.Module):
@@ -76,7 +82,9 @@ def test_a_role_without_a_timestep_is_no_denoiser(wrong: object) -> None:
 
 
 def test_no_denoiser_names_what_the_pipeline_has() -> None:
-    with pytest.raises(ModelError, match=r"SimpleNamespace has no denoiser.*it has scheduler, vae\)"):
+    with pytest.raises(
+        ModelError, match=r"SimpleNamespace has no denoiser.*it has scheduler, vae\)"
+    ):
         find_denoisers(pipe(vae=nn.Linear(1, 1), scheduler=object(), safety_checker=None))
     with pytest.raises(ModelError, match="it has nothing"):
         find_denoisers(pipe())
@@ -107,7 +115,9 @@ def test_how_the_output_was_wrapped_is_not_recorded(return_dict: bool) -> None:
     assert call.output is output[0]
 
 
-@pytest.mark.parametrize("timestep", [981, 0.5, torch.tensor(981), torch.tensor([0.5, 0.5]), torch.tensor([[3]])])
+@pytest.mark.parametrize(
+    "timestep", [981, 0.5, torch.tensor(981), torch.tensor([0.5, 0.5]), torch.tensor([[3]])]
+)
 def test_timestep_is_a_number_however_it_was_passed(timestep: Tensor | float) -> None:
     _, call = watched(Denoiser(), draw(1), timestep)
     assert call.timestep == float(torch.as_tensor(timestep).reshape(-1)[0])
@@ -138,7 +148,10 @@ def test_watching_ends_when_the_pipeline_the_denoiser_or_the_watcher_fails() -> 
     denoiser, seen = Denoiser(), []
     with pytest.raises(KeyError), watch_calls({"unet": denoiser}, seen.append):
         raise KeyError("pipeline")
-    with pytest.raises(ValueError, match="not finite"), watch_calls({"unet": denoiser}, seen.append):
+    with (
+        pytest.raises(ValueError, match="not finite"),
+        watch_calls({"unet": denoiser}, seen.append),
+    ):
         denoiser(draw(1) / 0, 1.0)
 
     def fail(call: DenoiserCall) -> None:
@@ -169,7 +182,12 @@ def test_steps_are_seen_and_not_changed(own: bool) -> None:
         scheduler.step = scheduler.step
     before = scheduler.step
     with watch_steps(scheduler, seen.append):
-        assert list(inspect.signature(scheduler.step).parameters) == ["model_output", "timestep", "sample", "eta"]
+        assert list(inspect.signature(scheduler.step).parameters) == [
+            "model_output",
+            "timestep",
+            "sample",
+            "eta",
+        ]
         for got in (
             scheduler.step(output, 7, sample, eta=1.0),
             scheduler.step(model_output=output, timestep=7, sample=sample, eta=1.0),
@@ -180,13 +198,18 @@ def test_steps_are_seen_and_not_changed(own: bool) -> None:
 
 
 def test_what_has_no_steps_is_left_alone() -> None:
-    with watch_steps(None, lambda output: pytest.fail("no step")), watch_steps(object(), lambda output: None):
+    with (
+        watch_steps(None, lambda output: pytest.fail("no step")),
+        watch_steps(object(), lambda output: None),
+    ):
         pass
 
 
 def test_replay_repeats_the_output_without_gradients() -> None:
     denoiser = Denoiser()
-    _, call = watched(denoiser, draw(1), torch.tensor(7), added={"text": draw(3)}, residuals=[draw(4)])
+    _, call = watched(
+        denoiser, draw(1), torch.tensor(7), added={"text": draw(3)}, residuals=[draw(4)]
+    )
     again = replay(denoiser, call)
     assert torch.equal(again, call.output)
     assert not again.requires_grad

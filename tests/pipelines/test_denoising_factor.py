@@ -38,7 +38,11 @@ def step_coefficient(scheduler: Any, timestep: torch.Tensor, **arguments: Any) -
     sample = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
     previous = [
         scheduler.step(
-            torch.full_like(sample, value), timestep, sample, generator=torch.Generator().manual_seed(0), **arguments
+            torch.full_like(sample, value),
+            timestep,
+            sample,
+            generator=torch.Generator().manual_seed(0),
+            **arguments,
         ).prev_sample
         for value in (0.0, 1.0)
     ]
@@ -58,7 +62,12 @@ def test_ddpm_on_its_full_schedule_equals_the_textbook_form() -> None:
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_ddim_equals_its_own_step(eta: float, prediction_type: str) -> None:
-    settings = {**TRAILING, "prediction_type": prediction_type, "clip_sample": False, "set_alpha_to_one": True}
+    settings = {
+        **TRAILING,
+        "prediction_type": prediction_type,
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+    }
     scheduler = prepared(DDIMScheduler, **settings)
     _, factors = denoising_factors(scheduler, eta=eta)
     stepped = [step_coefficient(scheduler, t, eta=eta) for t in scheduler.timesteps]
@@ -70,8 +79,12 @@ def test_ddim_equals_the_closed_form(eta: float) -> None:
     scheduler = prepared(DDIMScheduler, **TRAILING)
     now, following = powers(scheduler)
     sigma2 = eta**2 * (1 - following) / (1 - now) * (1 - now / following)
-    closed = ((1 - following - sigma2).clamp_min(0).sqrt() - (following * (1 - now) / now).sqrt()).abs()
-    torch.testing.assert_close(denoising_factors(scheduler, eta=eta)[1], closed, rtol=1e-9, atol=1e-12)
+    closed = (
+        (1 - following - sigma2).clamp_min(0).sqrt() - (following * (1 - now) / now).sqrt()
+    ).abs()
+    torch.testing.assert_close(
+        denoising_factors(scheduler, eta=eta)[1], closed, rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler])
@@ -95,7 +108,9 @@ def test_multistep_solvers_have_the_first_order_factor_of_their_timesteps(kind: 
 
 
 def test_first_order_dpm_solver_equals_its_own_step() -> None:
-    scheduler = prepared(DPMSolverMultistepScheduler, **TRAILING, solver_order=1, algorithm_type="dpmsolver++")
+    scheduler = prepared(
+        DPMSolverMultistepScheduler, **TRAILING, solver_order=1, algorithm_type="dpmsolver++"
+    )
     _, factors = denoising_factors(scheduler)
     stepped = []
     for i, t in enumerate(scheduler.timesteps[:-1]):
@@ -103,9 +118,16 @@ def test_first_order_dpm_solver_equals_its_own_step() -> None:
         first = scheduler.step(torch.zeros(1, 1, 2, 2), t, torch.zeros(1, 1, 2, 2)).prev_sample
         scheduler._step_index = i
         stepped.append(
-            float((scheduler.step(torch.ones(1, 1, 2, 2), t, torch.zeros(1, 1, 2, 2)).prev_sample - first).mean())
+            float(
+                (
+                    scheduler.step(torch.ones(1, 1, 2, 2), t, torch.zeros(1, 1, 2, 2)).prev_sample
+                    - first
+                ).mean()
+            )
         )
-    torch.testing.assert_close(factors[:-1].float(), torch.tensor(stepped).abs(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        factors[:-1].float(), torch.tensor(stepped).abs(), rtol=1e-3, atol=1e-5
+    )
 
 
 def test_eulers_factor_is_its_step_rescaled_to_unit_variance() -> None:
@@ -114,7 +136,9 @@ def test_eulers_factor_is_its_step_rescaled_to_unit_variance() -> None:
     naive = scheduler.sigmas.double().diff().abs()
     rescaled = naive / (1 + scheduler.sigmas[1:].double().square()).sqrt()
     torch.testing.assert_close(factors, rescaled, rtol=1e-4, atol=1e-6)
-    assert float(naive[0]) > 3 * float(factors[0])  # the trap: read naively, the first step looks enormous
+    assert float(naive[0]) > 3 * float(
+        factors[0]
+    )  # the trap: read naively, the first step looks enormous
 
 
 def test_flow_matching_is_the_step_in_sigma() -> None:
@@ -125,7 +149,13 @@ def test_flow_matching_is_the_step_in_sigma() -> None:
         before = scheduler.step_index
         zero = scheduler.step(torch.zeros(1, 2), t, torch.zeros(1, 2)).prev_sample
         scheduler._step_index = scheduler.step_index - 1 if before is not None else 0
-        stepped.append(float((scheduler.step(torch.ones(1, 2), t, torch.zeros(1, 2)).prev_sample - zero).abs().mean()))
+        stepped.append(
+            float(
+                (scheduler.step(torch.ones(1, 2), t, torch.zeros(1, 2)).prev_sample - zero)
+                .abs()
+                .mean()
+            )
+        )
     torch.testing.assert_close(factors.float(), torch.tensor(stepped), rtol=1e-4, atol=1e-6)
     assert timesteps.tolist() == [float(t) for t in scheduler.timesteps]
 
@@ -139,7 +169,9 @@ def test_weights_have_mean_one_and_keep_the_order() -> None:
 
 
 def test_weights_of_improper_factors_are_the_smallest_proper_one() -> None:
-    weights = loss_weights(torch.tensor([0.4, 0.0, float("inf"), float("nan"), 0.2], dtype=torch.float64))
+    weights = loss_weights(
+        torch.tensor([0.4, 0.0, float("inf"), float("nan"), 0.2], dtype=torch.float64)
+    )
     assert weights.isfinite().all()
     assert weights[1] == weights[2] == weights[3] == weights[4] < weights[0]
     assert loss_weights(torch.zeros(3)).tolist() == [1, 1, 1]

@@ -24,7 +24,8 @@ from msfp_cli.pipelines.source import ModelSource
 
 SUCCESSOR = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
-# The hub's client reads its address when it is imported, so its commands run in a process of their own, all in one.
+# The hub's client reads its address when it is imported, so its commands run in a process of their
+# own, all in one.
 _CHILD = """
 import json, os, sys
 from pathlib import Path
@@ -68,12 +69,20 @@ def hub(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -
     import os
 
     directory = tmp_path_factory.mktemp("hub")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "MSFP_"))}
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), environment.get("PYTHONPATH")]))
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "MSFP_"))
+    }
+    path = os.pathsep.join(
+        filter(None, [str(Path(__file__).parents[1]), environment.get("PYTHONPATH")])
+    )
     environment |= {"HF_HOME": str(directory / "cache"), "PYTHONPATH": path, "COLUMNS": "200"}
     command = [sys.executable, "-c", _CHILD, tiny("StableDiffusionPipeline"), tiny("DDIMPipeline")]
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=True)
-    return {name: Said(*result) for name, result in json.loads(done.stdout.splitlines()[-1]).items()}
+    done = subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, check=True
+    )
+    return {
+        name: Said(*result) for name, result in json.loads(done.stdout.splitlines()[-1]).items()
+    }
 
 
 def test_hub_model_is_downloaded_and_calibrated(hub: dict[str, Said]) -> None:
@@ -92,7 +101,15 @@ def test_removed_hub_model_is_replaced_by_its_successor_with_one_line(hub: dict[
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("unknown", ["'nobody/nothing' was not found on the hub", "misspelt", "hf auth login", "local directory"]),
+        (
+            "unknown",
+            [
+                "'nobody/nothing' was not found on the hub",
+                "misspelt",
+                "hf auth login",
+                "local directory",
+            ],
+        ),
         ("revision", ["tiny/ddim has no revision 'v2'", "leave --revision out"]),
         ("variant", ["tiny/ddim", "variant", "fp8"]),
         ("gated", ["tiny/gated is gated", "accept its licence", "hf auth login"]),
@@ -117,7 +134,9 @@ def test_hub_failure_is_one_helpful_line(hub: dict[str, Said], name: str, parts:
         ("owner/name", "model 'owner/name' is no local directory, and the hub cannot be reached"),
     ],
 )
-def test_model_that_is_not_there_is_one_helpful_line(msfp: Invoke, model: str, message: str) -> None:
+def test_model_that_is_not_there_is_one_helpful_line(
+    msfp: Invoke, model: str, message: str
+) -> None:
     Path("empty").mkdir()
     result = msfp("calibrate", model)
     assert (result.exit_code, result.stdout) == (1, "")
@@ -126,7 +145,9 @@ def test_model_that_is_not_there_is_one_helpful_line(msfp: Invoke, model: str, m
     assert not Path("msfp-run").exists()
 
 
-def test_damaged_model_is_named_with_the_reason(tiny: Callable[[str], Path], copied: Callable[..., Path]) -> None:
+def test_damaged_model_is_named_with_the_reason(
+    tiny: Callable[[str], Path], copied: Callable[..., Path]
+) -> None:
     model = copied(tiny("DDIMPipeline"))
     (model / "unet" / "config.json").write_text("{")
     with pytest.raises(ModelError, match=f"cannot load {model}: .*config.json") as caught:
@@ -134,7 +155,9 @@ def test_damaged_model_is_named_with_the_reason(tiny: Callable[[str], Path], cop
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_directory_named_like_a_removed_model_is_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_named_like_a_removed_model_is_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert resolve_model("runwayml/stable-diffusion-v1-5")[0] == SUCCESSOR
     (tmp_path / "runwayml" / "stable-diffusion-v1-5").mkdir(parents=True)

@@ -41,7 +41,9 @@ def denoise(
 def call(seed: int, timestep: Tensor | float, rows: int = 3, **arguments: Any) -> DenoiserCall:  # noqa: ANN401 (any argument)
     arguments = {"sample": draw(rows, 4, seed=seed), "timestep": timestep, **arguments}
     moment = float(torch.as_tensor(timestep).reshape(-1)[0])
-    return DenoiserCall(component="unet", timestep=moment, arguments=arguments, output=denoise(**arguments))
+    return DenoiserCall(
+        component="unet", timestep=moment, arguments=arguments, output=denoise(**arguments)
+    )
 
 
 def everything(seed: int, timestep: Tensor | float, rows: int = 3) -> DenoiserCall:
@@ -78,7 +80,12 @@ def test_what_has_no_batch_is_left_whole_by_taking_rows() -> None:
 
 @pytest.mark.parametrize(
     "moments",
-    [(7.0, 3.0), (7, 3), (torch.tensor(7), torch.tensor(3)), (torch.tensor([7.5] * 3), torch.tensor([2.5] * 3))],
+    [
+        (7.0, 3.0),
+        (7, 3),
+        (torch.tensor(7), torch.tensor(3)),
+        (torch.tensor([7.5] * 3), torch.tensor([2.5] * 3)),
+    ],
     ids=["float", "int", "shared", "of each row"],
 )
 def test_rows_of_several_timesteps_are_one_call(moments: tuple[Any, Any]) -> None:
@@ -102,7 +109,10 @@ def test_timestep_of_each_token_stays_one_of_each_token() -> None:
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_entries_of_a_row_stay_with_it(rows: int) -> None:
     """As the text of a video, which comes again for every frame."""
-    one, other = (call(s, 7.0 - s, rows, encoder_hidden_states=draw(5 * rows, 4, seed=9 + s)) for s in range(2))
+    one, other = (
+        call(s, 7.0 - s, rows, encoder_hidden_states=draw(5 * rows, 4, seed=9 + s))
+        for s in range(2)
+    )
     (joined,) = join_rows([(one, rows - 1), (other, 0), (one, 0)])
     assert joined.arguments["encoder_hidden_states"].shape == (15, 4)
     torch.testing.assert_close(denoise(**joined.arguments), joined.output)
@@ -130,16 +140,28 @@ def test_calls_of_other_batches_are_joined() -> None:
     ],
     ids=str,
 )
-def test_calls_that_differ_in_more_than_rows_stay_apart(mine: dict[str, Any], others: dict[str, Any]) -> None:
+def test_calls_that_differ_in_more_than_rows_stay_apart(
+    mine: dict[str, Any], others: dict[str, Any]
+) -> None:
     one, other = call(0, 7.0, **mine), call(1, 3.0, **others)
     first, second = join_rows([(one, 0), (other, 1), (one, 2)])
     assert (first.timesteps, second.timesteps) == ((7.0, 7.0), (3.0,))
-    assert torch.equal(first.output, one.output[[0, 2]]) and torch.equal(second.output, other.output[[1]])
+    assert torch.equal(first.output, one.output[[0, 2]]) and torch.equal(
+        second.output, other.output[[1]]
+    )
     for joined in (first, second):
         torch.testing.assert_close(denoise(**joined.arguments), joined.output)
 
 
-PIPELINES = ("DDIM", "DiT", "Flux", "PixArtSigma", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL")
+PIPELINES = (
+    "DDIM",
+    "DiT",
+    "Flux",
+    "PixArtSigma",
+    "StableDiffusion",
+    "StableDiffusion3",
+    "StableDiffusionXL",
+)
 
 
 @pytest.mark.parametrize("name", [f"{kind}Pipeline" for kind in PIPELINES])
@@ -152,5 +174,8 @@ def test_denoisers_answer_joined_rows_as_they_did_before(
     (joined,) = join_rows(picked)
     with torch.no_grad():
         torch.testing.assert_close(
-            call_with(denoiser, joined.arguments, joined.output), joined.output, rtol=1e-4, atol=1e-4
+            call_with(denoiser, joined.arguments, joined.output),
+            joined.output,
+            rtol=1e-4,
+            atol=1e-4,
         )

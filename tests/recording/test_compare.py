@@ -68,7 +68,9 @@ class Twice(nn.Module):
         self.layer, self.idle = nn.Linear(2, 2, bias=False), nn.Linear(2, 2)
         self.layer.weight.data = torch.eye(2)
 
-    def forward(self, sample: torch.Tensor, timestep: float, return_dict: bool = True) -> tuple[torch.Tensor]:
+    def forward(
+        self, sample: torch.Tensor, timestep: float, return_dict: bool = True
+    ) -> tuple[torch.Tensor]:
         return (self.layer(self.layer(sample)),)
 
 
@@ -76,7 +78,9 @@ def test_layer_that_runs_twice_counts_twice_and_an_idle_one_not_at_all() -> None
     from msfp_cli.pipelines.denoiser import DenoiserCall
 
     sample = torch.ones(1, 2)
-    call = DenoiserCall(component="unet", timestep=1.0, arguments={"sample": sample, "timestep": 1.0}, output=sample)
+    call = DenoiserCall(
+        component="unet", timestep=1.0, arguments={"sample": sample, "timestep": 1.0}, output=sample
+    )
     doubled = Twice()
     doubled.layer.weight.data *= 2
     errors = layer_errors(doubled, Twice(), ["layer", "idle"], [call])

@@ -26,7 +26,9 @@ class Stopped(BaseException):
     """What ends a process from outside."""
 
 
-def stop_before_call(monkeypatch: pytest.MonkeyPatch, number: int, error: type[BaseException]) -> None:
+def stop_before_call(
+    monkeypatch: pytest.MonkeyPatch, number: int, error: type[BaseException]
+) -> None:
     """Let the pipeline's calls from `number` on raise."""
     original, calls = DDIMPipeline.__call__, iter(range(1000))
 
@@ -45,7 +47,10 @@ def shards_of(directory: Path) -> dict[str, bytes]:
 
 
 def test_stopped_recording_goes_on_to_the_same_bytes(
-    tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pipe: DiffusionPipeline,
+    tiny_source: ModelSource,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "whole")
     with monkeypatch.context() as patched:
@@ -100,12 +105,19 @@ def test_every_call_of_every_picture_is_recorded(
     ],
 )
 def test_variance_that_the_pipeline_throws_away_is_not_recorded(
-    name: str, channels: int | None, recorded: int | None, tiny: Callable[[str], Path], tmp_path: Path
+    name: str,
+    channels: int | None,
+    recorded: int | None,
+    tiny: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     pipe, denoiser, calls = record_few(tiny(name), tmp_path, num_images=2)
     for call in calls:
         whole = denoiser(**call.arguments, return_dict=False)[0]
-        assert (whole.shape[1], call.output.shape[1]) == (channels or whole.shape[1], recorded or whole.shape[1])
+        assert (whole.shape[1], call.output.shape[1]) == (
+            channels or whole.shape[1],
+            recorded or whole.shape[1],
+        )
         torch.testing.assert_close(replay(denoiser, call), call.output)
         torch.testing.assert_close(whole[:, : call.output.shape[1]], call.output)
     assert "step" not in vars(pipe.scheduler)
@@ -115,7 +127,9 @@ def test_pictures_are_recorded_alike_in_any_batch(
     tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
     first = record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "twos").shard(1)
-    alone = record_calls(tiny_pipe, tiny_source, replace(THREE_BATCHES, batch_size=1), tmp_path / "ones").shard(3)
+    alone = record_calls(
+        tiny_pipe, tiny_source, replace(THREE_BATCHES, batch_size=1), tmp_path / "ones"
+    ).shard(3)
     assert torch.equal(first[0].arguments["sample"][1:], alone[0].arguments["sample"])
     assert torch.allclose(first[1].arguments["sample"][1:], alone[1].arguments["sample"], atol=1e-4)
 
@@ -123,13 +137,20 @@ def test_pictures_are_recorded_alike_in_any_batch(
 def test_recording_beyond_the_bound_is_refused_before_any_shard_is_written(
     tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
-    with pytest.raises(RunError, match=r"more than the bound .* give fewer --num-images or --steps"):
-        record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "recording", max_bytes=10_000)
+    with pytest.raises(
+        RunError, match=r"more than the bound .* give fewer --num-images or --steps"
+    ):
+        record_calls(
+            tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "recording", max_bytes=10_000
+        )
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_bound_counts_every_batch(tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path) -> None:
-    # 2 calls of 2 pictures, input and output of 3 x 16 x 16 float32 values each: about 24 kB a batch.
+def test_bound_counts_every_batch(
+    tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    # 2 calls of 2 pictures, input and output of 3 x 16 x 16 float32 values each: about 24 kB a
+    # batch.
     one = replace(THREE_BATCHES, conditions=(None,) * 2)
     record_calls(tiny_pipe, tiny_source, one, tmp_path / "one", max_bytes=40_000)
     with pytest.raises(RunError, match="more than the bound"):
@@ -138,7 +159,10 @@ def test_bound_counts_every_batch(tiny_pipe: DiffusionPipeline, tiny_source: Mod
 
 
 def test_full_disk_is_foreseen(
-    tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pipe: DiffusionPipeline,
+    tiny_source: ModelSource,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import shutil
 
@@ -152,9 +176,16 @@ def test_refused_recording_can_be_made_smaller_as_the_message_says(
     tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
     with pytest.raises(RunError, match="give fewer --num-images"):
-        record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "recording", max_bytes=40_000)
+        record_calls(
+            tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "recording", max_bytes=40_000
+        )
     smaller = replace(THREE_BATCHES, conditions=(None,) * 2)
-    assert record_calls(tiny_pipe, tiny_source, smaller, tmp_path / "recording", max_bytes=40_000).num_calls() == 2
+    assert (
+        record_calls(
+            tiny_pipe, tiny_source, smaller, tmp_path / "recording", max_bytes=40_000
+        ).num_calls()
+        == 2
+    )
 
 
 def test_recording_of_other_settings_is_not_mixed_in(
@@ -195,8 +226,12 @@ def test_held_out_calls_are_of_other_seeds_and_prompts(
     chosen, held_out = record_recipes(pipe, source, RecordOptions(num_images=40))
     assert (len(chosen.conditions), len(held_out.conditions)) == (32, 8)
     assert not set(chosen.conditions) & set(held_out.conditions)
-    assert set(chosen.conditions) | set(held_out.conditions) == set(default_prompts(source.model)[:40])
-    seeds = [range(recipe.seed, recipe.seed + len(recipe.conditions)) for recipe in (chosen, held_out)]
+    assert set(chosen.conditions) | set(held_out.conditions) == set(
+        default_prompts(source.model)[:40]
+    )
+    seeds = [
+        range(recipe.seed, recipe.seed + len(recipe.conditions)) for recipe in (chosen, held_out)
+    ]
     assert not set(seeds[0]) & set(seeds[1])
     noises = [next(recording.calls()).arguments["sample"] for recording in tiny_recordings]
     assert not torch.equal(*noises)
@@ -214,19 +249,35 @@ def test_pipeline_without_a_denoiser_is_refused_by_its_parts(
     tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
     tiny_pipe.register_modules(unet=None)
-    with pytest.raises(ModelError, match=r"DDIMPipeline has no denoiser \(looked for unet, .*; it has scheduler\)"):
+    with pytest.raises(
+        ModelError, match=r"DDIMPipeline has no denoiser \(looked for unet, .*; it has scheduler\)"
+    ):
         record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "recording")
 
 
 def test_interrupt_keeps_finished_shards_and_says_how_to_go_on(
     msfp: Invoke, tiny_source: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["calibrate", tiny_source.model, "--num-images", 5, "--steps", 2, "--batch-size", 2, "--lift", 0]
+    command = [
+        "calibrate",
+        tiny_source.model,
+        "--num-images",
+        5,
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+        "--lift",
+        0,
+    ]
     with monkeypatch.context() as patched:
         stop_before_call(patched, 2, KeyboardInterrupt)
         result = msfp(*command)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "error: stopped; what was finished is kept, run the same command to go on\n"
+    assert (
+        result.stderr
+        == "error: stopped; what was finished is kept, run the same command to go on\n"
+    )
     recording = Recording(Run(Path("msfp-run")).recording)
     assert recording.missing_shards() == [1]
     finished = recording.shard_path(0).stat().st_mtime_ns
@@ -236,7 +287,9 @@ def test_interrupt_keeps_finished_shards_and_says_how_to_go_on(
 
 
 def test_bound_is_an_option(msfp: Invoke, tiny_source: ModelSource) -> None:
-    result = msfp("calibrate", tiny_source.model, "--num-images", 2, "--steps", 2, "--max-recording-gib", 1e-6)
+    result = msfp(
+        "calibrate", tiny_source.model, "--num-images", 2, "--steps", 2, "--max-recording-gib", 1e-6
+    )
     assert result.exit_code == 1
     assert "--max-recording-gib" in result.stderr
     assert len(result.stderr.splitlines()) == 1

@@ -12,7 +12,10 @@ from msfp_cli.errors import CheckpointError, ModelError, RunError
 from msfp_cli.pipelines.denoiser import DenoiserCall
 from msfp_cli.recording.result import Recording, size_bytes
 
-RECIPE: dict[str, Any] = {"source": {"model": "x"}, "record": {"conditions": ["a", None], "seed": 0}}
+RECIPE: dict[str, Any] = {
+    "source": {"model": "x"},
+    "record": {"conditions": ["a", None], "seed": 0},
+}
 LARGE = 100_000  # elements; what makes a shard's size readable off the disk
 
 
@@ -22,7 +25,10 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def call(timestep: float = 5.0, component: str = "unet", **arguments: Any) -> DenoiserCall:  # noqa: ANN401 (any)
     return DenoiserCall(
-        component=component, timestep=timestep, arguments=arguments, output=draw(2, 3, seed=int(timestep))
+        component=component,
+        timestep=timestep,
+        arguments=arguments,
+        output=draw(2, 3, seed=int(timestep)),
     )
 
 
@@ -34,14 +40,18 @@ def complete(directory: Path) -> Recording:
     """Two shards; the second needs a tensor of the first."""
     recording = make(directory)
     shared = draw(LARGE, seed=7)
-    recording.write_shard(0, [call(9.0, sample=draw(4, seed=1), prompt=shared), call(5.0, prompt=shared)])
+    recording.write_shard(
+        0, [call(9.0, sample=draw(4, seed=1), prompt=shared), call(5.0, prompt=shared)]
+    )
     recording.write_shard(1, [call(9.0, sample=draw(4, seed=2), prompt=shared)])
     return recording
 
 
 def assert_same(got: Any, expected: Any) -> None:  # noqa: ANN401 (a tree of arguments)
     if isinstance(expected, Tensor):
-        assert isinstance(got, Tensor) and got.dtype == expected.dtype and torch.equal(got, expected)
+        assert (
+            isinstance(got, Tensor) and got.dtype == expected.dtype and torch.equal(got, expected)
+        )
     elif isinstance(expected, dict):
         assert isinstance(got, dict) and list(got) == list(expected)
         for key, item in expected.items():
@@ -75,7 +85,10 @@ ARGUMENTS: dict[str, Any] = {
     "same bytes": torch.zeros(4),
     "same bytes, other type": torch.zeros(4, dtype=torch.int32),
     "same bytes, other shape": torch.zeros(2, 2),
-    "nested": {"text_embeds": draw(2, 2), "deep": {"$tensor": "no tensor", "ids": [draw(2), None, [draw(1), "x"]]}},
+    "nested": {
+        "text_embeds": draw(2, 2),
+        "deep": {"$tensor": "no tensor", "ids": [draw(2), None, [draw(1), "x"]]},
+    },
     "pair": (draw(3), 2),
     "nothing": None,
     "flag": False,
@@ -133,7 +146,9 @@ def stored(recording: Recording) -> int:
 def test_equal_tensors_are_stored_once_in_a_shard(tmp_path: Path) -> None:
     recording = make(tmp_path, 1)
     prompt = draw(LARGE)
-    recording.write_shard(0, [call(float(t), prompt=prompt.clone(), nested={"again": prompt[None]}) for t in range(4)])
+    recording.write_shard(
+        0, [call(float(t), prompt=prompt.clone(), nested={"again": prompt[None]}) for t in range(4)]
+    )
     assert stored(recording) == 2 + 4  # the prompt in two shapes, and four outputs
     assert 2 * prompt.nbytes < recording.shard_path(0).stat().st_size < 2.1 * prompt.nbytes
     assert size_bytes(recording.shard(0)) == 2 * prompt.nbytes + 4 * draw(2, 3).nbytes
@@ -208,7 +223,18 @@ def test_no_recording_says_what_makes_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "manifest", ["", "{", "null", "[]", "{}", '{"recipe": {}}', '{"schema": 1, "num_shards": 2}', "\x00\x01", "{}{}"]
+    "manifest",
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        "{}",
+        '{"recipe": {}}',
+        '{"schema": 1, "num_shards": 2}',
+        "\x00\x01",
+        "{}{}",
+    ],
 )
 def test_damaged_manifest_is_refused(tmp_path: Path, manifest: str) -> None:
     complete(tmp_path)
@@ -231,7 +257,11 @@ def test_truncated_shard_is_refused(tmp_path: Path, keep: float) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])
     again = Recording(tmp_path)
-    for read in (lambda: again.shard(0), lambda: again.num_calls(), lambda: again.write_shard(1, [call()])):
+    for read in (
+        lambda: again.shard(0),
+        lambda: again.num_calls(),
+        lambda: again.write_shard(1, [call()]),
+    ):
         with pytest.raises(CheckpointError, match="00000.safetensors is damaged"):
             read()
 
@@ -271,7 +301,8 @@ def test_lost_shard_recorded_again_completes_the_recording(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("value", "kind"), [(object(), "object"), (torch.float32, "dtype"), ({1, 2}, "set"), (len, "builtin")]
+    ("value", "kind"),
+    [(object(), "object"), (torch.float32, "dtype"), ({1, 2}, "set"), (len, "builtin")],
 )
 def test_unrecordable_argument_is_named(tmp_path: Path, value: object, kind: str) -> None:
     recording = make(tmp_path, 1)

@@ -41,13 +41,24 @@ def document(tiny_tuned: Finetuned, evaluated: Evaluation) -> dict[str, Any]:
     return gather(tiny_tuned.run, evaluated, 2)
 
 
-def test_every_picture_is_that_of_the_gallery(document: dict[str, Any], evaluated: Evaluation) -> None:
-    assert [model["key"] for model in document["models"]] == ["full", "signed", "calibrated", "export"]
+def test_every_picture_is_that_of_the_gallery(
+    document: dict[str, Any], evaluated: Evaluation
+) -> None:
+    assert [model["key"] for model in document["models"]] == [
+        "full",
+        "signed",
+        "calibrated",
+        "export",
+    ]
     for i, entry in enumerate(document["pictures"]):
         assert entry["seed"] == evaluated.asked["record"]["seed"] + i
         for key, address in entry["images"].items():
-            shown = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,"))))
-            assert np.array_equal(np.asarray(shown), evaluated.gallery(key).pictures()[i].permute(1, 2, 0).numpy())
+            shown = Image.open(
+                io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,")))
+            )
+            assert np.array_equal(
+                np.asarray(shown), evaluated.gallery(key).pictures()[i].permute(1, 2, 0).numpy()
+            )
         assert entry["psnr"] == {model.key: model.psnr[i] for model in evaluated.models[1:]}
 
 
@@ -61,7 +72,9 @@ def test_layers_are_the_exports_with_the_candidates_of_the_calibration(
         choice, grid = tiny_tuned.calibration.layers["unet"][name], table[name].input
         assert grid is not None and len(layer["grid"]) == len(set(grid.format.code_book))
         assert (layer["input_format"], layer["signed"]) == (grid.format.name, grid.format.signed)
-        assert [each["format"] for each in layer["candidates"]] == [score.format for score in choice.input_scores]
+        assert [each["format"] for each in layer["candidates"]] == [
+            score.format for score in choice.input_scores
+        ]
         assert layer["output_error"] == evaluated.models[-1].noise["unet"].layers[name]
         assert sum(layer["histogram"]["counts"]) > 0
     assert sum(layer["share"] for layer in layers.values()) == pytest.approx(1.0)
@@ -80,7 +93,9 @@ def test_fine_tuning_that_the_export_does_not_hold_is_not_reported(
 ) -> None:
     run = Run(copied(tiny_chained.run.directory))
     shutil.copytree(run.directory / "export", tmp_path / "before")
-    found = evaluate_run(run, tmp_path / "before", replace(OPTIONS, compare=()), directory=tmp_path / "evaluation")
+    found = evaluate_run(
+        run, tmp_path / "before", replace(OPTIONS, compare=()), directory=tmp_path / "evaluation"
+    )
     finetune(run, FEW_UPDATES)
     later = gather(run, found, 1)
     assert later["components"]["unet"]["router"] is None
@@ -95,10 +110,14 @@ def test_export_of_another_run_is_reported_without_candidates(
         part = other["components"]["unet"]
         assert part["router"] is None and part["layers"]
         assert not any("candidates" in layer for layer in part["layers"])
-        assert other["commands"][0].startswith(f"msfp evaluate {evaluated.asked['export']} --against ")
+        assert other["commands"][0].startswith(
+            f"msfp evaluate {evaluated.asked['export']} --against "
+        )
 
 
-def test_page_and_plots_are_written_whole(tiny_tuned: Finetuned, evaluated: Evaluation, tmp_path: Path) -> None:
+def test_page_and_plots_are_written_whole(
+    tiny_tuned: Finetuned, evaluated: Evaluation, tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib")
     written = write_report(tiny_tuned.run, evaluated, tmp_path / "report", overwrite=False)
     assert {path.name for path in (tmp_path / "report").iterdir()} == {
@@ -108,17 +127,48 @@ def test_page_and_plots_are_written_whole(tiny_tuned: Finetuned, evaluated: Eval
     before = written.page.read_bytes()
     with pytest.raises(RunError, match="exists already; use --overwrite"):
         write_report(tiny_tuned.run, evaluated, tmp_path / "report", overwrite=False)
-    assert write_report(tiny_tuned.run, evaluated, tmp_path / "report", overwrite=True).page.read_bytes() == before
+    assert (
+        write_report(
+            tiny_tuned.run, evaluated, tmp_path / "report", overwrite=True
+        ).page.read_bytes()
+        == before
+    )
 
 
-@pytest.mark.parametrize("prompts", ["a red cat\na green dog\na cow\n", None], ids=["own-prompts", "built-in"])
+@pytest.mark.parametrize(
+    "prompts", ["a red cat\na green dog\na cow\n", None], ids=["own-prompts", "built-in"]
+)
 def test_commands_in_the_report_give_the_same_figures_again(
     prompts: str | None, msfp: Invoke, tiny: Callable[[str], Path]
 ) -> None:
     own = ("--prompts", "own.txt") if prompts else ()
     Path("own.txt").write_text(prompts or "")
-    calibrate = ("--num-images", 3, "--steps", 2, "--guidance-scale", 2.5, "--seed", 3, "--lift", 0, "--batch-size", 2)
-    evaluate = ("--num-images", 3, "--num-trajectories", 1, "--steps", 1, "--seed", 17, "--no-layers", "--no-cost")
+    calibrate = (
+        "--num-images",
+        3,
+        "--steps",
+        2,
+        "--guidance-scale",
+        2.5,
+        "--seed",
+        3,
+        "--lift",
+        0,
+        "--batch-size",
+        2,
+    )
+    evaluate = (
+        "--num-images",
+        3,
+        "--num-trajectories",
+        1,
+        "--steps",
+        1,
+        "--seed",
+        17,
+        "--no-layers",
+        "--no-cost",
+    )
     for command in (
         ("calibrate", tiny("StableDiffusionPipeline"), *calibrate),
         ("export",),
@@ -128,7 +178,9 @@ def test_commands_in_the_report_give_the_same_figures_again(
     document = gather(Run(Path("msfp-run")), Evaluation.load(Path("msfp-run/evaluation")), 1)
     shutil.move("msfp-run", "first")
     if prompts:
-        (listed,) = [dict(group["rows"]) for group in document["settings"] if group["title"] == "evaluation"]
+        (listed,) = [
+            dict(group["rows"]) for group in document["settings"] if group["title"] == "evaluation"
+        ]
         Path("prompts.txt").write_text(listed["conditions"].replace(", ", "\n"))
     for command in document["commands"]:
         result = msfp(*shlex.split(command)[1:])
@@ -156,4 +208,7 @@ def test_number_of_pictures_is_found_again(asked: int, prompts: bool) -> None:
 
 
 def test_number_of_pictures_of_a_few_prompts_is_found_again() -> None:
-    assert num_recorded(recorded_conditions(["a cat", "a dog", "a cow", "a hen", "an owl"], 23)[0]) == 23
+    assert (
+        num_recorded(recorded_conditions(["a cat", "a dog", "a cow", "a hen", "an owl"], 23)[0])
+        == 23
+    )

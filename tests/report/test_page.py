@@ -20,9 +20,22 @@ if TYPE_CHECKING:
     from selenium.webdriver import Chrome
     from selenium.webdriver.remote.webelement import WebElement
 
-MODELS = {"full": "full precision", "signed": "signed FP4", "calibrated": "MSFP", "export": "MSFP, fine-tuned"}
+MODELS = {
+    "full": "full precision",
+    "signed": "signed FP4",
+    "calibrated": "MSFP",
+    "export": "MSFP, fine-tuned",
+}
 HOSTILE = "</script><script>document.title = 'broken'</script>"
-SECTIONS = ("Pictures", "Figures", "Error by timestep", "Router", "Layers", "Size and speed", "Reproduce")
+SECTIONS = (
+    "Pictures",
+    "Figures",
+    "Error by timestep",
+    "Router",
+    "Layers",
+    "Size and speed",
+    "Reproduce",
+)
 
 
 def picture(shade: int) -> str:
@@ -75,24 +88,37 @@ def document() -> dict[str, Any]:
         ],
         "comparison": {
             "columns": [{"key": "psnr", "title": "PSNR, dB", "digits": 2, "better": "higher"}],
-            "rows": [{"title": t, "values": {"psnr": None if k == "full" else 20.0}} for k, t in MODELS.items()],
+            "rows": [
+                {"title": t, "values": {"psnr": None if k == "full" else 20.0}}
+                for k, t in MODELS.items()
+            ],
         },
         "components": {
             "unet": {
                 "timesteps": {
                     "series": [{"key": "export", "title": "MSFP, fine-tuned"}],
-                    "rows": [{"timestep": t, "values": {"export": 1e-3 + 1 / (t + 1)}} for t in times],
+                    "rows": [
+                        {"timestep": t, "values": {"export": 1e-3 + 1 / (t + 1)}} for t in times
+                    ],
                 },
                 "layers": [layer(i) for i in range(120)],
                 "router": {
                     "timesteps": times,
                     "hub_size": 2,
-                    "rows": [{"name": f"layer{i}", "members": [0] * (20 - i) + [1] * i} for i in range(12)],
+                    "rows": [
+                        {"name": f"layer{i}", "members": [0] * (20 - i) + [1] * i}
+                        for i in range(12)
+                    ],
                 },
             }
         },
         "costs": [
-            {"title": t, "denoiser_bytes": 10_000_000, "seconds_per_picture": 0.5, "peak_memory_bytes": None}
+            {
+                "title": t,
+                "denoiser_bytes": 10_000_000,
+                "seconds_per_picture": 0.5,
+                "peak_memory_bytes": None,
+            }
             for t in MODELS.values()
         ],
         "commands": ["msfp calibrate a/model"],
@@ -119,16 +145,27 @@ def test_the_page_names_nothing_to_fetch() -> None:
 def test_plots_are_drawn_for_what_there_is(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     paths = draw_plots(document(), tmp_path)
-    assert {path.name for path in paths} == {"sizes.png", "unet-timesteps.png", "unet-layers.png", "unet-router.png"}
+    assert {path.name for path in paths} == {
+        "sizes.png",
+        "unet-timesteps.png",
+        "unet-layers.png",
+        "unet-router.png",
+    }
     for path in paths:
         with Image.open(path) as plot:
             assert len(set(plot.convert("L").tobytes())) > 10, f"{path.name} is blank"
     few = document() | {"costs": []}
-    few["components"]["unet"] |= {"router": None, "timesteps": {"series": [], "rows": []}, "layers": []}
+    few["components"]["unet"] |= {
+        "router": None,
+        "timesteps": {"series": [], "rows": []},
+        "layers": [],
+    }
     assert draw_plots(few, tmp_path) == []
 
 
-def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_matplotlib_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match=r"pip install 'msfp\[report\]'"):
         draw_plots(document(), tmp_path)
@@ -137,7 +174,10 @@ def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp
 @pytest.fixture(scope="module")
 def browser() -> Iterator["Chrome"]:
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    chromium, driver = (
+        shutil.which("chromium") or shutil.which("google-chrome"),
+        shutil.which("chromedriver"),
+    )
     if chromium is None or driver is None:
         pytest.skip("needs chromium and chromedriver")
     options = webdriver.ChromeOptions()
@@ -165,13 +205,21 @@ def open_page(browser: "Chrome", path: Path, data: dict[str, Any]) -> "Chrome":
 
 
 def errors_in(browser: "Chrome") -> list[str]:
-    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    return [
+        entry["message"]
+        for entry in browser.get_log("browser")
+        if entry["level"] in ("SEVERE", "WARNING")
+    ]
 
 
 def requested(browser: "Chrome") -> set[str]:
     """Return every address that was asked for since the last look, embedded pictures aside."""
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    asked = [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
     return {address for address in asked if not address.startswith("data:")}
 
 
@@ -190,7 +238,8 @@ def test_page_opens_without_error_or_request(browser: "Chrome", tmp_path: Path) 
     assert browser.title == "msfp report: a/model"  # the hostile prompt did nothing
     assert HOSTILE in find(browser, "#pictures")[0].text
     assert all(
-        browser.execute_script("return arguments[0].naturalWidth", image) == 32 for image in find(browser, "img")
+        browser.execute_script("return arguments[0].naturalWidth", image) == 32
+        for image in find(browser, "img")
     )
     assert requested(browser) == {page.as_uri()}
     assert errors_in(browser) == []
@@ -199,7 +248,9 @@ def test_page_opens_without_error_or_request(browser: "Chrome", tmp_path: Path) 
 
 @pytest.mark.parametrize("width", [390, 1200])
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_page_does_not_scroll_sideways(browser: "Chrome", tmp_path: Path, width: int, theme: str) -> None:
+def test_page_does_not_scroll_sideways(
+    browser: "Chrome", tmp_path: Path, width: int, theme: str
+) -> None:
     metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     media = [{"name": "prefers-color-scheme", "value": theme}]
@@ -209,7 +260,9 @@ def test_page_does_not_scroll_sideways(browser: "Chrome", tmp_path: Path, width:
     ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (int(ground.split("(")[1].split(",")[0]) < 128) is (theme == "dark")
     find(browser, "#theme")[0].click()
-    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") != ground
+    assert (
+        browser.execute_script("return getComputedStyle(document.body).backgroundColor") != ground
+    )
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
@@ -218,10 +271,14 @@ def test_table_sorts_filters_and_opens(browser: "Chrome", tmp_path: Path) -> Non
     open_page(browser, tmp_path / "report.html", document())
 
     def names() -> list[str]:
-        return [row.get_attribute("data-layer") for row in find(browser, "table.layers tr[data-layer]")]
+        return [
+            row.get_attribute("data-layer") for row in find(browser, "table.layers tr[data-layer]")
+        ]
 
     def click(element: "WebElement") -> None:
-        browser.execute_script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].click()", element)
+        browser.execute_script(
+            "arguments[0].scrollIntoView({block: 'center'}); arguments[0].click()", element
+        )
 
     layers = document()["components"]["unet"]["layers"]
     assert names() == [each["name"] for each in layers]
@@ -246,7 +303,9 @@ def test_table_sorts_filters_and_opens(browser: "Chrome", tmp_path: Path) -> Non
         "relative squared error of every candidate",
         "histogram of the input, with the values of the chosen grid",
     ]
-    assert len(find(browser, "td.detail svg line")) == 16 + 1  # the grid's values, and the ground line
+    assert (
+        len(find(browser, "td.detail svg line")) == 16 + 1
+    )  # the grid's values, and the ground line
     click(find(browser, "button.open")[0])
     assert find(browser, "td.detail") == []
     assert errors_in(browser) == []
@@ -288,9 +347,11 @@ MISSING = {
 def test_what_is_missing_has_no_section(section: str, browser: "Chrome", tmp_path: Path) -> None:
     data = copy.deepcopy(document()) | MISSING.get(section, {})
     part = data["components"]["unet"]
-    part |= {"Error by timestep": {"timesteps": None}, "Router": {"router": None}, "Layers": {"layers": None}}.get(
-        section, {}
-    )
+    part |= {
+        "Error by timestep": {"timesteps": None},
+        "Router": {"router": None},
+        "Layers": {"layers": None},
+    }.get(section, {})
     open_page(browser, tmp_path / "report.html", data)
     assert headings(browser) == [each for each in SECTIONS if each != section]
     assert errors_in(browser) == []

@@ -1,10 +1,12 @@
 """Choose a format, maximum and zero point for every layer of a denoiser: the workflow behind `msfp calibrate`.
 
-1. `observe` replays recorded calls, of some 80 pictures, through the float denoiser and samples every layer's input.
+1. `observe` replays recorded calls, of some 80 pictures, through the float denoiser and samples
+   every layer's input.
 2. `search` finds the best grid for each weight (per output channel) and each input (per tensor).
-3. Each layer is quantized alone on a few calls; how much that moves the denoiser's output is its sensitivity. The
-   worst layers per multiply-add are lifted to 8 bits until the budget is spent. A handful of layers makes most of the
-   error, so a few per cent of the arithmetic buys back more than half of it (ours).
+3. Each layer is quantized alone on a few calls; how much that moves the denoiser's output is its
+   sensitivity. The worst layers per multiply-add are lifted to 8 bits until the budget is spent. A
+   handful of layers makes most of the error, so a few per cent of the arithmetic buys back more
+   than half of it (ours).
 4. The whole is quantized and measured on held-out calls.
 """
 
@@ -68,19 +70,27 @@ def calibrate_(
         CalibrationError: a weight or an activation holds a NaN or infinity.
     """
     denoisers = find_denoisers(pipe)
-    searched = {name: _calibrate_one(name, module, recording, recipe, progress) for name, module in denoisers.items()}
+    searched = {
+        name: _calibrate_one(name, module, recording, recipe, progress)
+        for name, module in denoisers.items()
+    }
     used = {component: layers for component, layers in searched.items() if layers}
     calibration = Calibration(
         source=ModelSource.from_json(recording.recipe["source"]),
         record=RecordRecipe.from_json(recording.recipe["record"]),
         recipe=recipe,
-        layers={component: {name: s.choice for name, s in layers.items()} for component, layers in used.items()},
+        layers={
+            component: {name: s.choice for name, s in layers.items()}
+            for component, layers in used.items()
+        },
         scales={
             component: {name: s.scale for name, s in layers.items() if s.scale is not None}
             for component, layers in used.items()
         },
         unused={
-            component: tuple(name for name in find_layers(denoisers[component]) if name not in layers)
+            component: tuple(
+                name for name in find_layers(denoisers[component]) if name not in layers
+            )
             for component, layers in used.items()
         },
     )
@@ -92,7 +102,11 @@ def calibrate_(
 
 
 def _calibrate_one(
-    component: str, denoiser: nn.Module, recording: Recording, recipe: CalibrateRecipe, progress: Progress
+    component: str,
+    denoiser: nn.Module,
+    recording: Recording,
+    recipe: CalibrateRecipe,
+    progress: Progress,
 ) -> dict[str, Searched]:
     """Observe, search, measure and lift one denoiser."""
     _refuse_damaged(denoiser)
@@ -139,9 +153,13 @@ def search_layer(
     reason, weight_bits, input_bits = _bits(name, layer, recipe, lifted=lifted)
     weight = inputs = None
     if weight_bits is not None:
-        weight = search_rows(layer.weight, recipe.weight_formats(weight_bits), space.for_bits(weight_bits))
+        weight = search_rows(
+            layer.weight, recipe.weight_formats(weight_bits), space.for_bits(weight_bits)
+        )
     if input_bits is not None:
-        inputs = search_tensor(seen.values(), recipe.input_formats(input_bits), space.for_bits(input_bits))
+        inputs = search_tensor(
+            seen.values(), recipe.input_formats(input_bits), space.for_bits(input_bits)
+        )
     best = inputs.winner if inputs else None
     grid = Grid.with_maximum(best.format, best.max_value[0], best.zero_point) if best else None
     choice = LayerChoice(
@@ -152,7 +170,9 @@ def search_layer(
         minimum=seen.minimum,
         maximum=seen.maximum,
         parameters=LayerParameters(
-            weight=weight.winner.format if weight else None, input=grid, lookup=isinstance(layer, nn.Embedding)
+            weight=weight.winner.format if weight else None,
+            input=grid,
+            lookup=isinstance(layer, nn.Embedding),
         ),
         weight_scores=_scores(weight),
         input_scores=_scores(inputs),
@@ -161,7 +181,9 @@ def search_layer(
     return Searched(choice, scale)
 
 
-def _bits(name: str, layer: FloatLayer, recipe: CalibrateRecipe, *, lifted: bool) -> tuple[str, int | None, int | None]:
+def _bits(
+    name: str, layer: FloatLayer, recipe: CalibrateRecipe, *, lifted: bool
+) -> tuple[str, int | None, int | None]:
     """Return why a layer gets its bits, those of its weight, and those of its input."""
     kept, bits = recipe.kept_bits(name)
     if isinstance(layer, nn.Embedding):  # a class or a position, and all that follows depends on it
@@ -169,8 +191,11 @@ def _bits(name: str, layer: FloatLayer, recipe: CalibrateRecipe, *, lifted: bool
     if not lifted and not kept:
         return "default", recipe.weights, recipe.activations
     bits = LIFTED_BITS if lifted else bits
-    # What the recipe leaves in floating point stays there: a rule only says how many bits, where there are any.
-    weight_bits, input_bits = (None if asked is None else bits for asked in (recipe.weights, recipe.activations))
+    # What the recipe leaves in floating point stays there: a rule only says how many bits, where
+    # there are any.
+    weight_bits, input_bits = (
+        None if asked is None else bits for asked in (recipe.weights, recipe.activations)
+    )
     return "lifted" if lifted else "kept", weight_bits, input_bits
 
 
@@ -178,7 +203,9 @@ def _refuse_damaged(denoiser: nn.Module) -> None:
     """Refuse a weight that is not finite, before its NaN shows up in some other layer's input."""
     for name, layer in find_layers(denoiser).items():
         if not torch.isfinite(layer.weight).all():
-            raise CalibrationError(f"the weight of layer {name!r} holds a NaN or infinity; the model's file is damaged")
+            raise CalibrationError(
+                f"the weight of layer {name!r} holds a NaN or infinity; the model's file is damaged"
+            )
 
 
 def _scores(result: SearchResult | None) -> tuple[Score, ...]:
@@ -214,9 +241,13 @@ def _lift(
         return result
     with progress.task(f"Measuring {component}", len(candidates)) as advance:
         for name in candidates:
-            with quantized_alone(layers[name], searched[name].choice.parameters, searched[name].scale):
+            with quantized_alone(
+                layers[name], searched[name].choice.parameters, searched[name].scale
+            ):
                 error = output_error(denoiser, calls).relative()
-            result[name] = Searched(replace(searched[name].choice, sensitivity=error), searched[name].scale)
+            result[name] = Searched(
+                replace(searched[name].choice, sensitivity=error), searched[name].scale
+            )
             advance(1)
     for name in choose_lifted({name: s.choice for name, s in result.items()}, recipe.lift):
         lifted = search_layer(name, layers[name], seen[name], recipe, lifted=True)
@@ -225,7 +256,9 @@ def _lift(
     return result
 
 
-def held_out_error(denoiser: nn.Module, recording: Recording, component: str, progress: Progress = SILENT) -> float:
+def held_out_error(
+    denoiser: nn.Module, recording: Recording, component: str, progress: Progress = SILENT
+) -> float:
     """Return the relative squared error of a denoiser's output over a recording of the full-precision one."""
 
     def counted() -> Iterator[DenoiserCall]:
@@ -233,7 +266,9 @@ def held_out_error(denoiser: nn.Module, recording: Recording, component: str, pr
             yield call
             advance(1)
 
-    with progress.task(f"Checking {component} on held-out calls", recording.num_calls(component)) as advance:
+    with progress.task(
+        f"Checking {component} on held-out calls", recording.num_calls(component)
+    ) as advance:
         return output_error(denoiser, counted()).relative()
 
 
@@ -250,12 +285,15 @@ def calibrate_run(
     """Record and calibrate a model into a run directory.
 
     Raises:
-        RunError: the run holds a calibration already, or a recording of other settings, and `overwrite` is not set.
+        RunError: the run holds a calibration already, or a recording of other settings, and
+            `overwrite` is not set.
         ModelError, CalibrationError: as said by what they wrap.
     """
     refuse_existing(run.calibration, overwrite=overwrite)
     pipe = load_pipeline(source, device)
-    recording, held_out = record_both(pipe, run, source, options, overwrite=overwrite, progress=progress)
+    recording, held_out = record_both(
+        pipe, run, source, options, overwrite=overwrite, progress=progress
+    )
     calibration = calibrate_(pipe, recording, held_out, recipe, progress=progress)
     calibration.save(run.calibration, overwrite=overwrite)
     return calibration

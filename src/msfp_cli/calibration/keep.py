@@ -6,16 +6,40 @@ from dataclasses import dataclass
 from msfp_cli.errors import UsageError
 from msfp_cli.formats.float_format import MAX_BITS, MIN_BITS
 
-# Layers that diffusers' denoisers run first or last stay in floating point: near the end of the sampling little noise
-# is left in the sample, and a rounded sample hides it. Those that run on the timestep or lead into others take few
-# multiply-adds, and all errors pass through them, so 8 bits are the custom (EfficientDM, Q-Diffusion).
-_OUTERMOST = ("conv_in", "conv_out", "x_embedder", "pos_embed.*", "patch_embed*", "proj_out", "proj_out_2")
+# Layers that diffusers' denoisers run first or last stay in floating point: near the end of the
+# sampling little noise is left in the sample, and a rounded sample hides it. Those that run on the
+# timestep or lead into others take few multiply-adds, and all errors pass through them, so 8 bits
+# are the custom (EfficientDM, Q-Diffusion).
+_OUTERMOST = (
+    "conv_in",
+    "conv_out",
+    "x_embedder",
+    "pos_embed.*",
+    "patch_embed*",
+    "proj_out",
+    "proj_out_2",
+)
 _EMBEDDINGS = (
-    *("context_embedder", "norm_out.*", "proj_out_1", "caption_projection.*", "time_embedding.*", "add_embedding.*"),
-    *("class_embedding.*", "time_text_embed.*", "time_embed.*", "adaln_single.*", "condition_embedder.*"),
+    *(
+        "context_embedder",
+        "norm_out.*",
+        "proj_out_1",
+        "caption_projection.*",
+        "time_embedding.*",
+        "add_embedding.*",
+    ),
+    *(
+        "class_embedding.*",
+        "time_text_embed.*",
+        "time_embed.*",
+        "adaln_single.*",
+        "condition_embedder.*",
+    ),
     "*timestep_embedder.*",
 )
-DEFAULT_KEEP = tuple(f"{name}:none" for name in _OUTERMOST) + tuple(f"{name}:8" for name in _EMBEDDINGS)
+DEFAULT_KEEP = tuple(f"{name}:none" for name in _OUTERMOST) + tuple(
+    f"{name}:8" for name in _EMBEDDINGS
+)
 
 
 @dataclass(frozen=True)
@@ -53,5 +77,7 @@ def parse_bits(text: str, option: str) -> int | None:
     if text.strip().lower() == "none":
         return None
     if not text.strip().isdecimal() or not MIN_BITS <= int(text) <= MAX_BITS:
-        raise UsageError(f"{option} {text!r} is out of range; choose {MIN_BITS} to {MAX_BITS} bits, or none")
+        raise UsageError(
+            f"{option} {text!r} is out of range; choose {MIN_BITS} to {MAX_BITS} bits, or none"
+        )
     return int(text)

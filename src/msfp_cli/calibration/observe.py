@@ -1,7 +1,8 @@
 """Replay recorded calls through the float denoiser and keep what calibration needs of each layer's input.
 
-Kept per layer: a bounded random sample, the same number of elements from every call so that all timesteps weigh alike;
-the true minimum and maximum; and the multiply-adds of one call, the unit in which the lift's budget is counted.
+Kept per layer: a bounded random sample, the same number of elements from every call so that all
+timesteps weigh alike; the true minimum and maximum; and the multiply-adds of one call, the unit in
+which the lift's budget is counted.
 """
 
 from collections.abc import Iterable
@@ -62,7 +63,8 @@ def observe(
         One observation per layer that ran; a layer that never ran is absent.
 
     Raises:
-        CalibrationError: an input holds a NaN or an infinity; the message names the layer and the timestep.
+        CalibrationError: an input holds a NaN or an infinity; the message names the layer and the
+            timestep.
     """
     per_call = max(1, max_samples // max(1, num_calls))
     seen: dict[str, LayerObservation] = {}
@@ -77,7 +79,10 @@ def observe(
                 "in this precision: try --dtype float32, or --dtype bfloat16 on a GPU"
             )
         observation = seen.setdefault(name, LayerObservation())
-        observation.minimum, observation.maximum = min(observation.minimum, low), max(observation.maximum, high)
+        observation.minimum, observation.maximum = (
+            min(observation.minimum, low),
+            max(observation.maximum, high),
+        )
         observation.multiply_adds += count_multiply_adds(layer, output) / num_calls
         if isinstance(layer, nn.Embedding):
             return
@@ -85,7 +90,9 @@ def observe(
         observation.samples.append(x[index.to(x.device)].float().cpu())
 
     handles = [
-        layer.register_forward_hook(lambda layer, args, output, name=name: hook(name, layer, args, output))
+        layer.register_forward_hook(
+            lambda layer, args, output, name=name: hook(name, layer, args, output)
+        )
         for name, layer in find_layers(denoiser).items()
     ]
     try:

@@ -25,9 +25,11 @@ class CalibrateRecipe(Recipe):
         weights, activations: bits, 2 to 8; None leaves them in floating point.
         formats: a name in `FORMAT_SETS`, or formats separated by commas (``e2m1,ue2m2``).
         keep: rules ``PATTERN:BITS``, the last that matches wins; `DEFAULT_KEEP` comes before them.
-        lift: share of the multiply-adds that may be lifted to 8 bits, worst layers first; 0 for none.
+        lift: share of the multiply-adds that may be lifted to 8 bits, worst layers first; 0 for
+            none.
         max_samples: elements of each layer's input that are kept for the search.
-        sensitivity_calls: recorded calls on which each layer's contribution to the error is measured.
+        sensitivity_calls: recorded calls on which each layer's contribution to the error is
+            measured.
         seed: of the sample.
     """
 
@@ -43,11 +45,17 @@ class CalibrateRecipe(Recipe):
     def __post_init__(self) -> None:
         for what, bits in (("--weights", self.weights), ("--activations", self.activations)):
             if bits is not None and not MIN_BITS <= bits <= MAX_BITS:
-                raise UsageError(f"{what} {bits} is out of range; choose {MIN_BITS} to {MAX_BITS} bits, or none")
+                raise UsageError(
+                    f"{what} {bits} is out of range; choose {MIN_BITS} to {MAX_BITS} bits, or none"
+                )
         if self.weights is None and self.activations is None:
-            raise UsageError("neither weights nor activations are quantized; give --weights or --activations some bits")
+            raise UsageError(
+                "neither weights nor activations are quantized; give --weights or --activations some bits"
+            )
         if not 0 <= self.lift <= 1:
-            raise UsageError(f"--lift {self.lift} is out of range; it is a share of the multiply-adds, 0 to 1")
+            raise UsageError(
+                f"--lift {self.lift} is out of range; it is a share of the multiply-adds, 0 to 1"
+            )
         at_least("samples", self.max_samples, 1)
         at_least("sensitivity calls", self.sensitivity_calls, 1)
         for rule in self.keep:
@@ -55,7 +63,9 @@ class CalibrateRecipe(Recipe):
         if self.formats not in FORMAT_SETS:
             widths = {FloatFormat.parse(name).bits for name in self.formats.split(",")}
             if not widths & {self.weights, self.activations}:
-                raise UsageError(f"--formats {self.formats!r} names no format of the bits that were asked for")
+                raise UsageError(
+                    f"--formats {self.formats!r} names no format of the bits that were asked for"
+                )
 
     def kept_bits(self, name: str) -> tuple[bool, int | None]:
         """Return whether a rule speaks of the layer, and the bits it keeps (None: floating point)."""
@@ -69,9 +79,12 @@ class CalibrateRecipe(Recipe):
         """Return the candidates for a layer's input.
 
         Raises:
-            UsageError: `formats` is neither a set's name nor a list of formats, or leaves none of this width.
+            UsageError: `formats` is neither a set's name nor a list of formats, or leaves none of
+                this width.
         """
-        signed, unsigned = (formats_within(bits, INPUT_INTEGER_BITS, signed=signed) for signed in (True, False))
+        signed, unsigned = (
+            formats_within(bits, INPUT_INTEGER_BITS, signed=signed) for signed in (True, False)
+        )
         sets = {
             "mixed": signed + unsigned,
             "signed": signed,
@@ -80,7 +93,8 @@ class CalibrateRecipe(Recipe):
         }
         if self.formats in sets:
             return sets[self.formats]
-        # A list speaks of the width it names; layers kept or lifted to another width have their free choice.
+        # A list speaks of the width it names; layers kept or lifted to another width have their
+        # free choice.
         named = [FloatFormat.parse(name) for name in self.formats.split(",")]
         return tuple(fmt for fmt in named if fmt.bits == bits) or sets["mixed"]
 
@@ -97,4 +111,6 @@ class CalibrateRecipe(Recipe):
 
 def formats_within(bits: int, integer_bits: int, *, signed: bool) -> tuple[FloatFormat, ...]:
     """List the formats of a width whose integers are that narrow: what is chosen should also run on 8-bit units."""
-    return tuple(fmt for fmt in formats_of_width(bits, signed=signed) if fmt.integer_bits <= integer_bits)
+    return tuple(
+        fmt for fmt in formats_of_width(bits, signed=signed) if fmt.integer_bits <= integer_bits
+    )

@@ -2,7 +2,8 @@
 
 Layout of a calibration directory::
 
-    calibration.json       source, recipe, per layer: formats, scales, errors, sensitivity, and every format's score
+    calibration.json       source, recipe, per layer: formats, scales, errors, sensitivity, and
+        every format's score
     scales.safetensors     the weight scales, one tensor per layer, named ``component/layer``
 """
 
@@ -54,8 +55,8 @@ class LayerChoice:
         minimum, maximum: of the layer's input over the whole recording.
         parameters: formats, and the input's scale and zero point.
         weight_scores, input_scores: every candidate, best first.
-        sensitivity: relative error of the denoiser's output when this layer alone is quantized at the default bits;
-            None where it was not measured.
+        sensitivity: relative error of the denoiser's output when this layer alone is quantized at
+            the default bits; None where it was not measured.
     """
 
     kind: str
@@ -88,7 +89,14 @@ class LayerChoice:
     def runner_up(self) -> Score | None:
         """The best input format that was not chosen."""
         grid = self.parameters.input
-        return next((score for score in self.input_scores if grid is None or score.format != grid.format.name), None)
+        return next(
+            (
+                score
+                for score in self.input_scores
+                if grid is None or score.format != grid.format.name
+            ),
+            None,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -97,8 +105,13 @@ class LayerChoice:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "LayerChoice":
         """Undo `to_json`."""
-        scores = {key: tuple(Score(**score) for score in data[key]) for key in ("weight_scores", "input_scores")}
-        return cls(**{**data, **scores, "parameters": LayerParameters.from_json(data["parameters"])})
+        scores = {
+            key: tuple(Score(**score) for score in data[key])
+            for key in ("weight_scores", "input_scores")
+        }
+        return cls(
+            **{**data, **scores, "parameters": LayerParameters.from_json(data["parameters"])}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +121,10 @@ class Calibration:
     Arguments:
         source, record, recipe: the settings that led here.
         layers: by component, then by layer name.
-        scales: float32 weight scales, ``(out,)``, by component and layer name, for layers with a quantized weight.
-        held_out_error: relative squared error of the denoiser's output on held-out calls, by component.
+        scales: float32 weight scales, ``(out,)``, by component and layer name, for layers with a
+            quantized weight.
+        held_out_error: relative squared error of the denoiser's output on held-out calls, by
+            component.
         unused: layers that never ran and stay in floating point, by component.
     """
 
@@ -131,12 +146,21 @@ class Calibration:
 
     def tunable(self) -> tuple[str, ...]:
         """List the components that have a layer to fine-tune."""
-        return tuple(c for c in self.layers if any(parameters.tunable for parameters in self.table(c).values()))
+        return tuple(
+            c
+            for c in self.layers
+            if any(parameters.tunable for parameters in self.table(c).values())
+        )
 
     def identity(self) -> str:
         """Return a digest of all that fine-tuning begins with: recording, layers' parameters and weight scales."""
-        tables = {component: {n: p.to_json() for n, p in self.table(component).items()} for component in self.layers}
-        text = json.dumps([self.source.to_json(), self.record.to_json(), tables], sort_keys=True).encode()
+        tables = {
+            component: {n: p.to_json() for n, p in self.table(component).items()}
+            for component in self.layers
+        }
+        text = json.dumps(
+            [self.source.to_json(), self.record.to_json(), tables], sort_keys=True
+        ).encode()
         return hashlib.sha256(text + digest(_flatten(self.scales)).encode()).hexdigest()
 
     def save(self, directory: Path, *, overwrite: bool = False) -> None:
@@ -175,9 +199,13 @@ class Calibration:
             document = json.loads((directory / "calibration.json").read_text())
             flat = load_file(directory / "scales.safetensors")
             if document["schema"] > _SCHEMA:
-                raise CheckpointError(f"{directory} was written by a newer msfp; upgrade msfp, or calibrate again")
+                raise CheckpointError(
+                    f"{directory} was written by a newer msfp; upgrade msfp, or calibrate again"
+                )
             if digest(flat) != document["scales_digest"]:
-                raise CheckpointError(f"{directory}/scales.safetensors is altered; run `msfp calibrate --overwrite`")
+                raise CheckpointError(
+                    f"{directory}/scales.safetensors is altered; run `msfp calibrate --overwrite`"
+                )
             layers = {
                 component: {name: LayerChoice.from_json(layer) for name, layer in named.items()}
                 for component, named in document["layers"].items()
@@ -193,19 +221,38 @@ class Calibration:
             )
         except FileNotFoundError:
             raise RunError(f"no calibration in {directory}; run `msfp calibrate` first") from None
-        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, UsageError) as error:
-            raise CheckpointError(f"{directory} is damaged ({error}); run `msfp calibrate --overwrite`") from None
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            SafetensorError,
+            UsageError,
+        ) as error:
+            raise CheckpointError(
+                f"{directory} is damaged ({error}); run `msfp calibrate --overwrite`"
+            ) from None
 
 
 def _flatten(components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Name each tensor ``component/layer``."""
-    return {f"{component}/{name}": tensor for component, named in components.items() for name, tensor in named.items()}
+    return {
+        f"{component}/{name}": tensor
+        for component, named in components.items()
+        for name, tensor in named.items()
+    }
 
 
-def _unflatten(flat: Mapping[str, Tensor], components: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+def _unflatten(
+    flat: Mapping[str, Tensor], components: Mapping[str, Any]
+) -> dict[str, dict[str, Tensor]]:
     """Sort ``component/layer`` tensors by component."""
     return {
-        component: {name.split("/", 1)[1]: t for name, t in flat.items() if name.split("/", 1)[0] == component}
+        component: {
+            name.split("/", 1)[1]: t
+            for name, t in flat.items()
+            if name.split("/", 1)[0] == component
+        }
         for component in components
     }
 

@@ -19,7 +19,11 @@ def choose_lifted(layers: Mapping[str, LayerChoice], budget: float) -> list[str]
         budget: share of all multiply-adds, 0 to 1.
     """
     left = budget * sum(layer.multiply_adds for layer in layers.values())
-    gain = {name: layer.sensitivity / layer.multiply_adds for name, layer in layers.items() if layer.sensitivity}
+    gain = {
+        name: layer.sensitivity / layer.multiply_adds
+        for name, layer in layers.items()
+        if layer.sensitivity
+    }
     chosen = []
     for name in sorted(gain, key=lambda name: (-gain[name], name)):
         if layers[name].multiply_adds <= left:
@@ -29,7 +33,9 @@ def choose_lifted(layers: Mapping[str, LayerChoice], budget: float) -> list[str]
 
 
 @contextmanager
-def quantized_alone(layer: FloatLayer, parameters: LayerParameters, scale: Tensor | None) -> Iterator[None]:
+def quantized_alone(
+    layer: FloatLayer, parameters: LayerParameters, scale: Tensor | None
+) -> Iterator[None]:
     """Quantize one layer's weight (with its `scale` per output channel) and input while the context is open."""
     weight, handle = layer.weight.data, None
     if parameters.weight is not None and scale is not None:
@@ -37,7 +43,9 @@ def quantized_alone(layer: FloatLayer, parameters: LayerParameters, scale: Tenso
         layer.weight.data = fake_quantize(weight, Grid(parameters.weight, rows))
     if parameters.input is not None:
         grid = parameters.input
-        handle = layer.register_forward_pre_hook(lambda _, args: (fake_quantize(args[0], grid), *args[1:]))
+        handle = layer.register_forward_pre_hook(
+            lambda _, args: (fake_quantize(args[0], grid), *args[1:])
+        )
     try:
         yield
     finally:

@@ -28,7 +28,8 @@ class ExportReport:
         directory: the export.
         denoiser_bytes: size of the denoisers' safetensors files.
         half_precision_bytes: what the same denoisers take in 16 bits.
-        hub_bytes: of the denoisers' size, what further sets of weights and the router's tables take.
+        hub_bytes: of the denoisers' size, what further sets of weights and the router's tables
+            take.
         switching_layers: layers with more than one set of weights.
     """
 
@@ -72,7 +73,10 @@ def load_calibrated(
         else:
             quantize_tuned_(denoiser, calibration, component, learned)
         config = MSFPConfig(
-            layers={name: layer.parameters_of.to_json() for name, layer in quantized_layers(denoiser).items()},
+            layers={
+                name: layer.parameters_of.to_json()
+                for name, layer in quantized_layers(denoiser).items()
+            },
             timestep_unit=1.0 if learned is None else learned.unit,
             source=calibration.source.to_json(),
             sampling=sampling,
@@ -93,11 +97,14 @@ def export_(
     """Quantize the calibrated model, fine-tuned or not, and write it.
 
     Raises:
-        RunError: the directory exists and `overwrite` is not set, or a fine-tuning began with another calibration.
+        RunError: the directory exists and `overwrite` is not set, or a fine-tuning began with
+            another calibration.
     """
     pipe = load_calibrated(calibration, device, tuned)
     denoisers = find_denoisers(pipe)
-    half = sum(_half_precision_bytes(calibration, component, part) for component, part in denoisers.items())
+    half = sum(
+        _half_precision_bytes(calibration, component, part) for component, part in denoisers.items()
+    )
     save_pipeline(pipe, directory, overwrite=overwrite)
     size = sum(f.stat().st_size for c in denoisers for f in (directory / c).glob("*.safetensors"))
     switching = [

@@ -25,14 +25,18 @@ def read_configs(directory: Path) -> dict[str, MSFPConfig]:
         CheckpointError: a config is damaged or newer than this msfp.
     """
     if not (directory / "model_index.json").exists():
-        raise ModelError(f"{directory} is no exported pipeline: it has no model_index.json; `msfp export` makes one")
+        raise ModelError(
+            f"{directory} is no exported pipeline: it has no model_index.json; `msfp export` makes one"
+        )
     found = {}
     for path in sorted(directory.glob("*/config.json")):
         try:
             config = json.loads(path.read_text("utf-8")).get("quantization_config") or {}
             method = config.get("quant_method")
         except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); export or download it again") from None
+            raise CheckpointError(
+                f"{path} is damaged ({error}); export or download it again"
+            ) from None
         if method == METHOD:
             found[path.parent.name] = MSFPConfig.from_dict(config)
             _refuse_truncated(path.parent)
@@ -50,15 +54,17 @@ def _refuse_truncated(directory: Path) -> None:
             with safe_open(path, framework="pt"):
                 pass
         except SafetensorError as error:
-            raise CheckpointError(f"{path} is truncated or altered ({error}); export or download it again") from None
+            raise CheckpointError(
+                f"{path} is truncated or altered ({error}); export or download it again"
+            ) from None
 
 
 class MSFPPipeline:
     """A stock pipeline with quantized layers; call it as you would call the pipeline.
 
-    Every attribute that is not defined here is the stock pipeline's own (``unet``, ``scheduler``, ``to`` ...), so the
-    wrapper can be used in its place. ``DiffusionPipeline.from_pretrained`` on the same directory gives ``.pipe``
-    itself.
+    Every attribute that is not defined here is the stock pipeline's own (``unet``, ``scheduler``,
+    ``to`` ...), so the wrapper can be used in its place. ``DiffusionPipeline.from_pretrained`` on
+    the same directory gives ``.pipe`` itself.
     """
 
     def __init__(self, pipe: Any, configs: dict[str, MSFPConfig]) -> None:  # noqa: ANN401 (a pipeline's class is the user's)
@@ -78,9 +84,11 @@ class MSFPPipeline:
         """Load an exported directory.
 
         Arguments:
-            dtype: of everything that is not quantized; None chooses float32 on a CPU and bfloat16 elsewhere.
+            dtype: of everything that is not quantized; None chooses float32 on a CPU and bfloat16
+                elsewhere.
             device: where to put it; None takes an accelerator if there is one.
-            kernel: how to run its layers, a name in `kernels.KERNELS`; ``auto`` takes the fastest that can.
+            kernel: how to run its layers, a name in `kernels.KERNELS`; ``auto`` takes the fastest
+                that can.
             keep_packed: keep weights in 4 bits in memory, too: half the memory, and slower.
 
         Raises:
@@ -130,5 +138,7 @@ class MSFPPipeline:
     def _kernels(self, component: str) -> str:
         """Return how many layers of a component each kernel runs."""
         layers = quantized_layers(getattr(self.pipe, component)).values()
-        names = Counter("no kernel yet" if layer.kernel is None else layer.kernel.name for layer in layers)
+        names = Counter(
+            "no kernel yet" if layer.kernel is None else layer.kernel.name for layer in layers
+        )
         return ", ".join(f"{name} ({count})" for name, count in names.most_common())

@@ -1,10 +1,11 @@
 """How diffusers reads and writes our models: a quantization config and a quantizer for its registry.
 
-With these two registered, ``DiffusionPipeline.from_pretrained(export)`` returns the stock pipeline with quantized
-layers, and ``save_pretrained`` writes it again. The float weights never exist: layers are replaced while the model is
-on the meta device. A digest over every tensor of the denoiser lies in the safetensors header and is checked before
-anything is loaded, so an altered file is refused rather than sampled from. Without the import of `msfp_cli`,
-diffusers does not know the method ``msfp`` and refuses by itself.
+With these two registered, ``DiffusionPipeline.from_pretrained(export)`` returns the stock pipeline
+with quantized layers, and ``save_pretrained`` writes it again. The float weights never exist:
+layers are replaced while the model is on the meta device. A digest over every tensor of the
+denoiser lies in the safetensors header and is checked before anything is loaded, so an altered file
+is refused rather than sampled from. Without the import of `msfp_cli`, diffusers does not know the
+method ``msfp`` and refuses by itself.
 """
 
 import json
@@ -39,8 +40,10 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
     """The ``quantization_config`` of an exported denoiser.
 
     Arguments:
-        layers: per layer name, the JSON of `LayerParameters`: every layer's real formats, scale and zero point.
-        timestep_unit: what brings the denoiser's timesteps to 0..1000, the rows of the router's table.
+        layers: per layer name, the JSON of `LayerParameters`: every layer's real formats, scale and
+            zero point.
+        timestep_unit: what brings the denoiser's timesteps to 0..1000, the rows of the router's
+            table.
         source: model, revision, variant and dtype that were quantized.
         sampling: steps and guidance that it was calibrated with, defaults for `msfp sample`.
         tool_version: version of msfp that wrote it.
@@ -67,14 +70,21 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
             )
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:  # noqa: ANN401
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:  # noqa: ANN401
         """Read the config; a newer layout is named before its unknown keys are."""
-        if isinstance(config_dict.get("schema_version"), int) and config_dict["schema_version"] > SCHEMA_VERSION:
+        if (
+            isinstance(config_dict.get("schema_version"), int)
+            and config_dict["schema_version"] > SCHEMA_VERSION
+        ):
             cls(schema_version=config_dict["schema_version"])
         try:
             config = cls(**config_dict)
         except TypeError as error:
-            raise CheckpointError(f"the export's quantization_config is damaged ({error}); export again") from None
+            raise CheckpointError(
+                f"the export's quantization_config is damaged ({error}); export again"
+            ) from None
         return (config, kwargs) if return_unused_kwargs else config
 
     def table(self) -> dict[str, LayerParameters]:
@@ -86,7 +96,9 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
         try:
             return {name: LayerParameters.from_json(entry) for name, entry in self.layers.items()}
         except (KeyError, TypeError, ValueError, AttributeError, MsfpError) as error:
-            raise CheckpointError(f"the export's layer table is damaged ({error}); export again") from None
+            raise CheckpointError(
+                f"the export's layer table is damaged ({error}); export again"
+            ) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -115,12 +127,20 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
                 "MSFPConfig loads exported models only; make one with `msfp calibrate` and `msfp export`"
             )
 
-    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str] | str | None) -> list[str]:
+    def maybe_update_loaded_keys(
+        self, loaded_keys: list[str], checkpoint_files: list[str] | str | None
+    ) -> list[str]:
         """Check the files' digest before anything is loaded; diffusers calls this first."""
-        paths = [checkpoint_files] if isinstance(checkpoint_files, str) else list(checkpoint_files or [])
+        paths = (
+            [checkpoint_files]
+            if isinstance(checkpoint_files, str)
+            else list(checkpoint_files or [])
+        )
         stated = verify_digest([str(path) for path in paths])
         if stated != self.quantization_config.to_dict():
-            raise CheckpointError(f"{paths[0]} and its config.json disagree: one of them is altered; export again")
+            raise CheckpointError(
+                f"{paths[0]} and its config.json disagree: one of them is altered; export again"
+            )
         return loaded_keys
 
     def _process_model_before_weight_loading(
@@ -180,12 +200,19 @@ def verify_digest(paths: list[str]) -> Any:  # noqa: ANN401 (a JSON value)
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
-                expected, config = header.get(_DIGEST, expected), header.get("quantization_config", config)
+                expected, config = (
+                    header.get(_DIGEST, expected),
+                    header.get("quantization_config", config),
+                )
                 tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
         except SafetensorError as error:
-            raise CheckpointError(f"{path} is truncated or altered ({error}); export or download it again") from None
+            raise CheckpointError(
+                f"{path} is truncated or altered ({error}); export or download it again"
+            ) from None
     if not paths or expected is None:
-        raise CheckpointError(f"{paths[0] if paths else 'the checkpoint'} has no msfp digest; export it again")
+        raise CheckpointError(
+            f"{paths[0] if paths else 'the checkpoint'} has no msfp digest; export it again"
+        )
     if digest(tensors) != expected:
         raise CheckpointError(
             f"{paths[0]} is altered: its tensors do not match their digest; export or download it again"

@@ -1,8 +1,9 @@
 """Register our quantizer with diffusers, as soon as diffusers' registry is imported and not a moment earlier.
 
-Importing diffusers takes seconds, and ``msfp --help`` must not; yet after ``import msfp_cli`` a stock
-``from_pretrained`` has to know us, whichever of the two was imported first. So if the registry is there we write into
-it, and if it is not, a finder on ``sys.meta_path`` lets Python import it as usual and writes into it right after.
+Importing diffusers takes seconds, and ``msfp --help`` must not; yet after ``import msfp_cli`` a
+stock ``from_pretrained`` has to know us, whichever of the two was imported first. So if the
+registry is there we write into it, and if it is not, a finder on ``sys.meta_path`` lets Python
+import it as usual and writes into it right after.
 """
 
 import sys

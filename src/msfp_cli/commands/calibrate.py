@@ -39,7 +39,9 @@ Examples:
 
 
 def calibrate(
-    model: Annotated[str | None, typer.Argument(help="Directory or hub id; the built-in pipeline by default.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Directory or hub id; the built-in pipeline by default.")
+    ] = None,
     run: RunOption = DEFAULT_RUN,
     weights: Annotated[str, typer.Option(help="Bits of weights, 2 to 8, or none.")] = "4",
     activations: Annotated[str, typer.Option(help="Bits of activations, 2 to 8, or none.")] = "4",
@@ -54,9 +56,14 @@ def calibrate(
         ),
     ] = None,
     lift: Annotated[
-        float, typer.Option(help="Share of the multiply-adds that may be lifted to 8 bits, worst layers first.")
+        float,
+        typer.Option(
+            help="Share of the multiply-adds that may be lifted to 8 bits, worst layers first."
+        ),
     ] = 0.05,
-    prompts: Annotated[Path | None, typer.Option(help="Prompts (or class labels), one a line.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts (or class labels), one a line.")
+    ] = None,
     num_images: Annotated[
         int | None,
         typer.Option(
@@ -67,14 +74,20 @@ def calibrate(
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 20,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance; the pipeline's default.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Guidance; the pipeline's default.")
+    ] = None,
     seed: SeedOption = 0,
     batch_size: BatchOption = 8,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the weights, such as fp16.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Variant of the weights, such as fp16.")
+    ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
-    max_recording_gib: Annotated[float, typer.Option(help="Refuse to record more than this.")] = 8.0,
+    max_recording_gib: Annotated[
+        float, typer.Option(help="Refuse to record more than this.")
+    ] = 8.0,
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
 ) -> None:
@@ -134,7 +147,9 @@ def summary(calibration: "Calibration") -> dict[str, Any]:
         "components": {
             component: {
                 "layers": len(layers),
-                "lifted": sorted(name for name, layer in layers.items() if layer.reason == "lifted"),
+                "lifted": sorted(
+                    name for name, layer in layers.items() if layer.reason == "lifted"
+                ),
                 "input_formats": dict(_count_inputs(layers.values())),
                 "weight_formats": dict(_count_weights(layers.values())),
             }
@@ -144,11 +159,16 @@ def summary(calibration: "Calibration") -> dict[str, Any]:
 
 
 def _count_inputs(layers: Any) -> Counter[str]:  # noqa: ANN401 (an iterable of LayerChoice)
-    return Counter(layer.parameters.input.format.name if layer.parameters.input else "float" for layer in layers)
+    return Counter(
+        layer.parameters.input.format.name if layer.parameters.input else "float"
+        for layer in layers
+    )
 
 
 def _count_weights(layers: Any) -> Counter[str]:  # noqa: ANN401
-    return Counter(layer.parameters.weight.name if layer.parameters.weight else "float" for layer in layers)
+    return Counter(
+        layer.parameters.weight.name if layer.parameters.weight else "float" for layer in layers
+    )
 
 
 def show(calibration: "Calibration", component: str) -> None:
@@ -156,16 +176,21 @@ def show(calibration: "Calibration", component: str) -> None:
     layers = calibration.layers[component]
     inputs, weights = _count_inputs(layers.values()), _count_weights(layers.values())
     rows = [
-        [name, str(inputs[name] or ""), str(weights[name] or "")] for name in sorted(inputs.keys() | weights.keys())
+        [name, str(inputs[name] or ""), str(weights[name] or "")]
+        for name in sorted(inputs.keys() | weights.keys())
     ]
     unsigned = sum(count for name, count in inputs.items() if name.startswith("u"))
     console.table(
-        f"{component}: formats of {len(layers)} layers ({unsigned} unsigned)", ["format", "inputs", "weights"], rows
+        f"{component}: formats of {len(layers)} layers ({unsigned} unsigned)",
+        ["format", "inputs", "weights"],
+        rows,
     )
     worst = sorted(layers.items(), key=lambda item: -(item[1].sensitivity or 0))[:10]
     if any(layer.sensitivity for _, layer in worst):
         console.table(
-            f"{component}: most sensitive layers", ["layer", "alone", "formats", "why"], [_row(*item) for item in worst]
+            f"{component}: most sensitive layers",
+            ["layer", "alone", "formats", "why"],
+            [_row(*item) for item in worst],
         )
     bits = sum(
         layer.num_weights * (layer.parameters.weight.bits if layer.parameters.weight else 16)
@@ -173,10 +198,16 @@ def show(calibration: "Calibration", component: str) -> None:
     )
     half = sum(layer.num_weights * 16 for layer in layers.values())
     error = calibration.held_out_error[component]
-    console.note(f"{component}: error of the output on held-out calls {error:.4f} (relative, squared)")
-    console.note(f"{component}: weights {bits / 8 / 2**20:.1f} MiB, {bits / half:.3f} of half precision")
+    console.note(
+        f"{component}: error of the output on held-out calls {error:.4f} (relative, squared)"
+    )
+    console.note(
+        f"{component}: weights {bits / 8 / 2**20:.1f} MiB, {bits / half:.3f} of half precision"
+    )
     if unused := calibration.unused.get(component):
-        console.note(f"{component}: {len(unused)} layers never ran and stay in floating point, {unused[0]} among them")
+        console.note(
+            f"{component}: {len(unused)} layers never ran and stay in floating point, {unused[0]} among them"
+        )
 
 
 def _row(name: str, layer: "LayerChoice") -> list[str]:

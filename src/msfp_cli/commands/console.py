@@ -14,7 +14,13 @@ from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
@@ -25,7 +31,9 @@ from msfp_cli.progress import Advance
 _DEBUG = "MSFP_DEBUG"
 LEFT_ALONE = 75  # exit code of a process that lost another one, which it shared the work with
 STOPPED = "stopped; what was finished is kept, run the same command to go on"
-_GONE = re.compile("Connection (closed|reset) by peer|remote process exited")  # as gloo says it, and NCCL
+_GONE = re.compile(
+    "Connection (closed|reset) by peer|remote process exited"
+)  # as gloo says it, and NCCL
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -117,8 +125,9 @@ def guarded(command: F) -> F:
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether the user asked to stop (Ctrl-C, or a polite kill) while the context is open.
 
-    The first time it is only remembered, so that work in hand can be finished and saved; the second time it interrupts,
-    except where other processes take part, who pass such signals on and would send several.
+    The first time it is only remembered, so that work in hand can be finished and saved; the second
+    time it interrupts, except where other processes take part, who pass such signals on and would
+    send several.
     """
     asked: list[int] = []
 
@@ -154,4 +163,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, MemoryError) or "out of memory" in str(error):
         return "out of memory; give a smaller --batch-size", 1
     first = (str(error).strip().splitlines() or ["no message"])[0]
-    return f"{type(error).__name__}: {first} (run `msfp --debug ...` for the traceback, and please report it)", 1
+    return (
+        f"{type(error).__name__}: {first} (run `msfp --debug ...` for the traceback, and please report it)",
+        1,
+    )

@@ -23,7 +23,9 @@ Examples:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Run directory of the demo; replaced if it exists.")] = Path("msfp-demo"),
+    out: Annotated[
+        Path, typer.Option(help="Run directory of the demo; replaced if it exists.")
+    ] = Path("msfp-demo"),
     device: DeviceOption = None,
     json_: JsonOption = False,
 ) -> None:

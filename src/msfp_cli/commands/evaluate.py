@@ -8,7 +8,14 @@ import typer
 
 from msfp_cli.commands import console
 from msfp_cli.commands.launch import ProcessesOption, is_main, share_out
-from msfp_cli.commands.options import MAX_SEED, BatchOption, DeviceOption, JsonOption, OverwriteOption, RunOption
+from msfp_cli.commands.options import (
+    MAX_SEED,
+    BatchOption,
+    DeviceOption,
+    JsonOption,
+    OverwriteOption,
+    RunOption,
+)
 from msfp_cli.progress import SILENT
 from msfp_cli.recipe import DEFAULT_RUN
 
@@ -32,33 +39,60 @@ Examples:
 
 
 def evaluate(
-    export: Annotated[Path | None, typer.Argument(help="Exported directory; the run's latest by default.")] = None,
-    against: Annotated[
-        str | None, typer.Option(help="Full-precision model; the one that the export names by default.")
+    export: Annotated[
+        Path | None, typer.Argument(help="Exported directory; the run's latest by default.")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="File with prompts or class labels, one a line.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Full-precision model; the one that the export names by default."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File with prompts or class labels, one a line.")
+    ] = None,
     num_images: Annotated[int, typer.Option(help="Pictures of each model.")] = 32,
-    num_trajectories: Annotated[int, typer.Option(help="Of these, how many are followed through the denoiser.")] = 8,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the sampler; as calibrated by default.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance; as calibrated by default.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Picture i is drawn with seed + i.")] = None,
+    num_trajectories: Annotated[
+        int, typer.Option(help="Of these, how many are followed through the denoiser.")
+    ] = 8,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the sampler; as calibrated by default.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Guidance; as calibrated by default.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MAX_SEED, help="Picture i is drawn with seed + i.")
+    ] = None,
     batch_size: BatchOption = 8,
     reference: Annotated[
-        Path | None, typer.Option(help="Real pictures: a directory, or an npz file with uint8 `images`.")
+        Path | None,
+        typer.Option(help="Real pictures: a directory, or an npz file with uint8 `images`."),
     ] = None,
     extractor: Annotated[
-        str | None, typer.Option(help="Features for distances: squeezenet, fashion, inception, or module:factory.")
+        str | None,
+        typer.Option(
+            help="Features for distances: squeezenet, fashion, inception, or module:factory."
+        ),
     ] = None,
-    clip: Annotated[str | None, typer.Option(help="CLIP model (directory or hub id) to score prompts with.")] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="CLIP model (directory or hub id) to score prompts with.")
+    ] = None,
     compare: Annotated[
-        str | None, typer.Option(help="Steps before to measure as well: signed,calibrated or none; all by default.")
+        str | None,
+        typer.Option(
+            help="Steps before to measure as well: signed,calibrated or none; all by default."
+        ),
     ] = None,
     layers: Annotated[
-        bool, typer.Option("--layers/--no-layers", help="Measure each layer (both denoisers in memory).")
+        bool,
+        typer.Option("--layers/--no-layers", help="Measure each layer (both denoisers in memory)."),
     ] = True,
-    cost: Annotated[bool, typer.Option("--cost/--no-cost", help="Measure time and memory, in fresh processes.")] = True,
+    cost: Annotated[
+        bool, typer.Option("--cost/--no-cost", help="Measure time and memory, in fresh processes.")
+    ] = True,
     num_processes: ProcessesOption = 1,
-    out: Annotated[Path | None, typer.Option(help="Where to work; the run's evaluation directory by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to work; the run's evaluation directory by default.")
+    ] = None,
     run: RunOption = DEFAULT_RUN,
     device: DeviceOption = None,
     overwrite: OverwriteOption = False,
@@ -104,7 +138,9 @@ def evaluate(
     )
     if is_main():
         show(evaluation)
-        console.result(str(evaluation.directory / "evaluation.json"), evaluation.to_json(), as_json=json_)
+        console.result(
+            str(evaluation.directory / "evaluation.json"), evaluation.to_json(), as_json=json_
+        )
         console.note(f"next: {_next(out, run)}")
 
 
@@ -120,9 +156,15 @@ def _names(text: str | None) -> tuple[str, ...] | None:
     from msfp_cli.errors import UsageError
     from msfp_cli.evaluation.recipe import STEPS_BEFORE
 
-    names = None if text is None else tuple(part.strip() for part in text.split(",") if part.strip() != "none")
+    names = (
+        None
+        if text is None
+        else tuple(part.strip() for part in text.split(",") if part.strip() != "none")
+    )
     if odd := [name for name in names or () if name not in STEPS_BEFORE]:
-        raise UsageError(f"unknown --compare {odd[0]!r}; choose from {', '.join(STEPS_BEFORE)}, or none")
+        raise UsageError(
+            f"unknown --compare {odd[0]!r}; choose from {', '.join(STEPS_BEFORE)}, or none"
+        )
     return names
 
 
@@ -135,7 +177,9 @@ def show(evaluation: "Evaluation") -> None:
     for figure in FIGURES:
         values: list[Any] = [figure.value(model) for model in models]
         if any(value is not None for value in values):
-            rows.append([figure.title, *("" if value is None else figure.text(value) for value in values)])
+            rows.append(
+                [figure.title, *("" if value is None else figure.text(value) for value in values)]
+            )
     count, extractor = len(evaluation.asked["record"]["conditions"]), evaluation.asked["extractor"]
     reference = evaluation.asked["reference"]
     title = f"{count} pictures from the same seeds; distances by {extractor!r} features"

@@ -23,8 +23,12 @@ Examples:
 
 def export(
     run: RunOption = DEFAULT_RUN,
-    out: Annotated[Path | None, typer.Option(help="Where to write; the run's own export directory by default.")] = None,
-    calibrated: Annotated[bool, typer.Option("--calibrated", help="Leave the run's fine-tuning out.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write; the run's own export directory by default.")
+    ] = None,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="Leave the run's fine-tuning out.")
+    ] = False,
     device: DeviceOption = None,
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
@@ -44,7 +48,9 @@ def export(
     report = export_(calibration, directory, tuned=tuned, device=device, overwrite=overwrite)
     state.remember("export", directory)
     size, half = report.denoiser_bytes / 2**20, report.half_precision_bytes / 2**20
-    console.note(f"denoiser: {size:.2f} MiB, {report.ratio:.3f} of its {half:.2f} MiB in half precision")
+    console.note(
+        f"denoiser: {size:.2f} MiB, {report.ratio:.3f} of its {half:.2f} MiB in half precision"
+    )
     for component, learned in tuned.items():
         console.note(
             f"{component}: fine-tuned, best of {learned.step} updates; held-out error "

@@ -42,26 +42,39 @@ def finetune(
     run: RunOption = DEFAULT_RUN,
     steps: Annotated[int | None, typer.Option(help=f"Updates; {_default('steps')}")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help=f"Rows of a call, each at a timestep of its own; {_default('batch_size')}")
+        int | None,
+        typer.Option(
+            help=f"Rows of a call, each at a timestep of its own; {_default('batch_size')}"
+        ),
     ] = None,
     rank: Annotated[int | None, typer.Option(help=f"Rank of each LoRA; {_default('rank')}")] = None,
     hub_size: Annotated[
         int | None, typer.Option(help=f"LoRAs per layer, 1 for plain LoRA; {_default('hub_size')}")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help=f"Of the LoRAs, in steps of the weights' grids; {_default('learning_rate')}")
+        float | None,
+        typer.Option(
+            help=f"Of the LoRAs, in steps of the weights' grids; {_default('learning_rate')}"
+        ),
     ] = None,
     router_learning_rate: Annotated[
         float | None, typer.Option(help=f"Of the router; {_default('router_learning_rate')}")
     ] = None,
     input_learning_rate: Annotated[
         float | None,
-        typer.Option(help=f"Of the inputs' scales and zero points, 0 for none; {_default('input_learning_rate')}"),
+        typer.Option(
+            help=f"Of the inputs' scales and zero points, 0 for none; {_default('input_learning_rate')}"
+        ),
     ] = None,
-    init: Annotated[str | None, typer.Option(help=f"{' or '.join(INITS)}; {_default('init')}")] = None,
-    loss: Annotated[str | None, typer.Option(help=f"{' or '.join(LOSSES)}; {_default('loss')}")] = None,
+    init: Annotated[
+        str | None, typer.Option(help=f"{' or '.join(INITS)}; {_default('init')}")
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option(help=f"{' or '.join(LOSSES)}; {_default('loss')}")
+    ] = None,
     loss_power: Annotated[
-        float | None, typer.Option(help=f"Exponent of the denoising factor; {_default('loss_power')}")
+        float | None,
+        typer.Option(help=f"Exponent of the denoising factor; {_default('loss_power')}"),
     ] = None,
     timesteps: Annotated[
         str | None, typer.Option(help=f"Drawn by {' or '.join(SAMPLINGS)}; {_default('timesteps')}")
@@ -70,10 +83,12 @@ def finetune(
         str | None, typer.Option(help=f"{' or '.join(PRECISIONS)}; {_default('mixed_precision')}")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=MAX_SEED, help="Of the initial values and the order of the data.")
+        int | None,
+        typer.Option(min=0, max=MAX_SEED, help="Of the initial values and the order of the data."),
     ] = None,
     evaluate_every: Annotated[
-        int | None, typer.Option(help=f"Updates between two measurements; {_default('evaluate_every')}")
+        int | None,
+        typer.Option(help=f"Updates between two measurements; {_default('evaluate_every')}"),
     ] = None,
     gradient_accumulation: Annotated[
         int | None,
@@ -83,7 +98,8 @@ def finetune(
         ),
     ] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Save memory: compute activations twice.")
+        bool,
+        typer.Option("--gradient-checkpointing", help="Save memory: compute activations twice."),
     ] = False,
     num_processes: Annotated[
         int | None,
@@ -95,7 +111,10 @@ def finetune(
     ] = None,
     resume: Annotated[
         bool | None,
-        typer.Option("--resume/--restart", help="Go on, or begin again; by default go on if there is something."),
+        typer.Option(
+            "--resume/--restart",
+            help="Go on, or begin again; by default go on if there is something.",
+        ),
     ] = None,
     device: DeviceOption = None,
     json_: JsonOption = False,
@@ -154,7 +173,9 @@ def calls_per_update(usual: int, processes: int) -> int:
     return math.ceil(usual / processes) * processes
 
 
-def _recipe(run: "Run", chosen: dict[str, Any], resume: bool | None, processes: int) -> tuple[FinetuneRecipe, bool]:
+def _recipe(
+    run: "Run", chosen: dict[str, Any], resume: bool | None, processes: int
+) -> tuple[FinetuneRecipe, bool]:
     """Return the settings: those that were given, then those of the state to go on from, then the defaults.
 
     Returns:
@@ -167,11 +188,15 @@ def _recipe(run: "Run", chosen: dict[str, Any], resume: bool | None, processes: 
     calibration = run.load_calibration()
     saved = {} if resume is False else run.load_tuned(calibration)
     if resume and not saved:
-        raise RunError(f"{run.directory} holds no fine-tuning to go on with; leave --resume out to begin")
+        raise RunError(
+            f"{run.directory} holds no fine-tuning to go on with; leave --resume out to begin"
+        )
     base = next(iter(saved.values())).recipe if saved else FinetuneRecipe()
     lanes = base.lanes if saved else calls_per_update(base.lanes, processes)
     recipe = replace(base, **{"lanes": lanes, **chosen})
-    done = [component for component, tuned in saved.items() if tuned.finished and tuned.recipe == recipe]
+    done = [
+        component for component, tuned in saved.items() if tuned.finished and tuned.recipe == recipe
+    ]
     return recipe, len(done) == len(calibration.tunable())
 
 
@@ -179,7 +204,9 @@ def _show(run: "Run", reports: "list[FinetuneReport]", *, as_json: bool) -> None
     """Say what training did, and what to type next."""
     for report in reports:
         if not report.finished:
-            console.note(f"{report.component}: stopped after {report.step} of {report.steps} updates; all is kept")
+            console.note(
+                f"{report.component}: stopped after {report.step} of {report.steps} updates; all is kept"
+            )
         elif report.best_step == 0:
             console.note(
                 f"{report.component}: training did not lower the held-out error of {report.before:.5f}; the calibrated "
@@ -190,7 +217,11 @@ def _show(run: "Run", reports: "list[FinetuneReport]", *, as_json: bool) -> None
                 f"{report.component}: held-out error {report.before:.5f} -> {report.after:.5f} "
                 f"({report.after / report.before:.2f} of the calibrated), best after {report.best_step} updates"
             )
-    console.result(str(run.directory / "finetune"), {r.component: r.to_json() for r in reports}, as_json=as_json)
+    console.result(
+        str(run.directory / "finetune"),
+        {r.component: r.to_json() for r in reports},
+        as_json=as_json,
+    )
     console.note(f"next: {run.next_command()}")
 
 

@@ -32,9 +32,15 @@ _DEPTH = 2  # parts of a layer's name that make a row of the map
 
 def inspect(
     run: RunOption = DEFAULT_RUN,
-    layers: Annotated[str | None, typer.Option(help="Pattern of layers to show one by one.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Pattern of layers to show one by one.")
+    ] = None,
     kernels: Annotated[
-        bool, typer.Option("--kernels", help="Show which kernel runs each layer of the latest export here, and why.")
+        bool,
+        typer.Option(
+            "--kernels",
+            help="Show which kernel runs each layer of the latest export here, and why.",
+        ),
     ] = False,
     device: DeviceOption = None,
     json_: JsonOption = False,
@@ -58,9 +64,14 @@ def inspect(
         names = tuned_names(calibration.table(component))
         shown = [name for name in names if layers is None or fnmatch.fnmatchcase(name, layers)]
         if not shown:
-            raise UsageError(f"no tuned layer matches {layers!r}; the first of {len(names)} is {names[0]!r}")
+            raise UsageError(
+                f"no tuned layer matches {layers!r}; the first of {len(names)} is {names[0]!r}"
+            )
         members = served(tuned, names)
-        result[component] = {"errors": _errors(tuned), "members": {name: members[name] for name in shown}}
+        result[component] = {
+            "errors": _errors(tuned),
+            "members": {name: members[name] for name in shown},
+        }
         _show_errors(component, tuned)
         _show_map(component, {name: members[name] for name in shown}, one_by_one=layers is not None)
     console.result(str(state.directory / "finetune"), result, as_json=json_)
@@ -80,15 +91,26 @@ def _show_kernels(run: Path, pattern: str | None, device: str | None, *, as_json
     result: dict[str, dict[str, dict[str, str]]] = {}
     for component in pipe.configs:
         chosen = prepare_(getattr(pipe, component))
-        shown = {name: how for name, how in chosen.items() if pattern is None or fnmatch.fnmatchcase(name, pattern)}
+        shown = {
+            name: how
+            for name, how in chosen.items()
+            if pattern is None or fnmatch.fnmatchcase(name, pattern)
+        }
         if not shown:
-            raise UsageError(f"no layer matches {pattern!r}; the first of {len(chosen)} is {next(iter(chosen))!r}")
-        result[component] = {name: {"kernel": kernel, "why": why} for name, (kernel, why) in shown.items()}
+            raise UsageError(
+                f"no layer matches {pattern!r}; the first of {len(chosen)} is {next(iter(chosen))!r}"
+            )
+        result[component] = {
+            name: {"kernel": kernel, "why": why} for name, (kernel, why) in shown.items()
+        }
         if pattern is not None:
             rows = [[name, kernel, why] for name, (kernel, why) in shown.items()]
             console.table(f"{component}: kernels", ["layer", "kernel", "why no other"], rows)
         else:
-            rows = [[kernel, why, str(count)] for (kernel, why), count in Counter(shown.values()).most_common()]
+            rows = [
+                [kernel, why, str(count)]
+                for (kernel, why), count in Counter(shown.values()).most_common()
+            ]
             console.table(f"{component}: kernels", ["kernel", "why no other", "layers"], rows)
     console.result(str(export), result, as_json=as_json)
 
@@ -96,12 +118,20 @@ def _show_kernels(run: Path, pattern: str | None, device: str | None, *, as_json
 def _errors(tuned: "Tuned") -> list[dict[str, float]]:
     """Return the error at each timestep, before and after."""
     after = dict(tuned.best.by_timestep)
-    return [{"timestep": t, "before": error, "after": after[t]} for t, error in tuned.history[0].by_timestep]
+    return [
+        {"timestep": t, "before": error, "after": after[t]}
+        for t, error in tuned.history[0].by_timestep
+    ]
 
 
 def _show_errors(component: str, tuned: "Tuned") -> None:
     rows = [
-        [f"{e['timestep']:g}", f"{e['before']:.5f}", f"{e['after']:.5f}", f"{e['after'] / (e['before'] or 1.0):.2f}"]
+        [
+            f"{e['timestep']:g}",
+            f"{e['before']:.5f}",
+            f"{e['after']:.5f}",
+            f"{e['after'] / (e['before'] or 1.0):.2f}",
+        ]
         for e in _errors(tuned)
     ]
     before, after = tuned.history[0].error, tuned.best.error
@@ -114,13 +144,25 @@ def _show_map(component: str, members: dict[str, list[int]], *, one_by_one: bool
     """Print one row per layer, or per block of layers."""
     blocks: dict[str, list[list[int]]] = {}
     for name, row in members.items():
-        blocks.setdefault(name if one_by_one else ".".join(name.split(".")[:_DEPTH]), []).append(row)
+        blocks.setdefault(name if one_by_one else ".".join(name.split(".")[:_DEPTH]), []).append(
+            row
+        )
     rows: list[list[Any]] = []
     for block, several in blocks.items():
         commonest = [Counter(column).most_common(1)[0][0] for column in zip(*several, strict=True)]
         switching = sum(len(set(row)) > 1 for row in several)
-        rows.append([block, "".join(_digit(member) for member in commonest), f"{switching} of {len(several)}"])
-    console.table(f"{component}: hub member by timestep, noisy to clean", ["layers", "member", "switching"], rows)
+        rows.append(
+            [
+                block,
+                "".join(_digit(member) for member in commonest),
+                f"{switching} of {len(several)}",
+            ]
+        )
+    console.table(
+        f"{component}: hub member by timestep, noisy to clean",
+        ["layers", "member", "switching"],
+        rows,
+    )
 
 
 def _digit(member: int) -> str:

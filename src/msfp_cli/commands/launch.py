@@ -15,7 +15,9 @@ import typer
 
 from msfp_cli.commands import console
 
-ProcessesOption = Annotated[int, typer.Option(min=1, help="Processes that share the work on this machine.")]
+ProcessesOption = Annotated[
+    int, typer.Option(min=1, help="Processes that share the work on this machine.")
+]
 _GRACE_SECONDS = 5
 _THREADS = "OMP_NUM_THREADS"
 _LAUNCHED = "MSFP_LAUNCHED"  # set for processes that another msfp has started
@@ -47,14 +49,17 @@ def _wait_for_the_end_of_input() -> None:
 def processes_for(calls: int, device: str | None) -> int:
     """Return how many processes had best share so many calls of a denoiser.
 
-    On a CPU as many as have a core each and equal shares: two processes of one thread do far more than one of two,
-    whose threads wait for each other at every layer. On an accelerator one, and so for who has chosen the threads.
+    On a CPU as many as have a core each and equal shares: two processes of one thread do far more
+    than one of two, whose threads wait for each other at every layer. On an accelerator one, and so
+    for who has chosen the threads.
     """
     from msfp_cli.pipelines.loading import choose_device
 
     if "WORLD_SIZE" in os.environ or _THREADS in os.environ or choose_device(device) != "cpu":
         return 1
-    return max(count for count in range(1, calls + 1) if calls % count == 0 and count <= max(1, _cores()))
+    return max(
+        count for count in range(1, calls + 1) if calls % count == 0 and count <= max(1, _cores())
+    )
 
 
 def _cores() -> int:
@@ -65,8 +70,9 @@ def _cores() -> int:
 def _launch(num_processes: int) -> int:
     """Run this very command line in several processes that know of each other, and return the exit code.
 
-    The first one speaks for all; what another one says is shown only if the first had nothing to complain about, or no
-    more than that another was gone. A polite kill is passed on, so that each saves what it has.
+    The first one speaks for all; what another one says is shown only if the first had nothing to
+    complain about, or no more than that another was gone. A polite kill is passed on, so that each
+    saves what it has.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -74,7 +80,8 @@ def _launch(num_processes: int) -> int:
     shared = {"WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     threads = os.environ.get(_THREADS, max(1, _cores() // num_processes))
     command = [sys.executable, "-m", "msfp_cli", *sys.argv[1:]]
-    # The processes hear of Ctrl-C themselves. Their input ends when this process does: nobody else holds `_held`.
+    # The processes hear of Ctrl-C themselves. Their input ends when this process does: nobody else
+    # holds `_held`.
     listening, held = os.pipe()
     with (
         open(listening) as given,
@@ -88,7 +95,9 @@ def _launch(num_processes: int) -> int:
             own = {**shared, "RANK": rank, "LOCAL_RANK": rank, _THREADS: threads, _LAUNCHED: 1}
             environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
             out, err = (subprocess.DEVNULL, aside) if rank else (None, None)
-            processes.append(subprocess.Popen(command, env=environment, stdin=given, stdout=out, stderr=err))
+            processes.append(
+                subprocess.Popen(command, env=environment, stdin=given, stdout=out, stderr=err)
+            )
         codes = _wait_for_all(processes)
         if any(codes) and codes[0] in (0, -signal.SIGKILL, console.LEFT_ALONE):
             aside.seek(0)
@@ -97,7 +106,9 @@ def _launch(num_processes: int) -> int:
     if -signal.SIGTERM in codes:
         console.say_error(console.STOPPED)
     elif any(codes) and not failed:
-        console.say_error("a process was killed, probably because memory ran out; --num-processes 1 needs less")
+        console.say_error(
+            "a process was killed, probably because memory ran out; --num-processes 1 needs less"
+        )
     return next(iter(failed), int(any(codes)))
 
 

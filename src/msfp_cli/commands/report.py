@@ -23,8 +23,12 @@ Examples:
 
 
 def report(
-    evaluation: Annotated[Path | None, typer.Argument(help="Evaluation directory; the run's own by default.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write; the run's report directory by default.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Argument(help="Evaluation directory; the run's own by default.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write; the run's report directory by default.")
+    ] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Prompts to show.")] = 8,
     run: RunOption = DEFAULT_RUN,
     overwrite: OverwriteOption = False,
@@ -39,7 +43,9 @@ def report(
     if evaluation is None:
         state.require()
     found = Evaluation.load(evaluation or state.evaluation)
-    written = write_report(state, found, out or state.report, pictures=pictures, overwrite=overwrite)
+    written = write_report(
+        state, found, out or state.report, pictures=pictures, overwrite=overwrite
+    )
     for line in written.notes:
         console.note(f"note: {line}")
     data = {"page": str(written.page), "plots": [str(plot) for plot in written.plots]}

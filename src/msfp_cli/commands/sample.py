@@ -28,25 +28,41 @@ Examples:
 
 
 def sample(
-    export: Annotated[Path | None, typer.Argument(help="Exported directory; the run's latest by default.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Prompt or class label; repeat it for more.")] = None,
+    export: Annotated[
+        Path | None, typer.Argument(help="Exported directory; the run's latest by default.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Prompt or class label; repeat it for more.")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="File with prompts, one a line.")] = None,
     num_images: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 1,
     seed: SeedOption = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the sampler; as calibrated by default.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance; as calibrated by default.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the sampler; as calibrated by default.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Guidance; as calibrated by default.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Directory for the pictures; a new one in the run by default.")
+        Path | None,
+        typer.Option(help="Directory for the pictures; a new one in the run by default."),
     ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Add the full-precision pictures of the same seeds.")
     ] = False,
     batch_size: BatchOption = 8,
     kernel: Annotated[
-        str, typer.Option(help="How to run the layers: auto, cpu, cuda, cuda-fp8, reference, or simulated.")
+        str,
+        typer.Option(
+            help="How to run the layers: auto, cpu, cuda, cuda-fp8, reference, or simulated."
+        ),
     ] = "auto",
     keep_packed: Annotated[
-        bool, typer.Option("--keep-packed", help="Keep weights in 4 bits in memory, too: half the memory, and slower.")
+        bool,
+        typer.Option(
+            "--keep-packed",
+            help="Keep weights in 4 bits in memory, too: half the memory, and slower.",
+        ),
     ] = False,
     run: RunOption = DEFAULT_RUN,
     dtype: DtypeOption = None,
@@ -76,7 +92,9 @@ def sample(
     refuse_existing(out, overwrite=overwrite)
     sampling = Sampling(
         num_inference_steps=steps or config.sampling.get("num_inference_steps"),
-        guidance_scale=config.sampling.get("guidance_scale") if guidance_scale is None else guidance_scale,
+        guidance_scale=config.sampling.get("guidance_scale")
+        if guidance_scale is None
+        else guidance_scale,
         seed=seed,
         batch_size=batch_size,
     )
@@ -90,8 +108,12 @@ def sample(
     conditions = expand_conditions(asked, num_images, conditioning_of(pipe))
     sheets = [make_pictures(pipe, conditions, sampling, title="MSFP", progress=progress)]
     if compare:
-        full = load_pipeline(ModelSource(**{**config.source, "dtype": dtype or config.source.get("dtype")}), device)
-        sheets.insert(0, make_pictures(full, conditions, sampling, title="full precision", progress=progress))
+        full = load_pipeline(
+            ModelSource(**{**config.source, "dtype": dtype or config.source.get("dtype")}), device
+        )
+        sheets.insert(
+            0, make_pictures(full, conditions, sampling, title="full precision", progress=progress)
+        )
     sheet = save_pictures(sheets, conditions, sampling, out, overwrite=overwrite)
     console.result(str(sheet), {"sheet": str(sheet), "pictures": len(conditions)}, as_json=json_)
 

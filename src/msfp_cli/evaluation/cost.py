@@ -1,6 +1,7 @@
 """What a pipeline costs to run, measured in a fresh process that does nothing else: time and peak memory.
 
-python -m msfp_cli.evaluation.cost '{"source": {...}, "sampling": {...}, "conditions": [...], "device": "cpu"}'
+python -m msfp_cli.evaluation.cost '{"source": {...}, "sampling": {...}, "conditions": [...],
+"device": "cpu"}'
 """
 
 import json
@@ -106,8 +107,8 @@ def _measure(asked: dict[str, Any]) -> Cost:
 def _peak_bytes() -> int:
     """Return the largest resident size of this process so far.
 
-    Linux's own count of the process is taken where there is one: what `resource` gives there begins with the size of
-    the process that started this one.
+    Linux's own count of the process is taken where there is one: what `resource` gives there begins
+    with the size of the process that started this one.
     """
     status = Path("/proc/self/status")
     if status.exists():

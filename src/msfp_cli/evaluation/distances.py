@@ -1,8 +1,8 @@
 """How far pictures, and sets of pictures, are from each other.
 
-Against the same picture by full precision: peak signal-to-noise ratio and structural similarity. Against a set of
-pictures, by the features of some extractor: Fréchet distance, kernel distance, precision and recall. Sums are in
-float64: a Fréchet distance is a small difference of large traces.
+Against the same picture by full precision: peak signal-to-noise ratio and structural similarity.
+Against a set of pictures, by the features of some extractor: Fréchet distance, kernel distance,
+precision and recall. Sums are in float64: a Fréchet distance is a small difference of large traces.
 """
 
 import torch
@@ -51,9 +51,13 @@ def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
     """
     _refuse_other_shapes(pictures, reference)
     if min(pictures.shape[-2:]) < SSIM_WINDOW:
-        raise UsageError(f"structural similarity needs pictures of at least 11 by 11, not {tuple(pictures.shape[-2:])}")
+        raise UsageError(
+            f"structural similarity needs pictures of at least 11 by 11, not {tuple(pictures.shape[-2:])}"
+        )
     x, y = pictures.double(), reference.double()
-    bell = torch.exp(-(torch.arange(-5, 6, dtype=torch.float64, device=x.device) ** 2) / (2 * 1.5**2))
+    bell = torch.exp(
+        -(torch.arange(-5, 6, dtype=torch.float64, device=x.device) ** 2) / (2 * 1.5**2)
+    )
     window = torch.outer(bell, bell) / bell.sum() ** 2
 
     def local_mean(values: Tensor) -> Tensor:
@@ -79,12 +83,12 @@ def _refuse_other_shapes(pictures: Tensor, reference: Tensor) -> None:
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """Return the Fréchet distance of two sets of features taken for Gaussian (Heusel et al. 2017, arXiv:1706.08500).
 
-    ``|m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2))``, and the last trace is the sum of the square roots of the
-    eigenvalues of ``C1^(1/2) C2 C1^(1/2)``, which is symmetric.
+    ``|m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2))``, and the last trace is the sum of the
+    square roots of the eigenvalues of ``C1^(1/2) C2 C1^(1/2)``, which is symmetric.
 
     Arguments:
-        features, reference: ``(samples, dimensions)``; with fewer samples than dimensions the distance is biased
-            upwards (see `too_few`).
+        features, reference: ``(samples, dimensions)``; with fewer samples than dimensions the
+            distance is biased upwards (see `too_few`).
 
     Raises:
         UsageError: a set has fewer than two samples, or the dimensions differ.
@@ -99,13 +103,17 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and covariance."""
-    return features.mean(dim=0), torch.cov(features.t()).reshape(features.shape[1], features.shape[1])
+    return features.mean(dim=0), torch.cov(features.t()).reshape(
+        features.shape[1], features.shape[1]
+    )
 
 
 def _pair(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Return both sets in float64."""
     if features.shape[1] != reference.shape[1]:
-        raise UsageError(f"features of {features.shape[1]} and {reference.shape[1]} dimensions cannot be compared")
+        raise UsageError(
+            f"features of {features.shape[1]} and {reference.shape[1]} dimensions cannot be compared"
+        )
     if min(len(features), len(reference)) < 2:
         raise UsageError("a distance of distributions needs at least two pictures on either side")
     return features.double(), reference.double()
@@ -119,8 +127,8 @@ def too_few(samples: int, dimensions: int) -> bool:
 def kernel_distance(features: Tensor, reference: Tensor) -> float:
     """Return the kernel distance: unbiased squared MMD, kernel ``(x y / d + 1)^3`` (KID; arXiv:1801.01401).
 
-    Over all pairs at once, so it needs no random subsets. Unbiased: around 0, and possibly below, for equal
-    distributions.
+    Over all pairs at once, so it needs no random subsets. Unbiased: around 0, and possibly below,
+    for equal distributions.
 
     Arguments:
         features, reference: ``(samples, dimensions)``.
@@ -140,10 +148,13 @@ def kernel_distance(features: Tensor, reference: Tensor) -> float:
     return float(within(x) + within(y) - 2 * kernel(x, y).mean())
 
 
-def precision_recall(features: Tensor, reference: Tensor, *, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(
+    features: Tensor, reference: Tensor, *, neighbours: int = 3
+) -> tuple[float, float]:
     """Return the share of samples near the reference, and of the reference near samples (arXiv:1904.06991).
 
-    A point is near a set if it lies within the distance of some point of the set to that point's k-th neighbour in it.
+    A point is near a set if it lies within the distance of some point of the set to that point's
+    k-th neighbour in it.
 
     Arguments:
         features, reference: ``(samples, dimensions)``.
@@ -154,7 +165,9 @@ def precision_recall(features: Tensor, reference: Tensor, *, neighbours: int = 3
     """
     x, y = _pair(features, reference)
     if min(len(x), len(y)) <= neighbours:
-        raise UsageError(f"precision and recall need more than {neighbours} pictures on either side")
+        raise UsageError(
+            f"precision and recall need more than {neighbours} pictures on either side"
+        )
 
     def covered(points: Tensor, by: Tensor) -> float:
         radius = torch.cdist(by, by).kthvalue(neighbours + 1, dim=1).values

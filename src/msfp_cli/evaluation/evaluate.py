@@ -1,7 +1,8 @@
 """Measure an export against full precision from the same seeds: the workflow of `msfp evaluate`.
 
-For each model (full precision, the steps before, the export) the same pictures are drawn from the same prompts and
-seeds, and its denoiser is run on recorded calls of the full-precision one. Layout of an evaluation directory::
+For each model (full precision, the steps before, the export) the same pictures are drawn from the
+same prompts and seeds, and its denoiser is run on recorded calls of the full-precision one. Layout
+of an evaluation directory::
 
     asked.json          the settings; an interrupted evaluation goes on only with the same
     trajectories/       full-precision denoiser calls of the first pictures
@@ -64,10 +65,14 @@ def evaluate_run(
         ModelError: the export is of another model than `against`.
     """
     processes, place = Processes.current(choose_device(device)), directory or run.evaluation
-    subjects = find_subjects(run, export, options.compare, work=place, against=against, device=device)
+    subjects = find_subjects(
+        run, export, options.compare, work=place, against=against, device=device
+    )
     source = subjects[0].source
     assert source is not None, "full precision has a source"
-    extractor = load_extractor(options.extractor or ("fashion" if source.model == BUILT_IN else "squeezenet"))
+    extractor = load_extractor(
+        options.extractor or ("fashion" if source.model == BUILT_IN else "squeezenet")
+    )
     full = subjects[0].load()
     work = Work(
         directory=place,
@@ -151,7 +156,9 @@ def _measure_all(work: Work, subjects: Sequence[Subject], full: Any) -> list[Mea
     for subject in subjects:
         with work.processes.first_goes_first():
             pipe = full if subject.key == "full" else subject.load()
-            gallery = Gallery.create(work.directory / "pictures" / subject.key, work.record, identity_of(pipe))
+            gallery = Gallery.create(
+                work.directory / "pictures" / subject.key, work.record, identity_of(pipe)
+            )
         gallery.fill(pipe, title=subject.title, share=work.processes, progress=work.progress)
         work.processes.wait()
         if not work.processes.is_first:
@@ -167,7 +174,14 @@ def _record_trajectories(work: Work, full: Any) -> None:  # noqa: ANN401 (a pipe
     """Record the denoiser's calls of the first pictures."""
     few = replace(work.record, conditions=work.record.conditions[: work.options.num_trajectories])
     directory = work.directory / "trajectories"
-    record_calls(full, work.source, few, directory, progress=work.progress, description="Following full precision")
+    record_calls(
+        full,
+        work.source,
+        few,
+        directory,
+        progress=work.progress,
+        description="Following full precision",
+    )
 
 
 def _reference(work: Work, gallery: Gallery) -> Reference | None:
@@ -189,7 +203,9 @@ def _reference_name(work: Work) -> str | None:
 def _notes(models: Sequence[Measured], extractor: Extractor) -> list[str]:
     """Say what limits the figures."""
     notes = []
-    distances = [d for model in models for d in (model.to_full, model.to_reference) if d is not None]
+    distances = [
+        d for model in models for d in (model.to_full, model.to_reference) if d is not None
+    ]
     if any(distance.few for distance in distances):
         count = min(min(distance.num_pictures) for distance in distances)
         notes.append(

@@ -5,8 +5,8 @@ Layout of a gallery directory::
     gallery.json            what was asked
     00000.safetensors ...   ``latents``, ``pictures`` (uint8, NCHW)
 
-Picture i is drawn with ``seed + i`` whatever the batch, so galleries of two models pair up. A batch is there whole or
-not at all, and an interrupted gallery goes on with the first that is missing.
+Picture i is drawn with ``seed + i`` whatever the batch, so galleries of two models pair up. A batch
+is there whole or not at all, and an interrupted gallery goes on with the first that is missing.
 """
 
 import contextlib
@@ -65,7 +65,9 @@ class Gallery:
                 f"{manifest} is damaged ({error}); use --overwrite to draw the pictures again"
             ) from None
         if known != asked:
-            raise RunError(f"{directory} holds pictures of other settings or of another model; use --overwrite")
+            raise RunError(
+                f"{directory} holds pictures of other settings or of another model; use --overwrite"
+            )
         return cls(directory, recipe)
 
     def path(self, index: int) -> Path:
@@ -91,17 +93,23 @@ class Gallery:
         """
         recipe = self.recipe
         sampling = Sampling(
-            num_inference_steps=recipe.num_inference_steps, guidance_scale=recipe.guidance_scale, seed=recipe.seed
+            num_inference_steps=recipe.num_inference_steps,
+            guidance_scale=recipe.guidance_scale,
+            seed=recipe.seed,
         )
         missing = [index for index in self.missing() if index % share.count == share.index]
         with progress.task(f"Sampling {title}", len(recipe.conditions)) as advance:
-            advance(min((recipe.num_shards - len(missing)) * recipe.batch_size, len(recipe.conditions)))
+            advance(
+                min((recipe.num_shards - len(missing)) * recipe.batch_size, len(recipe.conditions))
+            )
             for index in missing:
                 first = index * recipe.batch_size
                 conditions = recipe.conditions[first : first + recipe.batch_size]
                 with watch_samples(pipe) as samples:
                     pictures = call_pipeline(pipe, conditions, sampling, first=first)
-                stacked = torch.from_numpy(np.stack([np.asarray(each.convert("RGB")) for each in pictures]))
+                stacked = torch.from_numpy(
+                    np.stack([np.asarray(each.convert("RGB")) for each in pictures])
+                )
                 tensors = {
                     "latents": samples[-1].detach().float().cpu().contiguous(),
                     "pictures": stacked.permute(0, 3, 1, 2).contiguous(),
@@ -127,7 +135,9 @@ class Gallery:
         except FileNotFoundError:
             raise RunError(f"{path} is missing; run the same command again to draw it") from None
         except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged ({error}); delete it and run the same command again") from None
+            raise CheckpointError(
+                f"{path} is damaged ({error}); delete it and run the same command again"
+            ) from None
 
 
 @contextlib.contextmanager
@@ -139,7 +149,9 @@ def watch_samples(pipe: Any) -> Iterator[list[Tensor]]:  # noqa: ANN401 (the use
     """
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None:
-        raise ModelError(f"{type(pipe).__name__} has no scheduler, so its final latents are not known")
+        raise ModelError(
+            f"{type(pipe).__name__} has no scheduler, so its final latents are not known"
+        )
     step, kept = scheduler.step, list[Tensor]()
 
     def watched(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the scheduler's own signature)

@@ -60,13 +60,18 @@ def measured_of(
     path = work.directory / "measured" / f"{subject.key}.json"
     if path.exists():
         return read_document(path, Measured.from_json)
-    pictures, of_full = gallery.pictures(), Gallery(work.directory / "pictures" / "full", work.record)
+    pictures, of_full = (
+        gallery.pictures(),
+        Gallery(work.directory / "pictures" / "full", work.record),
+    )
     features = work.extractor.features(pictures)
     facts: dict[str, Any] = {"denoiser_bytes": denoiser_bytes(pipe)}
     if subject.key != "full":
         facts |= compare_pictures(pictures, of_full.pictures())
         facts["latents"] = relative_error(gallery.latents(), of_full.latents())
-        facts["noise"] = _noise(work, pipe, full if work.options.layers and subject.key == "export" else None)
+        facts["noise"] = _noise(
+            work, pipe, full if work.options.layers and subject.key == "export" else None
+        )
         facts["to_full"] = distance_between(features, work.extractor.features(of_full.pictures()))
     if reference is not None:
         facts["to_reference"] = distance_between(features, reference.features)
@@ -93,10 +98,19 @@ def _noise(work: Work, pipe: Any, full: Any | None) -> dict[str, OutputNoise]:  
         error = output_error(denoiser, recording.calls(component))
         layers, inputs = dict[str, float](), dict[str, Histogram]()
         if full is not None:
-            calls, whole = spread_calls(recording, component, _LAYER_CALLS), find_denoisers(full)[component]
-            layers, inputs = layer_errors(denoiser, whole, quantized, calls), input_histograms(whole, calls)
+            calls, whole = (
+                spread_calls(recording, component, _LAYER_CALLS),
+                find_denoisers(full)[component],
+            )
+            layers, inputs = (
+                layer_errors(denoiser, whole, quantized, calls),
+                input_histograms(whole, calls),
+            )
         found[component] = OutputNoise(
-            error=error.relative(), by_timestep=tuple(error.by_timestep()), layers=layers, inputs=inputs
+            error=error.relative(),
+            by_timestep=tuple(error.by_timestep()),
+            layers=layers,
+            inputs=inputs,
         )
     return found
 

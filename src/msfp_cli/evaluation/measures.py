@@ -41,7 +41,9 @@ def compare_pictures(pictures: Tensor, reference: Tensor) -> dict[str, tuple[flo
     """
     network = load_squeezenet()
     found: dict[str, list[float]] = {"psnr": [], "ssim": [], "deep": []}
-    for batch, wanted in zip(torch.split(pictures, _BATCH), torch.split(reference, _BATCH), strict=True):
+    for batch, wanted in zip(
+        torch.split(pictures, _BATCH), torch.split(reference, _BATCH), strict=True
+    ):
         ours, theirs = batch.float() / 255, wanted.float() / 255
         found["psnr"] += psnr(ours, theirs).clamp_max(MOST_PSNR).tolist()
         if min(pictures.shape[-2:]) >= SSIM_WINDOW:
@@ -65,8 +67,14 @@ def input_histograms(denoiser: nn.Module, calls: Sequence[DenoiserCall]) -> dict
         if not observation.samples:
             continue  # a table: its input is indices
         low, high = observation.minimum, observation.maximum
-        counts = torch.histc(torch.cat(observation.samples), _BINS, low, high) if low < high else torch.zeros(_BINS)
-        found[name] = Histogram(minimum=low, maximum=high, counts=tuple(int(count) for count in counts))
+        counts = (
+            torch.histc(torch.cat(observation.samples), _BINS, low, high)
+            if low < high
+            else torch.zeros(_BINS)
+        )
+        found[name] = Histogram(
+            minimum=low, maximum=high, counts=tuple(int(count) for count in counts)
+        )
     return found
 
 
@@ -75,7 +83,9 @@ def distance_between(features: Tensor, reference: Tensor) -> Distance | None:
     if min(len(features), len(reference)) < 2:
         return None
     enough = min(len(features), len(reference)) > _NEIGHBOURS
-    precision, recall = precision_recall(features, reference, neighbours=_NEIGHBOURS) if enough else (None, None)
+    precision, recall = (
+        precision_recall(features, reference, neighbours=_NEIGHBOURS) if enough else (None, None)
+    )
     return Distance(
         frechet=frechet_distance(features, reference),
         kernel=kernel_distance(features, reference),
@@ -89,4 +99,6 @@ def distance_between(features: Tensor, reference: Tensor) -> Distance | None:
 def prompt_agreement(pictures: Tensor, prompts: Sequence[str]) -> dict[str, float]:
     """Return the shares of fashion pictures whose ``garment`` and ``colour`` are what their prompt names."""
     garment, colour = agreement(load_classifier(), pictures.float() / 255, list(prompts))
-    return {name: share for name, share in (("garment", garment), ("colour", colour)) if share == share}
+    return {
+        name: share for name, share in (("garment", garment), ("colour", colour)) if share == share
+    }

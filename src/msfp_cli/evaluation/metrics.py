@@ -43,10 +43,22 @@ def _percent(share: float | None) -> float | None:
 
 FIGURES = (
     Figure(key="output", title="output error", digits=5, better="lower", value=_output),
-    Figure(key="latents", title="final latents' error", digits=5, better="lower", value=lambda m: m.latents),
+    Figure(
+        key="latents",
+        title="final latents' error",
+        digits=5,
+        better="lower",
+        value=lambda m: m.latents,
+    ),
     Figure(key="psnr", title="PSNR, dB", digits=2, better="higher", value=lambda m: _mean(m.psnr)),
     Figure(key="ssim", title="SSIM", digits=4, better="higher", value=lambda m: _mean(m.ssim)),
-    Figure(key="deep", title="deep-feature distance", digits=4, better="lower", value=lambda m: _mean(m.deep)),
+    Figure(
+        key="deep",
+        title="deep-feature distance",
+        digits=4,
+        better="lower",
+        value=lambda m: _mean(m.deep),
+    ),
     Figure(
         key="frechet_full",
         title="Fréchet distance to full precision",
@@ -82,8 +94,20 @@ FIGURES = (
         better="higher",
         value=lambda m: None if m.to_reference is None else m.to_reference.recall,
     ),
-    Figure(key="garment", title="right garment, %", digits=1, better="higher", value=lambda m: _percent(m.garment)),
-    Figure(key="colour", title="right colour, %", digits=1, better="higher", value=lambda m: _percent(m.colour)),
+    Figure(
+        key="garment",
+        title="right garment, %",
+        digits=1,
+        better="higher",
+        value=lambda m: _percent(m.garment),
+    ),
+    Figure(
+        key="colour",
+        title="right colour, %",
+        digits=1,
+        better="higher",
+        value=lambda m: _percent(m.colour),
+    ),
     Figure(key="clip", title="CLIP score", digits=2, better="higher", value=lambda m: m.clip),
     Figure(
         key="size",
@@ -107,4 +131,10 @@ FIGURES = (
         value=lambda m: None if m.cost is None else m.cost.peak_memory_bytes / 2**20,
     ),
 )
-DISTANCES = ("frechet_full", "frechet", "kernel", "precision", "recall")  # of sets: too few pictures do not rank models
+DISTANCES = (
+    "frechet_full",
+    "frechet",
+    "kernel",
+    "precision",
+    "recall",
+)  # of sets: too few pictures do not rank models

@@ -34,7 +34,8 @@ class Subject:
     Arguments:
         key: ``full``, ``export``, or a name in `STEPS_BEFORE`.
         title: for people.
-        source: where its pipeline can be loaded from as it is; None for one that exists in memory only.
+        source: where its pipeline can be loaded from as it is; None for one that exists in memory
+            only.
         load: returns the pipeline.
     """
 
@@ -53,7 +54,9 @@ def _identity(denoiser: nn.Module) -> str:
     layers = quantized_layers(denoiser)
     if not layers:
         return fingerprint(denoiser)
-    table = {name: layer.parameters_of.to_json() for name, layer in layers.items()}  # inputs' grids are no tensors
+    table = {
+        name: layer.parameters_of.to_json() for name, layer in layers.items()
+    }  # inputs' grids are no tensors
     text = json.dumps(table, sort_keys=True) + digest(denoiser.state_dict())
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -82,12 +85,21 @@ def find_subjects(
     source = against or ModelSource(**next(iter(configs.values())).source)
     made_here = calibration_of(run, export, configs)
     if compare and not made_here:
-        raise UsageError(f"{export} was not made by the run {run.directory}; use --compare none, or give its --run")
+        raise UsageError(
+            f"{export} was not made by the run {run.directory}; use --compare none, or give its --run"
+        )
     tuned = made_here is not None and any(
         config.table() != made_here.table(component) for component, config in configs.items()
     )
     names = _steps_before(run, tuned=tuned) if compare is None else tuple(compare)
-    subjects = [Subject(key="full", title="full precision", source=source, load=lambda: load_pipeline(source, device))]
+    subjects = [
+        Subject(
+            key="full",
+            title="full precision",
+            source=source,
+            load=lambda: load_pipeline(source, device),
+        )
+    ]
     if made_here:
         before = {
             "signed": Subject(
@@ -97,7 +109,10 @@ def find_subjects(
                 load=lambda: _load_signed(run, made_here, work / "signed", device),
             ),
             "calibrated": Subject(
-                key="calibrated", title="MSFP", source=None, load=lambda: load_calibrated(made_here, device)
+                key="calibrated",
+                title="MSFP",
+                source=None,
+                load=lambda: load_calibrated(made_here, device),
             ),
         }
         subjects += [before[name] for name in STEPS_BEFORE if name in names]
@@ -105,7 +120,9 @@ def find_subjects(
     title = "MSFP, fine-tuned" if tuned else "MSFP"
     return [
         *subjects,
-        Subject(key="export", title=title, source=exported, load=lambda: load_pipeline(exported, device)),
+        Subject(
+            key="export", title=title, source=exported, load=lambda: load_pipeline(exported, device)
+        ),
     ]
 
 
@@ -125,10 +142,14 @@ def calibration_of(run: Run, export: Path, configs: dict[str, MSFPConfig]) -> Ca
         return None
     for component, config in configs.items():
         weights = {name: parameters.weight for name, parameters in config.table().items()}
-        if weights != {name: parameters.weight for name, parameters in calibration.table(component).items()}:
+        if weights != {
+            name: parameters.weight for name, parameters in calibration.table(component).items()
+        }:
             return None
         scales = calibration.scales[component]
-        if digest(_exported_scales(export / component)) != digest({n: t for n, t in scales.items() if n in weights}):
+        if digest(_exported_scales(export / component)) != digest(
+            {n: t for n, t in scales.items() if n in weights}
+        ):
             return None
     return calibration
 
@@ -146,7 +167,9 @@ def _exported_scales(directory: Path) -> dict[str, Tensor]:
                 names = [name for name in file.keys() if name.endswith(ending)]  # noqa: SIM118 (no mapping)
                 found.update({name.removesuffix(ending): file.get_tensor(name) for name in names})
         except SafetensorError as error:
-            raise CheckpointError(f"{path} is truncated or altered ({error}); export or download it again") from None
+            raise CheckpointError(
+                f"{path} is truncated or altered ({error}); export or download it again"
+            ) from None
     return found
 
 
@@ -173,8 +196,8 @@ def _load_signed(run: Run, calibration: Calibration, place: Path, device: str | 
 def refuse_other_model(full: Any, quantized: Any) -> None:  # noqa: ANN401 (pipelines)
     """Refuse a full-precision model that is not what the export was made from.
 
-    Layers must have the same names and shapes, and what quantization leaves alone (norms, biases, embeddings) must have
-    the same values, up to the rounding of a shorter type.
+    Layers must have the same names and shapes, and what quantization leaves alone (norms, biases,
+    embeddings) must have the same values, up to the rounding of a shorter type.
 
     Raises:
         ModelError: they differ; the message names the first difference.
@@ -184,18 +207,26 @@ def refuse_other_model(full: Any, quantized: Any) -> None:  # noqa: ANN401 (pipe
         if not quantized_layers(denoiser):
             continue
         if component not in wholes:
-            raise ModelError(f"the export is of another model: {component!r} is missing; give it with --against")
+            raise ModelError(
+                f"the export is of another model: {component!r} is missing; give it with --against"
+            )
         known, layers = dict(wholes[component].named_parameters()), find_layers(wholes[component])
         for name, layer in quantized_layers(denoiser).items():
             if name not in layers or layers[name].weight.shape != layer.weight_shape:
-                raise ModelError(f"the export is of another model: its layer {name!r} differs; give it with --against")
+                raise ModelError(
+                    f"the export is of another model: its layer {name!r} differs; give it with --against"
+                )
         for name, parameter in denoiser.named_parameters():
             if name not in known or not _alike(parameter, known[name]):
-                raise ModelError(f"the export is of another model: its {name!r} differs; give it with --against")
+                raise ModelError(
+                    f"the export is of another model: its {name!r} differs; give it with --against"
+                )
 
 
 def _alike(a: nn.Parameter, b: nn.Parameter) -> bool:
-    return a.shape == b.shape and torch.allclose(a.float().cpu(), b.float().cpu(), rtol=1e-2, atol=1e-3)
+    return a.shape == b.shape and torch.allclose(
+        a.float().cpu(), b.float().cpu(), rtol=1e-2, atol=1e-3
+    )
 
 
 def denoiser_bytes(pipe: Any) -> int:  # noqa: ANN401 (a pipeline's class is the user's)

@@ -10,11 +10,20 @@ from typing import Any, TypeVar
 from msfp_cli.errors import CheckpointError, RunError, UsageError
 from msfp_cli.files import write_text
 
-STEPS_BEFORE = ("signed", "calibrated")  # what an export may be compared with, besides full precision
+STEPS_BEFORE = (
+    "signed",
+    "calibrated",
+)  # what an export may be compared with, besides full precision
 _SEED = 5_000_011  # far from the seeds of the recordings
 _ASKED = "asked.json"
 _PARTS = (_ASKED, "trajectories", "pictures", "measured", "signed", "evaluation.json")
-_MEASURING = ("extractor", "reference", "clip", "layers", "cost")  # settings that no picture depends on
+_MEASURING = (
+    "extractor",
+    "reference",
+    "clip",
+    "layers",
+    "cost",
+)  # settings that no picture depends on
 _T = TypeVar("_T")
 
 
@@ -23,18 +32,20 @@ class EvaluateOptions:
     """What the user may say about an evaluation.
 
     Arguments:
-        prompts: prompts or class labels, over again with other seeds where there are fewer than pictures; None takes
-            built-in ones that the recording does not use.
+        prompts: prompts or class labels, over again with other seeds where there are fewer than
+            pictures; None takes built-in ones that the recording does not use.
         num_images: pictures of each model.
         num_trajectories: of these, how many are followed through the denoiser.
         num_inference_steps, guidance_scale: None takes those of the calibration.
         seed: picture i is drawn with ``seed + i``.
         batch_size: pictures per call.
-        extractor: see `extractors`; None takes ``fashion`` for the built-in pipeline and ``squeezenet`` else.
+        extractor: see `extractors`; None takes ``fashion`` for the built-in pipeline and
+            ``squeezenet`` else.
         reference: real pictures, see `load_reference`.
         clip: a CLIP model to score with.
         compare: steps before to measure as well, see `find_subjects`.
-        layers: whether to measure each layer's output, for which both denoisers are in memory at once.
+        layers: whether to measure each layer's output, for which both denoisers are in memory at
+            once.
         cost: whether to measure time and memory, in processes of their own.
     """
 
@@ -53,7 +64,10 @@ class EvaluateOptions:
     cost: bool = True
 
     def __post_init__(self) -> None:
-        for option, value in (("--num-images", self.num_images), ("--num-trajectories", self.num_trajectories)):
+        for option, value in (
+            ("--num-images", self.num_images),
+            ("--num-trajectories", self.num_trajectories),
+        ):
             if value < 1:
                 raise UsageError(f"{option} must be at least 1, got {value}")
 
@@ -69,7 +83,9 @@ def refuse_other(place: Path, asked: dict[str, Any], *, overwrite: bool) -> None
         RunError: it is nothing of ours, or an evaluation with other settings.
         CheckpointError: its settings cannot be read.
     """
-    if place.exists() and (not place.is_dir() or not all(_is_ours(part.name) for part in place.iterdir())):
+    if place.exists() and (
+        not place.is_dir() or not all(_is_ours(part.name) for part in place.iterdir())
+    ):
         raise RunError(f"{place} is nothing that msfp wrote; choose another place")
     if (place / _ASKED).exists() and not overwrite:
         _refuse_other_settings(place, asked)
@@ -91,7 +107,9 @@ def read_document(path: Path, understand: Callable[[Any], _T]) -> _T:
     try:
         return understand(json.loads(path.read_text("utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); use --overwrite to evaluate again") from None
+        raise CheckpointError(
+            f"{path} is damaged ({error}); use --overwrite to evaluate again"
+        ) from None
 
 
 def _is_ours(name: str) -> bool:
@@ -101,9 +119,17 @@ def _is_ours(name: str) -> bool:
 
 def _refuse_other_settings(place: Path, asked: dict[str, Any]) -> None:
     """Refuse to go on with other settings; before anything was measured, what the pictures do not need may change."""
-    known = read_document(place / _ASKED, lambda document: {**document, **document.get("record", {})})
-    odd = [key for key, value in {**asked, **asked["record"]}.items() if known.get(key) != value and key != "record"]
+    known = read_document(
+        place / _ASKED, lambda document: {**document, **document.get("record", {})}
+    )
+    odd = [
+        key
+        for key, value in {**asked, **asked["record"]}.items()
+        if known.get(key) != value and key != "record"
+    ]
     if not any((place / "measured").glob("*.json")):
         odd = [key for key in odd if key not in _MEASURING]
     if odd:
-        raise RunError(f"{place} holds an evaluation with other settings ({odd[0]!r} differs); use --overwrite")
+        raise RunError(
+            f"{place} holds an evaluation with other settings ({odd[0]!r} differs); use --overwrite"
+        )

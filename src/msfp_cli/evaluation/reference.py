@@ -34,7 +34,9 @@ class Reference:
 
 def built_in_reference() -> Reference:
     """Return the features, by extractor ``fashion``, of 2,000 test pictures that the built-in pipeline never saw."""
-    features = load_file(Path(str(files("msfp_cli") / "data" / "fashion_reference.safetensors")))["features"]
+    features = load_file(Path(str(files("msfp_cli") / "data" / "fashion_reference.safetensors")))[
+        "features"
+    ]
     return Reference(BUILT_IN_REFERENCE, features.float())
 
 
@@ -42,7 +44,8 @@ def load_reference(place: Path, extractor: Extractor, size: Sequence[int]) -> Re
     """Read real pictures and return their features.
 
     Arguments:
-        place: a directory of pictures, or an npz file whose ``images`` are uint8 ``(pictures, height, width[, 3])``.
+        place: a directory of pictures, or an npz file whose ``images`` are uint8 ``(pictures,
+            height, width[, 3])``.
         size: height and width of the generated pictures.
 
     Raises:
@@ -72,7 +75,9 @@ def require_pictures(place: Path) -> None:
 
 def _refuse_few(place: Path, count: int) -> None:
     if count < 2:
-        raise UsageError(f"{place} holds {count} pictures; a reference needs at least two, better thousands")
+        raise UsageError(
+            f"{place} holds {count} pictures; a reference needs at least two, better thousands"
+        )
 
 
 def _paths(place: Path) -> list[Path]:
@@ -88,10 +93,16 @@ def _from_directory(place: Path) -> Tensor:
             with Image.open(path) as picture:
                 found.append(np.asarray(picture.convert("RGB")))
         except Exception:  # Pillow's decoders have many kinds for damaged files
-            raise UsageError(f"{path} is no picture that can be read; take it out of the reference") from None
+            raise UsageError(
+                f"{path} is no picture that can be read; take it out of the reference"
+            ) from None
         if found[-1].shape != found[0].shape:
-            raise UsageError(f"{path} has another size than {paths[0].name}; a reference needs pictures of one size")
-    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2) if found else torch.empty(0, 3, 0, 0)
+            raise UsageError(
+                f"{path} has another size than {paths[0].name}; a reference needs pictures of one size"
+            )
+    return (
+        torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2) if found else torch.empty(0, 3, 0, 0)
+    )
 
 
 def _from_npz(place: Path) -> Tensor:
@@ -100,16 +111,28 @@ def _from_npz(place: Path) -> Tensor:
         with place.open("rb") as file:  # numpy would leave a damaged one open
             images = _images(file)
     except FileNotFoundError:
-        raise UsageError(f"no reference in {place}; give a directory of pictures, or an npz file") from None
+        raise UsageError(
+            f"no reference in {place}; give a directory of pictures, or an npz file"
+        ) from None
     except Exception as error:  # a damaged archive raises whatever its decoder does
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"cannot read 'images' from {place} ({reason}); give an npz file, or a directory") from None
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] != 3):
+        raise UsageError(
+            f"cannot read 'images' from {place} ({reason}); give an npz file, or a directory"
+        ) from None
+    if (
+        images.dtype != np.uint8
+        or images.ndim not in (3, 4)
+        or (images.ndim == 4 and images.shape[-1] != 3)
+    ):
         raise UsageError(
             f"'images' in {place} is {images.dtype} {images.shape}; it must be uint8 (pictures, height, width[, 3])"
         )
     pictures = torch.from_numpy(images)
-    return pictures.permute(0, 3, 1, 2) if pictures.ndim == 4 else pictures[:, None].expand(-1, 3, -1, -1)
+    return (
+        pictures.permute(0, 3, 1, 2)
+        if pictures.ndim == 4
+        else pictures[:, None].expand(-1, 3, -1, -1)
+    )
 
 
 def _images(file: BinaryIO) -> np.ndarray:

@@ -23,7 +23,8 @@ class Distance:
         frechet, kernel: distances, see `metrics`.
         precision, recall: shares in 0..1; None for too few pictures.
         num_pictures: on either side.
-        few: whether the Fréchet distance says more about the number of pictures than about their quality.
+        few: whether the Fréchet distance says more about the number of pictures than about their
+            quality.
     """
 
     frechet: float
@@ -76,7 +77,8 @@ class Measured:
         latents: relative squared error of the final latents.
         psnr, ssim, deep: of each picture: dB, structural similarity, distance of deep features.
         to_full, to_reference: distances between sets of pictures.
-        garment, colour: shares of pictures that show what their prompt asked for (built-in pipeline).
+        garment, colour: shares of pictures that show what their prompt asked for (built-in
+            pipeline).
         clip: CLIP score.
         cost: time and memory in a process of its own.
     """
@@ -151,7 +153,9 @@ class Evaluation:
 
     def gallery(self, key: str) -> Gallery:
         """Return the pictures of a model."""
-        return Gallery(self.directory / "pictures" / key, RecordRecipe.from_json(self.asked["record"]))
+        return Gallery(
+            self.directory / "pictures" / key, RecordRecipe.from_json(self.asked["record"])
+        )
 
     @classmethod
     def load(cls, directory: Path) -> "Evaluation":
@@ -165,7 +169,9 @@ class Evaluation:
         try:
             document = json.loads(path.read_text("utf-8"))
             if document["schema"] > _SCHEMA:
-                raise CheckpointError(f"{path} was written by a newer msfp; upgrade msfp, or evaluate again")
+                raise CheckpointError(
+                    f"{path} was written by a newer msfp; upgrade msfp, or evaluate again"
+                )
             models = tuple(Measured.from_json(entry) for entry in document["models"])
             return cls(
                 directory=directory,
@@ -177,7 +183,9 @@ class Evaluation:
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(f"no evaluation in {directory}; run `msfp evaluate` first") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); run `msfp evaluate --overwrite`") from None
+            raise CheckpointError(
+                f"{path} is damaged ({error}); run `msfp evaluate --overwrite`"
+            ) from None
 
     def save(self) -> None:
         """Write the file; it is there whole or not at all."""

@@ -1,9 +1,10 @@
 """Win the quality back: train the LoRA hubs and the router against the recording. The workflow of `msfp finetune`.
 
-Data-free distillation: the teacher's outputs lie in the recording, so the teacher is not in memory. The student is the
-denoiser with `TunedLayer`s, which computes exactly what the export will. The loss is the mean squared error of the
-output times the denoising factor of the row's timestep (DFA, Zhao et al. 2025, arXiv:2505.21591), normalised
-to mean 1 over the sampler's steps. Held-out calls say which state is best, and that one is exported.
+Data-free distillation: the teacher's outputs lie in the recording, so the teacher is not in memory.
+The student is the denoiser with `TunedLayer`s, which computes exactly what the export will. The
+loss is the mean squared error of the output times the denoising factor of the row's timestep (DFA,
+Zhao et al. 2025, arXiv:2505.21591), normalised to mean 1 over the sampler's steps. Held-out calls
+say which state is best, and that one is exported.
 """
 
 import re
@@ -45,7 +46,8 @@ class FinetuneReport:
         component: the pipeline's name for it.
         file: where its state is.
         step, steps: updates done, and asked for.
-        before, after: relative squared error on the held-out calls, of the calibrated and of the best state.
+        before, after: relative squared error on the held-out calls, of the calibrated and of the
+            best state.
         best_step: updates done when it was best; 0 says that training did not help.
     """
 
@@ -86,8 +88,8 @@ def finetune_run(
         stop: asked after each update; when true, the state is saved and training ends.
 
     Raises:
-        RunError: the run has no calibration or no quantized weight, its recording is of another model, or its
-            fine-tuning has other settings.
+        RunError: the run has no calibration or no quantized weight, its recording is of another
+            model, or its fine-tuning has other settings.
         TrainingError: training diverged, or ran out of memory.
     """
     calibration = run.load_calibration()
@@ -96,42 +98,60 @@ def finetune_run(
         _refuse_incomplete(each)
     _refuse_other_recording(recording, calibration)
     known = {} if restart else _saved(run, calibration, recipe)
-    on_cpu = choose_device(device) == "cpu"  # accelerate does not find out by itself, and numbers the one there is
+    on_cpu = (
+        choose_device(device) == "cpu"
+    )  # accelerate does not find out by itself, and numbers the one there is
     accelerator = Accelerator(cpu=on_cpu)
-    denoisers = _load_denoisers(calibration, recording, "cpu" if on_cpu else device or str(accelerator.device))
+    denoisers = _load_denoisers(
+        calibration, recording, "cpu" if on_cpu else device or str(accelerator.device)
+    )
     reports = list[FinetuneReport]()
     for component in calibration.tunable():
         denoiser = denoisers.pop(component)
         if gradient_checkpointing:
             _enable_checkpointing_(denoiser)
         with _explain_memory():
-            trainer = _trainer(run, component, denoiser, calibration, recording, held_out, recipe, accelerator)
-            if restart and not reports and accelerator.is_main_process:  # what is refused costs nobody the old state
+            trainer = _trainer(
+                run, component, denoiser, calibration, recording, held_out, recipe, accelerator
+            )
+            if (
+                restart and not reports and accelerator.is_main_process
+            ):  # what is refused costs nobody the old state
                 for name in calibration.layers:
                     run.finetuned(name).unlink(missing_ok=True)
             if component in known:
                 trainer.resume(known[component])
             finished = trainer.train(progress=progress, stop=stop)
         accelerator.wait_for_everyone()  # the main process may still be writing what the others are about to read
-        reports.append(report_of(component, run.finetuned(component), Tuned.load(run.finetuned(component))))
+        reports.append(
+            report_of(component, run.finetuned(component), Tuned.load(run.finetuned(component)))
+        )
         if not finished:
             break
     return reports
 
 
-def _load_denoisers(calibration: Calibration, recording: Recording, device: str) -> dict[str, nn.Module]:
+def _load_denoisers(
+    calibration: Calibration, recording: Recording, device: str
+) -> dict[str, nn.Module]:
     """Load the denoisers in the type they were recorded in: if nobody chose it, that of the device of that time.
 
     Raises:
         RunError: there is nothing to train, or one is not the model that was recorded.
     """
     if not calibration.tunable():
-        raise RunError("no layer has a quantized weight, so there is nothing to train; run `msfp export`")
-    dtype = calibration.source.dtype or str(recording.shard(0)[0].output.dtype).removeprefix("torch.")
+        raise RunError(
+            "no layer has a quantized weight, so there is nothing to train; run `msfp export`"
+        )
+    dtype = calibration.source.dtype or str(recording.shard(0)[0].output.dtype).removeprefix(
+        "torch."
+    )
     denoisers = find_denoisers(load_pipeline(replace(calibration.source, dtype=dtype), device))
     for component in calibration.tunable():
         denoiser = denoisers.get(component)
-        if denoiser is None or fingerprint(denoiser) != recording.recipe.get("fingerprint", {}).get(component):
+        if denoiser is None or fingerprint(denoiser) != recording.recipe.get("fingerprint", {}).get(
+            component
+        ):
             raise RunError(
                 f"{recording.directory} is of another model than {calibration.source.model} is now; "
                 "run `msfp calibrate --overwrite`"
@@ -150,11 +170,15 @@ def _trainer(
     accelerator: Accelerator,
 ) -> Trainer:
     """Put together what trains one denoiser."""
-    batches = Batches(recording, component, batch_size=recipe.batch_size, lanes=recipe.lanes, seed=recipe.seed)
+    batches = Batches(
+        recording, component, batch_size=recipe.batch_size, lanes=recipe.lanes, seed=recipe.seed
+    )
     _refuse_unlike_answer(denoiser, component, batches)
     unit = timestep_unit(batches.timesteps)
     return Trainer(
-        Student(denoiser, calibration.table(component), calibration.scales[component], recipe, unit),
+        Student(
+            denoiser, calibration.table(component), calibration.scales[component], recipe, unit
+        ),
         batches,
         timestep_weights(batches.timesteps, recording.factors(), recipe, unit),
         list(held_out.calls(component)),
@@ -200,7 +224,8 @@ def _refuse_other_recording(recording: Recording, calibration: Calibration) -> N
 def _refuse_unlike_answer(denoiser: nn.Module, component: str, batches: Batches) -> None:
     """Refuse a denoiser that does not answer the rows of an update as it did when they were recorded.
 
-    Rows are told by the shapes of the arguments; where that fails it would be trained on another row's prompt.
+    Rows are told by the shapes of the arguments; where that fails it would be trained on another
+    row's prompt.
     """
     for call in batches.batch(0, 0):
         recorded = call.output.float()
@@ -217,7 +242,8 @@ def _saved(run: Run, calibration: Calibration, recipe: FinetuneRecipe) -> dict[s
     """Load the states that the run has.
 
     Raises:
-        RunError: they began with another calibration, or with other settings; the message names the difference.
+        RunError: they began with another calibration, or with other settings; the message names the
+            difference.
     """
     found = run.load_tuned(calibration)
     for tuned in found.values():
@@ -260,14 +286,18 @@ def _explain_memory() -> Iterator[None]:
 
 
 def timestep_weights(
-    timesteps: Sequence[float], factors: Sequence[tuple[float, float]] | None, recipe: FinetuneRecipe, unit: float
+    timesteps: Sequence[float],
+    factors: Sequence[tuple[float, float]] | None,
+    recipe: FinetuneRecipe,
+    unit: float,
 ) -> dict[float, float]:
     """Return the loss weight of each recorded timestep, of mean 1.
 
     Arguments:
         timesteps: in the denoiser's own unit.
         factors: the sampler's (timestep, denoising factor) pairs, see `Recording.factors`.
-        recipe: its loss is ``plain`` for equal weights, ``dfa`` for weights proportional to a power of the factor.
+        recipe: its loss is ``plain`` for equal weights, ``dfa`` for weights proportional to a power
+            of the factor.
         unit: what brings the denoiser's timesteps to the sampler's.
 
     Raises:
@@ -276,7 +306,9 @@ def timestep_weights(
     if recipe.loss == "plain":
         return dict.fromkeys(timesteps, 1.0)
     if factors is None:
-        raise RunError("the denoising factor of this pipeline's scheduler is not known; use --loss plain")
+        raise RunError(
+            "the denoising factor of this pipeline's scheduler is not known; use --loss plain"
+        )
     known = torch.tensor([timestep for timestep, _ in factors], dtype=torch.float64)
     wanted = torch.tensor(timesteps, dtype=torch.float64) * unit
     nearest = (wanted[:, None] - known).abs().argmin(dim=1)

@@ -1,18 +1,23 @@
 """Timestep-aware LoRA (TALoRA): a hub of low-rank updates per layer, and one router that picks one by timestep.
 
-Early timesteps draw outlines and late ones details, so one low-rank update cannot serve them all (Zhao et al. 2025,
-arXiv:2505.21591). Each quantized layer has a hub of h updates *inside* its quantizer, and one router for the whole
-denoiser, ``timestep embedding -> MLP -> h logits per layer``, picks exactly one per layer and timestep:
+Early timesteps draw outlines and late ones details, so one low-rank update cannot serve them all
+(Zhao et al. 2025, arXiv:2505.21591). Each quantized layer has a hub of h updates *inside* its
+quantizer, and one router for the whole denoiser, ``timestep embedding -> MLP -> h logits per
+layer``, picks exactly one per layer and timestep:
 
-    W_q(t) = Q( W + s * B_k A_k ),   k = argmax logits(t),   s = the weight's own step size per output channel
+    W_q(t) = Q( W + s * B_k A_k ),   k = argmax logits(t),   s = the weight's own step size per
+    output channel
 
-and so are the scale and the zero point of the layer's input: activations change over the timesteps, too (ours).
+and so are the scale and the zero point of the layer's input: activations change over the timesteps,
+too (ours).
 
-The choice is hard in the forward pass and soft in the backward pass (straight-through). ``s`` (ours; EfficientDM scales
-the learning rate instead) makes B count in steps of the grid, so that one learning rate fits all layers. For a
-convolution A is its k x k part and B the 1 x 1 that follows: as matrices, ``(rank, in * k * k)`` and ``(out, rank)``.
+The choice is hard in the forward pass and soft in the backward pass (straight-through). ``s``
+(ours; EfficientDM scales the learning rate instead) makes B count in steps of the grid, so that one
+learning rate fits all layers. For a convolution A is its k x k part and B the 1 x 1 that follows:
+as matrices, ``(rank, in * k * k)`` and ``(out, rank)``.
 
-Because the update lies inside the quantizer, an export holds h sets of 4-bit weights and no floating-point side branch.
+Because the update lies inside the quantizer, an export holds h sets of 4-bit weights and no
+floating-point side branch.
 """
 
 import math
@@ -42,7 +47,9 @@ class _RoundedWeight(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, fmt: FloatFormat, a: Tensor, b: Tensor) -> Tensor:  # noqa: ANN401 (torch does not name this type)
+    def forward(
+        ctx: Any, weight: Tensor, scale: Tensor, fmt: FloatFormat, a: Tensor, b: Tensor
+    ) -> Tensor:  # noqa: ANN401 (torch does not name this type)
         steps = updated_steps(weight, scale, a, b)
         ctx.save_for_backward(steps.abs() <= fmt.largest, scale, a, b)
         return round_steps(steps, fmt).mul_(scale[:, None])
@@ -57,8 +64,9 @@ class _RoundedWeight(torch.autograd.Function):
 class _TellRouter(torch.autograd.Function):
     """A layer's output as it is; its gradient also goes to the members' weights, for every row its own.
 
-    The straight-through gradient of a choice is that of the mixture ``sum_k weights[row, k] * changes_k(x)[row]`` in
-    its place. Backward computes it from the input, which is kept anyway, so it costs no memory.
+    The straight-through gradient of a choice is that of the mixture ``sum_k weights[row, k] *
+    changes_k(x)[row]`` in its place. Backward computes it from the input, which is kept anyway, so
+    it costs no memory.
     """
 
     @staticmethod
@@ -76,7 +84,10 @@ class _TellRouter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # noqa: ANN401
         (x,) = ctx.saved_tensors
-        told = [(grad * change).reshape(ctx.num_rows, -1).float().sum(dim=1) for change in ctx.changes(x)]
+        told = [
+            (grad * change).reshape(ctx.num_rows, -1).float().sum(dim=1)
+            for change in ctx.changes(x)
+        ]
         return grad, torch.stack(told, dim=1), None, None
 
 
@@ -89,7 +100,9 @@ def updated_steps(weight: Tensor, scale: Tensor, a: Tensor, b: Tensor) -> Tensor
         a: ``(rank, in * k * k)``.
         b: ``(out, rank)``.
     """
-    with torch.autocast(weight.device.type, enabled=False):  # half a step is all the difference here
+    with torch.autocast(
+        weight.device.type, enabled=False
+    ):  # half a step is all the difference here
         return torch.addmm(weight.detach().float().flatten(1) / scale[:, None], b, a)
 
 
@@ -118,9 +131,10 @@ class TunedLayer(nn.Module):
         recipe: hub size, rank, initialisation, and whether the input's grid is trained.
         generator: draws A.
 
-    Each member of the hub has ``lora_a``, ``(rank, in * k * k)``, ``lora_b``, ``(out, rank)``, and where the input's
-    grid is trained ``input_shift``, ``(2,)``, the two numbers of `moved_input`. All begin alike, B at zero, so that
-    training begins at the calibrated model (unless the recipe asks for another beginning).
+    Each member of the hub has ``lora_a``, ``(rank, in * k * k)``, ``lora_b``, ``(out, rank)``, and
+    where the input's grid is trained ``input_shift``, ``(2,)``, the two numbers of `moved_input`.
+    All begin alike, B at zero, so that training begins at the calibrated model (unless the recipe
+    asks for another beginning).
     """
 
     def __init__(
@@ -146,15 +160,21 @@ class TunedLayer(nn.Module):
         self.input_shift = nn.ParameterList(shifts) if trained else None
 
     @torch.no_grad()
-    def _beginning(self, recipe: FinetuneRecipe, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _beginning(
+        self, recipe: FinetuneRecipe, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """Return the first A and B of every member."""
         weight = self.layer.weight
         out, inner = weight.shape[0], weight[0].numel()
         rank = min(recipe.rank, out, inner)
         if recipe.init == "svd":
             steps = weight.float().flatten(1) / self.get_buffer("scale")[:, None]
-            u, s, v = torch.linalg.svd(steps - round_steps(steps, self.weight_format), full_matrices=False)
-            return (s[:rank, None].sqrt() * v[:rank]).contiguous(), (u[:, :rank] * s[:rank].sqrt()).contiguous()
+            u, s, v = torch.linalg.svd(
+                steps - round_steps(steps, self.weight_format), full_matrices=False
+            )
+            return (s[:rank, None].sqrt() * v[:rank]).contiguous(), (
+                u[:, :rank] * s[:rank].sqrt()
+            ).contiguous()
         bound = math.sqrt(3 / inner)
         a = torch.empty(rank, inner).uniform_(-bound, bound, generator=generator)
         return a.to(weight.device), torch.zeros(out, rank, device=weight.device)
@@ -176,14 +196,20 @@ class TunedLayer(nn.Module):
             return x
         if self.input_shift is None:
             return fake_quantize(x, self.input)
-        shift, unit = self.input_shift[choice.member], float(self.input.scale) * (not self.input.format.signed)
-        return fake_quantize_learned(x, choice.input or moved_input(self.input, *shift.tolist()), shift, unit)
+        shift, unit = (
+            self.input_shift[choice.member],
+            float(self.input.scale) * (not self.input.format.signed),
+        )
+        return fake_quantize_learned(
+            x, choice.input or moved_input(self.input, *shift.tolist()), shift, unit
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Give each chosen member its rows, and put what they return in order again.
 
         Raises:
-            MsfpError: several members are chosen, and the input's first dimension does not hold the batch's rows.
+            MsfpError: several members are chosen, and the input's first dimension does not hold the
+                batch's rows.
         """
         choices = self.route.of(self.slot)
         if len(choices) == 1:
@@ -196,8 +222,15 @@ class TunedLayer(nn.Module):
             )
         rows = x.reshape(len(order), -1, *x.shape[1:])
         parts = torch.split(rows.index_select(0, order), [len(choice.rows) for choice in choices])
-        y = torch.cat([self._with_member(part.flatten(0, 1), c) for part, c in zip(parts, choices, strict=True)])
-        return y.reshape(len(order), -1, *y.shape[1:]).index_select(0, order.argsort()).flatten(0, 1)
+        y = torch.cat(
+            [
+                self._with_member(part.flatten(0, 1), c)
+                for part, c in zip(parts, choices, strict=True)
+            ]
+        )
+        return (
+            y.reshape(len(order), -1, *y.shape[1:]).index_select(0, order.argsort()).flatten(0, 1)
+        )
 
     def _with_member(self, x: Tensor, choice: Choice) -> Tensor:
         """Round the input and the updated weight, and run the layer."""
@@ -205,7 +238,9 @@ class TunedLayer(nn.Module):
         y = self._run(x, self.rounded_weight(choice.member), self.layer.bias)
         if choice.weights is None:
             return y
-        told: Tensor = _TellRouter.apply(y, choice.weights, x, partial(self._changes, choice.member))  # type: ignore[no-untyped-call]
+        told: Tensor = _TellRouter.apply(
+            y, choice.weights, x, partial(self._changes, choice.member)
+        )  # type: ignore[no-untyped-call]
         return told
 
     @torch.no_grad()
@@ -234,13 +269,16 @@ def tune_layers_(
     """Replace every layer that has a quantized weight by a `TunedLayer`.
 
     Returns:
-        The new layers by name, and the route that they read; give it the router's choice in each forward.
+        The new layers by name, and the route that they read; give it the router's choice in each
+        forward.
     """
     route, tuned = Route[Sequence[Choice]](), {}
     for slot, name in enumerate(tuned_names(table)):
         parent, _, child = name.rpartition(".")
         owner = denoiser.get_submodule(parent)
-        layer = TunedLayer(getattr(owner, child), table[name], scales[name], route, slot, recipe, generator)
+        layer = TunedLayer(
+            getattr(owner, child), table[name], scales[name], route, slot, recipe, generator
+        )
         setattr(owner, child, layer)
         tuned[name] = layer
     return tuned, route

@@ -19,20 +19,23 @@ class FinetuneRecipe(Recipe):
 
     Arguments:
         steps: updates.
-        batch_size: rows that each lane contributes to an update, each at a timestep of its own, as one call.
-        lanes: calls per update, each of another stretch of the schedule, shared evenly among processes; the recording
-            is parted among them.
+        batch_size: rows that each lane contributes to an update, each at a timestep of its own, as
+            one call.
+        lanes: calls per update, each of another stretch of the schedule, shared evenly among
+            processes; the recording is parted among them.
         hub_size: LoRAs per layer; 1 is plain LoRA.
         rank: of each LoRA.
-        init: a name in `INITS`: B begins at ``zero``, or A and B at the singular value decomposition (``svd``) of the
-            weight's rounding error.
+        init: a name in `INITS`: B begins at ``zero``, or A and B at the singular value
+            decomposition (``svd``) of the weight's rounding error.
         learning_rate: of the LoRAs, decaying linearly to 0; B counts in steps of the weight's grid.
-        router_learning_rate: of the router; a fast one moves timesteps among members before these have learned.
-        input_learning_rate: of the scale and zero point of each layer's input; 0 leaves them as calibrated.
+        router_learning_rate: of the router; a fast one moves timesteps among members before these
+            have learned.
+        input_learning_rate: of the scale and zero point of each layer's input; 0 leaves them as
+            calibrated.
         loss: ``dfa`` weights each timestep by its denoising factor, ``plain`` does not.
         loss_power: the factor's exponent.
-        timesteps: how a row's timestep is drawn: by the ``error`` that it makes, or ``uniform``ly; the gradient's
-            mean is the same.
+        timesteps: how a row's timestep is drawn: by the ``error`` that it makes, or ``uniform``ly;
+            the gradient's mean is the same.
         mixed_precision: a name in `PRECISIONS`, what the denoiser computes in while training.
         seed: of the initial values and of the order of the data.
         evaluate_every: updates between two measurements on held-out calls.
@@ -83,4 +86,6 @@ class FinetuneRecipe(Recipe):
         if not 0 < self.loss_power <= 4:
             raise UsageError(f"--loss-power must be above 0 and at most 4, got {self.loss_power:g}")
         if not 0 <= self.input_learning_rate < math.inf:
-            raise UsageError(f"--input-learning-rate must not be negative, got {self.input_learning_rate:g}")
+            raise UsageError(
+                f"--input-learning-rate must not be negative, got {self.input_learning_rate:g}"
+            )

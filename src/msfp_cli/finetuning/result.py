@@ -2,11 +2,11 @@
 
 ``finetune/COMPONENT.safetensors`` in the run directory holds, by the name of the trained parameter,
 
-    now/...  best/...            the state after the last update, and the one with the lowest held-out error
-    exp_avg/...  exp_avg_sq/...  step/...   AdamW's moments and counts
+    now/...  best/...            the state after the last update, and the one with the lowest
+    held-out error exp_avg/...  exp_avg_sq/...  step/...   AdamW's moments and counts
 
-and in its header the recipe, the calibration that it started from, and the history. The order of the data and the
-learning rate are functions of the update's number, so nothing else has to be kept.
+and in its header the recipe, the calibration that it started from, and the history. The order of
+the data and the learning rate are functions of the update's number, so nothing else has to be kept.
 """
 
 import json
@@ -89,7 +89,11 @@ class Tuned:
 
     def state(self, kind: str) -> dict[str, Tensor]:
         """Return the tensors of a kind (``now``, ``best``, ``step``, ``exp_avg``, ``exp_avg_sq``) by parameter name."""
-        return {n.removeprefix(f"{kind}/"): t for n, t in self.tensors.items() if n.startswith(f"{kind}/")}
+        return {
+            n.removeprefix(f"{kind}/"): t
+            for n, t in self.tensors.items()
+            if n.startswith(f"{kind}/")
+        }
 
     def save(self, path: Path) -> None:
         """Write the file; it is there whole or not at all."""
@@ -123,7 +127,9 @@ class Tuned:
                 document = json.loads(file.metadata()["msfp_finetune"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             if document["schema"] > _SCHEMA:
-                raise CheckpointError(f"{path} was written by a newer msfp; upgrade msfp, or train again")
+                raise CheckpointError(
+                    f"{path} was written by a newer msfp; upgrade msfp, or train again"
+                )
             if digest(tensors) != document["digest"]:
                 raise CheckpointError(f"{path} is altered; run `msfp finetune --restart`")
             return cls(
@@ -134,11 +140,22 @@ class Tuned:
                 step=int(document["step"]),
                 history=tuple(_evaluation(entry) for entry in document["history"]),
                 losses=tuple(float(loss) for loss in document["losses"]),
-                shares=tuple((float(timestep), float(share)) for timestep, share in document["shares"]),
+                shares=tuple(
+                    (float(timestep), float(share)) for timestep, share in document["shares"]
+                ),
                 tensors=tensors,
             )
-        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, UsageError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); run `msfp finetune --restart`") from None
+        except (
+            SafetensorError,
+            KeyError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            UsageError,
+        ) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}); run `msfp finetune --restart`"
+            ) from None
 
 
 def choices(tuned: Tuned, layers: Sequence[str]) -> Tensor:
@@ -149,7 +166,9 @@ def choices(tuned: Tuned, layers: Sequence[str]) -> Tensor:
     """
     router = Router(len(layers), tuned.recipe.hub_size, tuned.unit, torch.Generator())
     best = tuned.state("best")
-    router.load_state_dict({name: best.get(f"router.{name}", start) for name, start in router.state_dict().items()})
+    router.load_state_dict(
+        {name: best.get(f"router.{name}", start) for name, start in router.state_dict().items()}
+    )
     return router.table(tuned.timesteps)
 
 
@@ -161,33 +180,53 @@ def served(tuned: Tuned, layers: Sequence[str]) -> dict[str, list[int]]:
 
 
 @torch.no_grad()
-def quantize_tuned_(denoiser: nn.Module, calibration: Calibration, component: str, tuned: Tuned) -> nn.Module:
+def quantize_tuned_(
+    denoiser: nn.Module, calibration: Calibration, component: str, tuned: Tuned
+) -> nn.Module:
     """Replace the denoiser's layers by quantized ones that hold the members of their hubs, and give it the router.
 
-    A member that serves no timestep is left out, and so is one that equals another (as before the first update), so a
-    layer that never switches keeps one set of weights.
+    A member that serves no timestep is left out, and so is one that equals another (as before the
+    first update), so a layer that never switches keeps one set of weights.
 
     Raises:
         RunError: the fine-tuning began with another calibration.
     """
     if tuned.calibration != calibration.identity():
-        raise RunError("the fine-tuning began with another calibration; run `msfp finetune --restart`")
+        raise RunError(
+            "the fine-tuning began with another calibration; run `msfp finetune --restart`"
+        )
     table, best = calibration.table(component), tuned.state("best")
     names = tuned_names(table)
     chosen = choices(tuned, names)
     used: dict[str, list[int]] = {}
     for slot, name in enumerate(names):
-        chosen[:, slot] = torch.tensor(_first_alike(best, name, tuned.recipe.hub_size))[chosen[:, slot].long()]
+        chosen[:, slot] = torch.tensor(_first_alike(best, name, tuned.recipe.hub_size))[
+            chosen[:, slot].long()
+        ]
         used[name] = sorted(set(chosen[:, slot].tolist()))
-        chosen[:, slot] = torch.searchsorted(torch.tensor(used[name], dtype=torch.uint8), chosen[:, slot].contiguous())
-        inputs = _tuned_inputs(table[name].input, [best.get(f"{name}.input_shift.{k}") for k in used[name]])
-        table[name] = replace(table[name], hub=len(used[name]), input=inputs[0], further_inputs=inputs[1:])
-    store_layers_(denoiser, {n: table[n] for n in table if n not in used}, calibration.scales[component])
+        chosen[:, slot] = torch.searchsorted(
+            torch.tensor(used[name], dtype=torch.uint8), chosen[:, slot].contiguous()
+        )
+        inputs = _tuned_inputs(
+            table[name].input, [best.get(f"{name}.input_shift.{k}") for k in used[name]]
+        )
+        table[name] = replace(
+            table[name], hub=len(used[name]), input=inputs[0], further_inputs=inputs[1:]
+        )
+    store_layers_(
+        denoiser, {n: table[n] for n in table if n not in used}, calibration.scales[component]
+    )
     layers = find_layers(denoiser)
-    for name, quantized in replace_layers_(denoiser, {n: table[n] for n in names}, timestep_unit=tuned.unit).items():
+    for name, quantized in replace_layers_(
+        denoiser, {n: table[n] for n in names}, timestep_unit=tuned.unit
+    ).items():
         weight = layers.pop(name).weight.detach()
         for member, k in enumerate(used[name]):
-            tensors = (calibration.scales[component][name], best[f"{name}.lora_a.{k}"], best[f"{name}.lora_b.{k}"])
+            tensors = (
+                calibration.scales[component][name],
+                best[f"{name}.lora_a.{k}"],
+                best[f"{name}.lora_b.{k}"],
+            )
             scale, a, b = (tensor.to(weight.device) for tensor in tensors)
             quantized.store_steps_(updated_steps(weight, scale, a, b), scale, member)
     switching = [names.index(name) for name in sorted(names) if len(used[name]) > 1]
@@ -198,7 +237,11 @@ def quantize_tuned_(denoiser: nn.Module, calibration: Calibration, component: st
 
 def _first_alike(best: dict[str, Tensor], name: str, hub_size: int) -> list[int]:
     """Return for each member of a layer's hub the first one that equals it."""
-    parts = [f"{name}.{part}" for part in ("lora_a", "lora_b", "input_shift") if f"{name}.{part}.0" in best]
+    parts = [
+        f"{name}.{part}"
+        for part in ("lora_a", "lora_b", "input_shift")
+        if f"{name}.{part}.0" in best
+    ]
 
     def alike(j: int, k: int) -> bool:
         return all(torch.equal(best[f"{part}.{j}"], best[f"{part}.{k}"]) for part in parts)
@@ -206,12 +249,18 @@ def _first_alike(best: dict[str, Tensor], name: str, hub_size: int) -> list[int]
     return [next(j for j in range(k + 1) if alike(j, k)) for k in range(hub_size)]
 
 
-def _tuned_inputs(grid: Grid | None, shifts: Sequence[Tensor | None]) -> tuple[Grid, ...] | tuple[None]:
+def _tuned_inputs(
+    grid: Grid | None, shifts: Sequence[Tensor | None]
+) -> tuple[Grid, ...] | tuple[None]:
     """Return the grid of a layer's input for each member after training; only one where it was not trained."""
     if grid is None:
         return (None,)
-    return tuple(moved_input(grid, *shift.tolist()) for shift in shifts if shift is not None) or (grid,)
+    return tuple(moved_input(grid, *shift.tolist()) for shift in shifts if shift is not None) or (
+        grid,
+    )
 
 
 def _evaluation(entry: dict[str, Any]) -> Evaluation:
-    return Evaluation(**{**entry, "by_timestep": tuple((float(t), float(e)) for t, e in entry["by_timestep"])})
+    return Evaluation(
+        **{**entry, "by_timestep": tuple((float(t), float(e)) for t, e in entry["by_timestep"])}
+    )

@@ -1,8 +1,9 @@
 """The router of a denoiser in training: which member of its hub serves each layer at each timestep.
 
-The choice is hard in the forward pass and soft in the backward pass (straight-through; Zhao et al. 2025,
-arXiv:2505.21591). Because the router sees nothing but the timestep, it is exported as a table. It rounds a timestep to
-the table's grid before it looks, so table and router agree on every timestep, whole or continuous, by construction.
+The choice is hard in the forward pass and soft in the backward pass (straight-through; Zhao et al.
+2025, arXiv:2505.21591). Because the router sees nothing but the timestep, it is exported as a
+table. It rounds a timestep to the table's grid before it looks, so table and router agree on every
+timestep, whole or continuous, by construction.
 """
 
 import math
@@ -25,8 +26,10 @@ class Choice(NamedTuple):
 
     Arguments:
         member: of the layer's hub.
-        rows: indices in ascending order; no two choices of a layer share a row, and together they have all.
-        weights: 0 in value, ``(rows, hub)``: the gradients of the members' weights go here; None if nobody asks.
+        rows: indices in ascending order; no two choices of a layer share a row, and together they
+            have all.
+        weights: 0 in value, ``(rows, hub)``: the gradients of the members' weights go here; None if
+            nobody asks.
         input: where training has moved the member's input grid; None if nobody has looked yet.
     """
 
@@ -45,7 +48,9 @@ class Router(nn.Module):
         generator: draws the initial weights.
     """
 
-    def __init__(self, num_layers: int, hub_size: int, unit: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, num_layers: int, hub_size: int, unit: float, generator: torch.Generator
+    ) -> None:
         super().__init__()
         self.num_layers, self.hub_size, self.unit = num_layers, hub_size, unit
         self.hidden = nn.Linear(_EMBEDDING, _EMBEDDING)
@@ -65,29 +70,44 @@ class Router(nn.Module):
 
         Arguments:
             timesteps: one per row.
-            learning: whether the choices pass the gradient of the members' weights on to the router.
+            learning: whether the choices pass the gradient of the members' weights on to the
+                router.
 
         Returns:
-            For every layer a choice for each member that some row is given to, in the order of their first rows.
+            For every layer a choice for each member that some row is given to, in the order of
+            their first rows.
         """
-        soft = self.logits(self._features(timesteps)).view(-1, self.num_layers, self.hub_size).softmax(dim=-1)
+        soft = (
+            self.logits(self._features(timesteps))
+            .view(-1, self.num_layers, self.hub_size)
+            .softmax(dim=-1)
+        )
         passing = (soft - soft.detach()).unbind(dim=1) if learning else None
         routed = []
         for slot, members in enumerate(soft.argmax(dim=-1).t().tolist()):
             rows: dict[int, list[int]] = {}
             for row, member in enumerate(members):
                 rows.setdefault(member, []).append(row)
-            routed.append([Choice(k, tuple(own), passing[slot][own] if passing else None) for k, own in rows.items()])
+            routed.append(
+                [
+                    Choice(k, tuple(own), passing[slot][own] if passing else None)
+                    for k, own in rows.items()
+                ]
+            )
         return routed
 
     @torch.no_grad()
     def begin_(self, members: Mapping[float, int]) -> None:
         """Let every layer begin with the given member at each timestep, by a margin that training can overturn.
 
-        The last linear map is set to the least-squares solution on the hidden features of these timesteps.
+        The last linear map is set to the least-squares solution on the hidden features of these
+        timesteps.
         """
         features = self._features(members).double().cpu()
-        wanted = nn.functional.one_hot(torch.tensor(list(members.values())), self.hub_size).double() * _MARGIN
+        wanted = (
+            nn.functional.one_hot(torch.tensor(list(members.values())), self.hub_size).double()
+            * _MARGIN
+        )
         solution = torch.linalg.lstsq(features, wanted, driver="gelsd").solution.t().float()
         self.logits.weight.copy_(solution.repeat(self.num_layers, 1))
 
@@ -96,8 +116,8 @@ class Router(nn.Module):
         """Return the chosen member for every row of the exported table, uint8 ``(1001, layers)``.
 
         Arguments:
-            timesteps: those that the hub was trained at. A row between them gets the choice of the nearest: what the
-                router would say there, no member was trained for.
+            timesteps: those that the hub was trained at. A row between them gets the choice of the
+                nearest: what the router would say there, no member was trained for.
         """
         known = sorted({table_index(timestep, self.unit) for timestep in timesteps})
         choices = {row: [choice.member for (choice,) in self([row / self.unit])] for row in known}

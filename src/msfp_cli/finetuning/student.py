@@ -87,7 +87,9 @@ class Student(nn.Module):
         for name, layer in self.layers.items():
             loras |= {f"{name}.lora_a.{k}": a for k, a in enumerate(layer.lora_a)}
             loras |= {f"{name}.lora_b.{k}": b for k, b in enumerate(layer.lora_b)}
-            inputs |= {f"{name}.input_shift.{k}": shift for k, shift in enumerate(layer.input_shift or ())}
+            inputs |= {
+                f"{name}.input_shift.{k}": shift for k, shift in enumerate(layer.input_shift or ())
+            }
         router = {f"router.{name}": parameter for name, parameter in self.router.named_parameters()}
         return {"lora": loras, "input": inputs, "router": router}
 

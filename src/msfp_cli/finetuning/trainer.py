@@ -1,9 +1,10 @@
 """One run of updates on one denoiser: the loop of `msfp finetune`, and how it stops and goes on.
 
-An update takes rows from each lane, each at a timestep of its own; its loss is the mean squared error of the output
-against the recorded one, times the timestep's weight. Gradients of all processes are added up in one message, which
-also carries the loss and the wish to stop, so that all processes agree on both. On a CPU a run that was killed and
-resumed ends bit for bit where an uninterrupted one does.
+An update takes rows from each lane, each at a timestep of its own; its loss is the mean squared
+error of the output against the recorded one, times the timestep's weight. Gradients of all
+processes are added up in one message, which also carries the loss and the wish to stop, so that all
+processes agree on both. On a CPU a run that was killed and resumed ends bit for bit where an
+uninterrupted one does.
 """
 
 import math
@@ -26,9 +27,13 @@ from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.compare import OutputError
 
 _CLIP = 1.0  # of the gradient's norm, for each kind of parameter
-_FLOAT16_SCALE = 2.0**16  # of the loss, while gradients pass through a denoiser in float16, whose least number is 6e-8
+_FLOAT16_SCALE = (
+    2.0**16
+)  # of the loss, while gradients pass through a denoiser in float16, whose least number is 6e-8
 SAVE_EVERY = 50  # updates
-_ROUTE_EVERY = 16  # updates: what each member would do to each row costs two thirds of an update to know
+_ROUTE_EVERY = (
+    16  # updates: what each member would do to each row costs two thirds of an update to know
+)
 
 
 class Trainer:
@@ -64,15 +69,27 @@ class Trainer:
                 f"{accelerator.num_processes} processes cannot share {recipe.lanes} calls per update evenly; "
                 f"take as many as divide {recipe.lanes}, or give another --gradient-accumulation and --restart"
             )
-        self.student, self.batches, self.weights, self.held_out = student, batches, weights, held_out
-        self.recipe, self.path, self.calibration, self.accelerator = recipe, path, calibration, accelerator
+        self.student, self.batches, self.weights, self.held_out = (
+            student,
+            batches,
+            weights,
+            held_out,
+        )
+        self.recipe, self.path, self.calibration, self.accelerator = (
+            recipe,
+            path,
+            calibration,
+            accelerator,
+        )
         rates = {
             "lora": recipe.learning_rate,
             "input": recipe.input_learning_rate,
             "router": recipe.router_learning_rate if recipe.hub_size > 1 else 0.0,
         }
         kinds = student.trainable()
-        self.kinds = {kind: list(kinds[kind].values()) for kind, rate in rates.items() if rate and kinds[kind]}
+        self.kinds = {
+            kind: list(kinds[kind].values()) for kind, rate in rates.items() if rate and kinds[kind]
+        }
         self.parameters = {name: p for kind in self.kinds for name, p in kinds[kind].items()}
         for kind in kinds:
             for parameter in kinds[kind].values():
@@ -83,7 +100,9 @@ class Trainer:
         self._losses: list[float] = []
         self._scale = _FLOAT16_SCALE if student.is_float16() else 1.0
 
-    def train(self, *, progress: Progress = SILENT, stop: Callable[[], bool] = lambda: False) -> bool:
+    def train(
+        self, *, progress: Progress = SILENT, stop: Callable[[], bool] = lambda: False
+    ) -> bool:
         """Train to the end, or until `stop()` is true in some process; the state is saved at intervals and at the end.
 
         Returns:
@@ -101,7 +120,9 @@ class Trainer:
             while self.step < self.recipe.steps and not stopping:
                 loss, stopping = self.update(stop())
                 advance(1, f"loss {loss:.1e}, error {self.history[-1].error:.5f}")
-                measured = self.step == self.recipe.steps or self.step % self.recipe.evaluate_every == 0
+                measured = (
+                    self.step == self.recipe.steps or self.step % self.recipe.evaluate_every == 0
+                )
                 if measured:
                     self._evaluate(progress)
                 if measured or stopping or self.step % SAVE_EVERY == 0:
@@ -120,7 +141,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * (1 - self.step / self.recipe.steps)
         own = 0.0
-        for lane in range(self.accelerator.process_index, self.recipe.lanes, self.accelerator.num_processes):
+        for lane in range(
+            self.accelerator.process_index, self.recipe.lanes, self.accelerator.num_processes
+        ):
             for call in self.batches.batch(self.step, lane):
                 own += self._backward(call)
         if self._scale != 1:
@@ -144,11 +167,18 @@ class Trainer:
     def _backward(self, call: JoinedCall) -> float:
         """Add the gradient of some rows, and return their share of the loss."""
         shares, rows = self.batches.shares, self.recipe.lanes * self.recipe.batch_size
-        learning = "router" in self.kinds and self.step % _ROUTE_EVERY == 1  # before the first update members are alike
+        learning = (
+            "router" in self.kinds and self.step % _ROUTE_EVERY == 1
+        )  # before the first update members are alike
         with self.student.at(call.timesteps, learning=learning):
             with self._precision():
                 output = self.student(call)
-            error = (output.float() - call.output.to(output.device).float()).square().flatten(1).mean(dim=1)
+            error = (
+                (output.float() - call.output.to(output.device).float())
+                .square()
+                .flatten(1)
+                .mean(dim=1)
+            )
             weights = [self.weights[t] / (shares[t] * len(shares) * rows) for t in call.timesteps]
             loss = error @ error.new_tensor(weights)
             (loss * self._scale).backward()  # type: ignore[no-untyped-call]
@@ -162,14 +192,17 @@ class Trainer:
     def _share(self, loss: float, stop: bool) -> tuple[float, bool]:
         """Add up gradients, loss and the wish to stop over all processes, in one message.
 
-        A member has a gradient where some process has chosen it, and none where nobody has: AdamW leaves it alone then.
+        A member has a gradient where some process has chosen it, and none where nobody has: AdamW
+        leaves it alone then.
         """
         if self.accelerator.num_processes == 1:
             return loss, stop
         parameters = list(self.parameters.values())
         chosen = [float(p.grad is not None) for p in parameters]
         facts = torch.tensor([*chosen, loss, float(stop)], device=parameters[0].device)
-        gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters]
+        gradients = [
+            (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters
+        ]
         flat: Tensor = self.accelerator.reduce(torch.cat([*gradients, facts]), reduction="sum")
         *parts, facts = torch.split(flat, [p.numel() for p in parameters] + [len(facts)])
         *anywhere, loss, stopping = facts.tolist()
@@ -185,11 +218,18 @@ class Trainer:
         loss = sum(self._losses) / len(self._losses) if self._losses else None
         self._losses.clear()
         now = Evaluation(
-            step=self.step, loss=loss, error=measured.relative(), by_timestep=tuple(measured.by_timestep())
+            step=self.step,
+            loss=loss,
+            error=measured.relative(),
+            by_timestep=tuple(measured.by_timestep()),
         )
         if not math.isfinite(now.error):
-            advice = "lower --learning-rate" if self.step else "calibrate again with --dtype float32"
-            raise TrainingError(f"the held-out error is {now.error:g} after {self.step} updates; {advice}")
+            advice = (
+                "lower --learning-rate" if self.step else "calibrate again with --dtype float32"
+            )
+            raise TrainingError(
+                f"the held-out error is {now.error:g} after {self.step} updates; {advice}"
+            )
         if not self.history or now.error < min(evaluation.error for evaluation in self.history):
             self.best = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
         self.history.append(now)
@@ -203,9 +243,13 @@ class Trainer:
         if count == 1:
             return measured
         timesteps = sorted({call.timestep for call in self.held_out})
-        own = torch.tensor([measured.sums.get(timestep, (0.0, 0.0)) for timestep in timesteps], dtype=torch.float64)
+        own = torch.tensor(
+            [measured.sums.get(timestep, (0.0, 0.0)) for timestep in timesteps], dtype=torch.float64
+        )
         total: Tensor = self.accelerator.reduce(own.to(self.accelerator.device), reduction="sum")
-        return OutputError({timestep: (e, s) for timestep, (e, s) in zip(timesteps, total.tolist(), strict=True)})
+        return OutputError(
+            {timestep: (e, s) for timestep, (e, s) in zip(timesteps, total.tolist(), strict=True)}
+        )
 
     def _begin(self, measured: OutputError) -> None:
         """Share out the rows among the timesteps, and the timesteps among the members of the hubs.
@@ -214,11 +258,15 @@ class Trainer:
         """
         if self.recipe.timesteps == "error":
             errors = measured.absolute()
-            self.batches.share_out_({t: self.weights[t] * errors.get(t, 0.0) for t in self.batches.timesteps})
+            self.batches.share_out_(
+                {t: self.weights[t] * errors.get(t, 0.0) for t in self.batches.timesteps}
+            )
         before, members = 0.0, {}
         for timestep in self.batches.timesteps:
             share = self.batches.shares[timestep]
-            members[timestep] = min(int((before + share / 2) * self.recipe.hub_size), self.recipe.hub_size - 1)
+            members[timestep] = min(
+                int((before + share / 2) * self.recipe.hub_size), self.recipe.hub_size - 1
+            )
             before += share
         self.student.router.begin_(members)
 
@@ -232,7 +280,9 @@ class Trainer:
                 f"parameters are not finite after {self.step} updates; what was saved before is kept. "
                 "Give a lower --learning-rate, and --restart"
             )
-        tensors = {f"now/{name}": t for name, t in now.items()} | {f"best/{n}": t for n, t in self.best.items()}
+        tensors = {f"now/{name}": t for name, t in now.items()} | {
+            f"best/{n}": t for n, t in self.best.items()
+        }
         for name, parameter in self.parameters.items():
             moments = self.optimizer.state.get(parameter, {})
             tensors |= {f"{key}/{name}": value.cpu() for key, value in moments.items()}
@@ -253,8 +303,13 @@ class Trainer:
         """Go on from a saved state of the same recipe."""
         self.step, self.history, self.best = tuned.step, list(tuned.history), tuned.state("best")
         self._losses, self.batches.shares = list(tuned.losses), dict(tuned.shares)
-        now, kept = tuned.state("now"), {kind: tuned.state(kind) for kind in ("step", "exp_avg", "exp_avg_sq")}
+        now, kept = (
+            tuned.state("now"),
+            {kind: tuned.state(kind) for kind in ("step", "exp_avg", "exp_avg_sq")},
+        )
         for name, parameter in self.parameters.items():
             parameter.data.copy_(now[name])
             if name in kept["step"]:  # a member that no update has chosen yet has none
-                self.optimizer.state[parameter] = {k: kept[k][name].to(parameter.device) for k in kept}
+                self.optimizer.state[parameter] = {
+                    k: kept[k][name].to(parameter.device) for k in kept
+                }

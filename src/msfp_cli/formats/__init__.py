@@ -1,5 +1,5 @@
 """Numbers: formats, rounding, packing, and the search; nothing here knows a layer or a pipeline.
 
-`float_format` describes code books as plain integers, `rounding` brings reals to codes and back, `packing` writes codes
-as bytes, and `search` finds the best format, maximum and zero point.
+`float_format` describes code books as plain integers, `rounding` brings reals to codes and back,
+`packing` writes codes as bytes, and `search` finds the best format, maximum and zero point.
 """

@@ -1,17 +1,18 @@
 """Small floating-point formats as plain numbers; nothing here needs torch.
 
-A format ``ExMy`` spends one bit on the sign (if signed), ``E`` bits on the exponent and ``M`` on the mantissa. There
-is no infinity and no NaN, so every code is a number, and exponent field 0 holds subnormals. Measured in the smallest
-step of the format, every magnitude is an integer::
+A format ``ExMy`` spends one bit on the sign (if signed), ``E`` bits on the exponent and ``M`` on
+the mantissa. There is no infinity and no NaN, so every code is a number, and exponent field 0 holds
+subnormals. Measured in the smallest step of the format, every magnitude is an integer::
 
     exponent field 0       ->  m                        m = 0 .. 2^M - 1
     exponent field e >= 1  ->  (2^M + m) * 2^(e - 1)
 
-so ``e2m1`` is 0 1 2 3 4 6 8 12 and ``e1m2`` is the uniform grid 0 .. 7. A real grid is such a *code book* times a
-scale, ``scale = max_value / largest``; the maximum is a real number, which is the same as a real exponent bias
-(Kuzmin et al. 2022, arXiv:2208.09225). Unsigned formats add a real zero point, so the freed sign bit buys twice as
-many levels on a one-sided range (mixup-sign floating point, Zhao et al. 2025, arXiv:2505.21591). A format with ``E =
-1`` equals the uniform (integer) grid of one more mantissa bit, hence integer quantization is part of the same search.
+so ``e2m1`` is 0 1 2 3 4 6 8 12 and ``e1m2`` is the uniform grid 0 .. 7. A real grid is such a *code
+book* times a scale, ``scale = max_value / largest``; the maximum is a real number, which is the
+same as a real exponent bias (Kuzmin et al. 2022, arXiv:2208.09225). Unsigned formats add a real
+zero point, so the freed sign bit buys twice as many levels on a one-sided range (mixup-sign
+floating point, Zhao et al. 2025, arXiv:2505.21591). A format with ``E = 1`` equals the uniform
+(integer) grid of one more mantissa bit, hence integer quantization is part of the same search.
 """
 
 import re
@@ -21,7 +22,10 @@ from functools import cached_property
 from msfp_cli.errors import UsageError
 
 MIN_BITS, MAX_BITS = 2, 8
-WEIGHT_INTEGER_BITS, INPUT_INTEGER_BITS = 8, 16  # what 8-bit units take: one byte; two, one after the other
+WEIGHT_INTEGER_BITS, INPUT_INTEGER_BITS = (
+    8,
+    16,
+)  # what 8-bit units take: one byte; two, one after the other
 MAX_EXPONENT_BITS = 5  # 31 octaves; more would leave float32's own range
 _NAME = re.compile(r"(u?)e(\d)m(\d)")
 
@@ -36,7 +40,8 @@ class FloatFormat:
         signed: whether one bit is spent on the sign.
 
     Raises:
-        UsageError: the bits do not add up to 2..8, no magnitude bit is left, or the exponent is wider than 5 bits.
+        UsageError: the bits do not add up to 2..8, no magnitude bit is left, or the exponent is
+            wider than 5 bits.
     """
 
     exponent_bits: int
@@ -44,10 +49,16 @@ class FloatFormat:
     signed: bool
 
     def __post_init__(self) -> None:
-        if self.exponent_bits < 0 or self.mantissa_bits < 0 or self.exponent_bits + self.mantissa_bits < 1:
+        if (
+            self.exponent_bits < 0
+            or self.mantissa_bits < 0
+            or self.exponent_bits + self.mantissa_bits < 1
+        ):
             raise UsageError(f"a format needs exponent or mantissa bits, got {self.name}")
         if not MIN_BITS <= self.bits <= MAX_BITS:
-            raise UsageError(f"{self.name} has {self.bits} bits; formats have {MIN_BITS} to {MAX_BITS}")
+            raise UsageError(
+                f"{self.name} has {self.bits} bits; formats have {MIN_BITS} to {MAX_BITS}"
+            )
         if self.exponent_bits > MAX_EXPONENT_BITS:
             raise UsageError(f"{self.name} has more than {MAX_EXPONENT_BITS} exponent bits")
 
@@ -60,7 +71,9 @@ class FloatFormat:
         """
         match = _NAME.fullmatch(name.strip().lower())
         if match is None:
-            raise UsageError(f"unknown format {name!r}; write it like e2m1 (signed) or ue2m2 (unsigned)")
+            raise UsageError(
+                f"unknown format {name!r}; write it like e2m1 (signed) or ue2m2 (unsigned)"
+            )
         return cls(int(match[2]), int(match[3]), signed=not match[1])
 
     @property
@@ -101,7 +114,9 @@ class FloatFormat:
     @cached_property
     def code_book(self) -> tuple[int, ...]:
         """The integer that each code 0 .. 2^bits - 1 stands for (signed: sign and magnitude, so 0 appears twice)."""
-        return self.magnitudes + tuple(-m for m in self.magnitudes) if self.signed else self.magnitudes
+        return (
+            self.magnitudes + tuple(-m for m in self.magnitudes) if self.signed else self.magnitudes
+        )
 
     @cached_property
     def levels(self) -> tuple[int, ...]:
@@ -128,6 +143,9 @@ def formats_of_width(bits: int, *, signed: bool) -> tuple[FloatFormat, ...]:
     if not MIN_BITS <= bits <= MAX_BITS:
         raise UsageError(f"{bits} bits is out of range; formats have {MIN_BITS} to {MAX_BITS}")
     width = bits - int(signed)
-    # Below 8 bits a fifth exponent bit buys octaves that no tensor has: never chosen, so not listed.
+    # Below 8 bits a fifth exponent bit buys octaves that no tensor has: never chosen, so not
+    # listed.
     widest = min(width, MAX_EXPONENT_BITS if bits == MAX_BITS else MAX_EXPONENT_BITS - 1)
-    return tuple(FloatFormat(exponent, width - exponent, signed) for exponent in range(1, widest + 1))
+    return tuple(
+        FloatFormat(exponent, width - exponent, signed) for exponent in range(1, widest + 1)
+    )

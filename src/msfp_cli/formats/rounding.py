@@ -1,11 +1,12 @@
 """Reals to codes and back: ``value = scale * code_book[code] + zero_point``.
 
-`quantize` rounds to the nearest value; a tie goes to the even code, as IEEE 754 asks. Everything is computed in
-float32 whatever the input's type, because a 16-bit scale would move the grid itself. `fake_quantize` equals
-``dequantize(quantize(x))`` bit for bit, but gets there without codes, in a few passes that run at the speed of memory
-(see `_round_to_octaves`); its gradient passes straight through inside the grid's range and is zero where the value was
-clipped (Bengio et al. 2013, arXiv:1308.3432). Infinities saturate. A NaN has no code: `quantize` gives it an arbitrary
-one, `fake_quantize` keeps it a NaN, and calibration refuses it by the layer's name.
+`quantize` rounds to the nearest value; a tie goes to the even code, as IEEE 754 asks. Everything is
+computed in float32 whatever the input's type, because a 16-bit scale would move the grid itself.
+`fake_quantize` equals ``dequantize(quantize(x))`` bit for bit, but gets there without codes, in a
+few passes that run at the speed of memory (see `_round_to_octaves`); its gradient passes straight
+through inside the grid's range and is zero where the value was clipped (Bengio et al. 2013,
+arXiv:1308.3432). Infinities saturate. A NaN has no code: `quantize` gives it an arbitrary one,
+`fake_quantize` keeps it a NaN, and calibration refuses it by the layer's name.
 """
 
 import math
@@ -26,9 +27,11 @@ class Grid:
 
     Arguments:
         format: the code book.
-        scale: the value of the smallest step, positive and exact in float32: a number, or a tensor that broadcasts
-            against the values, e.g. ``(out_features, 1)`` for one scale per output channel.
-        zero_point: the value of code 0, a real number; 0 where the format is signed, as `fake_quantize` relies on.
+        scale: the value of the smallest step, positive and exact in float32: a number, or a tensor
+            that broadcasts against the values, e.g. ``(out_features, 1)`` for one scale per output
+            channel.
+        zero_point: the value of code 0, a real number; 0 where the format is signed, as
+            `fake_quantize` relies on.
     """
 
     format: FloatFormat
@@ -36,7 +39,9 @@ class Grid:
     zero_point: float = 0.0
 
     @classmethod
-    def with_maximum(cls, fmt: FloatFormat, max_value: Tensor, zero_point: float | None = None) -> "Grid":
+    def with_maximum(
+        cls, fmt: FloatFormat, max_value: Tensor, zero_point: float | None = None
+    ) -> "Grid":
         """Place a format so that its largest magnitude is `max_value` above the zero point; all in float32.
 
         Arguments:
@@ -56,8 +61,8 @@ class Grid:
 def _borders(fmt: FloatFormat, device: torch.device) -> Tensor:
     """Return the borders between neighbouring magnitudes such that ``magnitude > border`` means "the upper code".
 
-    A border is the midpoint; where the upper code is the even one it is lowered by one float32 step, so that the tie
-    itself goes up.
+    A border is the midpoint; where the upper code is the even one it is lowered by one float32
+    step, so that the tie itself goes up.
     """
     magnitudes = torch.tensor(fmt.magnitudes, dtype=torch.float32, device=device)
     middle = (magnitudes[1:] + magnitudes[:-1]) / 2
@@ -99,15 +104,19 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
 def dequantize(codes: Tensor, grid: Grid) -> Tensor:
     """Turn codes into the reals they stand for, ``scale * code_book[code] + zero_point`` in float32."""
     book = code_book(grid.format, codes.device)
-    return book.index_select(0, codes.reshape(-1).int()).view(codes.shape) * grid.scale + grid.zero_point
+    return (
+        book.index_select(0, codes.reshape(-1).int()).view(codes.shape) * grid.scale
+        + grid.zero_point
+    )
 
 
 def _round_to_octaves(steps: Tensor, fmt: FloatFormat) -> Tensor:
     """Round multiples of the smallest step to the format's magnitudes, signs kept, in place; ties to the even code.
 
-    Masking a float32 down to its exponent gives the power of two below it, hence the step of its octave, once clamped
-    to the subnormals' step. Adding and subtracting ``1.5 * 2^23`` such steps then rounds to whole steps, half to even
-    (an old trick; for ``M >= 1`` the even multiple is the even code). Needs no table and no codes.
+    Masking a float32 down to its exponent gives the power of two below it, hence the step of its
+    octave, once clamped to the subnormals' step. Adding and subtracting ``1.5 * 2^23`` such steps
+    then rounds to whole steps, half to even (an old trick; for ``M >= 1`` the even multiple is the
+    even code). Needs no table and no codes.
 
     Arguments:
         steps: float32, at most the largest magnitude; overwritten.
@@ -144,7 +153,9 @@ def _round(x: Tensor, grid: Grid) -> Tensor:
     """Return ``dequantize(quantize(x, grid), grid)``, with NaN kept."""
     exact = x.detach().float()
     steps = exact / grid.scale if grid.format.signed else (exact - grid.zero_point).div_(grid.scale)
-    return round_steps(steps, grid.format).mul_(grid.scale).add_(grid.zero_point)  # adding 0 makes a -0 a 0
+    return (
+        round_steps(steps, grid.format).mul_(grid.scale).add_(grid.zero_point)
+    )  # adding 0 makes a -0 a 0
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -167,7 +178,8 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     """Round reals to the grid and stay in reals; the gradient passes straight through inside the grid's range.
 
     Returns:
-        The type and shape of `x`; equal to ``dequantize(quantize(x, grid), grid)`` rounded to that type, NaN kept.
+        The type and shape of `x`; equal to ``dequantize(quantize(x, grid), grid)`` rounded to that
+        type, NaN kept.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         rounded: Tensor = _StraightThrough.apply(x, grid)  # type: ignore[no-untyped-call]
@@ -191,9 +203,13 @@ class _LearnedGrid(torch.autograd.Function):
         high = grid.zero_point + grid.max_value
         low = grid.zero_point - grid.max_value * grid.format.signed
         exact, wanted = x.float(), grad.float()  # sums in 16 bits would be noise
-        # In one pass what `wanted * ((exact >= low) & (exact <= high))` takes four for; its bounds are exclusive.
-        passed = torch.ops.aten.hardtanh_backward(wanted, exact, _next(low, -math.inf), _next(high, math.inf))
-        # y = zero_point + scale * q: inside, q follows x and log(scale) is left with y - x; outside, q stands still.
+        # In one pass what `wanted * ((exact >= low) & (exact <= high))` takes four for; its bounds
+        # are exclusive.
+        passed = torch.ops.aten.hardtanh_backward(
+            wanted, exact, _next(low, -math.inf), _next(high, math.inf)
+        )
+        # y = zero_point + scale * q: inside, q follows x and log(scale) is left with y - x;
+        # outside, q stands still.
         along = _dot(wanted, y) - _dot(passed, exact)
         if not ctx.unit:  # no zero point
             return passed.to(grad.dtype), None, torch.stack([along, along * 0]), None
@@ -214,11 +230,13 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def fake_quantize_learned(x: Tensor, grid: Grid, shift: Tensor, unit: float) -> Tensor:
     """Round as `fake_quantize` does, with gradients for the grid as well.
 
-    The gradients are those of a learned step size (Esser et al. 2020, arXiv:1902.08153), and of a zero point.
+    The gradients are those of a learned step size (Esser et al. 2020, arXiv:1902.08153), and of a
+    zero point.
 
     Arguments:
         grid: where it is now, with a number for a scale.
-        shift: float32, ``(2,)``; takes the gradients of the scale's logarithm and of the zero point counted in `unit`.
+        shift: float32, ``(2,)``; takes the gradients of the scale's logarithm and of the zero point
+            counted in `unit`.
         unit: 0 where the format is signed, which has no zero point.
     """
     rounded: Tensor = _LearnedGrid.apply(x, grid, shift, unit)  # type: ignore[no-untyped-call]

@@ -1,18 +1,20 @@
 """The exact search: the best format, maximum and zero point for a tensor, by mean squared error.
 
-Brute force rounds the whole tensor once per candidate. It is not needed. Sort the samples once and keep their
-cumulative sum; a grid with levels ``g_k`` and borders ``b_k`` (midpoints) puts the samples ``i_k = searchsorted(x,
-b_k)`` onwards above border k, so
+Brute force rounds the whole tensor once per candidate. It is not needed. Sort the samples once and
+keep their cumulative sum; a grid with levels ``g_k`` and borders ``b_k`` (midpoints) puts the
+samples ``i_k = searchsorted(x, b_k)`` onwards above border k, so
 
-    error = sum x^2 - 2 sum_k g_k (S[i_{k+1}] - S[i_k]) + sum_k g_k^2 (i_{k+1} - i_k),      S = cumulative sum of x
+    error = sum x^2 - 2 sum_k g_k (S[i_{k+1}] - S[i_k]) + sum_k g_k^2 (i_{k+1} - i_k),      S =
+    cumulative sum of x
 
-which is the squared error of brute force at the price of a few binary searches (derivation: ours). Summed by parts,
-only the steps between levels appear. Sums are kept in float64. Signed grids are symmetric, so they are scored on
-``|x|`` with half the levels. Rows are independent, which makes per-channel weights the same code as per-tensor
-activations.
+which is the squared error of brute force at the price of a few binary searches (derivation: ours).
+Summed by parts, only the steps between levels appear. Sums are kept in float64. Signed grids are
+symmetric, so they are scored on ``|x|`` with half the levels. Rows are independent, which makes
+per-channel weights the same code as per-tensor activations.
 
-A search is coarse, then fine: a grid of maxima (and zero points) per format, then rounds of a finer grid around each
-row's winner. Every format's best score is returned, not only the winner's, because the report shows them.
+A search is coarse, then fine: a grid of maxima (and zero points) per format, then rounds of a finer
+grid around each row's winner. Every format's best score is returned, not only the winner's, because
+the report shows them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,9 +38,10 @@ class SearchSpace:
         num_zero_points: coarse zero points, spread evenly from the data's minimum to 0.
         num_refinements: rounds of a finer grid around the winner; each narrows it four-fold.
         low, high: the range of maxima, as fractions of the data's largest magnitude.
-        margin: how much better (relative) an unsigned format has to be before it is preferred to the best signed one. A
-            zero point costs a correction term in every layer at run time, and a grid of 16 even levels between two
-            zero crossings beats e2m1 by 9 % even on a Gaussian; we let it win only where it matters (ours).
+        margin: how much better (relative) an unsigned format has to be before it is preferred to
+            the best signed one. A zero point costs a correction term in every layer at run time,
+            and a grid of 16 even levels between two zero crossings beats e2m1 by 9 % even on a
+            Gaussian; we let it win only where it matters (ours).
     """
 
     num_maxima: int = 100
@@ -52,7 +55,11 @@ class SearchSpace:
         """Return a coarser space for wide formats: a bit more doubles the cost and halves what is at stake."""
         if bits <= 4:
             return self
-        return replace(self, num_maxima=max(8, self.num_maxima // 5), num_zero_points=max(2, self.num_zero_points // 3))
+        return replace(
+            self,
+            num_maxima=max(8, self.num_maxima // 5),
+            num_zero_points=max(2, self.num_zero_points // 3),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +99,24 @@ class SortedRows:
         """Sort `rows`, float32 of shape ``(rows, samples)``."""
         self.values = _sort(rows)
         self.num_rows, self.num_samples = self.values.shape
-        sums = torch.zeros(self.num_rows, self.num_samples + 1, dtype=torch.float64, device=rows.device)
+        sums = torch.zeros(
+            self.num_rows, self.num_samples + 1, dtype=torch.float64, device=rows.device
+        )
         torch.cumsum(self.values, dim=1, dtype=torch.float64, out=sums[:, 1:])
         self.sums = sums
-        self.sum_of_squares = torch.linalg.vector_norm(self.values, dim=1, dtype=torch.float64).square()
+        self.sum_of_squares = torch.linalg.vector_norm(
+            self.values, dim=1, dtype=torch.float64
+        ).square()
 
-    def error(self, levels: Sequence[int], max_values: Tensor, zero_points: Tensor | None = None) -> Tensor:
+    def error(
+        self, levels: Sequence[int], max_values: Tensor, zero_points: Tensor | None = None
+    ) -> Tensor:
         """Return the squared error of rounding each row to each candidate grid.
 
         Arguments:
             levels: ascending integers of the code book; the last is the largest magnitude.
-            max_values: float64, ``(rows, candidates)``, the value of the last level above the zero point.
+            max_values: float64, ``(rows, candidates)``, the value of the last level above the zero
+                point.
             zero_points: float64, ``(rows, candidates)``, or None for 0.
 
         Returns:
@@ -111,7 +125,10 @@ class SortedRows:
         unit = torch.tensor(levels, dtype=torch.float64, device=self.values.device) / levels[-1]
         step, square_step = unit.diff(), unit.square().diff()
         borders = max_values[..., None] * ((unit[1:] + unit[:-1]) / 2)
-        top, zero = max_values * unit[-1], torch.zeros_like(max_values) if zero_points is None else zero_points
+        top, zero = (
+            max_values * unit[-1],
+            torch.zeros_like(max_values) if zero_points is None else zero_points,
+        )
         if zero_points is not None:
             borders, top = borders + zero[..., None], top + zero
         above = torch.searchsorted(self.values, _round_up(borders).view(self.num_rows, -1))
@@ -129,7 +146,9 @@ def _round_up(borders: Tensor) -> Tensor:
     nearest = borders.float()
     below = (nearest.double() < borders).int()
     bits = nearest.view(torch.int32)
-    towards = (bits >> 31) | 1  # the next float up is the next integer up for a positive one, down for a negative one
+    towards = (
+        bits >> 31
+    ) | 1  # the next float up is the next integer up for a positive one, down for a negative one
     return (bits + below * towards).view(torch.float32)
 
 
@@ -143,7 +162,9 @@ def _sort(rows: Tensor) -> Tensor:
 
 def _fractions(space: SearchSpace, device: torch.device) -> Tensor:
     """Return the coarse maxima as fractions of the data's own; 1 is among them, so absmax is never beaten by it."""
-    even = torch.linspace(space.low, space.high, space.num_maxima, dtype=torch.float64, device=device)
+    even = torch.linspace(
+        space.low, space.high, space.num_maxima, dtype=torch.float64, device=device
+    )
     return torch.cat([even, even.new_ones(1)])
 
 
@@ -153,7 +174,9 @@ def _around(best: Tensor, step: Tensor, num: int = 9) -> Tensor:
     return best[:, None] + step[:, None] * offsets
 
 
-def _best_maximum(rows: SortedRows, levels: Sequence[int], space: SearchSpace) -> tuple[Tensor, Tensor]:
+def _best_maximum(
+    rows: SortedRows, levels: Sequence[int], space: SearchSpace
+) -> tuple[Tensor, Tensor]:
     """Search a maximum per row without zero point; return (errors, maxima), both ``(rows,)`` float64."""
     largest = torch.maximum(rows.values[:, -1].abs(), rows.values[:, 0].abs()).double()
     # A row of zeros is exact on every grid; the 1 keeps its scale positive.
@@ -168,7 +191,9 @@ def _best_maximum(rows: SortedRows, levels: Sequence[int], space: SearchSpace) -
     return errors.clamp_min(0), best
 
 
-def _best_offset_grid(rows: SortedRows, levels: Sequence[int], space: SearchSpace) -> tuple[Tensor, Tensor, Tensor]:
+def _best_offset_grid(
+    rows: SortedRows, levels: Sequence[int], space: SearchSpace
+) -> tuple[Tensor, Tensor, Tensor]:
     """Search maximum and zero point together; return (errors, maxima, zero points), each ``(rows,)`` float64."""
     device = rows.values.device
     low, high = rows.values[:, 0].double(), rows.values[:, -1].double()
@@ -176,19 +201,26 @@ def _best_offset_grid(rows: SortedRows, levels: Sequence[int], space: SearchSpac
     max_fractions = _fractions(space, device)
     zeros, zero_step = low[:, None] * zero_fractions, low.abs() * zero_fractions[1]
     spread = torch.where(high > low.clamp_max(0), high - low.clamp_max(0), torch.ones_like(high))
-    maxima, max_step = spread[:, None] * max_fractions, spread * (max_fractions[1] - max_fractions[0])
+    maxima, max_step = (
+        spread[:, None] * max_fractions,
+        spread * (max_fractions[1] - max_fractions[0]),
+    )
     floor = spread[:, None] * space.low / 2
     for _ in range(space.num_refinements + 1):
         pairs_max = maxima.repeat_interleave(zeros.shape[1], dim=1)
         pairs_zero = zeros.repeat(1, maxima.shape[1])
         errors, index = rows.error(levels, pairs_max, pairs_zero).min(dim=1)
-        best_max, best_zero = (pairs.gather(1, index[:, None])[:, 0] for pairs in (pairs_max, pairs_zero))
+        best_max, best_zero = (
+            pairs.gather(1, index[:, None])[:, 0] for pairs in (pairs_max, pairs_zero)
+        )
         maxima, max_step = _around(best_max, max_step).maximum(floor), max_step / 4
         zeros, zero_step = _around(best_zero, zero_step), zero_step / 4
     return errors.clamp_min(0), best_max, best_zero
 
 
-def search_tensor(samples: Tensor, formats: Sequence[FloatFormat], space: SearchSpace) -> SearchResult:
+def search_tensor(
+    samples: Tensor, formats: Sequence[FloatFormat], space: SearchSpace
+) -> SearchResult:
     """Find the best grid for a whole tensor; unsigned formats may have a zero point.
 
     Arguments:
@@ -207,7 +239,12 @@ def search_tensor(samples: Tensor, formats: Sequence[FloatFormat], space: Search
             error, max_value, zero = _best_offset_grid(rows, fmt.magnitudes, space)
             zero_point = float(zero)
         scores.append(
-            FormatScore(format=fmt, error=float(error) / total, max_value=max_value.float(), zero_point=zero_point)
+            FormatScore(
+                format=fmt,
+                error=float(error) / total,
+                max_value=max_value.float(),
+                zero_point=zero_point,
+            )
         )
     return _choose(scores, space.margin)
 
@@ -232,7 +269,9 @@ def search_rows(weight: Tensor, formats: Sequence[FloatFormat], space: SearchSpa
             errors[i] += error.sum().cpu()
             maxima[i].append(max_value.float())
     scores = [
-        FormatScore(format=fmt, error=float(errors[i]) / (total or 1.0), max_value=torch.cat(maxima[i]))
+        FormatScore(
+            format=fmt, error=float(errors[i]) / (total or 1.0), max_value=torch.cat(maxima[i])
+        )
         for i, fmt in enumerate(formats)
     ]
     return _choose(scores, space.margin)

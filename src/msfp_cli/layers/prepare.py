@@ -7,11 +7,14 @@ from msfp_cli.layers.kernels.registry import AUTO, choose_kernel
 from msfp_cli.layers.replace import quantized_layers
 
 
-def prepare_(denoiser: nn.Module, kernel: str = AUTO, *, keep_packed: bool = False) -> dict[str, tuple[str, str]]:
+def prepare_(
+    denoiser: nn.Module, kernel: str = AUTO, *, keep_packed: bool = False
+) -> dict[str, tuple[str, str]]:
     """Choose and prepare the kernel of every quantized layer, for the device it is on.
 
-    A layer does so by itself when it first runs. Call this to choose otherwise, to have it done before the first call,
-    or before ``torch.compile``, which takes the layers as they are: unprepared ones are simulated.
+    A layer does so by itself when it first runs. Call this to choose otherwise, to have it done
+    before the first call, or before ``torch.compile``, which takes the layers as they are:
+    unprepared ones are simulated.
 
     Arguments:
         kernel: a name in `kernels.KERNELS`, or ``auto``; a layer that it refuses is simulated.
@@ -33,7 +36,9 @@ def prepare_(denoiser: nn.Module, kernel: str = AUTO, *, keep_packed: bool = Fal
         assert layer.kernel is not None, "it was prepared"
         chosen[name] = (layer.kernel.name, reason)
     if chosen and kernel != AUTO and all(name != kernel for name, _ in chosen.values()):
-        name, (_, reason) = max(chosen.items(), key=lambda entry: bool(entry[1][1]))  # tables have no reason
+        name, (_, reason) = max(
+            chosen.items(), key=lambda entry: bool(entry[1][1])
+        )  # tables have no reason
         raise UsageError(
             f"kernel {kernel!r} can run none of the {len(chosen)} layers; {name}: {reason}; choose {AUTO!r}"
         )
@@ -43,7 +48,8 @@ def prepare_(denoiser: nn.Module, kernel: str = AUTO, *, keep_packed: bool = Fal
 def _leave_file_(denoiser: nn.Module) -> None:
     """Copy tensors on the CPU, which a model that was just loaded reads from its file.
 
-    The file is mapped as a whole, until its last tensor is gone: laid out weights would come on top of it.
+    The file is mapped as a whole, until its last tensor is gone: laid out weights would come on top
+    of it.
     """
     for module in denoiser.modules():
         for parameter in module.parameters(recurse=False):
@@ -51,4 +57,6 @@ def _leave_file_(denoiser: nn.Module) -> None:
                 parameter.data = parameter.data.clone()
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type == "cpu":
-                module._buffers[name] = buffer.clone()  # loaded buffers are views, and would keep what they view
+                module._buffers[name] = (
+                    buffer.clone()
+                )  # loaded buffers are views, and would keep what they view

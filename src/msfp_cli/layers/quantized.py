@@ -1,15 +1,16 @@
 """Linear and Conv2d layers that hold 4-bit codes and round their input, and tables that hold codes.
 
-All subclass torch's own layers, so libraries that ask ``isinstance(layer, nn.Linear)`` (PEFT among them) see what
-they expect; ``layer.weight`` dequantizes on the fly. The state is two buffers, ``weight_codes`` (packed, one row per
-member of the layer's hub) and ``weight_scale`` (float32, one per output channel, or per row of a table), beside the
-float bias. What is one number per layer (formats, the input's scale and zero point) is no tensor: it is
-`LayerParameters`, a plain value that the checkpoint stores as JSON. A layer whose hub has several members reads from
-its route which one serves the timestep that the denoiser is at.
+All subclass torch's own layers, so libraries that ask ``isinstance(layer, nn.Linear)`` (PEFT among
+them) see what they expect; ``layer.weight`` dequantizes on the fly. The state is two buffers,
+``weight_codes`` (packed, one row per member of the layer's hub) and ``weight_scale`` (float32, one
+per output channel, or per row of a table), beside the float bias. What is one number per layer
+(formats, the input's scale and zero point) is no tensor: it is `LayerParameters`, a plain value
+that the checkpoint stores as JSON. A layer whose hub has several members reads from its route which
+one serves the timestep that the denoiser is at.
 
-How a layer runs is its kernel's business. A layer chooses one when it first runs, for the device it is on then; a
-kernel that keeps the weight in a form of its own lets the layer drop its codes, which come back when they are asked
-for: to be saved, copied, or moved to another device.
+How a layer runs is its kernel's business. A layer chooses one when it first runs, for the device it
+is on then; a kernel that keeps the weight in a form of its own lets the layer drop its codes, which
+come back when they are asked for: to be saved, copied, or moved to another device.
 """
 
 from typing import Any, Protocol
@@ -28,7 +29,11 @@ from msfp_cli.layers.routing import Route
 from msfp_cli.layers.scheme import LayerParameters
 
 FloatLayer = nn.Linear | nn.Conv2d | nn.Embedding
-KINDS: dict[str, type[FloatLayer]] = {"linear": nn.Linear, "conv2d": nn.Conv2d, "embedding": nn.Embedding}
+KINDS: dict[str, type[FloatLayer]] = {
+    "linear": nn.Linear,
+    "conv2d": nn.Conv2d,
+    "embedding": nn.Embedding,
+}
 _PIECE = 1 << 20  # bytes that are looked up at once: bounds the temporaries of a large weight
 
 
@@ -76,12 +81,16 @@ class Quantized(nn.Module):
         """Take the settings and bias of a float layer, and room for its codes (on its device, meta included)."""
         nn.Module.__init__(self)
         tensors = {"weight", "bias"} | set(layer.__dict__.keys() & nn.Module().__dict__.keys())
-        self.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in tensors})
+        self.__dict__.update(
+            {key: value for key, value in layer.__dict__.items() if key not in tensors}
+        )
         self.parameters_of, self.kernel, self.weight_shape = parameters, None, layer.weight.shape
         self.wish = (AUTO, False)
         grid = parameters.input
         for fmt in (parameters.weight, grid and grid.format):
-            _ = fmt and fmt.code_book  # now: before Python 3.12 it is made under a lock, where torch.compile stops
+            _ = (
+                fmt and fmt.code_book
+            )  # now: before Python 3.12 it is made under a lock, where torch.compile stops
         self.training, self.route, self.slot = layer.training, None, 0
         self.register_parameter("bias", getattr(layer, "bias", None))  # type: ignore[arg-type]
         if parameters.weight is None:
@@ -89,8 +98,12 @@ class Quantized(nn.Module):
             return
         size = packed_size(layer.weight.numel(), parameters.weight.bits)
         device = layer.weight.device
-        self.register_buffer("weight_codes", torch.empty(parameters.hub, size, dtype=torch.uint8, device=device))
-        self.register_buffer("weight_scale", torch.empty(layer.weight.shape[0], dtype=torch.float32, device=device))
+        self.register_buffer(
+            "weight_codes", torch.empty(parameters.hub, size, dtype=torch.uint8, device=device)
+        )
+        self.register_buffer(
+            "weight_scale", torch.empty(layer.weight.shape[0], dtype=torch.float32, device=device)
+        )
 
     def prepare_(self, kernel: str = AUTO, *, keep_packed: bool = False) -> str:
         """Choose the kernel that runs this layer where it is now, and prepare it.
@@ -186,7 +199,8 @@ class Quantized(nn.Module):
         book = torch.tensor(self._weight_format().code_book, dtype=torch.int8, device=scale.device)
         if bits != 4:
             return book.index_select(0, self.codes(member).view(-1).int()).view(self.weight_shape)
-        # Both codes of a byte are looked up at once, as one int16, and a piece at a time: weights can be large.
+        # Both codes of a byte are looked up at once, as one int16, and a piece at a time: weights
+        # can be large.
         byte = torch.arange(256, device=scale.device)
         pairs = torch.stack([book[byte & 15], book[byte >> 4]], dim=1).view(torch.int16).view(-1)
         pieces = torch.split(self._packed_row(member), _PIECE)
@@ -195,7 +209,9 @@ class Quantized(nn.Module):
 
     def _packed_row(self, member: int | Tensor) -> Tensor:
         packed = self.packed_codes()
-        return packed[member] if isinstance(member, int) else packed.index_select(0, member.view(1))[0]
+        return (
+            packed[member] if isinstance(member, int) else packed.index_select(0, member.view(1))[0]
+        )
 
     def _weight_format(self) -> FloatFormat:
         fmt = self.parameters_of.weight
@@ -229,7 +245,9 @@ class Quantized(nn.Module):
         fmt = self._weight_format()
         self.restore_()
         self.get_buffer("weight_scale").copy_(scale)
-        self.get_buffer("weight_codes")[member].copy_(pack(quantize(steps, Grid(fmt, 1.0)), fmt.bits))
+        self.get_buffer("weight_codes")[member].copy_(
+            pack(quantize(steps, Grid(fmt, 1.0)), fmt.bits)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Round the input, run the layer; the kernel decides how."""
@@ -276,7 +294,8 @@ class QuantEmbedding(Quantized, nn.Embedding):  # type: ignore[misc, override]  
     def __init__(self, table: nn.Embedding, parameters: LayerParameters) -> None:
         """Take the place of `table`; call `store_` or load a state dict to give it codes."""
         self._take_over(table, parameters)
-        # The input is whole numbers, so only this says which type the rows have; it moves with the module.
+        # The input is whole numbers, so only this says which type the rows have; it moves with the
+        # module.
         self.register_buffer("like", torch.empty(0, dtype=table.weight.dtype), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,13 +16,18 @@ QuantizedModule = QuantLinear | QuantConv2d | QuantEmbedding
 def find_layers(denoiser: nn.Module) -> dict[str, FloatLayer]:
     """Return every layer that can be quantized, by qualified name, in the order of definition.
 
-    A subclass counts only if it runs torch's own forward: one that does something else would silently lose it. Nor does
-    a table count that changes its rows as they are looked up (``max_norm``).
+    A subclass counts only if it runs torch's own forward: one that does something else would
+    silently lose it. Nor does a table count that changes its rows as they are looked up
+    (``max_norm``).
     """
     found: dict[str, FloatLayer] = {}
     for name, module in denoiser.named_modules():
         for kind in KINDS.values():
-            if isinstance(module, kind) and type(module).forward is kind.forward and not _renormalizes(module):
+            if (
+                isinstance(module, kind)
+                and type(module).forward is kind.forward
+                and not _renormalizes(module)
+            ):
                 found[name] = module
     return found
 
@@ -41,14 +46,15 @@ def replace_layers_(
 ) -> dict[str, QuantizedModule]:
     """Put an empty quantized layer in the place of each float layer that `table` names.
 
-    Layers with several sets of weights get a router, the denoiser's module `routing.ROUTER`, in the order of their
-    names.
+    Layers with several sets of weights get a router, the denoiser's module `routing.ROUTER`, in the
+    order of their names.
 
     Arguments:
         timestep_unit: what brings the denoiser's timesteps to 0..1000, for the router.
 
     Returns:
-        The new layers by name; they have the settings and the bias of the old ones, and no codes yet.
+        The new layers by name; they have the settings and the bias of the old ones, and no codes
+        yet.
 
     Raises:
         CheckpointError: the denoiser has no such layer, or one of another kind.
@@ -63,7 +69,9 @@ def replace_layers_(
     odd = [name for name in table if isinstance(layers[name], nn.Embedding) != table[name].lookup]
     if odd:
         kind = type(layers[odd[0]]).__name__
-        raise CheckpointError(f"layer {odd[0]!r} is of another kind, {kind}; was this made from another model?")
+        raise CheckpointError(
+            f"layer {odd[0]!r} is of another kind, {kind}; was this made from another model?"
+        )
     replaced: dict[str, QuantizedModule] = {}
     for name, parameters in table.items():
         new = _quantized(layers[name], parameters)
@@ -75,7 +83,9 @@ def replace_layers_(
 
 
 @torch.no_grad()
-def store_layers_(denoiser: nn.Module, table: Mapping[str, LayerParameters], scales: Mapping[str, Tensor]) -> None:
+def store_layers_(
+    denoiser: nn.Module, table: Mapping[str, LayerParameters], scales: Mapping[str, Tensor]
+) -> None:
     """Replace each layer that `table` names, and store its weight, rounded, on the way: one float weight at a time.
 
     Arguments:
@@ -95,15 +105,23 @@ def _quantized(layer: FloatLayer, parameters: LayerParameters) -> QuantizedModul
     """Return the empty quantized layer that takes a float one's place."""
     if isinstance(layer, nn.Embedding):
         return QuantEmbedding(layer, parameters)
-    return QuantLinear(layer, parameters) if isinstance(layer, nn.Linear) else QuantConv2d(layer, parameters)
+    return (
+        QuantLinear(layer, parameters)
+        if isinstance(layer, nn.Linear)
+        else QuantConv2d(layer, parameters)
+    )
 
 
-def _attach_router_(denoiser: nn.Module, layers: Mapping[str, QuantizedModule], unit: float) -> None:
+def _attach_router_(
+    denoiser: nn.Module, layers: Mapping[str, QuantizedModule], unit: float
+) -> None:
     """Give the layers with several sets of weights a common router, if there are any."""
     switching = [layers[name] for name in sorted(layers) if layers[name].parameters_of.hub > 1]
     if not switching:
         return
-    router = RouterTable(len(switching), unit, device=switching[0].get_buffer("weight_scale").device)
+    router = RouterTable(
+        len(switching), unit, device=switching[0].get_buffer("weight_scale").device
+    )
     for slot, layer in enumerate(switching):
         layer.route, layer.slot = router.route, slot
     router.attach_(denoiser)

@@ -1,9 +1,10 @@
 """The timestep, from the denoiser's call to the layers: which member of its hub serves a layer now.
 
-The choice depends on the timestep alone, so an exported router is a table, ``timestep -> member``, for every layer
-that switches. `RouterTable` reads the timestep of each call where it arrives, in the denoiser's own arguments, holds
-the choice while that call runs, and lets go of it whatever happens; no layer ever counts its calls. A layer that is
-asked to choose while its denoiser is not running raises.
+The choice depends on the timestep alone, so an exported router is a table, ``timestep -> member``,
+for every layer that switches. `RouterTable` reads the timestep of each call where it arrives, in
+the denoiser's own arguments, holds the choice while that call runs, and lets go of it whatever
+happens; no layer ever counts its calls. A layer that is asked to choose while its denoiser is not
+running raises.
 """
 
 import inspect
@@ -91,7 +92,9 @@ class RouterTable(nn.Module):
     def __init__(self, num_layers: int, unit: float, device: torch.device | None = None) -> None:
         super().__init__()
         self.unit, self.route = unit, Route[int | Tensor]()
-        self.register_buffer("table", torch.zeros(TABLE_SIZE, num_layers, dtype=torch.uint8, device=device))
+        self.register_buffer(
+            "table", torch.zeros(TABLE_SIZE, num_layers, dtype=torch.uint8, device=device)
+        )
 
     def choices(self, timestep: float) -> list[int]:
         """Return the member that serves each layer at a timestep."""
@@ -101,7 +104,8 @@ class RouterTable(nn.Module):
     def compiled_choices(self, timestep: Tensor) -> Sequence[Tensor]:
         """Return the same as tensors, int64 of one element, for a graph that serves every timestep.
 
-        A compiled call cannot look whether the rows of a batch share their timestep; the first row's counts.
+        A compiled call cannot look whether the rows of a batch share their timestep; the first
+        row's counts.
         """
         row = (timestep.reshape(-1)[:1].double() * self.unit).round().clamp(0, TABLE_SIZE - 1)
         return torch.split(self.get_buffer("table").index_select(0, row.long())[0].long(), 1)

@@ -12,11 +12,14 @@ class LayerParameters:
     """What one quantized layer needs besides its tensors.
 
     Arguments:
-        weight: format of the weight, one scale per output channel; None leaves the weight in floating point.
+        weight: format of the weight, one scale per output channel; None leaves the weight in
+            floating point.
         input: grid of the input, one for the whole tensor; None leaves the input in floating point.
         hub: sets of weights, of which the denoiser's router picks one by timestep.
-        further_inputs: grids of the input for the second set of weights and those after it; empty if they share one.
-        lookup: whether this is a table, whose rows are looked up: one scale per row, no input to round, no hub.
+        further_inputs: grids of the input for the second set of weights and those after it; empty
+            if they share one.
+        lookup: whether this is a table, whose rows are looked up: one scale per row, no input to
+            round, no hub.
     """
 
     weight: FloatFormat | None = None
@@ -27,7 +30,9 @@ class LayerParameters:
 
     def __post_init__(self) -> None:
         if self.hub < 1 or len(self.further_inputs) not in (0, self.hub - 1):
-            raise ValueError(f"{len(self.further_inputs)} further inputs do not fit {self.hub} sets of weights")
+            raise ValueError(
+                f"{len(self.further_inputs)} further inputs do not fit {self.hub} sets of weights"
+            )
         if self.lookup and (self.input is not None or self.hub > 1):
             raise ValueError("a table has one set of weights, and no input to round")
 
@@ -59,7 +64,9 @@ class LayerParameters:
             weight=None if weight is None else FloatFormat.parse(weight),
             input=None if grid is None else _grid_from_json(grid),
             hub=int(data.get("hub", 1)),
-            further_inputs=tuple(_grid_from_json(further) for further in data.get("further_inputs", ())),
+            further_inputs=tuple(
+                _grid_from_json(further) for further in data.get("further_inputs", ())
+            ),
             lookup=bool(data.get("lookup", False)),
         )
 

@@ -25,7 +25,9 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     try:
         lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read prompts from {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise UsageError(
+            f"cannot read prompts from {path}: {getattr(error, 'strerror', None) or error}"
+        ) from None
     prompts = tuple(line for line in lines if line)
     if not prompts:
         raise UsageError(f"{path} holds no prompts; write one a line")
@@ -41,7 +43,8 @@ def conditions_for(
     """Return at most so many conditions, one per image.
 
     Arguments:
-        prompts: prompts or class labels; None takes a built-in list, class labels spread over all, or nothing.
+        prompts: prompts or class labels; None takes a built-in list, class labels spread over all,
+            or nothing.
 
     Raises:
         UsageError: the pipeline takes no prompts.
@@ -82,7 +85,9 @@ def arguments_of(pipe: Any, conditions: Sequence[str | None]) -> dict[str, Any]:
     if kind == "none":
         return {"batch_size": len(conditions)}
     if any(condition is None for condition in conditions):
-        raise UsageError(f"{type(pipe).__name__} needs a prompt for every picture; give --prompt or --prompts FILE")
+        raise UsageError(
+            f"{type(pipe).__name__} needs a prompt for every picture; give --prompt or --prompts FILE"
+        )
     if kind == "prompt":
         return {"prompt": list(conditions)}
     return {"class_labels": [_class_label(pipe, str(condition)) for condition in conditions]}
@@ -94,5 +99,7 @@ def _class_label(pipe: Any, text: str) -> int:  # noqa: ANN401
         return int(text)
     labels = getattr(pipe, "labels", None) or {}
     if text not in labels:
-        raise UsageError(f"{text!r} is no class label of this pipeline; give a number or one of its label names")
+        raise UsageError(
+            f"{text!r} is no class label of this pipeline; give a number or one of its label names"
+        )
     return int(labels[text])

@@ -1,8 +1,8 @@
 """Find the denoiser of a pipeline, watch its calls, and replay them.
 
-A pipeline is never re-implemented here. Its denoiser is found by looking at its components, a hook on the denoiser's
-own ``forward`` sees each call, and `replay` repeats one. So classifier-free guidance, added conditions, guidance
-vectors and any scheduler come along without a line about them.
+A pipeline is never re-implemented here. Its denoiser is found by looking at its components, a hook
+on the denoiser's own ``forward`` sees each call, and `replay` repeats one. So classifier-free
+guidance, added conditions, guidance vectors and any scheduler come along without a line about them.
 """
 
 import functools
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from msfp_cli.errors import ModelError
 
-# The attribute names under which diffusers' pipelines keep the network that is called once per timestep.
+# The attribute names under which diffusers' pipelines keep the network that is called once per
+# timestep.
 _ROLES = ("unet", "transformer", "transformer_2", "transformer_3", "prior", "decoder")
 
 
@@ -29,7 +30,8 @@ class DenoiserCall:
         component: the pipeline's name for the denoiser, e.g. ``unet``.
         timestep: the timestep it was called with, in the denoiser's own unit.
         arguments: all arguments by name; tensors, plain values, and lists or dicts of them.
-        output: what it returned, without the wrapping tuple, and without channels that the pipeline throws away.
+        output: what it returned, without the wrapping tuple, and without channels that the pipeline
+            throws away.
     """
 
     component: str
@@ -52,7 +54,10 @@ def find_denoisers(pipe: Any) -> dict[str, nn.Module]:  # noqa: ANN401 (a pipeli
         and "timestep" in inspect.signature(components[role].forward).parameters
     }
     if not found:
-        names = ", ".join(sorted(name for name, part in components.items() if part is not None)) or "nothing"
+        names = (
+            ", ".join(sorted(name for name, part in components.items() if part is not None))
+            or "nothing"
+        )
         raise ModelError(
             f"{type(pipe).__name__} has no denoiser (looked for {', '.join(_ROLES)}; it has {names}); "
             "msfp quantizes pipelines whose UNet or transformer is called once per timestep"
@@ -71,7 +76,9 @@ def _first(output: Any) -> Tensor:  # noqa: ANN401 (tuple or diffusers' output c
 
 
 @contextmanager
-def watch_calls(denoisers: dict[str, nn.Module], seen: Callable[[DenoiserCall], None]) -> Iterator[None]:
+def watch_calls(
+    denoisers: dict[str, nn.Module], seen: Callable[[DenoiserCall], None]
+) -> Iterator[None]:
     """Give every call of the denoisers to `seen` while the context is open."""
     handles = []
     for component, module in denoisers.items():

@@ -1,17 +1,20 @@
 """The denoising factor: how much an error of the denoiser's output at a timestep moves the next sample.
 
-A sampler's update is linear in the denoiser's output, and gamma_t is the absolute value of that coefficient (denoising
-factor of Zhao et al. 2025, arXiv:2505.21591). With ``abar`` the cumulative signal power at the timestep t, ``s`` the
-next timestep of the sampler, and eta the share of fresh noise (0: DDIM's ordinary differential equation, 1: DDPM),
+A sampler's update is linear in the denoiser's output, and gamma_t is the absolute value of that
+coefficient (denoising factor of Zhao et al. 2025, arXiv:2505.21591). With ``abar`` the cumulative
+signal power at the timestep t, ``s`` the next timestep of the sampler, and eta the share of fresh
+noise (0: DDIM's ordinary differential equation, 1: DDPM),
 
     gamma_t = | sqrt(1 - abar_s - v) - sqrt(abar_s (1 - abar_t) / abar_t) | * | d eps / d output |
     v       = eta^2 (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)
-    d eps / d output = 1 (epsilon), sqrt(abar_t) (v-prediction), sqrt(abar_t / (1 - abar_t)) (sample)
+    d eps / d output = 1 (epsilon), sqrt(abar_t) (v-prediction), sqrt(abar_t / (1 - abar_t))
+    (sample)
 
-and for flow matching ``gamma_t = |sigma_s - sigma_t|``. On the same timesteps the number is the same for DDIM, Euler,
-DPM-Solver and PNDM: they integrate one equation in different coordinates (derivation: ours). Read naively, Euler's step
-in sigma space is 64 where DDIM's is below 1; only the sample rescaled to unit variance is comparable. Multi-step
-schedulers mix in earlier outputs; the first-order factor is the one that speaks of this timestep alone.
+and for flow matching ``gamma_t = |sigma_s - sigma_t|``. On the same timesteps the number is the
+same for DDIM, Euler, DPM-Solver and PNDM: they integrate one equation in different coordinates
+(derivation: ours). Read naively, Euler's step in sigma space is 64 where DDIM's is below 1; only
+the sample rescaled to unit variance is comparable. Multi-step schedulers mix in earlier outputs;
+the first-order factor is the one that speaks of this timestep alone.
 """
 
 from typing import Any
@@ -30,7 +33,8 @@ def denoising_factors(scheduler: Any, *, eta: float | None = None) -> tuple[Tens
         eta: share of fresh noise; None takes 1 for ancestral samplers (DDPM) and 0 for all others.
 
     Returns:
-        Two float64 tensors ``(timesteps,)``: each distinct timestep from noisy to clean, and its factor.
+        Two float64 tensors ``(timesteps,)``: each distinct timestep from noisy to clean, and its
+        factor.
 
     Raises:
         ModelError: the scheduler has neither a table of signal powers nor flow-matching sigmas.
@@ -38,14 +42,20 @@ def denoising_factors(scheduler: Any, *, eta: float | None = None) -> tuple[Tens
     timesteps = _distinct(scheduler.timesteps)
     if _is_flow_matching(scheduler):
         sigmas = _distinct(scheduler.sigmas)
-        if len(sigmas) == len(timesteps):  # a schedule that ends above zero: the last step still goes to clean
+        if len(sigmas) == len(
+            timesteps
+        ):  # a schedule that ends above zero: the last step still goes to clean
             sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
         return timesteps, sigmas.diff().abs()[: len(timesteps)]
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
-        raise ModelError(f"no denoising factor is known for {type(scheduler).__name__}; use --loss plain")
+        raise ModelError(
+            f"no denoising factor is known for {type(scheduler).__name__}; use --loss plain"
+        )
     now = _signal_power(table, timesteps)
-    final = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0), dtype=torch.float64).reshape(1)
+    final = torch.as_tensor(
+        getattr(scheduler, "final_alpha_cumprod", 1.0), dtype=torch.float64
+    ).reshape(1)
     following = torch.cat([now[1:], final])
     if eta is None:
         eta = 1.0 if type(scheduler).__name__.startswith("DDPM") else 0.0
@@ -58,7 +68,8 @@ def denoising_factors(scheduler: Any, *, eta: float | None = None) -> tuple[Tens
 def loss_weights(factors: Tensor, *, power: float = 1.0) -> Tensor:
     """Return weights of mean 1 proportional to ``factors ** power``, so that learning rates keep their meaning.
 
-    A step whose factor is 0 or not finite gets the smallest proper one: it is seldom what a user wants unlearned.
+    A step whose factor is 0 or not finite gets the smallest proper one: it is seldom what a user
+    wants unlearned.
     """
     proper = factors.isfinite() & (factors > 0)
     if not proper.any():
@@ -100,4 +111,6 @@ def _epsilon_per_output(prediction_type: str, power: Tensor) -> Tensor:
         return power.sqrt()
     if prediction_type == "sample":
         return (power / (1 - power)).sqrt()
-    raise ModelError(f"no denoising factor is known for prediction type {prediction_type!r}; use --loss plain")
+    raise ModelError(
+        f"no denoising factor is known for prediction type {prediction_type!r}; use --loss plain"
+    )

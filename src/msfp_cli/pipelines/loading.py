@@ -55,13 +55,17 @@ def choose_device(device: str | None) -> str:
         ModelError: the device is not there.
     """
     if device is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        accelerator = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
         return "cpu" if accelerator is None else accelerator.type
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from None
+        raise ModelError(
+            f"device {device!r} cannot be used here ({reason}); try --device cpu"
+        ) from None
     return device
 
 
@@ -101,7 +105,9 @@ def load_pipeline(source: ModelSource, device: str | None = None) -> Any:  # noq
     options = {"revision": source.revision, "variant": source.variant}
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            model, dtype=choose_dtype(source.dtype, place), **{k: v for k, v in options.items() if v is not None}
+            model,
+            dtype=choose_dtype(source.dtype, place),
+            **{k: v for k, v in options.items() if v is not None},
         )
     except MsfpError:
         raise
@@ -128,8 +134,11 @@ def _explain(source: ModelSource, error: Exception) -> str:
             f"model {model!r} was not found on the hub: the id may be misspelt or removed, or the model may be private "
             "(then run `hf auth login`); a local directory works too"
         )
-    if any(isinstance(c, hub.OfflineModeIsEnabled | hub.LocalEntryNotFoundError) for c in causes) or any(
-        "Connect" in type(c).__name__ or isinstance(c, ConnectionError | TimeoutError) for c in causes
+    if any(
+        isinstance(c, hub.OfflineModeIsEnabled | hub.LocalEntryNotFoundError) for c in causes
+    ) or any(
+        "Connect" in type(c).__name__ or isinstance(c, ConnectionError | TimeoutError)
+        for c in causes
     ):
         return f"model {model!r} is no local directory, and the hub cannot be reached: check the name or the network"
     if not Path(model).exists() and model.count("/") != 1 and source.model != BUILT_IN:

@@ -11,7 +11,8 @@ from msfp_cli.pipelines.denoiser import DenoiserCall
 
 # Arguments whose first dimension is never the batch, whatever its size.
 _POSITIONS = ("img_ids", "txt_ids", "image_rotary_emb", "padding_mask")
-# Arguments that may have several entries for each row of the batch, one after another (one a frame of a video).
+# Arguments that may have several entries for each row of the batch, one after another (one a frame
+# of a video).
 _FOLDED = ("encoder_hidden_states",)
 
 
@@ -36,7 +37,11 @@ def take_rows(call: DenoiserCall, rows: Tensor) -> DenoiserCall:
     Arguments:
         rows: int64, ``(rows,)``; every tensor whose first dimension is the batch is indexed by it.
     """
-    return replace(call, arguments=_merge([_take(call.arguments, rows, len(call.output))]), output=call.output[rows])
+    return replace(
+        call,
+        arguments=_merge([_take(call.arguments, rows, len(call.output))]),
+        output=call.output[rows],
+    )
 
 
 def join_rows(picked: Sequence[tuple[DenoiserCall, int]]) -> list[JoinedCall]:
@@ -46,12 +51,14 @@ def join_rows(picked: Sequence[tuple[DenoiserCall, int]]) -> list[JoinedCall]:
         picked: a call and the index of one of its rows, each.
 
     Returns:
-        As few calls as possible, one where nothing but rows and timesteps differs. Prompts of unequal length, or
-        options that change on the way, make more.
+        As few calls as possible, one where nothing but rows and timesteps differs. Prompts of
+        unequal length, or options that change on the way, make more.
     """
     groups: list[list[tuple[DenoiserCall, int, Any]]] = []
     for call, row in picked:
-        own = call.arguments | {"timestep": _of_each_row(call.arguments["timestep"], len(call.output))}
+        own = call.arguments | {
+            "timestep": _of_each_row(call.arguments["timestep"], len(call.output))
+        }
         taken = _take(own, torch.tensor([row]), len(call.output))
         group = next((group for group in groups if _alike(group[0][2], taken)), None)
         if group is None:
@@ -85,12 +92,20 @@ def _take(value: Any, rows: Tensor, batch: int, name: str = "") -> Any:  # noqa:
     if name in _POSITIONS:
         return value
     if isinstance(value, Tensor):
-        if not value.ndim or not (len(value) == batch or (name in _FOLDED and len(value) % batch == 0)):
+        if not value.ndim or not (
+            len(value) == batch or (name in _FOLDED and len(value) % batch == 0)
+        ):
             return value
-        return _Rows(value.reshape(batch, len(value) // batch, *value.shape[1:])[rows].flatten(0, 1))
+        return _Rows(
+            value.reshape(batch, len(value) // batch, *value.shape[1:])[rows].flatten(0, 1)
+        )
     if isinstance(value, dict):
         return {key: _take(item, rows, batch, key) for key, item in value.items()}
-    return type(value)(_take(v, rows, batch, name) for v in value) if isinstance(value, list | tuple) else value
+    return (
+        type(value)(_take(v, rows, batch, name) for v in value)
+        if isinstance(value, list | tuple)
+        else value
+    )
 
 
 def _alike(one: Any, other: Any) -> bool:  # noqa: ANN401 (trees of arguments)

@@ -1,7 +1,8 @@
 """Call a stock pipeline the way its user would, whatever it is conditioned on.
 
-What a pipeline takes is read off its signature: a prompt, class labels, or only a batch size. Image ``i`` always gets
-its own generator seeded with ``seed + i``, so a picture does not depend on the batch it was made in.
+What a pipeline takes is read off its signature: a prompt, class labels, or only a batch size. Image
+``i`` always gets its own generator seeded with ``seed + i``, so a picture does not depend on the
+batch it was made in.
 """
 
 import inspect
@@ -50,12 +51,16 @@ def call_pipeline(
     """
     parameters = inspect.signature(pipe.__call__).parameters
     wanted: dict[str, Any] = {
-        "generator": [torch.Generator().manual_seed(sampling.seed + first + i) for i in range(len(conditions))],
+        "generator": [
+            torch.Generator().manual_seed(sampling.seed + first + i) for i in range(len(conditions))
+        ],
         "num_inference_steps": sampling.num_inference_steps,
         "guidance_scale": sampling.guidance_scale,
         "output_type": output_type,
     }
-    arguments = {key: value for key, value in wanted.items() if key in parameters and value is not None}
+    arguments = {
+        key: value for key, value in wanted.items() if key in parameters and value is not None
+    }
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
     try:

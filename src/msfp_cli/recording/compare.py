@@ -38,7 +38,9 @@ class OutputError:
     def by_timestep(self) -> list[tuple[float, float]]:
         """Return (timestep, relative error) from noisy to clean."""
         ordered = sorted(self.sums.items(), reverse=True)
-        return [(timestep, error / signal if signal else 0.0) for timestep, (error, signal) in ordered]
+        return [
+            (timestep, error / signal if signal else 0.0) for timestep, (error, signal) in ordered
+        ]
 
 
 def output_error(denoiser: nn.Module, calls: Iterable[DenoiserCall]) -> OutputError:
@@ -74,7 +76,9 @@ def layer_errors(
     return {name: error / signal if signal else 0.0 for name, (error, signal) in sums.items()}
 
 
-def _outputs(denoiser: nn.Module, names: Iterable[str], call: DenoiserCall) -> Mapping[str, list[Tensor]]:
+def _outputs(
+    denoiser: nn.Module, names: Iterable[str], call: DenoiserCall
+) -> Mapping[str, list[Tensor]]:
     """Return what each named layer gives during one call, every time that it runs."""
     seen: dict[str, list[Tensor]] = {}
     with ExitStack() as hooks:
@@ -94,12 +98,20 @@ MAX_ROWS = 4  # of each call: enough to rank layers, and a quarter of the time o
 
 def spread_calls(recording: Recording, component: str, count: int) -> list[DenoiserCall]:
     """Pick calls spread over the timesteps and over the pipeline runs, a few rows of each."""
-    shards = [i for i in range(recording.num_shards) if any(t is not None for t in recording.timesteps(i, component))]
+    shards = [
+        i
+        for i in range(recording.num_shards)
+        if any(t is not None for t in recording.timesteps(i, component))
+    ]
     picked = []
     for i in range(count if shards else 0):
-        calls = [call for call in recording.shard(shards[i % len(shards)]) if call.component == component]
+        calls = [
+            call for call in recording.shard(shards[i % len(shards)]) if call.component == component
+        ]
         call = calls[(2 * i + 1) * len(calls) // (2 * count)]
         batch = call.output.shape[0]
-        rows = torch.linspace(0, batch - 1, min(MAX_ROWS, batch)).long()  # both halves of a guided batch
+        rows = torch.linspace(
+            0, batch - 1, min(MAX_ROWS, batch)
+        ).long()  # both halves of a guided batch
         picked.append(take_rows(call, rows))
     return picked

@@ -7,7 +7,9 @@ from msfp_cli.errors import UsageError
 from msfp_cli.recipe import Recipe, at_least
 
 NUM_IMAGES = 800  # recorded where nobody says how many
-NUM_IMAGES_LARGE = 200  # the same of a large denoiser, whose pictures take longer, hold more, and need more disk
+NUM_IMAGES_LARGE = (
+    200  # the same of a large denoiser, whose pictures take longer, hold more, and need more disk
+)
 LARGE = 100_000_000  # parameters
 MAX_CONDITIONS = 200  # recorded of a list that nobody gave: the rest is left to evaluate on
 _HELD_OUT = 24  # conditions of a long recording, some more where it does not divide: each measurement takes time
@@ -19,7 +21,8 @@ class RecordRecipe(Recipe):
     """How to record denoiser calls.
 
     Arguments:
-        conditions: a prompt or class label per image; None for each image of an unconditional pipeline.
+        conditions: a prompt or class label per image; None for each image of an unconditional
+            pipeline.
         num_inference_steps, guidance_scale: as in the pipeline's call; None leaves its default.
         seed: image i is drawn from ``seed + i``.
         batch_size: images per pipeline call.
@@ -49,9 +52,11 @@ class RecordOptions:
     """What the user may say about recording.
 
     Arguments:
-        prompts: prompts or class labels; None takes a built-in list, class labels spread over all, or nothing.
-        num_images: pictures to record, a fifth held out, of many some 24; with few prompts these come again, with other
-            noise. None takes one for each of `prompts`, else `NUM_IMAGES`, `NUM_IMAGES_LARGE` of a large denoiser.
+        prompts: prompts or class labels; None takes a built-in list, class labels spread over all,
+            or nothing.
+        num_images: pictures to record, a fifth held out, of many some 24; with few prompts these
+            come again, with other noise. None takes one for each of `prompts`, else `NUM_IMAGES`,
+            `NUM_IMAGES_LARGE` of a large denoiser.
         num_inference_steps, guidance_scale, seed, batch_size: as in `RecordRecipe`.
         max_bytes: bound on the recording's size.
     """
@@ -78,7 +83,9 @@ def recorded_conditions(
     return tuple(chosen[i % len(chosen)] for i in range(count)), held_out
 
 
-def split_held_out(conditions: Sequence[str | None]) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+def split_held_out(
+    conditions: Sequence[str | None],
+) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
     """Set every fifth condition aside, of many only some 24 in all; a lone one serves for both (with other seeds).
 
     Returns:

@@ -38,7 +38,12 @@ class _Watcher:
     """Collects the calls of one pipeline run; checks the first against the bound before anything is written."""
 
     def __init__(self, pipe: Any, recording: Recording, num_runs: int, max_bytes: int) -> None:  # noqa: ANN401
-        self.pipe, self.recording, self.num_runs, self.max_bytes = pipe, recording, num_runs, max_bytes
+        self.pipe, self.recording, self.num_runs, self.max_bytes = (
+            pipe,
+            recording,
+            num_runs,
+            max_bytes,
+        )
         self.calls: list[DenoiserCall] = []
         self.channels: set[int] = set()  # of what reached the scheduler
         self.checked = False
@@ -61,13 +66,16 @@ class _Watcher:
     def used_calls(self) -> list[DenoiserCall]:
         """Return the calls without what the pipeline threw away: the variance that DiT, for one, predicts as well.
 
-        Such a denoiser returns twice the channels that reach the scheduler, and the pipelines keep the first half.
+        Such a denoiser returns twice the channels that reach the scheduler, and the pipelines keep
+        the first half.
         """
         if len(self.channels) != 1:
             return self.calls
         (used,) = self.channels
         return [
-            replace(call, output=call.output[:, :used].contiguous()) if call.output.shape[1] == 2 * used else call
+            replace(call, output=call.output[:, :used].contiguous())
+            if call.output.shape[1] == 2 * used
+            else call
             for call in self.calls
         ]
 
@@ -120,7 +128,8 @@ def record_calls(
     An interrupted recording goes on with the first shard that is missing.
 
     Raises:
-        RunError: the directory holds another recording, or this one would take more than `max_bytes` or the free disk.
+        RunError: the directory holds another recording, or this one would take more than
+            `max_bytes` or the free disk.
         CalibrationError: the full-precision model itself gives a NaN or an infinity.
     """
     denoisers = find_denoisers(pipe)
@@ -139,24 +148,33 @@ def record_calls(
             watcher = _Watcher(pipe, recording, len(missing), max_bytes)
             first = index * recipe.batch_size
             conditions = recipe.conditions[first : first + recipe.batch_size]
-            with watch_calls(denoisers, watcher), watch_steps(getattr(pipe, "scheduler", None), watcher.see_used):
+            with (
+                watch_calls(denoisers, watcher),
+                watch_steps(getattr(pipe, "scheduler", None), watcher.see_used),
+            ):
                 call_pipeline(pipe, conditions, sampling, first=first, output_type="latent")
             recording.write_shard(index, watcher.used_calls(), _factors(pipe))
             advance(len(conditions))
     return recording
 
 
-def record_recipes(pipe: Any, source: ModelSource, options: RecordOptions) -> tuple[RecordRecipe, RecordRecipe]:  # noqa: ANN401
+def record_recipes(
+    pipe: Any, source: ModelSource, options: RecordOptions
+) -> tuple[RecordRecipe, RecordRecipe]:  # noqa: ANN401
     """Return the recipes of the calibration recording and of the held-out one."""
     guidance = options.guidance_scale
     if guidance is None:
-        guidance = BUILT_IN_GUIDANCE if source.model == BUILT_IN else _default(pipe, "guidance_scale")
+        guidance = (
+            BUILT_IN_GUIDANCE if source.model == BUILT_IN else _default(pipe, "guidance_scale")
+        )
     given, count = options.prompts, options.num_images
     if count is None:
         count = _usual_num_images(pipe) if given is None else len(given)
     if count < 1:
         raise UsageError(f"--num-images must be at least 1, got {count}")
-    distinct = conditions_for(pipe, source, given, min(count, MAX_CONDITIONS) if given is None else count)
+    distinct = conditions_for(
+        pipe, source, given, min(count, MAX_CONDITIONS) if given is None else count
+    )
     chosen, held_out = recorded_conditions(distinct, count)
 
     def recipe(conditions: tuple[str | None, ...], seed: int) -> RecordRecipe:
@@ -172,14 +190,22 @@ def record_recipes(pipe: Any, source: ModelSource, options: RecordOptions) -> tu
 
 
 def _usual_num_images(pipe: Any) -> int:  # noqa: ANN401
-    size = sum(parameter.numel() for module in find_denoisers(pipe).values() for parameter in module.parameters())
+    size = sum(
+        parameter.numel()
+        for module in find_denoisers(pipe).values()
+        for parameter in module.parameters()
+    )
     return NUM_IMAGES if size < LARGE else NUM_IMAGES_LARGE
 
 
 def _default(pipe: Any, argument: str) -> Any:  # noqa: ANN401
     """Return the default of an argument of the pipeline's call, None if it has no such argument."""
     parameter = inspect.signature(pipe.__call__).parameters.get(argument)
-    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+    return (
+        None
+        if parameter is None or parameter.default is inspect.Parameter.empty
+        else parameter.default
+    )
 
 
 def record_both(
@@ -206,7 +232,13 @@ def record_both(
             shutil.rmtree(directory)
         recordings.append(
             record_calls(
-                pipe, source, recipe, directory, max_bytes=options.max_bytes, progress=progress, description=title
+                pipe,
+                source,
+                recipe,
+                directory,
+                max_bytes=options.max_bytes,
+                progress=progress,
+                description=title,
             )
         )
     return recordings[0], recordings[1]

@@ -5,9 +5,10 @@ Layout of a recording directory::
     recording.json          what was asked (the recipe) and how many shards that makes
     00000.safetensors ...   tensors by the hash of their content; the calls, as JSON, in the header
 
-Tensors that are equal (the prompt's embedding at all timesteps, the ids of a position grid) are stored once, across
-shards too. A shard is written to a temporary name and renamed, so it is there whole or not at all; a recording whose
-shards are all there is complete, and an interrupted one goes on with the first that is missing.
+Tensors that are equal (the prompt's embedding at all timesteps, the ids of a position grid) are
+stored once, across shards too. A shard is written to a temporary name and renamed, so it is there
+whole or not at all; a recording whose shards are all there is complete, and an interrupted one goes
+on with the first that is missing.
 """
 
 import hashlib
@@ -32,7 +33,11 @@ _MANIFEST = "recording.json"
 def _hash(tensor: Tensor) -> str:
     """Name a tensor by its content, type and shape."""
     head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    data = (
+        tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        if tensor.numel()
+        else b""
+    )
     return hashlib.sha256(head + data).hexdigest()[:32]
 
 
@@ -49,12 +54,18 @@ class _Encoder:
             self.tensors.setdefault(name, tensor.clone())
             return {"$tensor": name}
         if isinstance(value, dict):
-            return {"$dict": {str(key): self.encode(item, f"{where}.{key}") for key, item in value.items()}}
+            return {
+                "$dict": {
+                    str(key): self.encode(item, f"{where}.{key}") for key, item in value.items()
+                }
+            }
         if isinstance(value, list | tuple):
             return [self.encode(item, where) for item in value]
         if value is None or isinstance(value, bool | int | float | str):
             return value
-        raise ModelError(f"cannot record the denoiser's argument {where!r} of type {type(value).__name__}")
+        raise ModelError(
+            f"cannot record the denoiser's argument {where!r} of type {type(value).__name__}"
+        )
 
 
 def encode_calls(calls: list[DenoiserCall]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -96,9 +107,13 @@ class Recording:
         except FileNotFoundError:
             raise RunError(f"no recording in {directory}; `msfp calibrate` makes one") from None
         except (ValueError, KeyError, TypeError):
-            raise CheckpointError(f"{directory / _MANIFEST} is damaged; run `msfp calibrate --overwrite`") from None
+            raise CheckpointError(
+                f"{directory / _MANIFEST} is damaged; run `msfp calibrate --overwrite`"
+            ) from None
         if newer:
-            raise CheckpointError(f"{directory} was written by a newer msfp; upgrade msfp, or record again")
+            raise CheckpointError(
+                f"{directory} was written by a newer msfp; upgrade msfp, or record again"
+            )
         self._where: dict[str, Path] = {}
         self._intact: set[str] = set()
 
@@ -114,7 +129,9 @@ class Recording:
             if recording.recipe == recipe and recording.num_shards == num_shards:
                 return recording
             if len(recording.missing_shards()) < recording.num_shards:
-                raise RunError(f"{directory} was recorded with other settings; use --overwrite, or another --run")
+                raise RunError(
+                    f"{directory} was recorded with other settings; use --overwrite, or another --run"
+                )
         directory.mkdir(parents=True, exist_ok=True)
         manifest = {"schema": _SCHEMA, "recipe": recipe, "num_shards": num_shards}
         temporary = directory / f"{_MANIFEST}.tmp"
@@ -131,19 +148,27 @@ class Recording:
         return [index for index in range(self.num_shards) if not self.shard_path(index).exists()]
 
     def write_shard(
-        self, index: int, calls: list[DenoiserCall], factors: list[tuple[float, float]] | None = None
+        self,
+        index: int,
+        calls: list[DenoiserCall],
+        factors: list[tuple[float, float]] | None = None,
     ) -> None:
         """Store the calls of one pipeline run; tensors that an earlier shard holds are not stored again.
 
         Arguments:
-            factors: the sampler's (timestep, denoising factor) pairs, None where they are not known.
+            factors: the sampler's (timestep, denoising factor) pairs, None where they are not
+                known.
         """
         encoded, tensors = encode_calls(calls)
         known = self._tensor_index()
         fresh = {name: tensor for name, tensor in tensors.items() if name not in known}
         path = self.shard_path(index)
         temporary = path.with_suffix(".tmp")
-        save_file(fresh, temporary, metadata={"record": json.dumps({"calls": encoded, "factors": factors})})
+        save_file(
+            fresh,
+            temporary,
+            metadata={"record": json.dumps({"calls": encoded, "factors": factors})},
+        )
         os.replace(temporary, path)
         self._where.update(dict.fromkeys(fresh, path))
 
@@ -181,12 +206,17 @@ class Recording:
             return [decode(item) for item in value] if isinstance(value, list) else value
 
         try:
-            return [DenoiserCall(**{key: decode(item) for key, item in call.items()}) for call in encoded]
+            return [
+                DenoiserCall(**{key: decode(item) for key, item in call.items()})
+                for call in encoded
+            ]
         except (KeyError, TypeError):
             raise self._damaged(index) from None
 
     def _damaged(self, index: int) -> CheckpointError:
-        return CheckpointError(f"{self.shard_path(index)} is damaged; run `msfp calibrate --overwrite`")
+        return CheckpointError(
+            f"{self.shard_path(index)} is damaged; run `msfp calibrate --overwrite`"
+        )
 
     def _tensor(self, file: Any, name: str, index: int) -> Tensor:  # noqa: ANN401 (safetensors does not name this type)
         """Read a tensor; the first time, compare it with the hash that names it."""
@@ -197,7 +227,9 @@ class Recording:
             self._intact.add(name)
         return tensor
 
-    def calls(self, component: str | None = None, shards: Iterable[int] | None = None) -> Iterator[DenoiserCall]:
+    def calls(
+        self, component: str | None = None, shards: Iterable[int] | None = None
+    ) -> Iterator[DenoiserCall]:
         """Yield every call in order (of one component, of some shards), one shard in memory at a time."""
         for index in range(self.num_shards) if shards is None else shards:
             for call in self.shard(index):
@@ -236,6 +268,10 @@ def _open(path: Path) -> Any:  # noqa: ANN401 (safetensors does not name this ty
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise RunError(f"{path} is missing; run `msfp calibrate` again to complete the recording") from None
+        raise RunError(
+            f"{path} is missing; run `msfp calibrate` again to complete the recording"
+        ) from None
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); delete it and run `msfp calibrate` again") from None
+        raise CheckpointError(
+            f"{path} is damaged ({error}); delete it and run `msfp calibrate` again"
+        ) from None

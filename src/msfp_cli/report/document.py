@@ -46,7 +46,9 @@ class Report:
     notes: tuple[str, ...] = ()
 
 
-def write_report(run: Run, evaluation: Evaluation, directory: Path, *, pictures: int = 8, overwrite: bool) -> Report:
+def write_report(
+    run: Run, evaluation: Evaluation, directory: Path, *, pictures: int = 8, overwrite: bool
+) -> Report:
     """Write the page and its plots.
 
     Arguments:
@@ -87,7 +89,9 @@ def gather(run: Run, evaluation: Evaluation, pictures: int) -> dict[str, Any]:
         "components": {
             component: {
                 "timesteps": _timesteps(evaluation.models, component),
-                "layers": _layers(table, calibration, component, evaluation.models[-1].noise.get(component)),
+                "layers": _layers(
+                    table, calibration, component, evaluation.models[-1].noise.get(component)
+                ),
                 "router": _router(calibration, component, tuned.get(component)),
             }
             for component, table in tables.items()
@@ -100,7 +104,9 @@ def gather(run: Run, evaluation: Evaluation, pictures: int) -> dict[str, Any]:
     return _finite(document)  # type: ignore[no-any-return]
 
 
-def _tuned(run: Run, calibration: Calibration, tables: dict[str, dict[str, LayerParameters]]) -> dict[str, Tuned]:
+def _tuned(
+    run: Run, calibration: Calibration, tables: dict[str, dict[str, LayerParameters]]
+) -> dict[str, Tuned]:
     """Return the fine-tunings that the export can hold: a calibrated one holds none, whatever was trained since."""
     if all(table == calibration.table(component) for component, table in tables.items()):
         return {}
@@ -126,14 +132,24 @@ def _headline(evaluation: Evaluation) -> list[dict[str, str]]:
     if full.denoiser_bytes and after.denoiser_bytes:
         ratio = after.denoiser_bytes / full.denoiser_bytes
         size = f"{full.denoiser_bytes / 2**20:.1f} → {after.denoiser_bytes / 2**20:.1f} MiB"
-        tiles.append({"label": "denoiser's size against 16 bits", "value": _change(ratio), "note": size})
+        tiles.append(
+            {"label": "denoiser's size against 16 bits", "value": _change(ratio), "note": size}
+        )
     if values["psnr"] is not None:
         tiles.append(
-            {"label": "PSNR to full precision", "value": f"{values['psnr']:.1f} dB", "note": "same prompts and seeds"}
+            {
+                "label": "PSNR to full precision",
+                "value": f"{values['psnr']:.1f} dB",
+                "note": "same prompts and seeds",
+            }
         )
     if values["output"] is not None:
         tiles.append(
-            {"label": "error of the denoiser's output", "value": f"{values['output']:.4f}", "note": "relative, squared"}
+            {
+                "label": "error of the denoiser's output",
+                "value": f"{values['output']:.4f}",
+                "note": "relative, squared",
+            }
         )
     for model in evaluation.models[1:-1]:
         error = next(figure for figure in FIGURES if figure.key == "latents").value(model)
@@ -155,7 +171,9 @@ def _change(ratio: float) -> str:
 def _pictures(evaluation: Evaluation, count: int) -> list[dict[str, Any]]:
     """Return the first pictures of every model, embedded."""
     record = evaluation.asked["record"]
-    drawn = {model.key: evaluation.gallery(model.key).pictures()[:count] for model in evaluation.models}
+    drawn = {
+        model.key: evaluation.gallery(model.key).pictures()[:count] for model in evaluation.models
+    }
     return [
         {
             "prompt": condition,
@@ -177,8 +195,12 @@ def _embed(picture: torch.Tensor) -> str:
 
 def _comparison(models: Sequence[Measured]) -> dict[str, Any]:
     """Return the figures that some model has, models in rows."""
-    shown = [figure for figure in FIGURES if any(figure.value(model) is not None for model in models)]
-    few = any(d is not None and d.few for model in models for d in (model.to_full, model.to_reference))
+    shown = [
+        figure for figure in FIGURES if any(figure.value(model) is not None for model in models)
+    ]
+    few = any(
+        d is not None and d.few for model in models for d in (model.to_full, model.to_reference)
+    )
     return {
         "columns": [
             {
@@ -187,7 +209,10 @@ def _comparison(models: Sequence[Measured]) -> dict[str, Any]:
             }
             for f in shown
         ],
-        "rows": [{"title": model.title, "values": {f.key: f.value(model) for f in shown}} for model in models],
+        "rows": [
+            {"title": model.title, "values": {f.key: f.value(model) for f in shown}}
+            for model in models
+        ],
     }
 
 
@@ -200,22 +225,34 @@ def _timesteps(models: Sequence[Measured], component: str) -> dict[str, Any]:
             rows.setdefault(timestep, {})[model.key] = error
     return {
         "series": [{"key": model.key, "title": model.title} for model in series],
-        "rows": [{"timestep": timestep, "values": rows[timestep]} for timestep in sorted(rows, reverse=True)],
+        "rows": [
+            {"timestep": timestep, "values": rows[timestep]}
+            for timestep in sorted(rows, reverse=True)
+        ],
     }
 
 
 def _layers(
-    table: dict[str, LayerParameters], calibration: Calibration | None, component: str, noise: OutputNoise | None
+    table: dict[str, LayerParameters],
+    calibration: Calibration | None,
+    component: str,
+    noise: OutputNoise | None,
 ) -> list[dict[str, Any]]:
     """Return what is known of each quantized layer."""
     choices = {} if calibration is None else calibration.layers[component]
     total = sum(choice.multiply_adds for choice in choices.values()) or 1.0
-    names = [name for name in choices if name in table] or list(table)  # a config sorts them, a calibration does not
+    names = [name for name in choices if name in table] or list(
+        table
+    )  # a config sorts them, a calibration does not
     return [_layer(name, table[name], choices.get(name), noise, total) for name in names]
 
 
 def _layer(
-    name: str, parameters: LayerParameters, choice: LayerChoice | None, noise: OutputNoise | None, total: float
+    name: str,
+    parameters: LayerParameters,
+    choice: LayerChoice | None,
+    noise: OutputNoise | None,
+    total: float,
 ) -> dict[str, Any]:
     grid = parameters.input
     histogram = None if noise is None else noise.inputs.get(name)
@@ -227,10 +264,16 @@ def _layer(
         "output_error": None if noise is None else noise.layers.get(name),
         "histogram": None
         if histogram is None
-        else {"minimum": histogram.minimum, "maximum": histogram.maximum, "counts": list(histogram.counts)},
+        else {
+            "minimum": histogram.minimum,
+            "maximum": histogram.maximum,
+            "counts": list(histogram.counts),
+        },
         "grid": None
         if grid is None
-        else sorted(float(grid.scale) * value + grid.zero_point for value in set(grid.format.code_book)),
+        else sorted(
+            float(grid.scale) * value + grid.zero_point for value in set(grid.format.code_book)
+        ),
     }
     if choice is not None:
         layer |= {
@@ -241,14 +284,21 @@ def _layer(
             "sensitivity": choice.sensitivity,
             "share": choice.multiply_adds / total,
             "candidates": [
-                {"format": s.format, "error": s.error, "max_value": s.max_value, "zero_point": s.zero_point}
+                {
+                    "format": s.format,
+                    "error": s.error,
+                    "max_value": s.max_value,
+                    "zero_point": s.zero_point,
+                }
                 for s in choice.input_scores
             ],
         }
     return layer
 
 
-def _router(calibration: Calibration | None, component: str, tuned: Tuned | None) -> dict[str, Any] | None:
+def _router(
+    calibration: Calibration | None, component: str, tuned: Tuned | None
+) -> dict[str, Any] | None:
     """Return which member of its hub serves each layer when, None where nothing switches."""
     if calibration is None or tuned is None or tuned.recipe.hub_size == 1:
         return None

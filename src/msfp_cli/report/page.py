@@ -1,6 +1,7 @@
 """The page of a report: a template that draws one JSON document. Nothing is fetched; only its own script runs.
 
-The document is written into the page as JSON; every ``<`` in it is escaped, so no prompt can end the script element.
+The document is written into the page as JSON; every ``<`` in it is escaped, so no prompt can end
+the script element.
 """
 
 import html
@@ -12,6 +13,8 @@ from typing import Any
 def render(document: dict[str, Any]) -> str:
     """Return the page of a document (see `report.gather`), self-contained HTML."""
     template = (files("msfp_cli") / "data" / "report.html").read_text("utf-8")
-    data = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace(
+        "<", "\\u003c"
+    )
     title = html.escape(f"{document['title']}: {document['model']}")
     return template.replace("{{ title }}", title, 1).replace("{{ document }}", data, 1)

@@ -45,7 +45,10 @@ def draw_plots(document: dict[str, Any], directory: Path) -> list[Path]:
 
 def _sizes(axis: Any, costs: list[dict[str, Any]]) -> None:  # noqa: ANN401
     """Draw one bar a model."""
-    names, sizes = [cost["title"] for cost in costs], [cost["denoiser_bytes"] / 2**20 for cost in costs]
+    names, sizes = (
+        [cost["title"] for cost in costs],
+        [cost["denoiser_bytes"] / 2**20 for cost in costs],
+    )
     bars = axis.barh(names[::-1], sizes[::-1], color=[_COLOURS[0]] * (len(costs) - 1) + [_GREY])
     axis.bar_label(bars, fmt="%.1f", padding=3)
     axis.set_xlabel("denoiser, MiB (full precision: 16 bits a number)")
@@ -58,7 +61,14 @@ def _timesteps(axis: Any, timesteps: dict[str, Any]) -> None:  # noqa: ANN401
     for colour, series in zip(_COLOURS, timesteps["series"], strict=False):
         rows = [row for row in timesteps["rows"] if row["values"].get(series["key"])]
         errors = [row["values"][series["key"]] for row in rows]
-        axis.plot([row["timestep"] for row in rows], errors, marker="o", ms=3, color=colour, label=series["title"])
+        axis.plot(
+            [row["timestep"] for row in rows],
+            errors,
+            marker="o",
+            ms=3,
+            color=colour,
+            label=series["title"],
+        )
     axis.invert_xaxis()
     axis.set_yscale("log")
     axis.set_xlabel("timestep, noisy to clean")
@@ -70,9 +80,14 @@ def _timesteps(axis: Any, timesteps: dict[str, Any]) -> None:  # noqa: ANN401
 
 def _layers(axis: Any, layers: list[dict[str, Any]]) -> None:  # noqa: ANN401
     """Draw each layer's error in the order of the model, by the sign of its input's format."""
-    for colour, signed, title in ((_COLOURS[1], True, "signed input"), (_COLOURS[0], False, "unsigned input")):
+    for colour, signed, title in (
+        (_COLOURS[1], True, "signed input"),
+        (_COLOURS[0], False, "unsigned input"),
+    ):
         places = [i for i, layer in enumerate(layers) if layer["signed"] is signed]
-        axis.scatter(places, [layers[i]["output_error"] for i in places], s=14, color=colour, label=title)
+        axis.scatter(
+            places, [layers[i]["output_error"] for i in places], s=14, color=colour, label=title
+        )
     axis.set_yscale("log")
     axis.set_xlabel("layer, in the order of the report")
     axis.set_ylabel("relative squared error of its output")
@@ -89,11 +104,22 @@ def _router(axis: Any, router: dict[str, Any]) -> None:  # noqa: ANN401
     members, size = [row["members"] for row in router["rows"]], router["hub_size"]
     colours = [_COLOURS[k % len(_COLOURS)] for k in range(size)]
     axis.imshow(
-        members, aspect="auto", interpolation="nearest", cmap=ListedColormap(colours), vmin=-0.5, vmax=size - 0.5
+        members,
+        aspect="auto",
+        interpolation="nearest",
+        cmap=ListedColormap(colours),
+        vmin=-0.5,
+        vmax=size - 0.5,
     )
     ticks = range(0, len(router["timesteps"]), max(1, len(router["timesteps"]) // 8))
     axis.set_xticks(list(ticks), [f"{router['timesteps'][i]:g}" for i in ticks])
     axis.set_xlabel("timestep, noisy to clean")
     axis.set_ylabel("layer, in the order of the model")
     patches = [Patch(color=colour, label=f"member {k}") for k, colour in enumerate(colours)]
-    axis.legend(handles=patches, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(size, 5), frameon=False)
+    axis.legend(
+        handles=patches,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=min(size, 5),
+        frameon=False,
+    )

@@ -13,19 +13,30 @@ from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.result import Tuned
 from msfp_cli.pipelines.loading import default_prompts
 from msfp_cli.pipelines.source import ModelSource
-from msfp_cli.recording.recipe import MAX_CONDITIONS, RecordRecipe, recorded_conditions, split_held_out
+from msfp_cli.recording.recipe import (
+    MAX_CONDITIONS,
+    RecordRecipe,
+    recorded_conditions,
+    split_held_out,
+)
 
 # Fields whose option has another name, or none.
 _OPTIONS = {"lanes": "gradient-accumulation", "max_samples": None, "sensitivity_calls": None}
 _OPTIONS |= {"num_inference_steps": "steps", "conditions": None, "model": None}
 
 
-def commands_of(calibration: Calibration | None, tuned: Mapping[str, Tuned], evaluation: Evaluation) -> list[str]:
+def commands_of(
+    calibration: Calibration | None, tuned: Mapping[str, Tuned], evaluation: Evaluation
+) -> list[str]:
     """Return the commands that led here, as far as they are known; what is usual is left out of recipes."""
     commands = [] if calibration is None else [_calibrate(calibration)]
     for learned in list(tuned.values())[:1]:
         steps = {"steps": learned.recipe.steps}
-        commands.append(_command("finetune", steps | _changed(learned.recipe, FinetuneRecipe(steps=steps["steps"]))))
+        commands.append(
+            _command(
+                "finetune", steps | _changed(learned.recipe, FinetuneRecipe(steps=steps["steps"]))
+            )
+        )
     if calibration is not None:
         commands.append("msfp export")
     return [*commands, _evaluate(calibration, evaluation), "msfp report"]
@@ -48,20 +59,38 @@ def num_recorded(conditions: Sequence[str | None]) -> int:
     """Return how many pictures to ask for, so that just these are left to calibrate on."""
     count = len(conditions)
     if set(conditions) == {None}:
-        left = {n: recorded_conditions([None] * min(n, MAX_CONDITIONS), n)[0] for n in range(count, 2 * count + 2)}
+        left = {
+            n: recorded_conditions([None] * min(n, MAX_CONDITIONS), n)[0]
+            for n in range(count, 2 * count + 2)
+        }
         return max((n for n, chosen in left.items() if len(chosen) == count), default=count)
-    distinct = next(n for n in range(1, count + 1) if all(c == conditions[i % n] for i, c in enumerate(conditions)))
-    listed = max(n for n in range(distinct, 2 * distinct + 2) if len(split_held_out([None] * n)[0]) == distinct)
+    distinct = next(
+        n
+        for n in range(1, count + 1)
+        if all(c == conditions[i % n] for i, c in enumerate(conditions))
+    )
+    listed = max(
+        n
+        for n in range(distinct, 2 * distinct + 2)
+        if len(split_held_out([None] * n)[0]) == distinct
+    )
     return count + len(split_held_out([None] * listed)[1])
 
 
 def _evaluate(calibration: Calibration | None, evaluation: Evaluation) -> str:
     asked = evaluation.asked
-    record, source = RecordRecipe.from_json(asked["record"]), ModelSource.from_json(asked["against"])
+    record, source = (
+        RecordRecipe.from_json(asked["record"]),
+        ModelSource.from_json(asked["against"]),
+    )
     seen = () if calibration is None else calibration.record.conditions
-    usual = [prompt for prompt in default_prompts(source.model) if prompt not in seen] or default_prompts(source.model)
+    usual = [
+        prompt for prompt in default_prompts(source.model) if prompt not in seen
+    ] or default_prompts(source.model)
     options = {
-        "against": None if calibration is not None and calibration.source == source else source.model,
+        "against": None
+        if calibration is not None and calibration.source == source
+        else source.model,
         "num_images": len(record.conditions),
         "num_trajectories": asked["num_trajectories"],
         **_sampling(record),
@@ -81,7 +110,10 @@ def _sampling(record: RecordRecipe) -> dict[str, Any]:
 
 def _prompts(conditions: Sequence[str | None], usual: Sequence[str | None]) -> dict[str, str]:
     """Return the option for prompts that are not the built-in ones; the settings list them."""
-    if all(condition is None or condition == usual[i % len(usual)] for i, condition in enumerate(conditions)):
+    if all(
+        condition is None or condition == usual[i % len(usual)]
+        for i, condition in enumerate(conditions)
+    ):
         return {}
     return {"prompts": "prompts.txt"}
 
@@ -119,11 +151,15 @@ def settings_of(
             ("recording", calibration.record.to_json()),
             ("calibration", calibration.recipe.to_json()),
         ]
-    groups += [(f"fine-tuning of {component}", learned.recipe.to_json()) for component, learned in tuned.items()]
+    groups += [
+        (f"fine-tuning of {component}", learned.recipe.to_json())
+        for component, learned in tuned.items()
+    ]
     asked = dict(evaluation.asked)
     groups += [("evaluation", {**asked.pop("record"), **asked}), ("machine", evaluation.machine)]
     return [
-        {"title": title, "rows": [[key, _words(value)] for key, value in fields.items()]} for title, fields in groups
+        {"title": title, "rows": [[key, _words(value)] for key, value in fields.items()]}
+        for title, fields in groups
     ]
 
 

@@ -18,9 +18,16 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save a tiny CLIP model with its processor."""
     directory, tokenizer = tmp_path_factory.mktemp("clip"), _clip_tokenizer()
     text = _clip_config(tokenizer)
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     vision |= {"image_size": SIDE, "patch_size": 8, "projection_dim": text.projection_dim}
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision, projection_dim=text.projection_dim)
+    config = CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision, projection_dim=text.projection_dim
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = CLIPModel(config)
@@ -29,9 +36,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.data *= 8  # as drawn they are too small for the input to matter
     model.save_pretrained(directory)
     crop = {"height": SIDE, "width": SIDE}
-    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=crop), tokenizer).save_pretrained(
-        directory
-    )
+    CLIPProcessor(
+        CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=crop), tokenizer
+    ).save_pretrained(directory)
     return directory
 
 
@@ -53,7 +60,9 @@ def cosines(directory: Path, pictures: Tensor, prompts: tuple[str, ...]) -> list
     found = []
     for picture, prompt in zip(pictures, prompts, strict=True):
         pixels = (picture / 255 - mean) / std  # of the size that the model takes
-        seen = model.visual_projection(model.vision_model(pixel_values=pixels[None]).pooler_output)[0]
+        seen = model.visual_projection(model.vision_model(pixel_values=pixels[None]).pooler_output)[
+            0
+        ]
         ids = tokenizer(prompt, return_tensors="pt", truncation=True).input_ids
         read = model.text_projection(model.text_model(input_ids=ids).pooler_output)[0]
         found.append(float(seen @ read / seen.norm() / read.norm()))
@@ -64,23 +73,33 @@ def test_score_is_the_mean_cosine_that_is_not_negative(clip: Path, pictures: Ten
     expected = cosines(clip, pictures, PROMPTS)
     assert min(expected) < 0 < max(expected)
     score = clip_score(str(clip), pictures, PROMPTS, "cpu")
-    assert score == pytest.approx(100 * sum(max(0.0, value) for value in expected) / len(PROMPTS), rel=1e-3)
+    assert score == pytest.approx(
+        100 * sum(max(0.0, value) for value in expected) / len(PROMPTS), rel=1e-3
+    )
 
 
-def test_order_of_the_pairs_does_not_matter_and_their_pairing_does(clip: Path, pictures: Tensor) -> None:
+def test_order_of_the_pairs_does_not_matter_and_their_pairing_does(
+    clip: Path, pictures: Tensor
+) -> None:
     score = clip_score(str(clip), pictures, PROMPTS, "cpu")
-    assert clip_score(str(clip), pictures.flip(0), PROMPTS[::-1], "cpu") == pytest.approx(score, rel=1e-5)
+    assert clip_score(str(clip), pictures.flip(0), PROMPTS[::-1], "cpu") == pytest.approx(
+        score, rel=1e-5
+    )
     assert clip_score(str(clip), pictures.flip(0), PROMPTS, "cpu") != pytest.approx(score, rel=1e-3)
 
 
 def test_prompt_that_is_too_long_is_cut_off(clip: Path, pictures: Tensor) -> None:
     long = (PROMPTS[0] + " the dog" * 100,)
     expected = max(0.0, *cosines(clip, pictures[:1], long))
-    assert clip_score(str(clip), pictures[:1], long, "cpu") == pytest.approx(100 * expected, rel=1e-3, abs=1e-6)
+    assert clip_score(str(clip), pictures[:1], long, "cpu") == pytest.approx(
+        100 * expected, rel=1e-3, abs=1e-6
+    )
 
 
 def test_pictures_of_another_size_than_the_models_are_scored(clip: Path) -> None:
-    large = torch.randint(0, 256, (2, 3, 40, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    large = torch.randint(
+        0, 256, (2, 3, 40, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     assert 0 <= clip_score(str(clip), large, PROMPTS[:2], "cpu") <= 100
 
 

@@ -14,7 +14,13 @@ from msfp_cli.evaluation.features.fashion import load_classifier
 from msfp_cli.evaluation.features.squeezenet import load_squeezenet
 
 PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
-PICTURES = torch.arange(5 * 3 * 32 * 32, dtype=torch.int64).mul(37).remainder(256).to(torch.uint8).view(5, 3, 32, 32)
+PICTURES = (
+    torch.arange(5 * 3 * 32 * 32, dtype=torch.int64)
+    .mul(37)
+    .remainder(256)
+    .to(torch.uint8)
+    .view(5, 3, 32, 32)
+)
 
 Write = Callable[[str], str]
 
@@ -36,8 +42,13 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 def test_squeezenet_and_fashion_come_with_msfp() -> None:
     expected = load_squeezenet()(PICTURES / 255)
     torch.testing.assert_close(load_extractor("squeezenet").features(PICTURES), expected)
-    torch.testing.assert_close(load_extractor("fashion").features(PICTURES), load_classifier().embed(PICTURES / 255))
-    assert [load_extractor(name).name for name in ("squeezenet", "fashion")] == ["squeezenet", "fashion"]
+    torch.testing.assert_close(
+        load_extractor("fashion").features(PICTURES), load_classifier().embed(PICTURES / 255)
+    )
+    assert [load_extractor(name).name for name in ("squeezenet", "fashion")] == [
+        "squeezenet",
+        "fashion",
+    ]
 
 
 def test_pictures_go_in_batches_in_their_order_and_between_zero_and_one() -> None:
@@ -47,7 +58,9 @@ def test_pictures_go_in_batches_in_their_order_and_between_zero_and_one() -> Non
         seen.append(pictures)
         return pictures.double().flatten(1)
 
-    pictures = torch.randint(0, 256, (150, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pictures = torch.randint(
+        0, 256, (150, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     features = Extractor("own", embed).features(pictures)
     assert len(seen) > 1 and sum(len(batch) for batch in seen) == 150
     assert all(batch.dtype == torch.float32 for batch in seen)
@@ -78,7 +91,9 @@ def test_extractor_of_the_users_own_is_imported_and_set_to_evaluate(write: Write
 
 @pytest.mark.parametrize("name", ["", "resnet", "SqueezeNet", "squeezenet "])
 def test_unknown_name_lists_the_choices(name: str) -> None:
-    with pytest.raises(UsageError, match="choose squeezenet, fashion, inception, or give module:factory") as caught:
+    with pytest.raises(
+        UsageError, match="choose squeezenet, fashion, inception, or give module:factory"
+    ) as caught:
         load_extractor(name)
     assert repr(name) in str(caught.value)
 
@@ -111,7 +126,9 @@ def test_wrong_factory_is_one_line_that_names_it(factory: str, write: Write) -> 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["no_such_module:make", "no.such.module:make", ":make", ".relative:make", ":"])
+@pytest.mark.parametrize(
+    "name", ["no_such_module:make", "no.such.module:make", ":make", ".relative:make", ":"]
+)
 def test_missing_module_is_one_line_that_names_it(name: str) -> None:
     with pytest.raises(UsageError) as caught:
         load_extractor(name)
@@ -149,8 +166,12 @@ class Gives(nn.Module):
         pytest.param(lambda pictures: None, id="nothing"),
     ],
 )
-def test_extractor_that_gives_no_row_a_picture_is_one_line_that_names_it(make: Callable[[Tensor], object]) -> None:
-    with pytest.raises(UsageError, match=r"extractor 'own:make' gives .*it must give one row a picture"):
+def test_extractor_that_gives_no_row_a_picture_is_one_line_that_names_it(
+    make: Callable[[Tensor], object],
+) -> None:
+    with pytest.raises(
+        UsageError, match=r"extractor 'own:make' gives .*it must give one row a picture"
+    ):
         Extractor("own:make", Gives(make)).features(PICTURES)  # type: ignore[arg-type]
 
 
@@ -161,14 +182,19 @@ def test_inception_without_its_package_names_the_extra(monkeypatch: pytest.Monke
 
 
 def test_the_extra_that_is_named_exists() -> None:
-    extras = PYPROJECT.read_text("utf-8").split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = (
+        PYPROJECT.read_text("utf-8").split("[project.optional-dependencies]")[1].split("\n[")[0]
+    )
     assert re.search(r'^inception = \[[^\]]*"torch-fidelity', extras, re.MULTILINE)
 
 
 @pytest.fixture
 def fidelity(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Put a stand-in for torch-fidelity where it would be imported from."""
-    package, module = ModuleType("torch_fidelity"), ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    package, module = (
+        ModuleType("torch_fidelity"),
+        ModuleType("torch_fidelity.feature_extractor_inceptionv3"),
+    )
     monkeypatch.setitem(sys.modules, package.__name__, package)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module
@@ -198,5 +224,7 @@ def test_inception_whose_weights_cannot_be_fetched_says_so(fidelity: ModuleType)
         raise ConnectionError("no network")
 
     fidelity.FeatureExtractorInceptionV3 = fail  # type: ignore[attr-defined]
-    with pytest.raises(UsageError, match=r"cannot be fetched \(no network\); use --extractor squeezenet"):
+    with pytest.raises(
+        UsageError, match=r"cannot be fetched \(no network\); use --extractor squeezenet"
+    ):
         load_extractor("inception")

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from msfp_cli.errors import UsageError
-from msfp_cli.evaluation.features.fashion import COLOURS, GARMENTS, agreement, asked_for, load_classifier
+from msfp_cli.evaluation.features.fashion import (
+    COLOURS,
+    GARMENTS,
+    agreement,
+    asked_for,
+    load_classifier,
+)
 from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, BUILT_IN_STEPS, load_pipeline
 from msfp_cli.pipelines.sampling import Sampling, call_pipeline
 from msfp_cli.pipelines.source import ModelSource
@@ -23,9 +29,14 @@ from msfp_cli.pipelines.source import ModelSource
         ("", None, None),
     ],
 )
-def test_prompt_names_garment_and_colour(prompt: str, garment: str | None, colour: str | None) -> None:
+def test_prompt_names_garment_and_colour(
+    prompt: str, garment: str | None, colour: str | None
+) -> None:
     found = asked_for(prompt)
-    assert found == (GARMENTS.index(garment) if garment else None, COLOURS.index(colour) if colour else None)
+    assert found == (
+        GARMENTS.index(garment) if garment else None,
+        COLOURS.index(colour) if colour else None,
+    )
 
 
 def test_agreement_counts_only_what_was_asked_for() -> None:
@@ -45,11 +56,15 @@ def test_pictures_of_another_size_are_refused() -> None:
 
 def test_the_built_in_pipeline_draws_what_the_classifier_sees() -> None:
     prompts = [
-        f"a {colour} {garment}" for colour in ("red", "blue") for garment in ("dress", "trousers", "bag", "boot")
+        f"a {colour} {garment}"
+        for colour in ("red", "blue")
+        for garment in ("dress", "trousers", "bag", "boot")
     ]
     sampling = Sampling(num_inference_steps=BUILT_IN_STEPS, guidance_scale=BUILT_IN_GUIDANCE)
     drawn = call_pipeline(load_pipeline(ModelSource(model=BUILT_IN), "cpu"), prompts, sampling)
-    pictures = torch.from_numpy(np.stack([np.asarray(each) for each in drawn])).permute(0, 3, 1, 2) / 255
+    pictures = (
+        torch.from_numpy(np.stack([np.asarray(each) for each in drawn])).permute(0, 3, 1, 2) / 255
+    )
     garment, colour = agreement(load_classifier(), pictures, prompts)
     assert garment >= 0.75 and colour >= 0.75
     wrong = agreement(load_classifier(), pictures.flip(0), prompts)
@@ -59,10 +74,15 @@ def test_the_built_in_pipeline_draws_what_the_classifier_sees() -> None:
 TEST_PICTURES = Path(__file__).parents[4] / "shared/data/fashion_mnist/fashion_mnist_test.npz"
 
 
-@pytest.mark.skipif(not TEST_PICTURES.exists(), reason="Fashion-MNIST's test pictures are not beside the project")
+@pytest.mark.skipif(
+    not TEST_PICTURES.exists(), reason="Fashion-MNIST's test pictures are not beside the project"
+)
 def test_it_knows_real_pictures() -> None:
     with np.load(TEST_PICTURES) as arrays:
-        images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]).long()
+        images, labels = (
+            torch.from_numpy(arrays["images"]),
+            torch.from_numpy(arrays["labels"]).long(),
+        )
     grey = torch.nn.functional.pad(images[::20], (2, 2, 2, 2))[:, None] / 255
     garment, colour = load_classifier()(grey.repeat(1, 3, 1, 1))
     assert float((garment.argmax(1) == labels[::20]).float().mean()) > 0.85

@@ -8,7 +8,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from msfp_cli.evaluation.features.squeezenet import DIMENSIONS, SqueezeNet, deep_distance, load_squeezenet
+from msfp_cli.evaluation.features.squeezenet import (
+    DIMENSIONS,
+    SqueezeNet,
+    deep_distance,
+    load_squeezenet,
+)
 
 WEIGHTS = Path(str(files("msfp_cli") / "data" / "squeezenet.safetensors"))
 ORIGINAL = Path(__file__).parents[4] / "shared/data/squeezenet/squeezenet1_1_features.safetensors"
@@ -28,7 +33,9 @@ def plain_maps(pictures: Tensor) -> list[Tensor]:
     weights = {name: weight.float() for name, weight in load_file(WEIGHTS).items()}
 
     def conv(x: Tensor, name: str, **options: int) -> Tensor:
-        return functional.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], **options).clamp(min=0)
+        return functional.conv2d(
+            x, weights[f"{name}.weight"], weights[f"{name}.bias"], **options
+        ).clamp(min=0)
 
     def fire(x: Tensor, name: str) -> Tensor:
         squeezed = conv(x, f"{name}.squeeze")
@@ -38,8 +45,12 @@ def plain_maps(pictures: Tensor) -> list[Tensor]:
     def pool(x: Tensor) -> Tensor:
         return functional.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
 
-    red, green, blue = (255 * functional.interpolate(pictures, (224, 224), mode="bilinear", antialias=True)).unbind(1)
-    first = conv(torch.stack([blue - 103.939, green - 116.779, red - 123.68], dim=1), "features.0", stride=2)
+    red, green, blue = (
+        255 * functional.interpolate(pictures, (224, 224), mode="bilinear", antialias=True)
+    ).unbind(1)
+    first = conv(
+        torch.stack([blue - 103.939, green - 116.779, red - 123.68], dim=1), "features.0", stride=2
+    )
     fire3 = fire(fire(pool(first), "features.3"), "features.4")
     fire5 = fire(fire(pool(fire3), "features.6"), "features.7")
     fire6 = fire(pool(fire5), "features.9")
@@ -49,7 +60,9 @@ def plain_maps(pictures: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("size", [(16, 16), (224, 224), (40, 300)], ids=str)
-def test_maps_and_features_are_those_of_the_architecture(size: tuple[int, int], network: SqueezeNet) -> None:
+def test_maps_and_features_are_those_of_the_architecture(
+    size: tuple[int, int], network: SqueezeNet
+) -> None:
     pictures = draw(2, 3, *size)
     wanted = plain_maps(pictures)
     for ours, theirs in zip(network.maps(pictures), wanted, strict=True):
@@ -63,11 +76,19 @@ def test_every_weight_of_the_file_is_used(network: SqueezeNet) -> None:
     weights = load_file(WEIGHTS)
     assert network.state_dict().keys() == weights.keys()
     assert sum(weight.numel() for weight in weights.values()) == 722_496
-    assert all(torch.equal(parameter, weights[name].float()) for name, parameter in network.named_parameters())
-    assert not network.training and not any(parameter.requires_grad for parameter in network.parameters())
+    assert all(
+        torch.equal(parameter, weights[name].float())
+        for name, parameter in network.named_parameters()
+    )
+    assert not network.training and not any(
+        parameter.requires_grad for parameter in network.parameters()
+    )
 
 
-@pytest.mark.skipif(not ORIGINAL.exists(), reason="the authors' weights in full precision are not beside the project")
+@pytest.mark.skipif(
+    not ORIGINAL.exists(),
+    reason="the authors' weights in full precision are not beside the project",
+)
 def test_weights_are_the_authors_rounded_to_half_precision() -> None:
     original, kept = load_file(ORIGINAL), load_file(WEIGHTS)
     assert original.keys() == kept.keys()
@@ -91,18 +112,25 @@ def scene() -> Tensor:
 
 
 def blurred(picture: Tensor, width: int) -> Tensor:
-    return functional.avg_pool2d(functional.pad(picture, (width // 2,) * 4, mode="reflect"), width, stride=1)
+    return functional.avg_pool2d(
+        functional.pad(picture, (width // 2,) * 4, mode="reflect"), width, stride=1
+    )
 
 
 def test_distance_grows_with_the_blur(network: SqueezeNet) -> None:
     picture = scene()
-    distances = [float(deep_distance(network, blurred(picture, width), picture)) for width in (1, 3, 5, 9, 17)]
+    distances = [
+        float(deep_distance(network, blurred(picture, width), picture))
+        for width in (1, 3, 5, 9, 17)
+    ]
     assert distances[0] == 0
     assert all(less < more for less, more in zip(distances[:-1], distances[1:], strict=True))
     assert distances[1] > 0.01
 
 
-def test_distance_is_zero_for_equal_pictures_symmetric_and_one_a_picture(network: SqueezeNet) -> None:
+def test_distance_is_zero_for_equal_pictures_symmetric_and_one_a_picture(
+    network: SqueezeNet,
+) -> None:
     x, y = draw(3, 3, 24, 24), draw(3, 3, 24, 24, seed=1)
     y[1] = x[1]
     there, back = deep_distance(network, x, y), deep_distance(network, y, x)

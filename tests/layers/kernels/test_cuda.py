@@ -44,8 +44,12 @@ GPU = torch.cuda.is_available()
 INTERPRETED = find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 TRITON = INTERPRETED or (find_spec("triton") is not None and GPU)
 without_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device")
-without_triton = pytest.mark.skipif(not TRITON, reason="needs Triton, and a GPU or TRITON_INTERPRET=1 from the start")
-without_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1 from the start")
+without_triton = pytest.mark.skipif(
+    not TRITON, reason="needs Triton, and a GPU or TRITON_INTERPRET=1 from the start"
+)
+without_interpreter = pytest.mark.skipif(
+    not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1 from the start"
+)
 PATHS = [
     pytest.param("torch"),
     pytest.param("triton", marks=[without_interpreter]),
@@ -112,16 +116,28 @@ def test_any_convolution_equals_the_formula(
     size: tuple[int, int],
     fmt: str,
 ) -> None:
-    if any(n + 2 * p < d * (k - 1) + 1 for n, p, d, k in zip(size, padding, dilation, kernel_size, strict=True)):
+    if any(
+        n + 2 * p < d * (k - 1) + 1
+        for n, p, d, k in zip(size, padding, dilation, kernel_size, strict=True)
+    ):
         return  # torch refuses it, too
-    options = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+    options = {
+        "kernel_size": kernel_size,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+    }
     check(conv(grid=grid_of(INPUTS[fmt]), groups=groups, **options), draw(1, 4, *size), path)
 
 
 @every_path
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 65, 7), (16, 33, 40), (17, 16, 8), (150, 130, 129)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 65, 7), (16, 33, 40), (17, 16, 8), (150, 130, 129)]
+)
 @pytest.mark.parametrize("bias", [True, False])
-def test_sizes_that_fill_no_tile_are_exact(shape: tuple[int, int, int], bias: bool, path: str) -> None:
+def test_sizes_that_fill_no_tile_are_exact(
+    shape: tuple[int, int, int], bias: bool, path: str
+) -> None:
     rows, inputs, outputs = shape
     layer = layer_of(nn.Linear, inputs, outputs, bias=bias, grid=grid_of(INPUTS["ue3m1"]))
     check(layer, draw(rows, inputs), path)
@@ -130,7 +146,9 @@ def test_sizes_that_fill_no_tile_are_exact(shape: tuple[int, int, int], bias: bo
 @every_path
 @pytest.mark.parametrize("fmt", ["e2m1", "ue2m2", "ue3m1"])
 def test_sums_are_exact(fmt: str, path: str) -> None:
-    layer = layer_of(nn.Linear, 1024, 8, bias=False, weight=WEIGHTS["e3m0"], grid=Grid(INPUTS[fmt], 1.0))
+    layer = layer_of(
+        nn.Linear, 1024, 8, bias=False, weight=WEIGHTS["e3m0"], grid=Grid(INPUTS[fmt], 1.0)
+    )
     layer.weight_scale.fill_(1.0)
     x = draw(16, 1024) * layer.parameters_of.input.format.largest
     expected = in_float64(layer, x)
@@ -152,19 +170,28 @@ def test_bytes_are_the_integers_of_the_codes(name: str, exponent: int | None, pa
     if path == "torch":
         planes = int8.round_to_bytes(x, numbers, grid.format, exponent)
     else:
-        ops, member = cuda.triton_ops(numbers.device), torch.zeros(1, dtype=torch.int64, device=device)
+        ops, member = (
+            cuda.triton_ops(numbers.device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+        )
         assert ops is not None
         planes = ops.round_to_bytes(x.to(device), numbers[None], member, grid.format, exponent)
     if exponent is not None:
         assert torch.equal(planes[0].cpu().double(), expected.double() * 2.0**exponent)
         return
-    assert len(planes) == 1 + int8.is_wide(grid.format) and all(plane.dtype == torch.int8 for plane in planes)
-    got = sum(plane.cpu().int() * 256**i for i, plane in enumerate(planes)) + int8.shift_of(grid.format)
+    assert len(planes) == 1 + int8.is_wide(grid.format) and all(
+        plane.dtype == torch.int8 for plane in planes
+    )
+    got = sum(plane.cpu().int() * 256**i for i, plane in enumerate(planes)) + int8.shift_of(
+        grid.format
+    )
     assert torch.equal(got, expected.int())
 
 
 @every_path
-@pytest.mark.parametrize("layout", ["lines", "channels last", "sliced", "transposed", "every other"])
+@pytest.mark.parametrize(
+    "layout", ["lines", "channels last", "sliced", "transposed", "every other"]
+)
 def test_input_may_lie_in_any_order_and_the_output_takes_it(layout: str, path: str) -> None:
     x = draw(2, 4, 5, 6)
     laid = {
@@ -178,7 +205,9 @@ def test_input_may_lie_in_any_order_and_the_output_takes_it(layout: str, path: s
     expected = in_float64(layer, laid.contiguous())
     y = run(prepare(layer, path), laid)
     close(y, expected)
-    assert y.is_contiguous(memory_format=torch.channels_last if layout == "channels last" else torch.contiguous_format)
+    assert y.is_contiguous(
+        memory_format=torch.channels_last if layout == "channels last" else torch.contiguous_format
+    )
 
 
 @every_path
@@ -196,7 +225,9 @@ def test_output_has_the_type_of_the_input(fmt: str, dtype: torch.dtype, path: st
 @pytest.mark.parametrize("keep_packed", [False, True])
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("kind", [Cuda, CudaFp8])
-def test_hub_runs_the_member_that_its_route_names(kind: Any, as_tensor: bool, keep_packed: bool, path: str) -> None:  # noqa: ANN401
+def test_hub_runs_the_member_that_its_route_names(
+    kind: Any, as_tensor: bool, keep_packed: bool, path: str
+) -> None:  # noqa: ANN401
     first, second = grid_of(INPUTS["ue2m2"]), Grid(INPUTS["ue2m2"], 0.05, 0.0)
     x, outputs = draw(2, 4, 5, 5), []
     layer = conv(grid=first, further=(second,), hub=2, padding=1)
@@ -215,13 +246,24 @@ def test_hub_runs_the_member_that_its_route_names(kind: Any, as_tensor: bool, ke
 @pytest.mark.parametrize("keep_packed", [False, True])
 @pytest.mark.parametrize("kind", [Cuda, CudaFp8])
 @pytest.mark.parametrize("make", [linear, conv])
-def test_weight_is_held_once_and_comes_back(make: Any, kind: Any, keep_packed: bool, path: str) -> None:  # noqa: ANN401
+def test_weight_is_held_once_and_comes_back(
+    make: Any, kind: Any, keep_packed: bool, path: str
+) -> None:  # noqa: ANN401
     layer = make(grid=grid_of(INPUTS["ue2m2"]))
-    weight, state = layer.weight.clone(), {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    weight, state = (
+        layer.weight.clone(),
+        {name: tensor.clone() for name, tensor in layer.state_dict().items()},
+    )
     prepare(layer, path, kind, keep_packed=keep_packed)
-    assert ("weight_codes" in dict(layer.named_buffers())) == keep_packed == (layer.kernel.weights.numel() == 0)
+    assert (
+        ("weight_codes" in dict(layer.named_buffers()))
+        == keep_packed
+        == (layer.kernel.weights.numel() == 0)
+    )
     torch.testing.assert_close(layer.weight.cpu(), weight, rtol=0, atol=0)
-    assert all(torch.equal(layer.state_dict()[name].cpu(), tensor) for name, tensor in state.items())
+    assert all(
+        torch.equal(layer.state_dict()[name].cpu(), tensor) for name, tensor in state.items()
+    )
     twin = copy.deepcopy(layer)
     assert twin.kernel is None and torch.equal(twin.packed_codes(), layer.packed_codes())
     layer.restore_()
@@ -257,7 +299,10 @@ def test_four_bits_are_exact_in_float8() -> None:
             values = torch.tensor(fmt.code_book).double() * 2.0**exponent
             assert torch.equal(values.float().to(torch.float8_e4m3fn).double(), values)
             assert values.abs().max() <= 448
-    assert e4m3_exponent(FloatFormat.parse("ue4m0")) == -6 and e4m3_exponent(FloatFormat.parse("e2m1")) == 0
+    assert (
+        e4m3_exponent(FloatFormat.parse("ue4m0")) == -6
+        and e4m3_exponent(FloatFormat.parse("e2m1")) == 0
+    )
 
 
 def test_format_is_exact_in_float8_or_has_no_exponent() -> None:
@@ -297,7 +342,9 @@ def test_float8_leaves_convolutions_in_bytes(path: str) -> None:
 # the kinds of window
 
 
-@given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 3), st.integers(0, 5), st.integers(1, 3))
+@given(
+    st.integers(1, 9), st.integers(1, 5), st.integers(1, 3), st.integers(0, 5), st.integers(1, 3)
+)
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_kind_of_a_window_says_which_taps_are_inside(
     size: int, kernel: int, stride: int, padding: int, dilation: int
@@ -308,7 +355,9 @@ def test_kind_of_a_window_says_which_taps_are_inside(
     positions = torch.arange(count)
     where = positions[:, None] * stride - padding + torch.arange(kernel) * dilation
     kinds = taps_of_kinds(kernel)
-    assert kinds.shape == (num_window_kinds(kernel), kernel) and len(set(map(tuple, kinds.tolist()))) == len(kinds)
+    assert kinds.shape == (num_window_kinds(kernel), kernel) and len(
+        set(map(tuple, kinds.tolist()))
+    ) == len(kinds)
     found = kinds[window_kinds(positions, size, kernel, stride, padding, dilation)]
     assert torch.equal(found.bool(), (where >= 0) & (where < size))
 
@@ -319,23 +368,35 @@ def test_kind_of_a_window_says_which_taps_are_inside(
 class FakeGpu:
     """A layer that says it is on a GPU."""
 
-    def __init__(self, layer: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:  # noqa: ANN401
+    def __init__(
+        self, layer: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)
+    ) -> None:  # noqa: ANN401
         self.layer = layer
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         buffer = torch.empty(1)
         fake = type("Scale", (), {"device": torch.device("cuda:0")})()
-        monkeypatch.setattr(layer, "get_buffer", lambda name: fake if name == "weight_scale" else buffer)
+        monkeypatch.setattr(
+            layer, "get_buffer", lambda name: fake if name == "weight_scale" else buffer
+        )
 
 
 REFUSED = {
     "the weight is in floating point": lambda: linear(weight=None, grid=grid_of(INPUTS["e2m1"])),
     "the input is in floating point": lambda: linear(),
-    "e2m5 takes integers up to 252": lambda: linear(weight=FloatFormat.parse("e2m5"), grid=grid_of(INPUTS["e2m1"])),
+    "e2m5 takes integers up to 252": lambda: linear(
+        weight=FloatFormat.parse("e2m5"), grid=grid_of(INPUTS["e2m1"])
+    ),
     "e4m3 takes integers up to 245760": lambda: linear(grid=Grid(FloatFormat.parse("e4m3"), 1.0)),
     "ue4m1 takes integers up to 49152": lambda: linear(grid=Grid(FloatFormat.parse("ue4m1"), 1.0)),
-    "padding (1, 1) in mode 'reflect'": lambda: conv(grid=grid_of(INPUTS["e2m1"]), padding=1, padding_mode="reflect"),
-    "padding 'same' in mode 'zeros'": lambda: conv(grid=grid_of(INPUTS["e2m1"]), padding="same", kernel_size=4),
-    "padding around windows of 9x9": lambda: conv(grid=grid_of(INPUTS["ue2m2"]), padding=4, kernel_size=9),
+    "padding (1, 1) in mode 'reflect'": lambda: conv(
+        grid=grid_of(INPUTS["e2m1"]), padding=1, padding_mode="reflect"
+    ),
+    "padding 'same' in mode 'zeros'": lambda: conv(
+        grid=grid_of(INPUTS["e2m1"]), padding="same", kernel_size=4
+    ),
+    "padding around windows of 9x9": lambda: conv(
+        grid=grid_of(INPUTS["ue2m2"]), padding=4, kernel_size=9
+    ),
     "the sum could overflow 32 bits": lambda: layer_of(
         nn.Linear, 70_000, 1, weight=WEIGHTS["e1m6"], grid=grid_of(INPUTS["ue1m7"])
     ),
@@ -351,7 +412,13 @@ def test_refusal_says_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("capability", "int8_runs", "fp8_runs"),
-    [((7, 0), False, False), ((7, 5), True, False), ((8, 6), True, False), ((8, 9), True, True), ((12, 0), True, True)],
+    [
+        ((7, 0), False, False),
+        ((7, 5), True, False),
+        ((8, 6), True, False),
+        ((8, 9), True, True),
+        ((12, 0), True, True),
+    ],
 )
 def test_capability_decides(
     capability: tuple[int, int], int8_runs: bool, fp8_runs: bool, monkeypatch: pytest.MonkeyPatch
@@ -359,9 +426,14 @@ def test_capability_decides(
     layer = linear(grid=grid_of(INPUTS["e2m1"]))
     FakeGpu(layer, monkeypatch, capability)
     number = f"{capability[0]}.{capability[1]}"
-    for kind, runs, least in ((Cuda, int8_runs, "7.5"), (CudaFp8, fp8_runs, "8.9" if int8_runs else "7.5")):
+    for kind, runs, least in (
+        (Cuda, int8_runs, "7.5"),
+        (CudaFp8, fp8_runs, "8.9" if int8_runs else "7.5"),
+    ):
         reason = kind.refusal(layer)
-        assert reason == (None if runs else f"the GPU has compute capability {number}, below {least}")
+        assert reason == (
+            None if runs else f"the GPU has compute capability {number}, below {least}"
+        )
     assert choose_kernel(layer)[0].name == "simulated"  # until it has been measured on one
     assert choose_kernel(layer, "cuda")[0].name == ("cuda" if int8_runs else "simulated")
     assert choose_kernel(layer, "cuda-fp8")[0].name == ("cuda-fp8" if fp8_runs else "simulated")
@@ -371,7 +443,10 @@ def test_layer_on_another_device_does_not_hear_of_it_unless_asked() -> None:
     layer = linear(grid=grid_of(INPUTS["e2m1"]))
     assert choose_kernel(layer, AUTO) == (KERNELS["cpu"], "")
     assert choose_kernel(layer, "cuda") == (KERNELS["simulated"], "cuda: the layer is on cpu")
-    with pytest.raises(UsageError, match="'cuda-fp8' can run none of the 1 layers; 0: cuda-fp8: the layer is on cpu"):
+    with pytest.raises(
+        UsageError,
+        match="'cuda-fp8' can run none of the 1 layers; 0: cuda-fp8: the layer is on cpu",
+    ):
         prepare_(nn.Sequential(layer), "cuda-fp8")
 
 
@@ -397,7 +472,9 @@ def test_gpus_before_ampere_are_not_given_triton(monkeypatch: pytest.MonkeyPatch
 
 def test_kernels_import_without_triton() -> None:
     code = "import sys; sys.modules['triton'] = None; import msfp_cli.layers.kernels.registry; print('cuda' in msfp_cli.layers.kernels.registry.KERNELS)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
     assert done.stdout.strip() == "True"
 
 
@@ -429,13 +506,25 @@ def test_denoiser_compiles_without_a_graph_break(kind: type[Cuda], hub: int, pat
 @pytest.mark.parametrize("fmt", ["ue2m2", "ue3m1", "ue3m5"])
 @pytest.mark.parametrize("make", [linear, conv])
 def test_operator_keeps_the_contract_of_torch(make: Any, fmt: str, path: str) -> None:  # noqa: ANN401
-    layer, x = prepare(make(grid=grid_of(INPUTS[fmt])), path), draw(2, 4, 5, 5) if make is conv else draw(2, 12)
+    layer, x = (
+        prepare(make(grid=grid_of(INPUTS[fmt])), path),
+        draw(2, 4, 5, 5) if make is conv else draw(2, 12),
+    )
     kernel, x = layer.kernel, x.to(layer.weight_scale.device)
     planes = kernel.round(x, kernel.members[:1])
     shift = int8.shift_of(kernel.format)
     for channels_last in (False, True):
-        arguments = (planes, *kernel.held, kernel.members[:1], shift, kernel.geometry.flat(), torch.float32)
-        torch.library.opcheck(torch.ops.msfp.multiply_int8.default, (*arguments, channels_last, kernel.fused))
+        arguments = (
+            planes,
+            *kernel.held,
+            kernel.members[:1],
+            shift,
+            kernel.geometry.flat(),
+            torch.float32,
+        )
+        torch.library.opcheck(
+            torch.ops.msfp.multiply_int8.default, (*arguments, channels_last, kernel.fused)
+        )
 
 
 # tiles
@@ -466,13 +555,20 @@ def test_tile_is_not_much_larger_than_the_output_and_keeps_the_gpu_busy(
     assert ops is not None
     tile = ops.choose_tile(windows, outs, processors)
     least = ops.TILES[-1]
-    assert tile.windows < max(2 * windows, least.windows + 1) and tile.outs < max(2 * outs, least.outs + 1)
+    assert tile.windows < max(2 * windows, least.windows + 1) and tile.outs < max(
+        2 * outs, least.outs + 1
+    )
     count = -(-windows // tile.windows) * -(-outs // tile.outs)
     others = [other for other in ops.TILES if other.windows < 2 * windows and other.outs < 2 * outs]
     assert count >= 1.5 * processors or tile == (others or [least])[-1]
 
 
-SHARED = {80: 163, 89: 99, 90: 227, 120: 99}  # KiB of shared memory that a program may take, by compute capability
+SHARED = {
+    80: 163,
+    89: 99,
+    90: 227,
+    120: 99,
+}  # KiB of shared memory that a program may take, by compute capability
 
 
 @pytest.mark.slow

@@ -33,13 +33,19 @@ def gpu_checks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @without_gpu
 def test_machine_without_a_gpu_is_told_in_one_line() -> None:
     done = subprocess.run(
-        [sys.executable, BENCHMARKS / "gpu.py"], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, BENCHMARKS / "gpu.py"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "gpu.py needs a CUDA device, and torch sees none\n"
 
 
-def test_unknown_model_is_refused_with_the_names_there_are(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_model_is_refused_with_the_names_there_are(
+    gpu: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         gpu.parse(["--models", "sd15,sd3"])
     assert "unknown model 'sd3'; choose from sd15, dit-xl, sdxl, sd15-16" in capsys.readouterr().err
@@ -102,7 +108,10 @@ def test_row_without_a_base_has_no_ratio(gpu: ModuleType) -> None:
 def test_checks_fail_when_one_is_wrong_or_none_ran(gpu: ModuleType) -> None:
     good = {"path": "Triton", "count": 3, "largest": 2e-7}
     assert gpu.check_lines([good]) == (["Triton: 3 layers, largest error 2.0e-07"], True)
-    assert gpu.check_lines([good, {"wrong": "a"}]) == (["Triton: 3 layers, largest error 2.0e-07", "WRONG: a"], False)
+    assert gpu.check_lines([good, {"wrong": "a"}]) == (
+        ["Triton: 3 layers, largest error 2.0e-07", "WRONG: a"],
+        False,
+    )
     assert gpu.check_lines([good, {"ended": "killed"}])[1] is False
     assert gpu.check_lines([]) == ([], False)
 
@@ -111,13 +120,23 @@ def test_checks_fail_when_one_is_wrong_or_none_ran(gpu: ModuleType) -> None:
     ("script", "found"),
     [
         ('print(\'{"row": "a"}\', flush=True)', [{"row": "a"}]),
-        ("print('noise'); print('{\"row\": \"a\"}', flush=True); raise ValueError(3)", [{"row": "a"}, "ValueError: 3"]),
-        ('import time; print(\'{"row": "a"}\', flush=True); time.sleep(60)', [{"row": "a"}, "out of time"]),
+        (
+            "print('noise'); print('{\"row\": \"a\"}', flush=True); raise ValueError(3)",
+            [{"row": "a"}, "ValueError: 3"],
+        ),
+        (
+            'import time; print(\'{"row": "a"}\', flush=True); time.sleep(60)',
+            [{"row": "a"}, "out of time"],
+        ),
     ],
     ids=["ends", "fails", "hangs"],
 )
 def test_part_gives_what_it_printed_before_it_ended(
-    script: str, found: list[object], gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: str,
+    found: list[object],
+    gpu: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "part.py").write_text(script)
     monkeypatch.setattr(gpu, "__file__", str(tmp_path / "part.py"))
@@ -150,16 +169,27 @@ def test_rule_of_thumb_quantizes_every_layer(gpu: ModuleType) -> None:
     layers = quantized_layers(denoiser)
     assert list(layers) == names
     assert layers["conv_in"].parameters_of.weight.name == "e1m6"
-    assert {layer.parameters_of.input.format.name for layer in layers.values()} == {"e2m1", "ue2m2", "e2m5"}
+    assert {layer.parameters_of.input.format.name for layer in layers.values()} == {
+        "e2m1",
+        "ue2m2",
+        "e2m5",
+    }
     for name, layer in layers.items():
-        assert torch.nn.functional.cosine_similarity(layer.weight.flatten(), weights[name].flatten(), dim=0) > 0.95
+        assert (
+            torch.nn.functional.cosine_similarity(
+                layer.weight.flatten(), weights[name].flatten(), dim=0
+            )
+            > 0.95
+        )
 
 
 def test_checks_pass_on_the_cpu(gpu_checks: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     gpu_checks.print_checks("cpu", limited_to=45)
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     paths = {figures["path"]: figures for figures in found}
-    assert {"torch", "float8"} <= paths.keys() and all(figures["largest"] < 1e-5 for figures in found)
+    assert {"torch", "float8"} <= paths.keys() and all(
+        figures["largest"] < 1e-5 for figures in found
+    )
 
 
 def test_every_kind_of_layer_is_checked_on_every_path(gpu_checks: ModuleType) -> None:
@@ -167,7 +197,12 @@ def test_every_kind_of_layer_is_checked_on_every_path(gpu_checks: ModuleType) ->
     for path in ("Triton", "torch"):
         assert {check.layer for check in ran if check.path == path} == set(gpu_checks.LAYERS)
         assert {check.format for check in ran if check.path == path} == set(gpu_checks.FORMATS)
-    assert {check.path for check in ran if check.hub == 2} == {"Triton", "torch", "packed", "compiled"}
+    assert {check.path for check in ran if check.hub == 2} == {
+        "Triton",
+        "torch",
+        "packed",
+        "compiled",
+    }
 
 
 def test_check_that_is_wrong_is_told(
@@ -183,5 +218,7 @@ def test_check_that_is_wrong_is_told(
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own
 @pytest.mark.parametrize("layer", ["odd linear", "3x3"])
-def test_compiled_check_passes_with_several_sets_of_weights(layer: str, gpu_checks: ModuleType) -> None:
+def test_compiled_check_passes_with_several_sets_of_weights(
+    layer: str, gpu_checks: ModuleType
+) -> None:
     assert gpu_checks.error_of(gpu_checks.Check("compiled", layer, "ue2m2", hub=2), "cpu") < 1e-5

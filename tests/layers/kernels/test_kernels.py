@@ -75,8 +75,14 @@ def layer_of(
     parameters = LayerParameters(weight=weight, input=grid, hub=hub, further_inputs=further)
     new = (QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d)(layer, parameters)
     for member in range(hub if weight else 0):
-        values = layer.weight.detach() * (1 if member == 0 else draw(*layer.weight.shape, seed=member + 7))
-        new.store_(values, layer.weight.detach().abs().flatten(1).amax(dim=1) * 0.8 / weight.largest, member)
+        values = layer.weight.detach() * (
+            1 if member == 0 else draw(*layer.weight.shape, seed=member + 7)
+        )
+        new.store_(
+            values,
+            layer.weight.detach().abs().flatten(1).amax(dim=1) * 0.8 / weight.largest,
+            member,
+        )
     return new
 
 
@@ -166,17 +172,29 @@ def test_any_convolution_equals_the_formula(
     batch: int,
     bias: bool,
 ) -> None:
-    if any(n + 2 * p < d * (k - 1) + 1 for n, p, d, k in zip(size, padding, dilation, kernel_size, strict=True)):
+    if any(
+        n + 2 * p < d * (k - 1) + 1
+        for n, p, d, k in zip(size, padding, dilation, kernel_size, strict=True)
+    ):
         return  # torch refuses it, too
-    options = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+    options = {
+        "kernel_size": kernel_size,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+    }
     layer = conv(grid=grid_of(INPUTS["ue2m2"]), groups=groups, bias=bias, **options)
     x = draw(batch, 4, *size)
     agree(layer, x)
 
 
-@given(st.lists(st.integers(0, 4), max_size=3), st.integers(1, 70), st.integers(1, 70), st.booleans())
+@given(
+    st.lists(st.integers(0, 4), max_size=3), st.integers(1, 70), st.integers(1, 70), st.booleans()
+)
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_linear_takes_any_leading_shape(leading: list[int], inputs: int, outputs: int, bias: bool) -> None:
+def test_linear_takes_any_leading_shape(
+    leading: list[int], inputs: int, outputs: int, bias: bool
+) -> None:
     layer = layer_of(nn.Linear, inputs, outputs, bias=bias, grid=grid_of(INPUTS["ue2m2"]))
     x = draw(*leading, inputs)
     agree(layer, x)
@@ -210,7 +228,9 @@ def test_sums_are_exact(fmt: str) -> None:
     layer.weight_scale.fill_(1.0)
     x = draw(16, 4096) * grid.format.largest
     y = by_kernel(layer, x, "cpu")
-    assert torch.equal(y.double(), in_float64(layer, x).float().double())  # integers below 2^24 are exact in float32
+    assert torch.equal(
+        y.double(), in_float64(layer, x).float().double()
+    )  # integers below 2^24 are exact in float32
 
 
 @pytest.mark.parametrize("name", list(INPUTS))
@@ -277,7 +297,9 @@ def test_other_weights_are_run_after_they_were_stored_or_loaded() -> None:
     before, wanted = by_kernel(layer, x, "cpu"), by_kernel(other, x, "cpu")
     layer.load_state_dict(other.state_dict())
     with torch.no_grad():
-        assert torch.equal(layer(x), wanted.add(layer.bias - other.bias)) and not torch.equal(wanted, before)
+        assert torch.equal(layer(x), wanted.add(layer.bias - other.bias)) and not torch.equal(
+            wanted, before
+        )
         layer.store_(draw(5, 12, seed=5), torch.full((5,), 0.2))
         assert torch.equal(layer(x), wanted)
 
@@ -306,9 +328,13 @@ def test_gradients_are_simulated(other_kernel: str) -> None:
 REFUSED = {
     "the weight is in floating point": lambda: linear(weight=None, grid=grid_of(INPUTS["e2m1"])),
     "the input is in floating point": lambda: linear(),
-    "e2m5 takes integers of 9 bits": lambda: linear(weight=FloatFormat.parse("e2m5"), grid=grid_of(INPUTS["e2m1"])),
+    "e2m5 takes integers of 9 bits": lambda: linear(
+        weight=FloatFormat.parse("e2m5"), grid=grid_of(INPUTS["e2m1"])
+    ),
     "e4m3 takes integers of 19 bits": lambda: linear(grid=Grid(FloatFormat.parse("e4m3"), 1.0)),
-    "padding .1, 1. in mode 'reflect'": lambda: conv(grid=grid_of(INPUTS["e2m1"]), padding=1, padding_mode="reflect"),
+    "padding .1, 1. in mode 'reflect'": lambda: conv(
+        grid=grid_of(INPUTS["e2m1"]), padding=1, padding_mode="reflect"
+    ),
     "padding 'same'": lambda: conv(grid=grid_of(INPUTS["e2m1"]), padding="same", kernel_size=4),
 }
 
@@ -328,7 +354,9 @@ def test_sums_that_could_overflow_are_refused() -> None:
     assert "overflow 32 bits" in choose_kernel(layer)[1]
 
 
-def test_cpu_without_vnni_refuses_what_could_overflow_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_without_vnni_refuses_what_could_overflow_16_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     wide = linear(weight=WEIGHTS["e1m6"], grid=grid_of(INPUTS["ue1m7"]))
     assert "16 bits" in choose_kernel(wide)[1]
@@ -349,14 +377,19 @@ def test_other_processors_simulate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_kernel_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(UsageError, match="unknown kernel 'gpu'; choose one of auto, .*cpu.*simulated"):
+    with pytest.raises(
+        UsageError, match="unknown kernel 'gpu'; choose one of auto, .*cpu.*simulated"
+    ):
         choose_kernel(linear(), "gpu")
 
 
 def test_kernel_that_refuses_every_layer_says_so() -> None:
     net = nn.Sequential(linear(), linear())
     assert len(quantized_layers(net)) == 2
-    with pytest.raises(UsageError, match="'cpu' can run none of the 2 layers; 0: cpu: the input is in floating point"):
+    with pytest.raises(
+        UsageError,
+        match="'cpu' can run none of the 2 layers; 0: cpu: the input is in floating point",
+    ):
         prepare_(net, "cpu")
     assert {name for name, _ in prepare_(net, AUTO).values()} == {"simulated"}
     assert prepare_(nn.Sequential(nn.Linear(2, 2)), "cpu") == {}
@@ -367,7 +400,9 @@ def test_every_format_is_run_or_refused() -> None:
         for signed in (True, False):
             for fmt in formats_of_width(bits, signed=signed):
                 kernel, why = choose_kernel(linear(grid=grid_of(fmt)))
-                assert (kernel.name == "cpu") == (fmt.integer_bits <= 16) and bool(why) == (kernel.name == "simulated")
+                assert (kernel.name == "cpu") == (fmt.integer_bits <= 16) and bool(why) == (
+                    kernel.name == "simulated"
+                )
 
 
 def test_registry_ends_with_what_runs_anything() -> None:
@@ -414,7 +449,8 @@ def call(denoiser: Any, timestep: int) -> Tensor:  # noqa: ANN401
 def test_denoiser_compiles_without_a_graph_break(hub: int, kernel: str) -> None:
     denoiser = unet(hub)
     timesteps = (10, 900, 20, 800)
-    # The reference is simulated under a compiler; its exact sums would fall on other sides of borders now and then.
+    # The reference is simulated under a compiler; its exact sums would fall on other sides of
+    # borders now and then.
     prepare_(denoiser, "cpu" if kernel == "cpu" else "simulated")
     expected = [call(denoiser, timestep) for timestep in timesteps]
     prepare_(denoiser, kernel)
@@ -423,7 +459,9 @@ def test_denoiser_compiles_without_a_graph_break(hub: int, kernel: str) -> None:
     counters.clear()
     compiled = torch.compile(denoiser, fullgraph=True, backend="aot_eager")
     outputs = [call(compiled, timestep) for timestep in timesteps]
-    assert counters["stats"]["unique_graphs"] <= 2  # one for all timesteps, and one before the route has been used
+    assert (
+        counters["stats"]["unique_graphs"] <= 2
+    )  # one for all timesteps, and one before the route has been used
     for got, wanted in zip(outputs, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
     assert hub == 1 or not torch.allclose(outputs[0], outputs[1])

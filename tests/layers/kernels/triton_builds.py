@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that are not here, and print what each build takes as lines of JSON.
 
-Triton's interpreter accepts more than its compiler does, so passing there is not enough. A process of its own, because
-one that interprets cannot compile.
+Triton's interpreter accepts more than its compiler does, so passing there is not enough. A process
+of its own, because one that interprets cannot compile.
 """
 
 import inspect
@@ -16,18 +16,51 @@ from triton.compiler import ASTSource
 from msfp_cli.layers.kernels import triton_ops
 
 POINTERS = {
-    **{"codes": "*i8", "weights": "*i8", "member": "*i64", "factors": "*fp32", "constants": "*fp32", "offsets": "*i32"},
-    **{"y": "*bf16", "x": "*bf16", "numbers": "*fp32", "low": "*i8", "high": "*i8", "largest": "fp32"},
+    **{
+        "codes": "*i8",
+        "weights": "*i8",
+        "member": "*i64",
+        "factors": "*fp32",
+        "constants": "*fp32",
+        "offsets": "*i32",
+    },
+    **{
+        "y": "*bf16",
+        "x": "*bf16",
+        "numbers": "*fp32",
+        "low": "*i8",
+        "high": "*i8",
+        "largest": "fp32",
+    },
 }
 LINEAR = dict.fromkeys(("width", "columns", "groups", "stride_down", "stride_across", "per_out"), 1)
-ONE = dict.fromkeys(("height", "channels", "rows", "windows", "outs", "per_picture", "per_pixel"), 1)
+ONE = dict.fromkeys(
+    ("height", "channels", "rows", "windows", "outs", "per_picture", "per_pixel"), 1
+)
 PRODUCTS: dict[
     str, dict[str, Any]
 ] = {  # numbers that are 1 are constants to the compiler, and take other ways through it
     "3x3": {"DOWN": 3, "ACROSS": 3, "KINDS": 49, "KINDS_ACROSS": 7, "OUTSIDE": -128, "PLANE": 0},
-    "linear": {"DOWN": 1, "ACROSS": 1, "KINDS": 1, "KINDS_ACROSS": 2, "OUTSIDE": 0, "PLANE": 0, **LINEAR},
+    "linear": {
+        "DOWN": 1,
+        "ACROSS": 1,
+        "KINDS": 1,
+        "KINDS_ACROSS": 2,
+        "OUTSIDE": 0,
+        "PLANE": 0,
+        **LINEAR,
+    },
     "high plane": {"DOWN": 3, "ACROSS": 3, "KINDS": 1, "KINDS_ACROSS": 7, "OUTSIDE": 0, "PLANE": 1},
-    "one number": {"DOWN": 1, "ACROSS": 1, "KINDS": 1, "KINDS_ACROSS": 2, "OUTSIDE": 0, "PLANE": 0, **LINEAR, **ONE},
+    "one number": {
+        "DOWN": 1,
+        "ACROSS": 1,
+        "KINDS": 1,
+        "KINDS_ACROSS": 2,
+        "OUTSIDE": 0,
+        "PLANE": 0,
+        **LINEAR,
+        **ONE,
+    },
 }
 ROUNDINGS: dict[str, dict[str, Any]] = {
     "e2m1": {"SIGNED": True, "MANTISSA": 1, "SHIFT": 0, "WIDE": False, "GAIN": 0.0},
@@ -41,8 +74,12 @@ def build(kernel: Any, capability: int, constants: dict[str, Any], **options: An
     """Compile a kernel for a GPU; every argument that is no constant and no pointer is an integer."""
     names = list(inspect.signature(kernel.fn).parameters)
     pointers = POINTERS | ({"low": "*fp8e4nv", "high": "*fp8e4nv"} if constants.get("GAIN") else {})
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names
+    }
+    source = ASTSource(
+        kernel, signature, {(names.index(name),): value for name, value in constants.items()}
+    )
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -51,15 +88,33 @@ def main(capability: int, tiles: list[triton_ops.Tile]) -> None:
     for name, constants in PRODUCTS.items():
         for tile in tiles:
             sizes = {"WINDOWS": tile.windows, "OUTS": tile.outs, "DEPTH": tile.depth}
-            options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
+            options = {
+                "num_warps": tile.warps,
+                "num_stages": tile.stages,
+                "enable_fp_fusion": False,
+            }
             built = build(triton_ops.multiply_kernel, capability, constants | sizes, **options)
-            on_units = any(word in built.asm["ptx"] for word in ("mma.sync", "wgmma.mma", "tcgen05.mma"))
-            print(json.dumps({"build": name, "shared": built.metadata.shared, "on_units": on_units}))
+            on_units = any(
+                word in built.asm["ptx"] for word in ("mma.sync", "wgmma.mma", "tcgen05.mma")
+            )
+            print(
+                json.dumps({"build": name, "shared": built.metadata.shared, "on_units": on_units})
+            )
     for name, constants in ROUNDINGS.items():
         if not constants["GAIN"] or capability >= 89:
             share = {"PIXELS": 64, "CHANNELS": 64}
-            built = build(triton_ops.round_kernel, capability, constants | share, enable_fp_fusion=False)
-            print(json.dumps({"build": name, "shared": built.metadata.shared, "exact": "div.rn" in built.asm["ptx"]}))
+            built = build(
+                triton_ops.round_kernel, capability, constants | share, enable_fp_fusion=False
+            )
+            print(
+                json.dumps(
+                    {
+                        "build": name,
+                        "shared": built.metadata.shared,
+                        "exact": "div.rn" in built.asm["ptx"],
+                    }
+                )
+            )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,11 @@ def clip_score(model: str, pictures: Tensor, prompts: Sequence[str], device: str
             truncation=True,
         ).to(device)
         result = clip(**given)
-        scores.append(torch.nn.functional.cosine_similarity(result.image_embeds, result.text_embeds).clamp_min(0))
+        scores.append(
+            torch.nn.functional.cosine_similarity(
+                result.image_embeds, result.text_embeds
+            ).clamp_min(0)
+        )
     return float(100 * torch.cat(scores).double().mean())
 
 
@@ -44,9 +48,13 @@ def _load(model: str, device: str) -> tuple[Any, Any]:
     from transformers import CLIPModel, CLIPProcessor
 
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        raise ModelError(f"cannot load the CLIP model {model!r}: it is neither a directory nor a hub id (owner/name)")
+        raise ModelError(
+            f"cannot load the CLIP model {model!r}: it is neither a directory nor a hub id (owner/name)"
+        )
     try:
-        return CLIPModel.from_pretrained(model).eval().to(device), CLIPProcessor.from_pretrained(model)
+        return CLIPModel.from_pretrained(model).eval().to(device), CLIPProcessor.from_pretrained(
+            model
+        )
     except Exception as error:  # every library below has its own kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"cannot load the CLIP model {model!r}: {reason}") from None

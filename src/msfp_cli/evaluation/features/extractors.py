@@ -1,9 +1,9 @@
 """Feature extractors by name, for distances between sets of pictures.
 
-``squeezenet`` and ``fashion`` come with msfp; ``inception`` is what published FID values use, where torch-fidelity and
-its weights can be had; ``module:factory`` is anything of the user's: a function without arguments that returns an
-``nn.Module`` from pictures in 0..1 to features. Distances by different extractors cannot be compared, so every result
-names its own.
+``squeezenet`` and ``fashion`` come with msfp; ``inception`` is what published FID values use, where
+torch-fidelity and its weights can be had; ``module:factory`` is anything of the user's: a function
+without arguments that returns an ``nn.Module`` from pictures in 0..1 to features. Distances by
+different extractors cannot be compared, so every result names its own.
 """
 
 import importlib
@@ -27,7 +27,8 @@ class Extractor:
 
     Arguments:
         name: as the user gave it.
-        embed: float pictures ``(pictures, 3, height, width)`` in 0..1 to ``(pictures, dimensions)``.
+        embed: float pictures ``(pictures, 3, height, width)`` in 0..1 to ``(pictures,
+            dimensions)``.
     """
 
     name: str
@@ -40,13 +41,19 @@ class Extractor:
         Raises:
             UsageError: what the extractor returns is no ``(pictures, dimensions)``.
         """
-        return torch.cat([self._rows(batch.float() / 255) for batch in torch.split(pictures, _BATCH)])
+        return torch.cat(
+            [self._rows(batch.float() / 255) for batch in torch.split(pictures, _BATCH)]
+        )
 
     def _rows(self, pictures: Tensor) -> Tensor:
         """Return the features of a batch, or refuse what is no row for each picture."""
         rows: Any = self.embed(pictures)
         if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != len(pictures):
-            given = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
+            given = (
+                f"shape {tuple(rows.shape)}"
+                if isinstance(rows, Tensor)
+                else f"a {type(rows).__name__}"
+            )
             raise UsageError(
                 f"extractor {self.name!r} gives {given} for {len(pictures)} pictures; it must give one row a picture"
             )
@@ -100,5 +107,7 @@ def _imported(name: str) -> nn.Module:
             f"cannot make extractor {name!r} ({reason}); it must be importable and callable without arguments"
         ) from None
     if not isinstance(model, nn.Module):
-        raise UsageError(f"extractor {name!r} gives a {type(model).__name__}; it must give a torch.nn.Module")
+        raise UsageError(
+            f"extractor {name!r} gives a {type(model).__name__}; it must give a torch.nn.Module"
+        )
     return model.eval().requires_grad_(False)

@@ -1,8 +1,8 @@
 """A small classifier of the built-in pipeline's pictures: which garment, which colour, and features for distances.
 
-It tells whether a picture shows what its prompt asked for, and its features tell sets of pictures apart where no large
-extractor is at hand. `examples/train_fashion/train_classifier.py` trains it on tinted Fashion-MNIST; the weights that
-come with msfp are of 124 thousand parameters.
+It tells whether a picture shows what its prompt asked for, and its features tell sets of pictures
+apart where no large extractor is at hand. `examples/train_fashion/train_classifier.py` trains it on
+tinted Fashion-MNIST; the weights that come with msfp are of 124 thousand parameters.
 """
 
 from importlib.resources import files
@@ -14,7 +14,18 @@ from torch import Tensor, nn
 
 from msfp_cli.errors import UsageError
 
-GARMENTS = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+GARMENTS = (
+    "t-shirt",
+    "trousers",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "boot",
+)
 COLOURS = ("white", "red", "green", "blue", "yellow", "orange", "purple", "cyan")
 SIDE = 32
 
@@ -45,7 +56,9 @@ class GarmentClassifier(nn.Module):
     def embed(self, pictures: Tensor) -> Tensor:
         """Return the features ``(pictures, 64)`` on which both answers rest."""
         if pictures.shape[1:] != (3, SIDE, SIDE):
-            raise UsageError(f"the classifier takes pictures of {SIDE} by {SIDE}, not {tuple(pictures.shape[2:])}")
+            raise UsageError(
+                f"the classifier takes pictures of {SIDE} by {SIDE}, not {tuple(pictures.shape[2:])}"
+            )
         features: Tensor = self.features(self.pool(self.maps(pictures)[-1]))
         return features
 
@@ -58,7 +71,9 @@ class GarmentClassifier(nn.Module):
 def load_classifier() -> GarmentClassifier:
     """Load the classifier that comes with msfp."""
     model = GarmentClassifier()
-    model.load_state_dict(load_file(Path(str(files("msfp_cli") / "data" / "fashion_classifier.safetensors"))))
+    model.load_state_dict(
+        load_file(Path(str(files("msfp_cli") / "data" / "fashion_classifier.safetensors")))
+    )
     return model.eval().requires_grad_(False)
 
 
@@ -71,17 +86,22 @@ def asked_for(prompt: str) -> tuple[int | None, int | None]:
 
 
 @torch.no_grad()
-def agreement(model: GarmentClassifier, pictures: Tensor, prompts: list[str]) -> tuple[float, float]:
+def agreement(
+    model: GarmentClassifier, pictures: Tensor, prompts: list[str]
+) -> tuple[float, float]:
     """Return the shares of pictures whose garment, and whose colour, is what the prompt asked for.
 
     Arguments:
         pictures: ``(pictures, 3, 32, 32)`` in 0..1.
-        prompts: one for each; those that name no garment (or colour) do not count. NaN if none counts.
+        prompts: one for each; those that name no garment (or colour) do not count. NaN if none
+            counts.
     """
     wanted = [asked_for(prompt) for prompt in prompts]
     shares = []
     for which, logits in enumerate(model(pictures)):
-        pairs = [(int(row.argmax()), names[which]) for row, names in zip(logits, wanted, strict=True)]
+        pairs = [
+            (int(row.argmax()), names[which]) for row, names in zip(logits, wanted, strict=True)
+        ]
         counted = [found == name for found, name in pairs if name is not None]
         shares.append(sum(counted) / len(counted) if counted else float("nan"))
     return shares[0], shares[1]

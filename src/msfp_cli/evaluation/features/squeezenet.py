@@ -1,9 +1,10 @@
 """Deep features that come with msfp: SqueezeNet 1.1 without its classifier, trained on ImageNet (Iandola et al. 2016).
 
-722 thousand parameters, kept in half precision (arXiv:1602.07360; weights of the authors' Caffe model, MIT). They serve
-where no larger extractor is at hand: a distance between two pictures that sees structure and not only pixels, as LPIPS
-does (Zhang et al. 2018, arXiv:1801.03924) but without its trained weights, so the numbers are not those of LPIPS; and
-features for distances between sets of pictures.
+722 thousand parameters, kept in half precision (arXiv:1602.07360; weights of the authors' Caffe
+model, MIT). They serve where no larger extractor is at hand: a distance between two pictures that
+sees structure and not only pixels, as LPIPS does (Zhang et al. 2018, arXiv:1801.03924) but without
+its trained weights, so the numbers are not those of LPIPS; and features for distances between sets
+of pictures.
 """
 
 from importlib.resources import files
@@ -35,7 +36,9 @@ class _Fire(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return twice `expanded` channels."""
         x = functional.relu(self.squeeze(x))
-        return torch.cat([functional.relu(self.expand1x1(x)), functional.relu(self.expand3x3(x))], dim=1)
+        return torch.cat(
+            [functional.relu(self.expand1x1(x)), functional.relu(self.expand3x3(x))], dim=1
+        )
 
 
 class SqueezeNet(nn.Module):
@@ -52,7 +55,9 @@ class SqueezeNet(nn.Module):
 
     def maps(self, pictures: Tensor) -> list[Tensor]:
         """Return the feature maps of seven stages, from fine to coarse."""
-        resized = functional.interpolate(pictures.float(), (_SIDE, _SIDE), mode="bilinear", antialias=True)
+        resized = functional.interpolate(
+            pictures.float(), (_SIDE, _SIDE), mode="bilinear", antialias=True
+        )
         x = resized.flip(1) * 255 - torch.tensor(_MEAN, device=pictures.device)[:, None, None]
         found = []
         for place, part in enumerate(self.features):
@@ -82,12 +87,15 @@ def load_squeezenet() -> SqueezeNet:
 def deep_distance(model: SqueezeNet, pictures: Tensor, reference: Tensor) -> Tensor:
     """Return how far pictures are from others in deep features, float64 ``(pictures,)``; 0 if equal.
 
-    At each stage the features of a place are brought to unit length; squared differences are summed over channels and
-    averaged over places; the stages are averaged: LPIPS with all weights one over the number of stages.
+    At each stage the features of a place are brought to unit length; squared differences are summed
+    over channels and averaged over places; the stages are averaged: LPIPS with all weights one over
+    the number of stages.
     """
     total = torch.zeros(len(pictures), dtype=torch.float64)
     stages = list(zip(model.maps(pictures), model.maps(reference), strict=True))
     for ours, theirs in stages:
-        difference = functional.normalize(ours.double(), dim=1) - functional.normalize(theirs.double(), dim=1)
+        difference = functional.normalize(ours.double(), dim=1) - functional.normalize(
+            theirs.double(), dim=1
+        )
         total += difference.square().sum(dim=1).mean(dim=(-2, -1)).cpu()
     return total / len(stages)

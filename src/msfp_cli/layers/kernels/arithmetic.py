@@ -1,17 +1,20 @@
 """What a quantized layer computes, in integers; the formula that kernels share.
 
-Every 4-bit grid but one is a small integer times a scale, so with input ``x = s_a q_a + z`` and weight ``w = s_w q_w``
+Every 4-bit grid but one is a small integer times a scale, so with input ``x = s_a q_a + z`` and
+weight ``w = s_w q_w``
 
     y[o] = sum(q_a q_w[o]) * factor[o] + constant[o]
     factor[o] = s_a s_w[o]        constant[o] = z s_w[o] sum(q_w[o]) + bias[o]
 
-The sum is exact. It is rounded to float32, multiplied, rounded, added to, and rounded again, in this order, so kernels
-that follow it agree to the last bit, whoever multiplies. The few layers kept at 8 bits may have integers of up to 16
-bits: these are two planes of bytes, two such products, the second without a constant, and their sum.
+The sum is exact. It is rounded to float32, multiplied, rounded, added to, and rounded again, in
+this order, so kernels that follow it agree to the last bit, whoever multiplies. The few layers kept
+at 8 bits may have integers of up to 16 bits: these are two planes of bytes, two such products, the
+second without a constant, and their sum.
 
-A convolution pads with real zeros, not with ``z``, so the constant is too much where the kernel reaches over the edge.
-Those outputs are a frame, at most as wide as the padding: `subtract_frame_` takes from them ``z s_w[o] sum(q_w[o])``
-over the taps that lie outside, in four strips (derivation: ours).
+A convolution pads with real zeros, not with ``z``, so the constant is too much where the kernel
+reaches over the edge. Those outputs are a frame, at most as wide as the padding: `subtract_frame_`
+takes from them ``z s_w[o] sum(q_w[o])`` over the taps that lie outside, in four strips (derivation:
+ours).
 """
 
 from collections.abc import Sequence
@@ -36,7 +39,9 @@ class Arithmetic(NamedTuple):
     geometry: Geometry | None  # None for a Linear layer
     factors: Tensor  # float32 (sets, out)
     constants: Tensor  # float32 (sets, out)
-    frames: Tensor | None  # float32 (sets, out, kernel height, kernel width): the zero point's share of each tap
+    frames: (
+        Tensor | None
+    )  # float32 (sets, out, kernel height, kernel width): the zero point's share of each tap
 
     @classmethod
     def of(cls, layer: "QuantizedLayer", integers: Sequence[Tensor]) -> "Arithmetic":
@@ -53,7 +58,11 @@ class Arithmetic(NamedTuple):
         shares = [tap_sums(weight) * zero for weight, zero in zip(integers, zeros, strict=True)]
         bias = 0.0 if layer.bias is None else layer.bias.detach().double()
         constants = torch.stack([(share.sum(dim=(1, 2)) + bias).float() for share in shares])
-        framed = geometry is not None and any(geometry.padding) and any(grid.zero_point for grid in grids)
+        framed = (
+            geometry is not None
+            and any(geometry.padding)
+            and any(grid.zero_point for grid in grids)
+        )
         fmt = grids[0].format
         frames = torch.stack(shares).float() if framed else None
         return cls(fmt.largest if fmt.signed else 0, geometry, factors, constants, frames)

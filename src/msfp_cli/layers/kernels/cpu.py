@@ -1,14 +1,17 @@
 """Run a layer on the 8-bit integer units of a CPU, through oneDNN.
 
-The formula is that of `arithmetic`. oneDNN multiplies unsigned by signed bytes, sums exactly in int32, and takes factor
-and constant along as it writes the output. A signed input is shifted by its largest magnitude to become unsigned, and
-the shift is oneDNN's integer zero point, which it subtracts in int32 as well.
+The formula is that of `arithmetic`. oneDNN multiplies unsigned by signed bytes, sums exactly in
+int32, and takes factor and constant along as it writes the output. A signed input is shifted by its
+largest magnitude to become unsigned, and the shift is oneDNN's integer zero point, which it
+subtracts in int32 as well.
 
-Rounding the input is a dozen passes, and over a whole tensor they cost more than the product. They are done piece by
-piece, so that a piece stays in the cache (`round_to_bytes`); one fused pass by inductor is faster for uniform formats
-alone (docs/performance.md). Under ``torch.compile`` it is fused with what comes before.
+Rounding the input is a dozen passes, and over a whole tensor they cost more than the product. They
+are done piece by piece, so that a piece stays in the cache (`round_to_bytes`); one fused pass by
+inductor is faster for uniform formats alone (docs/performance.md). Under ``torch.compile`` it is
+fused with what comes before.
 
-Without VNNI a CPU adds two products in 16 bits, so formats whose pair could overflow are refused there.
+Without VNNI a CPU adds two products in 16 bits, so formats whose pair could overflow are refused
+there.
 """
 
 import platform
@@ -28,15 +31,17 @@ from msfp_cli.layers.kernels.simulated import input_grid, simulate
 if TYPE_CHECKING:
     from msfp_cli.layers.quantized import QuantizedLayer
 
-_PIECE = 1 << 16  # elements for each thread: 256 KiB of float32, which stay in its cache from pass to pass
+_PIECE = (
+    1 << 16
+)  # elements for each thread: 256 KiB of float32, which stay in its cache from pass to pass
 _INT16, _INT32 = 2**15 - 1, 2**31 - 1
 
 
 class Cpu(Kernel):
     """Runs a layer as bytes times bytes.
 
-    The weight is kept as oneDNN lays it out for its units, one byte each, and the layer's codes can go; with
-    `keep_packed` the codes stay and are unpacked at every call.
+    The weight is kept as oneDNN lays it out for its units, one byte each, and the layer's codes can
+    go; with `keep_packed` the codes stay and are unpacked at every call.
     """
 
     name: ClassVar[str] = "cpu"
@@ -68,7 +73,9 @@ class Cpu(Kernel):
         integers = [layer.integers(member) for member in range(layer.parameters_of.hub)]
         self.arithmetic = Arithmetic.of(layer, integers)
         self.holds_weight = not keep_packed
-        self.weights = [] if keep_packed else [_prepack(each, self.arithmetic.geometry) for each in integers]
+        self.weights = (
+            [] if keep_packed else [_prepack(each, self.arithmetic.geometry) for each in integers]
+        )
 
     def __call__(self, layer: "QuantizedLayer", x: Tensor) -> Tensor:
         """Run the layer; a shape that oneDNN does not take goes to the reference, what needs gradients is simulated."""
@@ -79,12 +86,17 @@ class Cpu(Kernel):
             return run_reference(layer, x, self.arithmetic)
         member = layer.member()
         planes = round_to_bytes(x.detach(), input_grid(layer, member), shift)
-        weights, numbers = self.weights or [layer.integers(member)], self.arithmetic.of_member(member)
+        weights, numbers = (
+            self.weights or [layer.integers(member)],
+            self.arithmetic.of_member(member),
+        )
         if isinstance(member, int) and not torch.compiler.is_compiling():
             y = _multiply(planes, weights[member if self.weights else 0], shift, *numbers, geometry)
         else:
             pick = torch.as_tensor(member).view(1) * self.holds_weight
-            y = multiply_bytes(planes, weights, pick, shift, *numbers, geometry.flat() if geometry else [])
+            y = multiply_bytes(
+                planes, weights, pick, shift, *numbers, geometry.flat() if geometry else []
+            )
         return y.to(x.dtype)
 
     def integers(self, member: int | Tensor) -> Tensor:
@@ -100,16 +112,19 @@ def _has_onednn() -> bool:
 def _is_taken(x: Tensor, geometry: Geometry | None) -> bool:
     """Whether oneDNN takes an input of this shape.
 
-    Its AMX convolution reads outside of the input where a window sees nothing but padding, and wrong rows where the
-    output is one pixel wide and the stride is not 1 (oneDNN of torch 2.13; 7,800 random shapes without these are
-    exact).
+    Its AMX convolution reads outside of the input where a window sees nothing but padding, and
+    wrong rows where the output is one pixel wide and the stride is not 1 (oneDNN of torch 2.13;
+    7,800 random shapes without these are exact).
     """
     if x.numel() == 0 or geometry is None:
         return x.numel() > 0
     if x.ndim != 4 or (geometry.stride[1] > 1 and geometry.output_size(*x.shape[2:])[1] == 1):
         return False
     sides = zip(x.shape[2:], geometry.kernel, geometry.padding, geometry.dilation, strict=True)
-    return all(padding <= dilation * (kernel - 1) and dilation <= size for size, kernel, padding, dilation in sides)
+    return all(
+        padding <= dilation * (kernel - 1) and dilation <= size
+        for size, kernel, padding, dilation in sides
+    )
 
 
 def round_to_bytes(x: Tensor, grid: Grid, shift: int) -> list[Tensor]:
@@ -119,21 +134,30 @@ def round_to_bytes(x: Tensor, grid: Grid, shift: int) -> list[Tensor]:
         x: floating point, any shape.
 
     Returns:
-        ``code_book[quantize(x, grid)] + shift`` as planes of bytes, the low one first: one plane where the integers
-        fit, else two; uint8, shape and layout of `x`. A NaN gives any byte.
+        ``code_book[quantize(x, grid)] + shift`` as planes of bytes, the low one first: one plane
+        where the integers fit, else two; uint8, shape and layout of `x`. A NaN gives any byte.
     """
     wide = grid.format.largest + shift > 255
     if torch.compiler.is_compiling():
-        return _planes(round_steps((x.float() - grid.zero_point) / grid.scale, grid.format).add(shift), wide)
-    channels_last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        return _planes(
+            round_steps((x.float() - grid.zero_point) / grid.scale, grid.format).add(shift), wide
+        )
+    channels_last = (
+        x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    )
     dense = x.permute(0, 2, 3, 1) if channels_last else x.contiguous()
-    values, planes = dense.reshape(-1), [torch.empty(dense.shape, dtype=torch.uint8) for _ in range(1 + wide)]
+    values, planes = (
+        dense.reshape(-1),
+        [torch.empty(dense.shape, dtype=torch.uint8) for _ in range(1 + wide)],
+    )
     size = _PIECE * torch.get_num_threads()
     for start in range(0, len(values), size):
         piece = values[start : start + size].float()
         steps = torch.sub(piece, grid.zero_point).div_(grid.scale)
         integers = round_steps(steps, grid.format).add_(shift)
-        for plane, byte in zip(planes, _planes(integers, wide) if wide else [integers], strict=True):
+        for plane, byte in zip(
+            planes, _planes(integers, wide) if wide else [integers], strict=True
+        ):
             plane.view(-1)[start : start + size] = byte
     return [plane.permute(0, 3, 1, 2) if channels_last else plane for plane in planes]
 
@@ -153,7 +177,9 @@ def _prepack(integers: Tensor, geometry: Geometry | None) -> Tensor:
         return linear
     _, stride, padding, dilation, groups = geometry
     ones = torch.ones(integers.shape[0])
-    packed: Tensor = torch.ops.onednn.qconv_prepack(integers, ones, 1.0, 0, stride, padding, dilation, groups, None)
+    packed: Tensor = torch.ops.onednn.qconv_prepack(
+        integers, ones, 1.0, 0, stride, padding, dilation, groups, None
+    )
     return packed
 
 
@@ -177,17 +203,24 @@ def _multiply(
 
 
 def _product(
-    plane: Tensor, shift: int, weight: Tensor, factor: Tensor, constant: Tensor | None, geometry: Geometry | None
+    plane: Tensor,
+    shift: int,
+    weight: Tensor,
+    factor: Tensor,
+    constant: Tensor | None,
+    geometry: Geometry | None,
 ) -> Tensor:
     """Call oneDNN for one plane of bytes; where `constant` is None nothing is added.
 
-    Its scale of the input stays 1, as some of its implementations multiply by that first and others by the product of
-    both scales.
+    Its scale of the input stays 1, as some of its implementations multiply by that first and others
+    by the product of both scales.
     """
     given = (1.0, shift, weight, factor, torch.zeros(len(factor), dtype=torch.int32), constant)
     output: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
     if geometry is None:
-        y: Tensor = torch.ops.onednn.qlinear_pointwise(plane.reshape(-1, plane.shape[-1]), *given, *output)
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            plane.reshape(-1, plane.shape[-1]), *given, *output
+        )
         return y.view(*plane.shape[:-1], -1)
     codes = plane.contiguous(memory_format=torch.channels_last)
     y = torch.ops.onednn.qconv2d_pointwise(codes, *given, *geometry[1:], *output)
@@ -206,7 +239,9 @@ def multiply_bytes(
     geometry: Sequence[int],
 ) -> Tensor:
     """Run `_multiply` with one of several weights, chosen by a tensor: one operator to `torch.compile`."""
-    return _multiply(planes, weights[int(pick)], shift, factor, constant, frame, Geometry.from_flat(geometry))
+    return _multiply(
+        planes, weights[int(pick)], shift, factor, constant, frame, Geometry.from_flat(geometry)
+    )
 
 
 @multiply_bytes.register_fake
@@ -224,4 +259,6 @@ def _(
     if where is None:
         return codes.new_empty((*codes.shape[:-1], len(factor)), dtype=torch.float32)
     shape = (codes.shape[0], len(factor), *where.output_size(codes.shape[2], codes.shape[3]))
-    return torch.empty(shape, dtype=torch.float32, device=codes.device, memory_format=torch.channels_last)
+    return torch.empty(
+        shape, dtype=torch.float32, device=codes.device, memory_format=torch.channels_last
+    )

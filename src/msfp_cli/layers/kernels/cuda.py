@@ -1,18 +1,20 @@
 """Run a layer on the 8-bit units of an NVIDIA GPU.
 
-As on a CPU, ``y = s_a s_w[o] sum(q_a q_w[o])`` plus a constant, and the sum is exact in int32. An input is rounded to
-signed bytes in one pass, and convolved in another that writes the layer's output, scaled and in its type: two Triton
-kernels (`triton_ops`). Triton comes with torch's builds for CUDA. Where it is missing, and on GPUs before Ampere, the
-same arithmetic runs as torch's own operators (`int8`), in more passes; a warning says so once.
+As on a CPU, ``y = s_a s_w[o] sum(q_a q_w[o])`` plus a constant, and the sum is exact in int32. An
+input is rounded to signed bytes in one pass, and convolved in another that writes the layer's
+output, scaled and in its type: two Triton kernels (`triton_ops`). Triton comes with torch's builds
+for CUDA. Where it is missing, and on GPUs before Ampere, the same arithmetic runs as torch's own
+operators (`int8`), in more passes; a warning says so once.
 
-Under ``torch.compile`` rounding is left to the compiler, which fuses it with the norm or activation before it. Compiled
-code may divide with an error in the last bit, so a value on the border between two codes may fall to the other side, in
-our layers as in simulated ones.
+Under ``torch.compile`` rounding is left to the compiler, which fuses it with the norm or activation
+before it. Compiled code may divide with an error in the last bit, so a value on the border between
+two codes may fall to the other side, in our layers as in simulated ones.
 
-`CudaFp8` has to be asked for. Every 4-bit grid times a power of two is exact in float8 e4m3: the magnitudes have at
-most four significant bits and span less than its 18 octaves. So the products are exact, too, but the sum is as good as
-the unit's accumulator, which on Hopper is said to keep about 14 bits (DeepSeek-V3, arXiv:2412.19437, section 3.5.2). An
-int8 sum is exact, and on most GPUs as fast by specification; hence ``auto`` never takes float8.
+`CudaFp8` has to be asked for. Every 4-bit grid times a power of two is exact in float8 e4m3: the
+magnitudes have at most four significant bits and span less than its 18 octaves. So the products are
+exact, too, but the sum is as good as the unit's accumulator, which on Hopper is said to keep about
+14 bits (DeepSeek-V3, arXiv:2412.19437, section 3.5.2). An int8 sum is exact, and on most GPUs as
+fast by specification; hence ``auto`` never takes float8.
 """
 
 import os
@@ -46,8 +48,8 @@ _E4M3_LARGEST, _E4M3_SMALLEST_POWER, _E4M3_BITS = 448, -9, 4
 class Cuda(Kernel):
     """Runs a layer as signed bytes times signed bytes.
 
-    The weight is kept as one byte each, and the layer's codes can go; with `keep_packed` the codes stay and are
-    unpacked at every call.
+    The weight is kept as one byte each, and the layer's codes can go; with `keep_packed` the codes
+    stay and are unpacked at every call.
     """
 
     name: ClassVar[str] = "cuda"
@@ -71,8 +73,12 @@ class Cuda(Kernel):
         self.is_linear, self.geometry = geometry is None, geometry or POINT
         scale, sets = layer.get_buffer("weight_scale"), range(len(grids))
         self.shape = layer.weight_shape
-        self.held = int8.hold([layer.integers(i) for i in sets], grids, scale, layer.bias, self.geometry)
-        self.numbers = torch.tensor([[grid.scale, grid.zero_point] for grid in grids], device=scale.device)
+        self.held = int8.hold(
+            [layer.integers(i) for i in sets], grids, scale, layer.bias, self.geometry
+        )
+        self.numbers = torch.tensor(
+            [[grid.scale, grid.zero_point] for grid in grids], device=scale.device
+        )
         self.members = torch.arange(len(grids), device=scale.device)
         self.fused = triton_ops(scale.device) is not None
         self.exponent: int | None = None
@@ -99,8 +105,13 @@ class Cuda(Kernel):
         held = self.held
         if not self.holds_weight:
             rows = int8.lay_out(layer.integers(at))
-            held, at = Held(rows[None], *(many.index_select(0, at) for many in held[1:])), torch.zeros_like(at)
-        in_lines = not self.is_linear and (x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last))
+            held, at = (
+                Held(rows[None], *(many.index_select(0, at) for many in held[1:])),
+                torch.zeros_like(at),
+            )
+        in_lines = not self.is_linear and (
+            x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+        )
         shift, geometry = int8.shift_of(self.format), self.geometry.flat()
         multiply = multiply_bytes if torch.compiler.is_compiling() else _multiply
         y: Tensor = multiply(planes, *held, at, shift, geometry, x.dtype, not in_lines, self.fused)
@@ -111,11 +122,17 @@ class Cuda(Kernel):
         picture = x.detach()
         if self.is_linear:
             picture = picture.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-        fused = triton_ops(picture.device) if self.fused and not torch.compiler.is_compiling() else None
+        fused = (
+            triton_ops(picture.device) if self.fused and not torch.compiler.is_compiling() else None
+        )
         if fused is not None:
-            planes: list[Tensor] = fused.round_to_bytes(picture, self.numbers, at, self.format, self.exponent)
+            planes: list[Tensor] = fused.round_to_bytes(
+                picture, self.numbers, at, self.format, self.exponent
+            )
             return planes
-        return int8.round_to_bytes(picture, self.numbers.index_select(0, at)[0], self.format, self.exponent)
+        return int8.round_to_bytes(
+            picture, self.numbers.index_select(0, at)[0], self.format, self.exponent
+        )
 
     def _is_taken(self, x: Tensor) -> bool:
         outs, numel = self.shape[0], x.numel()
@@ -124,7 +141,12 @@ class Cuda(Kernel):
         if x.ndim != 4:
             return False
         rows, columns = self.geometry.output_size(x.shape[2], x.shape[3])
-        return 0 < numel and rows > 0 and columns > 0 and max(numel, x.shape[0] * outs * rows * columns) <= _INT32
+        return (
+            0 < numel
+            and rows > 0
+            and columns > 0
+            and max(numel, x.shape[0] * outs * rows * columns) <= _INT32
+        )
 
     def integers(self, member: int | Tensor) -> Tensor:
         """Return the integers of one set of weights, int8, shape of the float weight."""
@@ -165,8 +187,12 @@ class CudaFp8(Cuda):
             return super().run(layer, x, at)
         codes, weight = self.round(x, at)[0].view(-1, x.shape[-1]), self.held.weights[0]
         if codes.shape[1] < weight.shape[1]:
-            codes = functional.pad(codes.view(torch.uint8), (0, weight.shape[1] - codes.shape[1])).view(codes.dtype)
-        sums = torch._scaled_mm(codes, weight.t(), self.one, self.one, out_dtype=torch.float32)[:, : self.shape[0]]
+            codes = functional.pad(
+                codes.view(torch.uint8), (0, weight.shape[1] - codes.shape[1])
+            ).view(codes.dtype)
+        sums = torch._scaled_mm(codes, weight.t(), self.one, self.one, out_dtype=torch.float32)[
+            :, : self.shape[0]
+        ]
         y = torch.addcmul(self.held.constants[0], sums, self.held.factors)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
@@ -185,7 +211,9 @@ def e4m3_exponent(fmt: FloatFormat) -> int | None:
         exponent -= 1
     for magnitude in fmt.magnitudes[1:]:
         power = (magnitude & -magnitude).bit_length() - 1  # of its lowest bit
-        if (magnitude >> power).bit_length() > _E4M3_BITS or power + exponent < _E4M3_SMALLEST_POWER:
+        if (
+            magnitude >> power
+        ).bit_length() > _E4M3_BITS or power + exponent < _E4M3_SMALLEST_POWER:
             return None
     return exponent
 
@@ -237,7 +265,10 @@ def _import_triton_ops() -> ModuleType | None:
     try:
         return import_module("msfp_cli.layers.kernels.triton_ops")
     except ImportError:
-        warnings.warn("Triton is not installed, so quantized layers take slower operators of torch", stacklevel=2)
+        warnings.warn(
+            "Triton is not installed, so quantized layers take slower operators of torch",
+            stacklevel=2,
+        )
         return None
 
 
@@ -256,10 +287,24 @@ def _multiply(
 ) -> Tensor:
     """Convolve bytes with bytes, with one of several sets of weights: ``(batch, out, rows, columns)``."""
     held, where = Held(weights, factors, constants, offsets), Geometry.from_flat(geometry) or POINT
-    y = _output(planes, weights, factors, constants, offsets, member, shift, geometry, dtype, channels_last, fused)
+    y = _output(
+        planes,
+        weights,
+        factors,
+        constants,
+        offsets,
+        member,
+        shift,
+        geometry,
+        dtype,
+        channels_last,
+        fused,
+    )
     ops = triton_ops(y.device) if fused else None
     if ops is None:
-        return y.copy_(int8.multiply(list(planes), held, int(member), where, shift).permute(0, 3, 1, 2))
+        return y.copy_(
+            int8.multiply(list(planes), held, int(member), where, shift).permute(0, 3, 1, 2)
+        )
     wide = y if len(planes) == 1 else torch.empty_like(y, dtype=torch.float32)
     ops.multiply_(wide, list(planes), held, member, where, shift)
     return wide.to(dtype)

@@ -1,16 +1,19 @@
 """Where the windows of a convolution lie, and what falls over the edge of the picture.
 
-A layer pads with real zeros, after its input was rounded. Written as ``x = scale q + z``, a zero inside of the picture
-has some integer ``q``, but the padding is not on the grid unless ``z`` is 0: it contributes neither ``q`` nor ``z``.
-Kernels multiply integers, where padding with the integer 0 is right, and add a constant per output channel for the
-share of ``z``, which is too much wherever the window reaches over the edge. Two ways to get it right are here.
+A layer pads with real zeros, after its input was rounded. Written as ``x = scale q + z``, a zero
+inside of the picture has some integer ``q``, but the padding is not on the grid unless ``z`` is 0:
+it contributes neither ``q`` nor ``z``. Kernels multiply integers, where padding with the integer 0
+is right, and add a constant per output channel for the share of ``z``, which is too much wherever
+the window reaches over the edge. Two ways to get it right are here.
 
-`subtract_frame_` takes the difference from the finished output, in four strips: few operations, each on little.
+`subtract_frame_` takes the difference from the finished output, in four strips: few operations,
+each on little.
 
-`window_kinds` is for kernels that look their constant up as they write. Along one dimension, the taps inside of the
-picture are always neighbours, from some ``a`` to before some ``b``, so there are ``k (k + 1) / 2 + 1`` kinds of window
-(one is empty), whatever the picture's size. A constant for each pair of a vertical and a horizontal kind, 49 for 3x3,
-is computed once with the layer, and a window's kind is a few integer operations (derivation: ours).
+`window_kinds` is for kernels that look their constant up as they write. Along one dimension, the
+taps inside of the picture are always neighbours, from some ``a`` to before some ``b``, so there are
+``k (k + 1) / 2 + 1`` kinds of window (one is empty), whatever the picture's size. A constant for
+each pair of a vertical and a horizontal kind, 49 for 3x3, is computed once with the layer, and a
+window's kind is a few integer operations (derivation: ours).
 """
 
 from collections.abc import Sequence
@@ -36,9 +39,13 @@ class Geometry(NamedTuple):
         reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         named = {"valid": (0, 0), "same": (reach[0] // 2, reach[1] // 2)}
         padding = named[layer.padding] if isinstance(layer.padding, str) else layer.padding
-        if (layer.padding == "same" and any(r % 2 for r in reach)) or (layer.padding_mode != "zeros" and any(padding)):
+        if (layer.padding == "same" and any(r % 2 for r in reach)) or (
+            layer.padding_mode != "zeros" and any(padding)
+        ):
             return None
-        kernel, stride, dilation = ((a, b) for a, b in (layer.kernel_size, layer.stride, layer.dilation))
+        kernel, stride, dilation = (
+            (a, b) for a, b in (layer.kernel_size, layer.stride, layer.dilation)
+        )
         return cls(kernel, stride, (padding[0], padding[1]), dilation, layer.groups)
 
     def flat(self) -> list[int]:
@@ -67,12 +74,14 @@ def tap_sums(integers: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _inside(size: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[Tensor, int, int]:
+def _inside(
+    size: int, kernel: int, stride: int, padding: int, dilation: int
+) -> tuple[Tensor, int, int]:
     """Say for every output position of one dimension which taps fall inside the picture.
 
     Returns:
-        float32 0 or 1, ``(positions, kernel)``; how many positions at the start have a tap outside; and where those at
-        the end begin.
+        float32 0 or 1, ``(positions, kernel)``; how many positions at the start have a tap outside;
+        and where those at the end begin.
     """
     positions = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
     where = torch.arange(positions)[:, None] * stride - padding + torch.arange(kernel) * dilation
@@ -98,7 +107,9 @@ def subtract_frame_(y: Tensor, taps: Tensor, geometry: Geometry, height: int, wi
             y[:, :, strip] -= total - torch.einsum("oij,hi,wj->ohw", taps, rows[strip], columns)
     for strip in (slice(0, left), slice(right, None)):
         if len(columns[strip]) and top < bottom:
-            y[:, :, top:bottom, strip] -= total - torch.einsum("oij,wj->ow", taps, columns[strip])[:, None]
+            y[:, :, top:bottom, strip] -= (
+                total - torch.einsum("oij,wj->ow", taps, columns[strip])[:, None]
+            )
 
 
 def num_window_kinds(taps: int) -> int:
@@ -117,7 +128,9 @@ def taps_of_kinds(taps: int) -> Tensor:
     return kinds
 
 
-def window_kinds(positions: Tensor, size: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
+def window_kinds(
+    positions: Tensor, size: int, kernel: int, stride: int, padding: int, dilation: int
+) -> Tensor:
     """Return the kind of the window at each output position of one dimension, a row of `taps_of_kinds`.
 
     Arguments:
@@ -125,7 +138,13 @@ def window_kinds(positions: Tensor, size: int, kernel: int, stride: int, padding
         size: the picture's height or width.
     """
     start = padding - positions * stride
-    first = (start.clamp(min=0) + dilation - 1).div(dilation, rounding_mode="floor").clamp(max=kernel)
-    last = ((start + size).clamp(min=0) + dilation - 1).div(dilation, rounding_mode="floor").clamp(max=kernel)
+    first = (
+        (start.clamp(min=0) + dilation - 1).div(dilation, rounding_mode="floor").clamp(max=kernel)
+    )
+    last = (
+        ((start + size).clamp(min=0) + dilation - 1)
+        .div(dilation, rounding_mode="floor")
+        .clamp(max=kernel)
+    )
     kind = first * kernel - first * (first - 1) // 2 + last - first
     return torch.where(first < last, kind, 0)

@@ -1,16 +1,18 @@
 """Exact products of signed bytes in torch's own operators: what `cuda.py` does where Triton is missing.
 
-GPUs multiply signed bytes, so the integers of an input have to become such. Most fit as they are. Unsigned ones up to
-255 (``ue3m1``) are shifted down by 128, and the sum is put right by ``128 sum(q_w)``, an integer added to an integer.
-Wider ones, up to two bytes, are split, ``q = low + 256 high`` with both signed: two products, added in float32.
+GPUs multiply signed bytes, so the integers of an input have to become such. Most fit as they are.
+Unsigned ones up to 255 (``ue3m1``) are shifted down by 128, and the sum is put right by ``128
+sum(q_w)``, an integer added to an integer. Wider ones, up to two bytes, are split, ``q = low + 256
+high`` with both signed: two products, added in float32.
 
-A picture is held as ``(batch, height, width, channels)``, and a Linear layer is the convolution of a picture one pixel
-wide with a window of one tap, so there is one arithmetic. A window over the edge sees the byte that stands for the
-integer 0, which is ``-shift``; the zero point's share there comes with the constant (see `geometry`).
+A picture is held as ``(batch, height, width, channels)``, and a Linear layer is the convolution of
+a picture one pixel wide with a window of one tap, so there is one arithmetic. A window over the
+edge sees the byte that stands for the integer 0, which is ``-shift``; the zero point's share there
+comes with the constant (see `geometry`).
 
-``torch._int_mm`` is cuBLAS's product of int8 matrices to int32. It wants more than 16 rows and multiples of 8, which
-zeros fill up, and a convolution's windows are first written out side by side. The same functions run on a CPU, slowly,
-and there they are tested.
+``torch._int_mm`` is cuBLAS's product of int8 matrices to int32. It wants more than 16 rows and
+multiples of 8, which zeros fill up, and a convolution's windows are first written out side by side.
+The same functions run on a CPU, slowly, and there they are tested.
 """
 
 from typing import NamedTuple
@@ -21,7 +23,13 @@ from torch.nn import functional
 
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import Grid, round_steps
-from msfp_cli.layers.kernels.geometry import Geometry, num_window_kinds, tap_sums, taps_of_kinds, window_kinds
+from msfp_cli.layers.kernels.geometry import (
+    Geometry,
+    num_window_kinds,
+    tap_sums,
+    taps_of_kinds,
+    window_kinds,
+)
 
 ROW_MULTIPLE = 16  # rows of weights are filled up to this, for `_int_mm` and for loads of 16 bytes
 WIDEST = 127 * 256 + 127  # the largest integer of two signed bytes
@@ -50,7 +58,9 @@ def shift_of(fmt: FloatFormat) -> int:
 
 def lay_out(integers: Tensor) -> Tensor:
     """Write a weight as `Held` has it, for one set: int8, ``(out, row)``."""
-    rows = (integers.permute(0, 2, 3, 1) if integers.ndim == 4 else integers).reshape(integers.shape[0], -1)
+    rows = (integers.permute(0, 2, 3, 1) if integers.ndim == 4 else integers).reshape(
+        integers.shape[0], -1
+    )
     return functional.pad(rows, (0, -rows.shape[1] % ROW_MULTIPLE))
 
 
@@ -83,7 +93,11 @@ def constants_of(share: Tensor, bias: Tensor | float, geometry: Geometry) -> Ten
 
 
 def hold(
-    integers: list[Tensor], grids: list[Grid], weight_scale: Tensor, bias: Tensor | None, geometry: Geometry
+    integers: list[Tensor],
+    grids: list[Grid],
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
 ) -> Held:
     """Prepare a layer.
 
@@ -95,7 +109,10 @@ def hold(
     sums = [tap_sums(weight) for weight in integers]
     scale = weight_scale.double()
     added = 0.0 if bias is None else bias.detach().double()
-    shares = [taps * (scale * grid.zero_point).view(-1, 1, 1) for taps, grid in zip(sums, grids, strict=True)]
+    shares = [
+        taps * (scale * grid.zero_point).view(-1, 1, 1)
+        for taps, grid in zip(sums, grids, strict=True)
+    ]
     constants = [constants_of(share, added, geometry) for share in shares]
     kinds = max(len(constant) for constant in constants)
     shift = shift_of(grids[0].format)
@@ -107,12 +124,15 @@ def hold(
     )
 
 
-def round_to_bytes(x: Tensor, numbers: Tensor, fmt: FloatFormat, exponent: int | None = None) -> list[Tensor]:
+def round_to_bytes(
+    x: Tensor, numbers: Tensor, fmt: FloatFormat, exponent: int | None = None
+) -> list[Tensor]:
     """Round a picture to the integers of its grid, as signed bytes or as float8.
 
     Arguments:
         x: floating point, ``(batch, channels, height, width)``.
-        numbers: float32 ``(2,)``, scale and zero point: a tensor, as a GPU multiplies by the inverse of a plain number.
+        numbers: float32 ``(2,)``, scale and zero point: a tensor, as a GPU multiplies by the
+            inverse of a plain number.
         exponent: give the integers times a power of two, in float8 e4m3, instead.
 
     Returns:
@@ -125,15 +145,25 @@ def round_to_bytes(x: Tensor, numbers: Tensor, fmt: FloatFormat, exponent: int |
         return [(rounded - shift_of(fmt)).to(torch.int8).contiguous()]
     whole = rounded.to(torch.int32)
     low = (whole + 128).bitwise_and(255) - 128
-    return [plane.to(torch.int8).contiguous() for plane in (low, (whole - low).bitwise_right_shift(8))]
+    return [
+        plane.to(torch.int8).contiguous() for plane in (low, (whole - low).bitwise_right_shift(8))
+    ]
 
 
-def multiply(planes: list[Tensor], held: Held, member: int, geometry: Geometry, shift: int) -> Tensor:
+def multiply(
+    planes: list[Tensor], held: Held, member: int, geometry: Geometry, shift: int
+) -> Tensor:
     """Convolve bytes with bytes, and return the layer's output in float32: ``(batch, rows, columns, out)``."""
-    y = integer_sums(planes[0], held.weights[member], geometry, -shift).add_(held.offsets[member]).float()
+    y = (
+        integer_sums(planes[0], held.weights[member], geometry, -shift)
+        .add_(held.offsets[member])
+        .float()
+    )
     for plane in planes[1:]:
         y.add_(integer_sums(plane, held.weights[member], geometry, 0).float(), alpha=256)
-    return y.mul_(held.factors[member]).add_(_constants_at(planes[0], y, held.constants[member], geometry))
+    return y.mul_(held.factors[member]).add_(
+        _constants_at(planes[0], y, held.constants[member], geometry)
+    )
 
 
 def _constants_at(codes: Tensor, y: Tensor, constants: Tensor, geometry: Geometry) -> Tensor:
@@ -141,7 +171,9 @@ def _constants_at(codes: Tensor, y: Tensor, constants: Tensor, geometry: Geometr
     if len(constants) == 1:
         return constants
     vertical, horizontal = (
-        window_kinds(torch.arange(count, device=y.device), size, *(pair[i] for pair in geometry[:4]))
+        window_kinds(
+            torch.arange(count, device=y.device), size, *(pair[i] for pair in geometry[:4])
+        )
         for i, (count, size) in enumerate(zip(y.shape[1:3], codes.shape[1:3], strict=True))
     )
     return constants[vertical[:, None] * num_window_kinds(geometry.kernel[1]) + horizontal]
@@ -159,7 +191,10 @@ def integer_sums(codes: Tensor, weight: Tensor, geometry: Geometry, outside: int
     groups = geometry.groups
     channels = codes.shape[3] // groups
     sums = [
-        _int_mm(windows[..., i * channels : (i + 1) * channels].reshape(windows.shape[:3].numel(), -1), rows)
+        _int_mm(
+            windows[..., i * channels : (i + 1) * channels].reshape(windows.shape[:3].numel(), -1),
+            rows,
+        )
         for i, rows in enumerate(weight.chunk(groups))
     ]
     return torch.cat(sums, dim=1).view(*windows.shape[:3], -1)
@@ -172,7 +207,14 @@ def _windows(codes: Tensor, geometry: Geometry, outside: int) -> Tensor:
     if up or left:
         codes = functional.pad(codes, (0, 0, left, left, up, up), value=outside)
     batch, line, pixel, channel = codes.stride()
-    steps = (batch, line * stride[0], pixel * stride[1], line * dilation[0], pixel * dilation[1], channel)
+    steps = (
+        batch,
+        line * stride[0],
+        pixel * stride[1],
+        line * dilation[0],
+        pixel * dilation[1],
+        channel,
+    )
     return codes.as_strided((codes.shape[0], rows, columns, *kernel, codes.shape[3]), steps)
 
 

@@ -18,8 +18,12 @@ class Kernel(ABC):
 
     name: ClassVar[str]
     device: ClassVar[str | None] = None  # the only type of device it runs on, where there is one
-    lays_out: ClassVar[bool] = False  # whether it brings the weight into a form of its own, unless it is kept packed
-    holds_weight = False  # whether it holds the weight in a form of its own, so that the layer's codes can go
+    lays_out: ClassVar[bool] = (
+        False  # whether it brings the weight into a form of its own, unless it is kept packed
+    )
+    holds_weight = (
+        False  # whether it holds the weight in a form of its own, so that the layer's codes can go
+    )
 
     @staticmethod
     @abstractmethod

@@ -1,6 +1,7 @@
 """Look rows of a quantized table up: what an ``nn.Embedding`` does, with the codes of the rows that are asked for.
 
-There is nothing to multiply and no input to round, so this is exact, runs everywhere, and is the only way for a table.
+There is nothing to multiply and no input to round, so this is exact, runs everywhere, and is the
+only way for a table.
 """
 
 from typing import TYPE_CHECKING, ClassVar

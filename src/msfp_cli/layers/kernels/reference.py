@@ -1,8 +1,9 @@
 """Compute a layer as `arithmetic` says, with products in floating point that are exact: the reference of kernels.
 
-Integers, and sums of their products, are exact in float32 up to 2^24 and in float64 up to 2^53, in whatever order they
-are added. So this kernel has the very bits of one on 8-bit units, needs none, and is slow. Pictures are laid out as
-oneDNN does, channels last, because the norm that follows adds in the order that it finds.
+Integers, and sums of their products, are exact in float32 up to 2^24 and in float64 up to 2^53, in
+whatever order they are added. So this kernel has the very bits of one on 8-bit units, needs none,
+and is slow. Pictures are laid out as oneDNN does, channels last, because the norm that follows adds
+in the order that it finds.
 """
 
 from typing import TYPE_CHECKING, ClassVar
@@ -36,7 +37,9 @@ class Reference(Kernel):
 
     def __init__(self, layer: "QuantizedLayer", *, keep_packed: bool) -> None:
         """Fold scales, zero point and bias; the layer's codes are read at each call."""
-        self.arithmetic = Arithmetic.of(layer, [layer.integers(i) for i in range(layer.parameters_of.hub)])
+        self.arithmetic = Arithmetic.of(
+            layer, [layer.integers(i) for i in range(layer.parameters_of.hub)]
+        )
 
     def __call__(self, layer: "QuantizedLayer", x: Tensor) -> Tensor:
         """Run `layer` on `x`."""

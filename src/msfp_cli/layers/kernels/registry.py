@@ -1,10 +1,11 @@
 """Ways to execute a quantized layer: one file each, one registry that picks.
 
-A kernel is made from a layer once, on the device where the layer is, and then called with the layer and its input.
-`simulated` computes in floating point, with any layer on any device, and is what gradients take. `reference` defines
-what a layer is in integers (see `arithmetic`), and `cpu` has its bits; both are there to be compared with. Kernels say
-why they refuse a layer, and the first that does not refuse gets it; those for another type of device are not asked.
-Tables have a kernel of their own, `lookup`.
+A kernel is made from a layer once, on the device where the layer is, and then called with the layer
+and its input. `simulated` computes in floating point, with any layer on any device, and is what
+gradients take. `reference` defines what a layer is in integers (see `arithmetic`), and `cpu` has
+its bits; both are there to be compared with. Kernels say why they refuse a layer, and the first
+that does not refuse gets it; those for another type of device are not asked. Tables have a kernel
+of their own, `lookup`.
 """
 
 from typing import TYPE_CHECKING
@@ -54,5 +55,7 @@ def choose_kernel(layer: "QuantizedLayer", wanted: str = AUTO) -> tuple[type[Ker
 
 def _device_type(layer: "QuantizedLayer") -> str:
     """Return the type of device that a layer is on; a quantized weight itself would have to be computed."""
-    tensor = layer.weight if layer.parameters_of.weight is None else layer.get_buffer("weight_scale")
+    tensor = (
+        layer.weight if layer.parameters_of.weight is None else layer.get_buffer("weight_scale")
+    )
     return tensor.device.type

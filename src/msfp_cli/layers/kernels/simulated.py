@@ -2,8 +2,9 @@
 
     y = conv(fake_quantize(x), dequantize(codes)) + bias
 
-A convolution pads *after* rounding, with real zeros rather than with the zero point, as the float layer does. Sums are
-in floating point, so their last digits depend on the order in which a processor adds.
+A convolution pads *after* rounding, with real zeros rather than with the zero point, as the float
+layer does. Sums are in floating point, so their last digits depend on the order in which a
+processor adds.
 """
 
 from typing import TYPE_CHECKING, ClassVar
@@ -51,6 +52,8 @@ def input_grid(layer: "QuantizedLayer", member: int | Tensor) -> Grid:
     assert first is not None, "this layer's input is in floating point"
     if isinstance(member, int):
         return first
-    numbers = torch.tensor([[g.scale, g.zero_point] for g in grids if g is not None], device=member.device)
+    numbers = torch.tensor(
+        [[g.scale, g.zero_point] for g in grids if g is not None], device=member.device
+    )
     scale, zero_point = numbers.index_select(0, member.view(1))[0].unbind()
     return Grid(first.format, scale, zero_point)  # type: ignore[arg-type]  # the zero point is a tensor like the scale

@@ -1,21 +1,24 @@
 """Two Triton kernels: round an input to bytes, and convolve bytes with bytes.
 
-Both are what `int8` does, in one pass each. `round_kernel` reads the input once, in whatever order it lies, and writes
-bytes channel by channel within a pixel, so that the convolution reads 16 at a time; it moves half of what a copy of a
-16-bit picture would. Its arithmetic is `rounding.round_steps`, bit by bit, with a division that rounds as IEEE 754
-asks.
+Both are what `int8` does, in one pass each. `round_kernel` reads the input once, in whatever order
+it lies, and writes bytes channel by channel within a pixel, so that the convolution reads 16 at a
+time; it moves half of what a copy of a 16-bit picture would. Its arithmetic is
+`rounding.round_steps`, bit by bit, with a division that rounds as IEEE 754 asks.
 
-`multiply_kernel` is a matrix product whose left matrix is never written: a program owns a tile of windows times output
-channels, walks over taps and channels, and loads for every window the piece of the picture that lies under the tap. A
-Linear layer is a picture one pixel wide. Sums stay in int32 registers; the shift, the scales, the constant for the kind
-of window, and the conversion to the output's type happen on the way out. Which set of weights runs is read from the
-GPU's memory, so a hub costs no copy and no synchronisation, and CUDA graphs may record it.
+`multiply_kernel` is a matrix product whose left matrix is never written: a program owns a tile of
+windows times output channels, walks over taps and channels, and loads for every window the piece of
+the picture that lies under the tap. A Linear layer is a picture one pixel wide. Sums stay in int32
+registers; the shift, the scales, the constant for the kind of window, and the conversion to the
+output's type happen on the way out. Which set of weights runs is read from the GPU's memory, so a
+hub costs no copy and no synchronisation, and CUDA graphs may record it.
 
-The tile is chosen from `TILES` by size: the largest of which there are three for every two processors of the GPU, the
-best on an H100 or near it (docs/gpu.md). Nothing is tuned at run time; ``benchmarks/gpu.py --tiles`` shows what is best
-on another GPU. Sizes of pictures are not specialized on, so that a denoiser's levels share builds.
+The tile is chosen from `TILES` by size: the largest of which there are three for every two
+processors of the GPU, the best on an H100 or near it (docs/gpu.md). Nothing is tuned at run time;
+``benchmarks/gpu.py --tiles`` shows what is best on another GPU. Sizes of pictures are not
+specialized on, so that a denoiser's levels share builds.
 
-Import this module only where Triton is installed. With ``TRITON_INTERPRET=1`` it runs on a CPU, for tests.
+Import this module only where Triton is installed. With ``TRITON_INTERPRET=1`` it runs on a CPU, for
+tests.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -59,7 +62,9 @@ TILES = (
 
 def choose_tile(windows: int, outs: int, processors: int) -> Tile:
     """Return the largest tile of which there are 1.5 per processor of the GPU; the smallest that fits, failing that."""
-    fitting = [tile for tile in TILES if tile.windows < 2 * windows and tile.outs < 2 * outs] or [TILES[-1]]
+    fitting = [tile for tile in TILES if tile.windows < 2 * windows and tile.outs < 2 * outs] or [
+        TILES[-1]
+    ]
     for tile in fitting:
         if triton.cdiv(windows, tile.windows) * triton.cdiv(outs, tile.outs) >= 1.5 * processors:
             return tile
@@ -235,7 +240,8 @@ def multiply_(
     """Write what `int8.multiply` returns into an output of any type and order.
 
     Arguments:
-        y: ``(batch, out, rows, columns)``, rows and columns in line; float32 where there are two planes.
+        y: ``(batch, out, rows, columns)``, rows and columns in line; float32 where there are two
+            planes.
         member: int64 ``(1,)``, which set of weights.
         tile: instead of `choose_tile`'s.
     """
