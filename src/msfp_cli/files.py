@@ -6,8 +6,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from msfp_cli.errors import RunError
+
+Json: TypeAlias = Any  # what a JSON file holds: a tree of dicts, lists, strings and numbers
 
 _OURS = (
     "model_index.json",

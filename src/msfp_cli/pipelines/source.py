@@ -1,9 +1,13 @@
 """Which model is meant; nothing here needs torch."""
 
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from msfp_cli.errors import UsageError
 from msfp_cli.recipe import Recipe
+
+Pipeline: TypeAlias = Any  # any diffusers pipeline: its class is the user's
+Scheduler: TypeAlias = Any  # any diffusers scheduler
 
 DTYPES = ("float32", "float16", "bfloat16")
 
