@@ -77,7 +77,7 @@ def silu_layers(calibration: Calibration) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for name, layer in calibration.layers["unet"].items():
-        grid = layer.parameters.input
+        grid = layer.scheme.input
         if grid is None or not SILU_MINIMUM <= layer.minimum < -0.2:
             continue
         signed = next(score for score in layer.input_scores if not score.format.startswith("u"))

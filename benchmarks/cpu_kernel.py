@@ -90,7 +90,7 @@ def sum_in_float64_(layer: nn.Module) -> None:
     bias = None if layer.bias is None else layer.bias.double()
 
     def forward(x: Tensor) -> Tensor:
-        grid = layer.parameters_of.input
+        grid = layer.scheme.input
         rounded = (x if grid is None else fake_quantize(x, grid)).double()
         if isinstance(layer, nn.Linear):
             return nn.functional.linear(rounded, layer.weight.double(), bias).float()

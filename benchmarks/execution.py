@@ -149,12 +149,11 @@ def make_quantized(name: str, source: Path, directory: Path) -> None:
         if (
             found.scale is not None
         ):  # the default recipe leaves the first and the last layer in floating point
-            table[layer], scales[layer] = found.choice.parameters, found.scale
+            table[layer], scales[layer] = found.choice.scheme, found.scale
     del layers
     store_layers_(denoiser, table, scales)
     described = {
-        layer: quantized.parameters_of.to_json()
-        for layer, quantized in quantized_layers(denoiser).items()
+        layer: quantized.scheme.to_json() for layer, quantized in quantized_layers(denoiser).items()
     }
     mark_quantized_(denoiser, MSFPConfig(layers=described))
     denoiser.save_pretrained(directory)

@@ -91,9 +91,7 @@ def train_peft(calibration: Calibration, batches: Batches, clock: Clock) -> None
     recipe = FinetuneRecipe()
     unet = find_denoisers(load_pipeline(SOURCE, "cpu"))["unet"].requires_grad_(False)
     layers = [
-        name
-        for name, parameters in calibration.table("unet").items()
-        if parameters.weight is not None
+        name for name, scheme in calibration.table("unet").items() if scheme.weight is not None
     ]
     unet.add_adapter(LoraConfig(r=recipe.rank, target_modules=layers))
     trained = [p for p in unet.parameters() if p.requires_grad]

@@ -108,7 +108,7 @@ def quantize_(denoiser: nn.Module) -> None:
     """Quantize a denoiser by rule of thumb, where it is."""
     from msfp_cli.formats.float_format import FloatFormat
     from msfp_cli.formats.rounding import Grid
-    from msfp_cli.layers.quantized import LayerParameters
+    from msfp_cli.layers.quantized import LayerScheme
     from msfp_cli.layers.replace import find_layers, store_layers_
 
     grids = [("e2m1", 4.0, 0.0), ("ue2m2", 4.0, -0.25), ("e2m5", 4.0, 0.0)]
@@ -123,7 +123,7 @@ def quantize_(denoiser: nn.Module) -> None:
         )
         fmt = FloatFormat.parse("e1m6" if is_edge or is_table else "e2m1")
         grid = None if is_table else wide if is_edge else (signed, unsigned)[i % 2]
-        table[name] = LayerParameters(weight=fmt, input=grid, lookup=is_table)
+        table[name] = LayerScheme(weight=fmt, input=grid, lookup=is_table)
         scales[name] = (
             layer.weight.float().abs().flatten(1).amax(dim=1).clamp(min=1e-6) * 0.8 / fmt.largest
         )

@@ -18,7 +18,7 @@ from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import Grid, quantize
 from msfp_cli.layers.kernels import cuda
 from msfp_cli.layers.kernels.cuda import Cuda, CudaFp8
-from msfp_cli.layers.quantized import LayerParameters, QuantConv2d, QuantLinear
+from msfp_cli.layers.quantized import LayerScheme, QuantConv2d, QuantLinear
 from msfp_cli.layers.routing import Route
 
 FORMATS = ("e1m2", "e2m1", "e3m0", "ue1m3", "ue2m2", "ue3m1", "ue4m0", "e2m5", "ue3m5", "ue1m7")
@@ -91,10 +91,8 @@ def make_layer(check: Check) -> Any:  # noqa: ANN401 (one of two classes)
         )
         for member in range(check.hub)
     )
-    parameters = LayerParameters(
-        weight=weight, input=first, hub=check.hub, further_inputs=tuple(further)
-    )
-    layer = (QuantConv2d if options else QuantLinear)(plain, parameters)  # type: ignore[operator]
+    scheme = LayerScheme(weight=weight, input=first, hub=check.hub, further_inputs=tuple(further))
+    layer = (QuantConv2d if options else QuantLinear)(plain, scheme)  # type: ignore[operator]
     for member in range(check.hub):
         values = plain.weight.detach() * (
             1 if member == 0 else torch.randn(plain.weight.shape, generator=generator)
@@ -109,7 +107,7 @@ def make_layer(check: Check) -> Any:  # noqa: ANN401 (one of two classes)
 
 def formula(layer: Any, x: Tensor, member: int) -> Tensor:  # noqa: ANN401
     """Compute a layer's output from its codes in float64."""
-    grid, weights = layer.parameters_of.input_of(member), layer.weight_grid()
+    grid, weights = layer.scheme.input_of(member), layer.weight_grid()
     book = torch.tensor(grid.format.code_book, dtype=torch.float64)
     values = book[quantize(x, grid).long()] * grid.scale + grid.zero_point
     weight, bias = layer.integers(member).double() * weights.scale.double(), layer.bias.double()
@@ -204,7 +202,7 @@ def print_tiles() -> None:
     for batch, height, width, channels, outs, kernel in SHAPES:
         plain = nn.Conv2d(channels, outs, kernel, padding=kernel // 2, device="cuda")
         grid = Grid(FloatFormat.parse("ue2m2"), 0.125, -0.25)
-        layer = QuantConv2d(plain, LayerParameters(weight=FloatFormat.parse("e2m1"), input=grid))
+        layer = QuantConv2d(plain, LayerScheme(weight=FloatFormat.parse("e2m1"), input=grid))
         layer.store_(plain.weight, torch.full((outs,), 0.01, device="cuda"))
         held = Cuda(layer, keep_packed=False)  # type: ignore[arg-type]
         planes = held.round(

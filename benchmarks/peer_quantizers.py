@@ -29,7 +29,7 @@ from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.checkpoint.export import load_calibrated
 from msfp_cli.formats.rounding import Grid
 from msfp_cli.layers.replace import find_layers, store_layers_
-from msfp_cli.layers.scheme import LayerParameters
+from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.denoiser import replay
 from msfp_cli.pipelines.loading import load_pipeline
 from msfp_cli.recording.record import record_both
@@ -209,7 +209,7 @@ def min_max(pipe: Pipe, material: Material) -> Pipe:
         bits = kept_bits or 4
         weight, inputs = recipe.weight_formats(bits)[0], recipe.input_formats(bits)[0]
         span = torch.tensor(observed.maximum - observed.minimum)
-        table[name] = LayerParameters(
+        table[name] = LayerScheme(
             weight=weight, input=Grid.with_maximum(inputs, span, observed.minimum)
         )
         scales[name] = layers[name].weight.detach().flatten(1).abs().amax(1) / weight.largest

@@ -75,8 +75,8 @@ def test_lifting_halves_the_error_within_its_budget(
         <= calibration.recipe.lift
         * sum(layer.multiply_adds for layer in chosen(calibration).values())
     )
-    assert {layer.parameters.weight.bits for layer in lifted} == {LIFTED_BITS}
-    assert {layer.parameters.input.format.bits for layer in lifted} == {LIFTED_BITS}
+    assert {layer.scheme.weight.bits for layer in lifted} == {LIFTED_BITS}
+    assert {layer.scheme.input.format.bits for layer in lifted} == {LIFTED_BITS}
 
 
 def test_layers_left_behind_fit_no_more_or_matter_less_than_those_lifted(
@@ -87,7 +87,7 @@ def test_layers_left_behind_fit_no_more_or_matter_less_than_those_lifted(
     budget = fashion_chained.calibration.recipe.lift * sum(layer.multiply_adds for layer in layers)
     left = budget - sum(layer.multiply_adds for layer in lifted)
     for other in (layer for layer in layers if layer.reason == "default"):
-        assert other.parameters.weight.bits == other.parameters.input.format.bits == 4
+        assert other.scheme.weight.bits == other.scheme.input.format.bits == 4
         gain = other.sensitivity / other.multiply_adds
         assert other.multiply_adds > left or gain <= min(
             c.sensitivity / c.multiply_adds for c in lifted
@@ -98,14 +98,12 @@ def test_trained_unet_takes_unsigned_formats_where_inputs_are_one_sided(
     fashion_chained: Chained,
 ) -> None:
     # SiLU, the activation before most convolutions, never goes below -0.2785.
-    inputs = [
-        c for c in chosen(fashion_chained.calibration).values() if c.parameters.input is not None
-    ]
-    layers = [c for c in inputs if c.parameters.input.format.bits == 4]
+    inputs = [c for c in chosen(fashion_chained.calibration).values() if c.scheme.input is not None]
+    layers = [c for c in inputs if c.scheme.input.format.bits == 4]
     one_sided = [c for c in layers if c.minimum > -0.2785 and c.maximum > 10 * 0.2785]
     assert len(one_sided) > 5
-    assert all(not c.parameters.input.format.signed for c in one_sided)
-    assert any(c.parameters.input.format.signed for c in layers)
+    assert all(not c.scheme.input.format.signed for c in one_sided)
+    assert any(c.scheme.input.format.signed for c in layers)
 
 
 def test_outermost_layers_are_kept_in_floating_point_and_timestep_layers_at_eight_bits(
@@ -114,11 +112,11 @@ def test_outermost_layers_are_kept_in_floating_point_and_timestep_layers_at_eigh
     layers = chosen(fashion_chained.calibration)
     for name in ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"):
         assert layers[name].reason == "kept"
-        parameters = layers[name].parameters
+        scheme = layers[name].scheme
         if name.startswith("conv"):
-            assert parameters.weight is parameters.input is None
+            assert scheme.weight is scheme.input is None
         else:
-            assert parameters.weight.bits == parameters.input.format.bits == 8
+            assert scheme.weight.bits == scheme.input.format.bits == 8
 
 
 def test_keep_rules_leave_layers_in_floating_point_or_at_their_bits(
@@ -134,15 +132,11 @@ def test_keep_rules_leave_layers_in_floating_point_or_at_their_bits(
     assert attention
     for name in attention:
         if "to_out" in name:
-            assert (
-                layers[name].parameters.weight.bits
-                == layers[name].parameters.input.format.bits
-                == 6
-            )
+            assert layers[name].scheme.weight.bits == layers[name].scheme.input.format.bits == 6
         else:
-            assert layers[name].parameters.weight is layers[name].parameters.input is None
+            assert layers[name].scheme.weight is layers[name].scheme.input is None
             assert type(modules[name]) is nn.Linear
-    assert layers["conv_in"].parameters.weight.bits == 4
+    assert layers["conv_in"].scheme.weight.bits == 4
     assert {layers[name].reason for name in (*attention, "conv_in")} == {"kept"}
     assert {layers[name].reason for name in layers if "attn1" in name} == {"default"}
 
@@ -171,8 +165,8 @@ def test_only_the_formats_asked_for_are_candidates(
     for layer in default:
         assert {score.format for score in layer.input_scores} == inputs
         assert {score.format for score in layer.weight_scores} == weights
-        assert layer.parameters.input.format.name in inputs
-        assert layer.parameters.weight.name in weights
+        assert layer.scheme.input.format.name in inputs
+        assert layer.scheme.weight.name in weights
 
 
 def test_scores_are_best_first_and_hold_the_choice(tiny_chained: Chained) -> None:
@@ -182,12 +176,12 @@ def test_scores_are_best_first_and_hold_the_choice(tiny_chained: Chained) -> Non
         assert layer.weight_error == layer.weight_scores[0].error
         # A signed input format is preferred to an unsigned one that is less than a tenth better.
         assert layer.input_error <= layer.input_scores[0].error / 0.9
-        assert layer.runner_up.format != layer.parameters.input.format.name
+        assert layer.runner_up.format != layer.scheme.input.format.name
 
 
 def test_input_grids_hold_the_maximum_and_zero_point_of_their_score(tiny_chained: Chained) -> None:
     for layer in chosen(tiny_chained.calibration).values():
-        grid = layer.parameters.input
+        grid = layer.scheme.input
         (score,) = (s for s in layer.input_scores if s.format == grid.format.name)
         assert grid.max_value == pytest.approx(score.max_value, rel=1e-6)
         assert grid.zero_point == pytest.approx(score.zero_point or 0.0, rel=1e-6)
@@ -224,12 +218,8 @@ def test_another_sample_gives_other_grids(
     change: dict[str, int],
 ) -> None:
     other = chosen(calibrate_(tiny_pipe, *tiny_recordings, replace(QUICK, lift=0.0, **change)))
-    grids = {
-        name: layer.parameters.input for name, layer in chosen(tiny_chained.calibration).items()
-    }
-    assert (
-        sum(layer.parameters.input != grids[name] for name, layer in other.items()) > len(grids) / 2
-    )
+    grids = {name: layer.scheme.input for name, layer in chosen(tiny_chained.calibration).items()}
+    assert sum(layer.scheme.input != grids[name] for name, layer in other.items()) > len(grids) / 2
 
 
 def test_more_sensitivity_calls_give_other_sensitivities(

@@ -91,7 +91,7 @@ def test_every_layer_of_the_calibration_is_quantized_after_reloading(reloaded: R
         table = reloaded.chained.calibration.table(component)
         modules = dict(denoiser.named_modules())
         quantized = {
-            n: m.parameters_of
+            n: m.scheme
             for n, m in modules.items()
             if isinstance(m, QuantLinear | QuantConv2d | QuantEmbedding)
         }

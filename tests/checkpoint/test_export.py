@@ -117,7 +117,7 @@ def test_header_and_config_tell_every_layers_real_parameters(tiny_chained: Chain
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
     assert header == config
     table = tiny_chained.calibration.table("unet")
-    assert config["layers"] == {name: parameters.to_json() for name, parameters in table.items()}
+    assert config["layers"] == {name: scheme.to_json() for name, scheme in table.items()}
     assert config["schema_version"] == SCHEMA_VERSION
     assert config["tool_version"] == __version__
     assert config["source"] == tiny_chained.calibration.source.to_json()
@@ -128,7 +128,7 @@ def test_export_holds_codes_and_scales_in_place_of_weights(tiny_chained: Chained
     tensors = load_file(tiny_chained.export / "unet" / "diffusion_pytorch_model.safetensors")
     for name, layer in tiny_chained.calibration.layers["unet"].items():
         assert f"{name}.weight" not in tensors
-        bits = layer.parameters.weight.bits
+        bits = layer.scheme.weight.bits
         assert tensors[f"{name}.weight_codes"].nbytes == -(-layer.num_weights * bits // 8)
         assert torch.equal(
             tensors[f"{name}.weight_scale"], tiny_chained.calibration.scales["unet"][name]
@@ -152,7 +152,7 @@ def test_every_width_and_kept_floats_come_back_bit_for_bit(
 ) -> None:
     recipe = replace(QUICK, weights=weights, activations=activations, lift=0.0)
     calibration = calibrate_(tiny_pipe, *tiny_recordings, recipe)
-    default = [c.parameters for c in calibration.layers["unet"].values() if c.reason == "default"]
+    default = [c.scheme for c in calibration.layers["unet"].values() if c.reason == "default"]
     assert {p.weight and p.weight.bits for p in default} == {weights}
     assert {p.input and p.input.format.bits for p in default} == {activations}
     export_(calibration, tmp_path / "export", device="cpu")
@@ -375,7 +375,7 @@ def test_hub_of_one_needs_no_router(fresh_run: Callable[..., Run], tmp_path: Pat
     )
     denoiser = DiffusionPipeline.from_pretrained(tmp_path / "export").transformer
     assert not hasattr(denoiser, ROUTER)
-    assert {layer.parameters_of.hub for layer in quantized_layers(denoiser).values()} == {1}
+    assert {layer.scheme.hub for layer in quantized_layers(denoiser).values()} == {1}
     assert (report.hub_bytes, report.switching_layers) == (0, 0)
     assert not any(name.startswith("router") for name in tuned.state("now"))
 

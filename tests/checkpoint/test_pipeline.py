@@ -393,9 +393,7 @@ def test_broken_router_is_refused_in_one_helpful_line(
 def test_timestep_decides_which_set_of_weights_serves(tiny_tuned: Finetuned) -> None:
     unet = MSFPPipeline.from_pretrained(tiny_tuned.export, device="cpu").unet
     layers = [
-        m
-        for m in unet.modules()
-        if isinstance(m, QuantLinear | QuantConv2d) and m.parameters_of.hub > 1
+        m for m in unet.modules() if isinstance(m, QuantLinear | QuantConv2d) and m.scheme.hub > 1
     ]
     seen: dict[float, list[list[int]]] = {}
     timesteps = tiny_tuned.tuned.timesteps
@@ -415,9 +413,7 @@ def test_timestep_decides_which_set_of_weights_serves(tiny_tuned: Finetuned) -> 
 
 def test_layer_that_switches_needs_its_denoiser_to_run(tiny_tuned: Finetuned) -> None:
     unet = MSFPPipeline.from_pretrained(tiny_tuned.export, device="cpu").unet
-    layer = next(
-        m for m in unet.modules() if isinstance(m, QuantLinear) and m.parameters_of.hub > 1
-    )
+    layer = next(m for m in unet.modules() if isinstance(m, QuantLinear) and m.scheme.hub > 1)
     for _ in range(2):
         with pytest.raises(MsfpError, match="outside its denoiser"):
             layer(torch.zeros(1, layer.in_features))

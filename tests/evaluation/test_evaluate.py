@@ -69,8 +69,11 @@ def evaluated(tiny_chained: Chained, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def again(
-    chained: Chained | Finetuned, directory: Path, options: EvaluateOptions = THREE, **rest: Any
-) -> Evaluation:  # noqa: ANN401
+    chained: Chained | Finetuned,
+    directory: Path,
+    options: EvaluateOptions = THREE,
+    **rest: Any,  # noqa: ANN401
+) -> Evaluation:
     return evaluate_run(
         chained.run, chained.export, options, directory=directory, device="cpu", **rest
     )
@@ -521,7 +524,7 @@ def test_export_that_was_made_again_is_another_model(
     export_(calibration, export)
     before = evaluate_again()
     layers = {
-        name: replace(choice, parameters=replace(choice.parameters, input=None))
+        name: replace(choice, scheme=replace(choice.scheme, input=None))
         for name, choice in calibration.layers["unet"].items()
     }
     export_(replace(calibration, layers={"unet": layers}), export, overwrite=True)

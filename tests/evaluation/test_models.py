@@ -168,15 +168,11 @@ def test_signed_formats_are_signed_everywhere_and_lift_nothing(
     assert any(choice.reason == "lifted" for choice in calibration.layers["unet"].values())
     for name, layer in layers.items():
         choice = calibration.layers["unet"][name]
-        parameters = layer.parameters_of
-        assert parameters.weight is not None and parameters.input is not None
-        assert (
-            parameters.weight.signed
-            and parameters.input.format.signed
-            and parameters.input.zero_point == 0
-        )
-        bits = 4 if choice.reason != "kept" else choice.parameters.weight.bits
-        assert parameters.weight.bits == parameters.input.format.bits == bits
+        scheme = layer.scheme
+        assert scheme.weight is not None and scheme.input is not None
+        assert scheme.weight.signed and scheme.input.format.signed and scheme.input.zero_point == 0
+        bits = 4 if choice.reason != "kept" else choice.scheme.weight.bits
+        assert scheme.weight.bits == scheme.input.format.bits == bits
 
 
 def test_signed_formats_are_searched_once_and_again_for_another_calibration(
@@ -234,9 +230,9 @@ def test_identity_sees_the_grid_of_an_input(tiny_chained: Chained) -> None:
     calibration = tiny_chained.calibration
     layers = dict(calibration.layers["unet"])
     choice = layers["conv_out"]
-    assert choice.parameters.input is not None
-    wider = replace(choice.parameters.input, scale=2 * choice.parameters.input.scale)
-    layers["conv_out"] = replace(choice, parameters=replace(choice.parameters, input=wider))
+    assert choice.scheme.input is not None
+    wider = replace(choice.scheme.input, scale=2 * choice.scheme.input.scale)
+    layers["conv_out"] = replace(choice, scheme=replace(choice.scheme, input=wider))
     other = load_calibrated(replace(calibration, layers={"unet": layers}), "cpu")
     assert identity_of(other) != identity_of(load_calibrated(calibration, "cpu"))
 

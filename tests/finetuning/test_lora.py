@@ -23,7 +23,7 @@ from msfp_cli.formats.float_format import FloatFormat, formats_of_width
 from msfp_cli.formats.rounding import Grid, dequantize, fake_quantize, quantize
 from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
 from msfp_cli.layers.routing import Route
-from msfp_cli.layers.scheme import LayerParameters
+from msfp_cli.layers.scheme import LayerScheme
 
 E2M1, UE2M2 = FloatFormat.parse("e2m1"), FloatFormat.parse("ue2m2")
 INPUTS = {"float": None, "e2m1": Grid(E2M1, 0.25), "ue2m2": Grid(UE2M2, 0.125, -0.28125)}
@@ -73,10 +73,8 @@ def tuned_layer(
     recipe: FinetuneRecipe = SMALL,
     seed: int = 0,
 ) -> TunedLayer:
-    parameters = LayerParameters(weight=E2M1, input=grid)
-    return TunedLayer(
-        layer, parameters, scales_of(layer.weight), Route(), 0, recipe, generator(seed)
-    )
+    scheme = LayerScheme(weight=E2M1, input=grid)
+    return TunedLayer(layer, scheme, scales_of(layer.weight), Route(), 0, recipe, generator(seed))
 
 
 def open_(layer: TunedLayer, member: int) -> None:
@@ -89,13 +87,11 @@ def quantized_layer(
 ) -> QuantLinear | QuantConv2d:
     """A layer with one grid of the input for each member, or one for all."""
     first, *further = grids
-    parameters = LayerParameters(
+    scheme = LayerScheme(
         weight=E2M1, input=first, hub=hub, further_inputs=tuple(g for g in further if g)
     )
     return (
-        QuantLinear(layer, parameters)
-        if isinstance(layer, nn.Linear)
-        else QuantConv2d(layer, parameters)
+        QuantLinear(layer, scheme) if isinstance(layer, nn.Linear) else QuantConv2d(layer, scheme)
     )
 
 
@@ -370,8 +366,8 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList([float_layer("linear"), float_layer("linear without bias")])
 
 
-WEIGHT = LayerParameters(weight=E2M1, input=INPUTS["e2m1"])
-TABLE = {"conv": WEIGHT, "blocks.0": LayerParameters(input=INPUTS["e2m1"]), "blocks.1": WEIGHT}
+WEIGHT = LayerScheme(weight=E2M1, input=INPUTS["e2m1"])
+TABLE = {"conv": WEIGHT, "blocks.0": LayerScheme(input=INPUTS["e2m1"]), "blocks.1": WEIGHT}
 
 
 def tuned_net() -> tuple[Net, dict[str, TunedLayer], Route[Sequence[Choice]]]:

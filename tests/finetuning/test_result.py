@@ -186,7 +186,7 @@ def test_layers_hold_the_members_that_serve_and_switch_as_the_router_does(
     )
     names, best = tuned_names(calibration.table("unet")), tuned.state("best")
     router, table = router_of(tuned, len(names)), denoiser.get_submodule(ROUTER)
-    hubs = {name: layer.parameters_of.hub for name, layer in quantized_layers(denoiser).items()}
+    hubs = {name: layer.scheme.hub for name, layer in quantized_layers(denoiser).items()}
     assert {1, 3} <= set(hubs.values())
     for timestep in tuned.timesteps:
         members = dict(
@@ -198,12 +198,10 @@ def test_layers_hold_the_members_that_serve_and_switch_as_the_router_does(
             scale = calibration.scales["unet"][name][:, None]
             steps = (weight.flatten(1) / scale).double() + b.double() @ a.double()
             member = members.get(name, 0)
-            codes = quantize(steps.float(), Grid(layer.parameters_of.weight, 1.0)).view(
-                weight.shape
-            )
+            codes = quantize(steps.float(), Grid(layer.scheme.weight, 1.0)).view(weight.shape)
             assert (layer.codes(member) == codes).float().mean() > 0.999, name  # but for ties
             grid, moved = (
-                layer.parameters_of.input_of(member),
+                layer.scheme.input_of(member),
                 best[f"{name}.input_shift.{choice.member}"],
             )
             assert grid == moved_input(calibration.table("unet")[name].input, *moved.tolist())
@@ -217,14 +215,12 @@ def test_no_set_of_weights_is_kept_that_serves_no_timestep(tiny_tuned: Finetuned
         tiny_tuned.tuned,
     )
     layers = [
-        layer
-        for _, layer in sorted(quantized_layers(denoiser).items())
-        if layer.parameters_of.hub > 1
+        layer for _, layer in sorted(quantized_layers(denoiser).items()) if layer.scheme.hub > 1
     ]
     table = denoiser.get_submodule(ROUTER).get_buffer("table")
     for layer in layers:
-        assert table[:, layer.slot].unique().tolist() == list(range(layer.parameters_of.hub))
-        assert layer.get_buffer("weight_codes").shape[0] == layer.parameters_of.hub
+        assert table[:, layer.slot].unique().tolist() == list(range(layer.scheme.hub))
+        assert layer.get_buffer("weight_codes").shape[0] == layer.scheme.hub
 
 
 def test_state_of_another_calibration_is_not_quantized(tiny_tuned: Finetuned) -> None:

@@ -17,7 +17,7 @@ from msfp_cli.formats.packing import packed_size
 from msfp_cli.formats.rounding import Grid, fake_quantize, quantize
 from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
 from msfp_cli.layers.routing import Route
-from msfp_cli.layers.scheme import LayerParameters
+from msfp_cli.layers.scheme import LayerScheme
 
 E2M1, UE2M2 = FloatFormat.parse("e2m1"), FloatFormat.parse("ue2m2")
 INPUTS = {
@@ -69,13 +69,11 @@ def scales_of(weight: Tensor, fmt: FloatFormat) -> Tensor:
     return weight.detach().abs().flatten(1).amax(dim=1) * 0.8 / fmt.largest
 
 
-def quantized(
-    layer: nn.Linear | nn.Conv2d, parameters: LayerParameters
-) -> QuantLinear | QuantConv2d:
+def quantized(layer: nn.Linear | nn.Conv2d, scheme: LayerScheme) -> QuantLinear | QuantConv2d:
     kind = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
-    new = kind(layer, parameters)
-    if parameters.weight is not None:
-        new.store_(layer.weight.detach(), scales_of(layer.weight, parameters.weight))
+    new = kind(layer, scheme)
+    if scheme.weight is not None:
+        new.store_(layer.weight.detach(), scales_of(layer.weight, scheme.weight))
     return new
 
 
@@ -106,7 +104,7 @@ def close(got: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("weight", ["e2m1", "e1m2", "e3m0", "e2m3", "e4m3"])
 def test_linear_equals_the_formula(weight: str, grid: str, bias: bool) -> None:
     layer, x, fmt = linear(bias=bias), draw(3, 2, 6), FloatFormat.parse(weight)
-    new = quantized(layer, LayerParameters(weight=fmt, input=INPUTS[grid]))
+    new = quantized(layer, LayerScheme(weight=fmt, input=INPUTS[grid]))
     close(
         new(x),
         F.linear(reals(x, INPUTS[grid]), reals_of_weight(layer.weight, fmt), double(layer.bias)),
@@ -120,7 +118,7 @@ def test_convolution_rounds_then_pads_then_sums(
     arguments: dict[str, Any], grid: str, bias: bool
 ) -> None:
     layer, x = conv(bias=bias, **arguments), draw(2, 4, 9, 8)
-    new = quantized(layer, LayerParameters(weight=E2M1, input=INPUTS[grid]))
+    new = quantized(layer, LayerScheme(weight=E2M1, input=INPUTS[grid]))
     padding = {"same": (1, 1), "valid": (0, 0)}.get(str(layer.padding)) or layer.padding
     mode = {"zeros": "constant"}.get(layer.padding_mode, layer.padding_mode)
     padded = F.pad(
@@ -145,7 +143,7 @@ def test_convolution_pads_with_zeros_and_not_with_the_zero_point() -> None:
         UE2M2, 0.2, -0.3
     )  # no level of this grid is 0, so padding before rounding would show too
     x = draw(2, 4, 1, 1)
-    new = quantized(layer, LayerParameters(weight=E2M1, input=grid))
+    new = quantized(layer, LayerScheme(weight=E2M1, input=grid))
     centre = reals_of_weight(layer.weight, E2M1)[:, :, 1, 1]
     expected = reals(x, grid)[:, :, 0, 0] @ centre.T + layer.bias.detach().double()
     close(new(x)[:, :, 0, 0], expected)
@@ -154,7 +152,7 @@ def test_convolution_pads_with_zeros_and_not_with_the_zero_point() -> None:
 @pytest.mark.parametrize("grid", list(INPUTS))
 def test_linear_is_an_integer_product_plus_a_zero_point_term(grid: str) -> None:
     layer, x, a = linear(), draw(7, 6), INPUTS[grid]
-    new = quantized(layer, LayerParameters(weight=E2M1, input=a))
+    new = quantized(layer, LayerScheme(weight=E2M1, input=a))
     s_w = new.weight_scale.double()
     q_a, q_w = integers(x, a), integers(layer.weight.detach(), new.weight_grid())
     assert torch.equal(q_a, q_a.round()) and torch.equal(q_w, q_w.round())
@@ -168,7 +166,7 @@ def test_linear_is_an_integer_product_plus_a_zero_point_term(grid: str) -> None:
 
 def test_convolution_is_an_integer_product_plus_the_zero_point_inside_the_picture() -> None:
     layer, x, a = conv(padding=1, stride=2), draw(2, 4, 6, 5), INPUTS["ue2m2"]
-    new = quantized(layer, LayerParameters(weight=E2M1, input=a))
+    new = quantized(layer, LayerScheme(weight=E2M1, input=a))
     q_a, q_w = integers(x, a), integers(layer.weight.detach(), new.weight_grid())
     s_w = new.weight_scale.double().view(1, -1, 1, 1)
     product_of_codes, inside = (
@@ -184,7 +182,7 @@ def test_convolution_is_an_integer_product_plus_the_zero_point_inside_the_pictur
 
 def test_weight_may_stay_in_floating_point() -> None:
     layer, x = linear(), draw(3, 6)
-    new = quantized(layer, LayerParameters(input=INPUTS["e2m1"]))
+    new = quantized(layer, LayerScheme(input=INPUTS["e2m1"]))
     assert new.weight is layer.weight
     assert set(new.state_dict()) == {"weight", "bias"}
     close(
@@ -195,14 +193,14 @@ def test_weight_may_stay_in_floating_point() -> None:
 
 def test_input_may_stay_in_floating_point() -> None:
     layer, x = conv(), draw(2, 4, 5, 5)
-    new = quantized(layer, LayerParameters(weight=E2M1))
+    new = quantized(layer, LayerScheme(weight=E2M1))
     close(new(x), F.conv2d(x.double(), reals_of_weight(layer.weight, E2M1), double(layer.bias)))
 
 
 @pytest.mark.parametrize("layer", [linear(), conv(padding=1)], ids=["linear", "conv"])
 def test_neither_quantized_is_the_float_layer(layer: nn.Linear | nn.Conv2d) -> None:
     x = draw(2, 6) if isinstance(layer, nn.Linear) else draw(2, 4, 5, 5)
-    assert torch.equal(quantized(layer, LayerParameters())(x), layer(x))
+    assert torch.equal(quantized(layer, LayerScheme())(x), layer(x))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -210,7 +208,7 @@ def test_neither_quantized_is_the_float_layer(layer: nn.Linear | nn.Conv2d) -> N
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_state_is_packed_codes_scales_and_the_bias(kind: str, name: str, bias: bool) -> None:
     fmt, layer = FloatFormat.parse(name), linear(bias=bias) if kind == "linear" else conv(bias=bias)
-    state = quantized(layer, LayerParameters(weight=fmt, input=INPUTS["ue2m2"])).state_dict()
+    state = quantized(layer, LayerScheme(weight=fmt, input=INPUTS["ue2m2"])).state_dict()
     assert set(state) == {"weight_codes", "weight_scale"} | ({"bias"} if bias else set())
     assert state["weight_codes"].dtype == torch.uint8
     assert state["weight_codes"].shape == (1, packed_size(layer.weight.numel(), fmt.bits))
@@ -222,8 +220,8 @@ def test_state_is_packed_codes_scales_and_the_bias(kind: str, name: str, bias: b
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_state_of_one_layer_makes_another_equal(kind: str, name: str) -> None:
     make, shape = (linear, (3, 6)) if kind == "linear" else (conv, (2, 4, 5, 5))
-    parameters = LayerParameters(weight=FloatFormat.parse(name), input=INPUTS["ue2m2"])
-    one, other = quantized(make(seed=1), parameters), quantized(make(seed=2), parameters)
+    scheme = LayerScheme(weight=FloatFormat.parse(name), input=INPUTS["ue2m2"])
+    one, other = quantized(make(seed=1), scheme), quantized(make(seed=2), scheme)
     x = draw(*shape)
     assert not torch.equal(one(x), other(x))
     other.load_state_dict(one.state_dict(), strict=True)
@@ -232,10 +230,10 @@ def test_state_of_one_layer_makes_another_equal(kind: str, name: str) -> None:
 
 
 def test_layer_made_on_the_meta_device_is_filled_by_loading() -> None:
-    parameters = LayerParameters(weight=E2M1, input=INPUTS["ue2m2"])
+    scheme = LayerScheme(weight=E2M1, input=INPUTS["ue2m2"])
     for real, x in ((linear(), draw(3, 6)), (conv(padding=1), draw(2, 4, 5, 5))):
-        filled = quantized(real, parameters)
-        empty = type(filled)(copy.deepcopy(real).to("meta"), parameters)
+        filled = quantized(real, scheme)
+        empty = type(filled)(copy.deepcopy(real).to("meta"), scheme)
         assert all(tensor.is_meta for tensor in empty.state_dict().values())
         assert empty.weight_shape == real.weight.shape
         empty.load_state_dict(filled.state_dict(), assign=True)
@@ -243,10 +241,10 @@ def test_layer_made_on_the_meta_device_is_filled_by_loading() -> None:
 
 
 def test_layers_pass_for_torch_layers() -> None:
-    parameters = LayerParameters(weight=E2M1, input=INPUTS["e2m1"])
+    scheme = LayerScheme(weight=E2M1, input=INPUTS["e2m1"])
     new_linear, new_conv = (
-        quantized(linear(), parameters),
-        quantized(conv(stride=2, groups=2), parameters),
+        quantized(linear(), scheme),
+        quantized(conv(stride=2, groups=2), scheme),
     )
     assert isinstance(new_linear, nn.Linear) and (
         new_linear.in_features,
@@ -260,19 +258,19 @@ def test_layers_pass_for_torch_layers() -> None:
 
 def test_weight_reads_as_the_rounded_float_weight() -> None:
     for layer in (linear(), conv()):
-        new = quantized(layer, LayerParameters(weight=E2M1))
+        new = quantized(layer, LayerScheme(weight=E2M1))
         assert new.weight.shape == layer.weight.shape and new.weight.dtype == torch.float32
         assert torch.equal(new.weight, fake_quantize(layer.weight.detach(), new.weight_grid()))
         assert torch.equal(new.codes(), quantize(layer.weight.detach(), new.weight_grid()))
 
 
 def test_training_mode_is_taken_over() -> None:
-    assert not QuantLinear(linear().eval(), LayerParameters(weight=E2M1)).training
-    assert QuantLinear(linear().train(), LayerParameters(weight=E2M1)).training
+    assert not QuantLinear(linear().eval(), LayerScheme(weight=E2M1)).training
+    assert QuantLinear(linear().train(), LayerScheme(weight=E2M1)).training
 
 
 def test_gradients_reach_the_input_and_the_bias_but_not_the_codes() -> None:
-    new = quantized(linear(), LayerParameters(weight=E2M1, input=INPUTS["e2m1"]))
+    new = quantized(linear(), LayerScheme(weight=E2M1, input=INPUTS["e2m1"]))
     x = torch.tensor([[0.1, -0.2, 0.3, 9.0, -9.0, 0.0]], requires_grad=True)
     new(x).sum().backward()
     assert x.grad is not None and new.bias is not None and new.bias.grad is not None
@@ -285,7 +283,7 @@ def test_gradients_reach_the_input_and_the_bias_but_not_the_codes() -> None:
 def test_16_bit_layer_answers_in_16_bits_on_the_same_grid(dtype: torch.dtype) -> None:
     fmt = FloatFormat.parse("e5m2")  # its smallest step lies far below the smallest float16
     layer = linear().to(dtype)
-    new = quantized(layer, LayerParameters(weight=fmt, input=INPUTS["ue2m2"]))
+    new = quantized(layer, LayerScheme(weight=fmt, input=INPUTS["ue2m2"]))
     weight = new.weight.clone()
     new.to(dtype)
     assert new.weight_scale.dtype == torch.float32
@@ -309,10 +307,10 @@ def hub_layer(
     """A layer of three members, stored out of order, their float weights, and the scale that they share."""
     weights = [make(seed=seed).weight.detach() for seed in range(HUB)]
     first, *further = grids or (None,)
-    parameters = LayerParameters(
+    scheme = LayerScheme(
         weight=fmt, input=first, hub=HUB, further_inputs=tuple(g for g in further if g)
     )
-    layer, scale = quantized(make(), parameters), scales_of(torch.stack(weights).amax(dim=0), fmt)
+    layer, scale = quantized(make(), scheme), scales_of(torch.stack(weights).amax(dim=0), fmt)
     for member in (2, 0, 1):
         layer.store_(weights[member], scale, member)
     return layer, weights, scale
@@ -342,7 +340,7 @@ def test_weight_follows_the_route(make: Callable[..., nn.Linear | nn.Conv2d]) ->
     x = draw(3, 6) if isinstance(layer, nn.Linear) else draw(2, 4, 5, 5)
     for member in (1, 2, 0):
         layer.route.open([HUB, member])
-        alone = quantized(make(), LayerParameters(weight=E2M1, input=INPUTS["e2m1"]))
+        alone = quantized(make(), LayerScheme(weight=E2M1, input=INPUTS["e2m1"]))
         alone.store_(weights[member], scale)
         assert layer.member() == member
         assert torch.equal(layer.weight, fake_quantize(weights[member], layer.weight_grid()))
@@ -359,16 +357,16 @@ def test_input_follows_the_route_where_members_have_grids_of_their_own(
     x = draw(3, 6) if isinstance(layer, nn.Linear) else draw(2, 4, 5, 5)
     for member, grid in enumerate(grids):
         layer.route.open([member])
-        alone = quantized(make(), LayerParameters(weight=E2M1, input=grid))
+        alone = quantized(make(), LayerScheme(weight=E2M1, input=grid))
         alone.store_(weights[member], scale)
-        assert layer.parameters_of.input_of(member) == grid
+        assert layer.scheme.input_of(member) == grid
         assert torch.equal(layer(x), alone(x))
 
 
 def test_members_share_the_input_where_there_are_no_further_ones() -> None:
-    parameters = LayerParameters(weight=E2M1, input=INPUTS["e2m1"], hub=HUB)
-    assert [parameters.input_of(member) for member in range(HUB)] == [INPUTS["e2m1"]] * HUB
-    assert LayerParameters(weight=E2M1, hub=HUB).input_of(2) is None
+    scheme = LayerScheme(weight=E2M1, input=INPUTS["e2m1"], hub=HUB)
+    assert [scheme.input_of(member) for member in range(HUB)] == [INPUTS["e2m1"]] * HUB
+    assert LayerScheme(weight=E2M1, hub=HUB).input_of(2) is None
 
 
 @each_hub_layer
@@ -389,7 +387,7 @@ def test_layer_without_a_route_is_served_by_its_first_member() -> None:
 
 def test_state_of_a_hub_makes_another_equal() -> None:
     one, *_ = hub_layer(linear)
-    other = quantized(linear(seed=7), one.parameters_of)
+    other = quantized(linear(seed=7), one.scheme)
     other.load_state_dict(one.state_dict(), strict=True)
     assert all(torch.equal(one.codes(member), other.codes(member)) for member in range(HUB))
 
@@ -410,44 +408,41 @@ input_grids = st.builds(
 def test_parameters_survive_json_exactly(
     weight: FloatFormat | None, grid: Grid, further: list[Grid]
 ) -> None:
-    shared = LayerParameters(weight=weight, input=grid, hub=3)
-    for parameters in (
+    shared = LayerScheme(weight=weight, input=grid, hub=3)
+    for scheme in (
         shared,
         replace(shared, hub=1 + len(further), further_inputs=tuple(further)),
     ):
-        assert LayerParameters.from_json(json.loads(json.dumps(parameters.to_json()))) == parameters
+        assert LayerScheme.from_json(json.loads(json.dumps(scheme.to_json()))) == scheme
 
 
 @pytest.mark.parametrize(("hub", "further"), [(0, 0), (1, 1), (3, 1)])
 def test_parameters_refuse_inputs_that_do_not_fit_the_hub(hub: int, further: int) -> None:
     with pytest.raises(ValueError, match="do not fit"):
-        LayerParameters(
+        LayerScheme(
             weight=E2M1, input=INPUTS["ue2m2"], hub=hub, further_inputs=(INPUTS["ue2m2"],) * further
         )
 
 
 def test_parameters_that_name_no_hub_have_one_member() -> None:
-    parameters = LayerParameters(weight=E2M1, input=INPUTS["ue2m2"])
-    data = {key: value for key, value in parameters.to_json().items() if key in ("weight", "input")}
-    assert parameters.hub == 1
-    assert LayerParameters.from_json(data) == parameters
+    scheme = LayerScheme(weight=E2M1, input=INPUTS["ue2m2"])
+    data = {key: value for key, value in scheme.to_json().items() if key in ("weight", "input")}
+    assert scheme.hub == 1
+    assert LayerScheme.from_json(data) == scheme
 
 
 def test_scale_of_a_search_survives_json_exactly() -> None:
     grid = Grid.with_maximum(UE2M2, torch.tensor(0.1), -0.1)
-    parameters = LayerParameters(input=grid)
-    again = LayerParameters.from_json(json.loads(json.dumps(parameters.to_json())))
-    assert again == parameters
+    scheme = LayerScheme(input=grid)
+    again = LayerScheme.from_json(json.loads(json.dumps(scheme.to_json())))
+    assert again == scheme
     x = draw(100)
     assert again.input is not None
     assert torch.equal(fake_quantize(x, again.input), fake_quantize(x, grid))
 
 
-def test_parameters_of_nothing_survive_json() -> None:
-    assert (
-        LayerParameters.from_json(json.loads(json.dumps(LayerParameters().to_json())))
-        == LayerParameters()
-    )
+def test_scheme_of_nothing_survives_json() -> None:
+    assert LayerScheme.from_json(json.loads(json.dumps(LayerScheme().to_json()))) == LayerScheme()
 
 
 @pytest.mark.parametrize(
@@ -474,4 +469,4 @@ def test_parameters_of_nothing_survive_json() -> None:
 )
 def test_damaged_parameters_are_refused(data: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
-        LayerParameters.from_json(data)
+        LayerScheme.from_json(data)

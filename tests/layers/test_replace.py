@@ -12,11 +12,11 @@ from msfp_cli.formats.rounding import Grid
 from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
 from msfp_cli.layers.replace import QuantizedModule, find_layers, quantized_layers, replace_layers_
 from msfp_cli.layers.routing import ROUTER, TABLE_SIZE, RouterTable
-from msfp_cli.layers.scheme import LayerParameters
+from msfp_cli.layers.scheme import LayerScheme
 from tiny_pipelines import build_tiny
 
-TABLE = LayerParameters(weight=FloatFormat.parse("e3m4"), lookup=True)
-PARAMETERS = LayerParameters(
+TABLE = LayerScheme(weight=FloatFormat.parse("e3m4"), lookup=True)
+SCHEME = LayerScheme(
     weight=FloatFormat.parse("e2m1"), input=Grid(FloatFormat.parse("ue2m2"), 0.1, -0.2)
 )
 
@@ -52,9 +52,9 @@ class Net(nn.Module):
         self.embedding = nn.Embedding(3, 4)
 
 
-def parameters_of_all(net: nn.Module) -> dict[str, LayerParameters]:
+def schemes_of_all(net: nn.Module) -> dict[str, LayerScheme]:
     return {
-        n: TABLE if isinstance(m, nn.Embedding) else PARAMETERS for n, m in find_layers(net).items()
+        n: TABLE if isinstance(m, nn.Embedding) else SCHEME for n, m in find_layers(net).items()
     }
 
 
@@ -76,21 +76,19 @@ def test_found_layers_are_the_modules_themselves() -> None:
 def test_replaces_only_the_named_layers_in_place() -> None:
     net = Net()
     before = {name: module for name, module in net.named_modules() if name}
-    new = replace_layers_(
-        net, {"conv_in": PARAMETERS, "blocks.0.2": PARAMETERS, "odd.plain": PARAMETERS}
-    )
+    new = replace_layers_(net, {"conv_in": SCHEME, "blocks.0.2": SCHEME, "odd.plain": SCHEME})
     assert [type(layer) for layer in new.values()] == [QuantConv2d, QuantLinear, QuantLinear]
     for name, module in net.named_modules():
         if name:
             assert module is (new[name] if name in new else before[name])
     assert list(find_layers(net)) == ["blocks.0.0", "embedding"]
-    assert all(layer.parameters_of == PARAMETERS for layer in new.values())
+    assert all(layer.scheme == SCHEME for layer in new.values())
 
 
 def test_new_layers_share_the_bias_and_have_the_settings_of_the_old() -> None:
     net = Net()
     old = find_layers(net)
-    new = replace_layers_(net, parameters_of_all(net))
+    new = replace_layers_(net, schemes_of_all(net))
     for name, layer in new.items():
         assert layer.bias is getattr(old[name], "bias", None)
         assert layer.weight_shape == old[name].weight.shape
@@ -102,7 +100,7 @@ def test_new_layers_share_the_bias_and_have_the_settings_of_the_old() -> None:
 def test_replaced_network_runs() -> None:
     net = Net()
     old = find_layers(net)
-    for name, layer in replace_layers_(net, parameters_of_all(net)).items():
+    for name, layer in replace_layers_(net, schemes_of_all(net)).items():
         layer.store_(old[name].weight.detach(), torch.full(layer.weight_shape[:1], 0.05))
     assert net.blocks[0](torch.ones(2, 4)).shape == (2, 6)
     assert net.conv_in(torch.ones(1, 3, 8, 8)).shape == (1, 4, 4, 4)
@@ -116,7 +114,7 @@ def test_unknown_layer_is_named_and_nothing_is_replaced(name: str) -> None:
     net = Net()
     before = dict(net.named_modules())
     with pytest.raises(CheckpointError, match=f"Net has no layer '{name}'.*another model"):
-        replace_layers_(net, {"conv_in": PARAMETERS, name: PARAMETERS})
+        replace_layers_(net, {"conv_in": SCHEME, name: SCHEME})
     assert dict(net.named_modules()) == before
 
 
@@ -127,14 +125,12 @@ def test_layer_of_another_kind_is_named_and_nothing_is_replaced(name: str, kind:
     with pytest.raises(
         CheckpointError, match=f"layer '{name}' is of another kind, {kind}.*another model"
     ):
-        replace_layers_(
-            net, {"conv_in": PARAMETERS, name: TABLE if name == "odd.plain" else PARAMETERS}
-        )
+        replace_layers_(net, {"conv_in": SCHEME, name: TABLE if name == "odd.plain" else SCHEME})
     assert dict(net.named_modules()) == before
 
 
-def hub_of(members: int) -> LayerParameters:
-    return replace(PARAMETERS, hub=members)
+def hub_of(members: int) -> LayerScheme:
+    return replace(SCHEME, hub=members)
 
 
 HUBS = {
@@ -148,14 +144,14 @@ HUBS = {
 def test_quantized_layers_are_listed_in_order_of_definition() -> None:
     net = Net()
     assert quantized_layers(net) == {}
-    new = replace_layers_(net, dict.fromkeys(["odd.plain", "conv_in"], PARAMETERS))
+    new = replace_layers_(net, dict.fromkeys(["odd.plain", "conv_in"], SCHEME))
     assert list(quantized_layers(net)) == ["conv_in", "odd.plain"]
     assert quantized_layers(net) == new
 
 
 def test_layers_of_one_member_need_no_router() -> None:
     net = Net()
-    for layer in replace_layers_(net, parameters_of_all(net)).values():
+    for layer in replace_layers_(net, schemes_of_all(net)).values():
         assert layer.route is None
     assert not hasattr(net, ROUTER)
     assert not net._forward_pre_hooks and not net._forward_hooks
@@ -194,7 +190,7 @@ def store_(layer: QuantizedModule, weight: Tensor, member: int, source: int) -> 
 
 
 def quantized_unet(
-    table: dict[str, LayerParameters], sources: Callable[[str], range | tuple[int, ...]]
+    table: dict[str, LayerScheme], sources: Callable[[str], range | tuple[int, ...]]
 ) -> nn.Module:
     unet = build_tiny("DDIMPipeline").unet
     weights = {name: layer.weight.detach() for name, layer in find_layers(unet).items()}
@@ -221,9 +217,7 @@ def output_at(unet: nn.Module, timestep: int) -> Tensor:
 @pytest.mark.parametrize("timestep", TIMESTEPS)
 def test_denoiser_computes_with_the_members_that_the_table_names(timestep: int) -> None:
     chosen = dict(zip(sorted(SWITCHING)[:2], MEMBERS[timestep], strict=True))
-    fixed = quantized_unet(
-        dict.fromkeys(SWITCHING, PARAMETERS), lambda name: (chosen.get(name, 0),)
-    )
+    fixed = quantized_unet(dict.fromkeys(SWITCHING, SCHEME), lambda name: (chosen.get(name, 0),))
     unet = switching_unet()
     assert torch.equal(output_at(unet, timestep), output_at(fixed, timestep))
     other = next(t for t in TIMESTEPS if t != timestep)

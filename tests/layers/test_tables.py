@@ -23,7 +23,7 @@ from msfp_cli.layers.kernels.registry import KERNELS, choose_kernel
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.quantized import QuantEmbedding, QuantLinear
 from msfp_cli.layers.replace import find_layers, quantized_layers
-from msfp_cli.layers.scheme import LayerParameters
+from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.loading import load_pipeline
 from msfp_cli.pipelines.source import ModelSource
 from msfp_cli.recording.result import Recording
@@ -39,7 +39,7 @@ def table_of(
     """A quantized table, and the float one's weight."""
     plain = nn.Embedding(rows, width)
     nn.init.normal_(plain.weight, generator=torch.Generator().manual_seed(rows * width))
-    table = QuantEmbedding(plain, LayerParameters(weight=fmt, lookup=True))
+    table = QuantEmbedding(plain, LayerScheme(weight=fmt, lookup=True))
     weight = plain.weight.detach()
     table.store_(weight, weight.abs().amax(dim=1) / fmt.largest)
     return table, weight
@@ -78,9 +78,7 @@ def test_rows_have_the_type_of_the_model(dtype: torch.dtype) -> None:
     table.to(dtype)
     assert table.weight_scale.dtype == torch.float32
     assert torch.equal(table(index), rows.to(dtype)) and table(index).dtype == dtype
-    born_short = QuantEmbedding(
-        nn.Embedding(3, 4).to(dtype), LayerParameters(weight=E3M4, lookup=True)
-    )
+    born_short = QuantEmbedding(nn.Embedding(3, 4).to(dtype), LayerScheme(weight=E3M4, lookup=True))
     assert born_short(index[:1]).dtype == dtype
 
 
@@ -93,7 +91,7 @@ def test_state_and_copies_keep_the_rows() -> None:
     table, _ = table_of()
     index = torch.arange(7)
     assert set(table.state_dict()) == {"weight_codes", "weight_scale"}
-    other = QuantEmbedding(nn.Embedding(7, 6), table.parameters_of)
+    other = QuantEmbedding(nn.Embedding(7, 6), table.scheme)
     other.load_state_dict(table.state_dict())
     for twin in (other, copy.deepcopy(table)):
         assert torch.equal(twin(index), table(index))
@@ -128,13 +126,13 @@ def test_tables_that_change_their_rows_are_left_alone() -> None:
 @pytest.mark.parametrize("change", [{"hub": 2}, {"input": Grid(E3M4, 1.0)}])
 def test_tables_have_no_hub_and_no_input(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="a table has one set of weights"):
-        LayerParameters(**({"weight": E3M4, "lookup": True} | change))  # type: ignore[arg-type]
+        LayerScheme(**({"weight": E3M4, "lookup": True} | change))  # type: ignore[arg-type]
 
 
 def test_parameters_survive_json_and_those_of_layers_are_as_before() -> None:
-    parameters = LayerParameters(weight=E3M4, lookup=True)
-    assert LayerParameters.from_json(parameters.to_json()) == parameters
-    assert "lookup" not in LayerParameters(weight=E3M4).to_json()
+    scheme = LayerScheme(weight=E3M4, lookup=True)
+    assert LayerScheme.from_json(scheme.to_json()) == scheme
+    assert "lookup" not in LayerScheme(weight=E3M4).to_json()
 
 
 @pytest.mark.parametrize("kernel", ["auto", *KERNELS])
@@ -143,13 +141,13 @@ def test_a_table_has_one_kernel(kernel: str) -> None:
     assert choose_kernel(table, kernel) == (Lookup, "")  # type: ignore[arg-type]
     assert Lookup.refusal(table) is None  # type: ignore[arg-type]
     assert (
-        Lookup.refusal(QuantLinear(nn.Linear(2, 2), LayerParameters(weight=E3M4)))
+        Lookup.refusal(QuantLinear(nn.Linear(2, 2), LayerScheme(weight=E3M4)))
         == "this layer multiplies"
     )
 
 
 def test_a_refusal_names_a_layer_rather_than_a_table() -> None:
-    line = QuantLinear(nn.Linear(2, 2), LayerParameters(weight=E3M4))
+    line = QuantLinear(nn.Linear(2, 2), LayerScheme(weight=E3M4))
     with pytest.raises(
         Exception,
         match="'cpu' can run none of the 2 layers; 1: cpu: the input is in floating point",
@@ -173,8 +171,8 @@ def test_calibration_keeps_tables_at_eight_bits_unless_a_rule_speaks(
         "transformer"
     ][TABLE]
     assert (choice.kind, choice.reason, choice.multiply_adds) == ("embedding", "kept", 0)
-    assert choice.parameters.weight is not None and choice.parameters.weight.bits == fmt_bits
-    assert choice.parameters.lookup and choice.input_scores == () and choice.weight_scores
+    assert choice.scheme.weight is not None and choice.scheme.weight.bits == fmt_bits
+    assert choice.scheme.lookup and choice.input_scores == () and choice.weight_scores
     got = pipe.transformer.get_submodule(TABLE)(index)
     assert 0 < (got - rows).square().sum() < 10 ** (1 - 0.5 * fmt_bits) * rows.square().sum()
 

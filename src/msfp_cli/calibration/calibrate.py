@@ -28,7 +28,7 @@ from msfp_cli.formats.rounding import Grid
 from msfp_cli.formats.search import SearchResult, SearchSpace, search_rows, search_tensor
 from msfp_cli.layers.quantized import KINDS, FloatLayer
 from msfp_cli.layers.replace import find_layers
-from msfp_cli.layers.scheme import LayerParameters
+from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers
 from msfp_cli.pipelines.loading import load_pipeline
 from msfp_cli.pipelines.source import ModelSource
@@ -169,7 +169,7 @@ def search_layer(
         multiply_adds=seen.multiply_adds,
         minimum=seen.minimum,
         maximum=seen.maximum,
-        parameters=LayerParameters(
+        scheme=LayerScheme(
             weight=weight.winner.format if weight else None,
             input=grid,
             lookup=isinstance(layer, nn.Embedding),
@@ -241,9 +241,7 @@ def _lift(
         return result
     with progress.task(f"Measuring {component}", len(candidates)) as advance:
         for name in candidates:
-            with quantized_alone(
-                layers[name], searched[name].choice.parameters, searched[name].scale
-            ):
+            with quantized_alone(layers[name], searched[name].choice.scheme, searched[name].scale):
                 error = output_error(denoiser, calls).relative()
             result[name] = Searched(
                 replace(searched[name].choice, sensitivity=error), searched[name].scale

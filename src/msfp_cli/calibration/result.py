@@ -23,7 +23,7 @@ from msfp_cli.digest import digest
 from msfp_cli.errors import CheckpointError, RunError, UsageError
 from msfp_cli.files import replace_directory
 from msfp_cli.layers.replace import store_layers_
-from msfp_cli.layers.scheme import LayerParameters
+from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.source import ModelSource
 from msfp_cli.recording.recipe import RecordRecipe
 
@@ -53,7 +53,7 @@ class LayerChoice:
         num_weights: elements of the weight.
         multiply_adds: of one denoiser call.
         minimum, maximum: of the layer's input over the whole recording.
-        parameters: formats, and the input's scale and zero point.
+        scheme: formats, and the input's scale and zero point.
         weight_scores, input_scores: every candidate, best first.
         sensitivity: relative error of the denoiser's output when this layer alone is quantized at
             the default bits; None where it was not measured.
@@ -65,7 +65,7 @@ class LayerChoice:
     multiply_adds: float
     minimum: float
     maximum: float
-    parameters: LayerParameters
+    scheme: LayerScheme
     weight_scores: tuple[Score, ...] = ()
     input_scores: tuple[Score, ...] = ()
     sensitivity: float | None = None
@@ -76,19 +76,19 @@ class LayerChoice:
     @property
     def weight_error(self) -> float | None:
         """Relative squared error of the rounded weight."""
-        weight = self.parameters.weight
+        weight = self.scheme.weight
         return self._chosen(self.weight_scores, None if weight is None else weight.name)
 
     @property
     def input_error(self) -> float | None:
         """Relative squared error of the rounded input."""
-        grid = self.parameters.input
+        grid = self.scheme.input
         return self._chosen(self.input_scores, None if grid is None else grid.format.name)
 
     @property
     def runner_up(self) -> Score | None:
         """The best input format that was not chosen."""
-        grid = self.parameters.input
+        grid = self.scheme.input
         return next(
             (
                 score
@@ -99,19 +99,18 @@ class LayerChoice:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {**asdict(self), "parameters": self.parameters.to_json()}
+        """Return plain JSON values; files call the scheme ``parameters``."""
+        data = {**asdict(self), "scheme": self.scheme.to_json()}
+        return {"parameters" if key == "scheme" else key: value for key, value in data.items()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "LayerChoice":
         """Undo `to_json`."""
-        scores = {
-            key: tuple(Score(**score) for score in data[key])
-            for key in ("weight_scores", "input_scores")
-        }
-        return cls(
-            **{**data, **scores, "parameters": LayerParameters.from_json(data["parameters"])}
-        )
+        values = dict(data)
+        scheme = LayerScheme.from_json(values.pop("parameters"))
+        for key in ("weight_scores", "input_scores"):
+            values[key] = tuple(Score(**score) for score in data[key])
+        return cls(**values, scheme=scheme)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,24 +135,22 @@ class Calibration:
     held_out_error: Mapping[str, float] = field(default_factory=dict)
     unused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def table(self, component: str) -> dict[str, LayerParameters]:
-        """Return the parameters of the component's quantized layers."""
+    def table(self, component: str) -> dict[str, LayerScheme]:
+        """Return the scheme of the component's quantized layers."""
         return {
-            name: layer.parameters
+            name: layer.scheme
             for name, layer in self.layers[component].items()
-            if layer.parameters.weight is not None or layer.parameters.input is not None
+            if layer.scheme.weight is not None or layer.scheme.input is not None
         }
 
     def tunable(self) -> tuple[str, ...]:
         """List the components that have a layer to fine-tune."""
         return tuple(
-            c
-            for c in self.layers
-            if any(parameters.tunable for parameters in self.table(c).values())
+            c for c in self.layers if any(scheme.tunable for scheme in self.table(c).values())
         )
 
     def identity(self) -> str:
-        """Return a digest of all that fine-tuning begins with: recording, layers' parameters and weight scales."""
+        """Return a digest of all that fine-tuning begins with: recording, layers' schemes and weight scales."""
         tables = {
             component: {n: p.to_json() for n, p in self.table(component).items()}
             for component in self.layers

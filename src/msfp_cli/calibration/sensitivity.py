@@ -8,7 +8,7 @@ from torch import Tensor
 from msfp_cli.calibration.result import LayerChoice
 from msfp_cli.formats.rounding import Grid, fake_quantize
 from msfp_cli.layers.quantized import FloatLayer
-from msfp_cli.layers.scheme import LayerParameters
+from msfp_cli.layers.scheme import LayerScheme
 
 
 def choose_lifted(layers: Mapping[str, LayerChoice], budget: float) -> list[str]:
@@ -33,16 +33,14 @@ def choose_lifted(layers: Mapping[str, LayerChoice], budget: float) -> list[str]
 
 
 @contextmanager
-def quantized_alone(
-    layer: FloatLayer, parameters: LayerParameters, scale: Tensor | None
-) -> Iterator[None]:
+def quantized_alone(layer: FloatLayer, scheme: LayerScheme, scale: Tensor | None) -> Iterator[None]:
     """Quantize one layer's weight (with its `scale` per output channel) and input while the context is open."""
     weight, handle = layer.weight.data, None
-    if parameters.weight is not None and scale is not None:
+    if scheme.weight is not None and scale is not None:
         rows = scale.to(weight.device).view(-1, *[1] * (weight.ndim - 1))
-        layer.weight.data = fake_quantize(weight, Grid(parameters.weight, rows))
-    if parameters.input is not None:
-        grid = parameters.input
+        layer.weight.data = fake_quantize(weight, Grid(scheme.weight, rows))
+    if scheme.input is not None:
+        grid = scheme.input
         handle = layer.register_forward_pre_hook(
             lambda _, args: (fake_quantize(args[0], grid), *args[1:])
         )

@@ -74,8 +74,7 @@ def load_calibrated(
             quantize_tuned_(denoiser, calibration, component, learned)
         config = MSFPConfig(
             layers={
-                name: layer.parameters_of.to_json()
-                for name, layer in quantized_layers(denoiser).items()
+                name: layer.scheme.to_json() for name, layer in quantized_layers(denoiser).items()
             },
             timestep_unit=1.0 if learned is None else learned.unit,
             source=calibration.source.to_json(),
@@ -111,7 +110,7 @@ def export_(
         layer
         for denoiser in denoisers.values()
         for layer in quantized_layers(denoiser).values()
-        if layer.parameters_of.hub > 1
+        if layer.scheme.hub > 1
     ]
     return ExportReport(
         directory=str(directory),
@@ -125,7 +124,7 @@ def export_(
 def _half_precision_bytes(calibration: Calibration, component: str, denoiser: nn.Module) -> int:
     """Return what a denoiser takes in 16 bits: the weights that became codes, and the parameters that stayed."""
     layers = calibration.layers.get(component, {}).values()
-    codes = sum(layer.num_weights for layer in layers if layer.parameters.weight is not None)
+    codes = sum(layer.num_weights for layer in layers if layer.scheme.weight is not None)
     return 2 * (codes + sum(parameter.numel() for parameter in denoiser.parameters()))
 
 

@@ -22,7 +22,7 @@ from msfp_cli.checkpoint.registration import register
 from msfp_cli.digest import digest
 from msfp_cli.errors import CheckpointError, MsfpError
 from msfp_cli.layers.replace import replace_layers_
-from msfp_cli.layers.scheme import LayerParameters
+from msfp_cli.layers.scheme import LayerScheme
 
 SCHEMA_VERSION = 1
 METHOD = "msfp"
@@ -40,7 +40,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
     """The ``quantization_config`` of an exported denoiser.
 
     Arguments:
-        layers: per layer name, the JSON of `LayerParameters`: every layer's real formats, scale and
+        layers: per layer name, the JSON of `LayerScheme`: every layer's real formats, scale and
             zero point.
         timestep_unit: what brings the denoiser's timesteps to 0..1000, the rows of the router's
             table.
@@ -71,7 +71,10 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
 
     @classmethod
     def from_dict(
-        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+        cls,
+        config_dict: dict[str, Any],
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
         """Read the config; a newer layout is named before its unknown keys are."""
         if (
@@ -87,14 +90,14 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
             ) from None
         return (config, kwargs) if return_unused_kwargs else config
 
-    def table(self) -> dict[str, LayerParameters]:
-        """Return the layers' parameters.
+    def table(self) -> dict[str, LayerScheme]:
+        """Return the layers' schemes.
 
         Raises:
             CheckpointError: an entry is damaged.
         """
         try:
-            return {name: LayerParameters.from_json(entry) for name, entry in self.layers.items()}
+            return {name: LayerScheme.from_json(entry) for name, entry in self.layers.items()}
         except (KeyError, TypeError, ValueError, AttributeError, MsfpError) as error:
             raise CheckpointError(
                 f"the export's layer table is damaged ({error}); export again"

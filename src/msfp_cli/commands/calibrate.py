@@ -160,15 +160,12 @@ def summary(calibration: "Calibration") -> dict[str, Any]:
 
 def _count_inputs(layers: Any) -> Counter[str]:  # noqa: ANN401 (an iterable of LayerChoice)
     return Counter(
-        layer.parameters.input.format.name if layer.parameters.input else "float"
-        for layer in layers
+        layer.scheme.input.format.name if layer.scheme.input else "float" for layer in layers
     )
 
 
 def _count_weights(layers: Any) -> Counter[str]:  # noqa: ANN401
-    return Counter(
-        layer.parameters.weight.name if layer.parameters.weight else "float" for layer in layers
-    )
+    return Counter(layer.scheme.weight.name if layer.scheme.weight else "float" for layer in layers)
 
 
 def show(calibration: "Calibration", component: str) -> None:
@@ -193,7 +190,7 @@ def show(calibration: "Calibration", component: str) -> None:
             [_row(*item) for item in worst],
         )
     bits = sum(
-        layer.num_weights * (layer.parameters.weight.bits if layer.parameters.weight else 16)
+        layer.num_weights * (layer.scheme.weight.bits if layer.scheme.weight else 16)
         for layer in layers.values()
     )
     half = sum(layer.num_weights * 16 for layer in layers.values())
@@ -211,7 +208,7 @@ def show(calibration: "Calibration", component: str) -> None:
 
 
 def _row(name: str, layer: "LayerChoice") -> list[str]:
-    chosen = layer.parameters
+    chosen = layer.scheme
     formats = f"{chosen.weight or 'float'} x {chosen.input.format if chosen.input else 'float'}"
     return [name, f"{layer.sensitivity or 0:.5f}", formats, layer.reason]
 

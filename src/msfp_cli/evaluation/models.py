@@ -55,7 +55,7 @@ def _identity(denoiser: nn.Module) -> str:
     if not layers:
         return fingerprint(denoiser)
     table = {
-        name: layer.parameters_of.to_json() for name, layer in layers.items()
+        name: layer.scheme.to_json() for name, layer in layers.items()
     }  # inputs' grids are no tensors
     text = json.dumps(table, sort_keys=True) + digest(denoiser.state_dict())
     return hashlib.sha256(text.encode()).hexdigest()
@@ -141,9 +141,9 @@ def calibration_of(run: Run, export: Path, configs: dict[str, MSFPConfig]) -> Ca
     if calibration.layers.keys() != configs.keys():
         return None
     for component, config in configs.items():
-        weights = {name: parameters.weight for name, parameters in config.table().items()}
+        weights = {name: scheme.weight for name, scheme in config.table().items()}
         if weights != {
-            name: parameters.weight for name, parameters in calibration.table(component).items()
+            name: scheme.weight for name, scheme in calibration.table(component).items()
         }:
             return None
         scales = calibration.scales[component]

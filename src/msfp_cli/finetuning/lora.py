@@ -35,7 +35,7 @@ from msfp_cli.finetuning.router import Choice
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import Grid, fake_quantize, fake_quantize_learned, round_steps
 from msfp_cli.layers.routing import Route
-from msfp_cli.layers.scheme import LayerParameters
+from msfp_cli.layers.scheme import LayerScheme
 
 _MAX_GROWTH = 60.0  # of the logarithm of an input's scale: training that gets there has diverged
 
@@ -48,8 +48,13 @@ class _RoundedWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, scale: Tensor, fmt: FloatFormat, a: Tensor, b: Tensor
-    ) -> Tensor:  # noqa: ANN401 (torch does not name this type)
+        ctx: Any,  # noqa: ANN401 (torch does not name this type)
+        weight: Tensor,
+        scale: Tensor,
+        fmt: FloatFormat,
+        a: Tensor,
+        b: Tensor,
+    ) -> Tensor:
         steps = updated_steps(weight, scale, a, b)
         ctx.save_for_backward(steps.abs() <= fmt.largest, scale, a, b)
         return round_steps(steps, fmt).mul_(scale[:, None])
@@ -124,7 +129,7 @@ class TunedLayer(nn.Module):
 
     Arguments:
         layer: the float layer; its weight and bias are frozen.
-        parameters: the calibrated formats; the weight's is needed, the input's may be None.
+        scheme: the calibrated formats; the weight's is needed, the input's may be None.
         scale: the weight's step size per output channel, ``(out,)``.
         route: where the choice of member is found.
         slot: the layer's row in the choice.
@@ -140,7 +145,7 @@ class TunedLayer(nn.Module):
     def __init__(
         self,
         layer: nn.Linear | nn.Conv2d,
-        parameters: LayerParameters,
+        scheme: LayerScheme,
         scale: Tensor,
         route: Route[Sequence[Choice]],
         slot: int,
@@ -149,8 +154,8 @@ class TunedLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.layer, self.route, self.slot = layer.requires_grad_(False), route, slot
-        assert parameters.weight is not None
-        self.input, self.weight_format = parameters.input, parameters.weight
+        assert scheme.weight is not None
+        self.input, self.weight_format = scheme.input, scheme.weight
         self.register_buffer("scale", scale.to(layer.weight.device).float(), persistent=False)
         a, b = self._beginning(recipe, generator)
         self.lora_a = nn.ParameterList(a.clone() for _ in range(recipe.hub_size))
@@ -261,7 +266,7 @@ class TunedLayer(nn.Module):
 
 def tune_layers_(
     denoiser: nn.Module,
-    table: Mapping[str, LayerParameters],
+    table: Mapping[str, LayerScheme],
     scales: Mapping[str, Tensor],
     recipe: FinetuneRecipe,
     generator: torch.Generator,
@@ -284,6 +289,6 @@ def tune_layers_(
     return tuned, route
 
 
-def tuned_names(table: Mapping[str, LayerParameters]) -> list[str]:
+def tuned_names(table: Mapping[str, LayerScheme]) -> list[str]:
     """List the layers that have a hub, in the order of the router's rows: those that multiply by a quantized weight."""
-    return [name for name, parameters in table.items() if parameters.tunable]
+    return [name for name, scheme in table.items() if scheme.tunable]

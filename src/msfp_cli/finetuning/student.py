@@ -10,7 +10,7 @@ from msfp_cli.finetuning.lora import moved_input, tune_layers_, tuned_names
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.router import Choice, Router
 from msfp_cli.layers.replace import store_layers_
-from msfp_cli.layers.scheme import LayerParameters
+from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.denoiser import DenoiserCall, call_with
 from msfp_cli.pipelines.rows import JoinedCall
 from msfp_cli.recording.compare import OutputError
@@ -21,7 +21,7 @@ class Student(nn.Module):
 
     Arguments:
         denoiser: the float denoiser; its layers are replaced in place.
-        table, scales: calibrated parameters and weight scales, by layer name.
+        table, scales: calibrated schemes and weight scales, by layer name.
         recipe: hub size, rank, initialisation, seed.
         unit: what brings its timesteps to 0..1000, see `routing.timestep_unit`.
     """
@@ -29,7 +29,7 @@ class Student(nn.Module):
     def __init__(
         self,
         denoiser: nn.Module,
-        table: Mapping[str, LayerParameters],
+        table: Mapping[str, LayerScheme],
         scales: Mapping[str, Tensor],
         recipe: FinetuneRecipe,
         unit: float,

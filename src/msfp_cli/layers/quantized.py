@@ -4,7 +4,7 @@ All subclass torch's own layers, so libraries that ask ``isinstance(layer, nn.Li
 them) see what they expect; ``layer.weight`` dequantizes on the fly. The state is two buffers,
 ``weight_codes`` (packed, one row per member of the layer's hub) and ``weight_scale`` (float32, one
 per output channel, or per row of a table), beside the float bias. What is one number per layer
-(formats, the input's scale and zero point) is no tensor: it is `LayerParameters`, a plain value
+(formats, the input's scale and zero point) is no tensor: it is `LayerScheme`, a plain value
 that the checkpoint stores as JSON. A layer whose hub has several members reads from its route which
 one serves the timestep that the denoiser is at.
 
@@ -26,7 +26,7 @@ from msfp_cli.layers.kernels.lookup import look_up
 from msfp_cli.layers.kernels.registry import AUTO, choose_kernel
 from msfp_cli.layers.kernels.simulated import simulate
 from msfp_cli.layers.routing import Route
-from msfp_cli.layers.scheme import LayerParameters
+from msfp_cli.layers.scheme import LayerScheme
 
 FloatLayer = nn.Linear | nn.Conv2d | nn.Embedding
 KINDS: dict[str, type[FloatLayer]] = {
@@ -40,7 +40,7 @@ _PIECE = 1 << 20  # bytes that are looked up at once: bounds the temporaries of 
 class QuantizedLayer(Protocol):
     """What a kernel may ask of a layer."""
 
-    parameters_of: LayerParameters
+    scheme: LayerScheme
     weight_shape: torch.Size
     bias: Tensor | None
 
@@ -69,7 +69,7 @@ class QuantizedLayer(Protocol):
 class Quantized(nn.Module):
     """The part that all share; the float layer's class comes second in the bases."""
 
-    parameters_of: LayerParameters
+    scheme: LayerScheme
     kernel: Kernel | None
     wish: tuple[str, bool]
     weight_shape: torch.Size
@@ -77,29 +77,29 @@ class Quantized(nn.Module):
     slot: int
     bias: Any  # nn.Parameter or None; torch types it differently in its two layers
 
-    def _take_over(self, layer: FloatLayer, parameters: LayerParameters) -> None:
+    def _take_over(self, layer: FloatLayer, scheme: LayerScheme) -> None:
         """Take the settings and bias of a float layer, and room for its codes (on its device, meta included)."""
         nn.Module.__init__(self)
         tensors = {"weight", "bias"} | set(layer.__dict__.keys() & nn.Module().__dict__.keys())
         self.__dict__.update(
             {key: value for key, value in layer.__dict__.items() if key not in tensors}
         )
-        self.parameters_of, self.kernel, self.weight_shape = parameters, None, layer.weight.shape
+        self.scheme, self.kernel, self.weight_shape = scheme, None, layer.weight.shape
         self.wish = (AUTO, False)
-        grid = parameters.input
-        for fmt in (parameters.weight, grid and grid.format):
+        grid = scheme.input
+        for fmt in (scheme.weight, grid and grid.format):
             _ = (
                 fmt and fmt.code_book
             )  # now: before Python 3.12 it is made under a lock, where torch.compile stops
         self.training, self.route, self.slot = layer.training, None, 0
         self.register_parameter("bias", getattr(layer, "bias", None))  # type: ignore[arg-type]
-        if parameters.weight is None:
+        if scheme.weight is None:
             self.register_parameter("weight", layer.weight)  # type: ignore[arg-type]
             return
-        size = packed_size(layer.weight.numel(), parameters.weight.bits)
+        size = packed_size(layer.weight.numel(), scheme.weight.bits)
         device = layer.weight.device
         self.register_buffer(
-            "weight_codes", torch.empty(parameters.hub, size, dtype=torch.uint8, device=device)
+            "weight_codes", torch.empty(scheme.hub, size, dtype=torch.uint8, device=device)
         )
         self.register_buffer(
             "weight_scale", torch.empty(layer.weight.shape[0], dtype=torch.float32, device=device)
@@ -137,7 +137,7 @@ class Quantized(nn.Module):
         if self.kernel is None or not self.kernel.holds_weight:
             return self.get_buffer("weight_codes")
         fmt = self._weight_format()
-        rows = [self.kernel.integers(member) for member in range(self.parameters_of.hub)]
+        rows = [self.kernel.integers(member) for member in range(self.scheme.hub)]
         return torch.stack([pack(quantize(row, Grid(fmt, 1.0)), fmt.bits) for row in rows])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: ANN401 (torch's signature)
@@ -214,7 +214,7 @@ class Quantized(nn.Module):
         )
 
     def _weight_format(self) -> FloatFormat:
-        fmt = self.parameters_of.weight
+        fmt = self.scheme.weight
         assert fmt is not None, "this layer's weight is in floating point"
         return fmt
 
@@ -259,16 +259,16 @@ class Quantized(nn.Module):
 
     def extra_repr(self) -> str:
         """Name the formats beside torch's own description."""
-        grid = self.parameters_of.input
-        return f"{super().extra_repr()}, weight={self.parameters_of.weight}, input={grid and grid.format}"
+        grid = self.scheme.input
+        return f"{super().extra_repr()}, weight={self.scheme.weight}, input={grid and grid.format}"
 
 
 class QuantLinear(Quantized, nn.Linear):  # type: ignore[misc, override]  # weight is a property here
     """A Linear layer with quantized weight and input: ``(..., in_features) -> (..., out_features)``."""
 
-    def __init__(self, layer: nn.Linear, parameters: LayerParameters) -> None:
+    def __init__(self, layer: nn.Linear, scheme: LayerScheme) -> None:
         """Take the place of `layer`; call `store_` or load a state dict to give it codes."""
-        self._take_over(layer, parameters)
+        self._take_over(layer, scheme)
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply by `weight` and add the bias."""
@@ -278,9 +278,9 @@ class QuantLinear(Quantized, nn.Linear):  # type: ignore[misc, override]  # weig
 class QuantConv2d(Quantized, nn.Conv2d):  # type: ignore[misc, override]  # weight is a property here
     """A Conv2d layer with quantized weight and input: ``(batch, in_channels, height, width)`` to the layer's output."""
 
-    def __init__(self, layer: nn.Conv2d, parameters: LayerParameters) -> None:
+    def __init__(self, layer: nn.Conv2d, scheme: LayerScheme) -> None:
         """Take the place of `layer`; call `store_` or load a state dict to give it codes."""
-        self._take_over(layer, parameters)
+        self._take_over(layer, scheme)
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """Convolve with `weight` and add the bias; the input is padded here, after it was rounded."""
@@ -291,9 +291,9 @@ class QuantConv2d(Quantized, nn.Conv2d):  # type: ignore[misc, override]  # weig
 class QuantEmbedding(Quantized, nn.Embedding):  # type: ignore[misc, override]  # weight is a property here
     """A table of quantized rows: indices ``(...)`` to ``(..., embedding_dim)`` in the type of the float table."""
 
-    def __init__(self, table: nn.Embedding, parameters: LayerParameters) -> None:
+    def __init__(self, table: nn.Embedding, scheme: LayerScheme) -> None:
         """Take the place of `table`; call `store_` or load a state dict to give it codes."""
-        self._take_over(table, parameters)
+        self._take_over(table, scheme)
         # The input is whole numbers, so only this says which type the rows have; it moves with the
         # module.
         self.register_buffer("like", torch.empty(0, dtype=table.weight.dtype), persistent=False)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from msfp_cli.errors import CheckpointError
 from msfp_cli.layers.quantized import KINDS, FloatLayer, QuantConv2d, QuantEmbedding, QuantLinear
 from msfp_cli.layers.routing import RouterTable
-from msfp_cli.layers.scheme import LayerParameters
+from msfp_cli.layers.scheme import LayerScheme
 
 QuantizedModule = QuantLinear | QuantConv2d | QuantEmbedding
 
@@ -42,7 +42,7 @@ def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedModule]:
 
 
 def replace_layers_(
-    denoiser: nn.Module, table: Mapping[str, LayerParameters], *, timestep_unit: float = 1.0
+    denoiser: nn.Module, table: Mapping[str, LayerScheme], *, timestep_unit: float = 1.0
 ) -> dict[str, QuantizedModule]:
     """Put an empty quantized layer in the place of each float layer that `table` names.
 
@@ -73,8 +73,8 @@ def replace_layers_(
             f"layer {odd[0]!r} is of another kind, {kind}; was this made from another model?"
         )
     replaced: dict[str, QuantizedModule] = {}
-    for name, parameters in table.items():
-        new = _quantized(layers[name], parameters)
+    for name, scheme in table.items():
+        new = _quantized(layers[name], scheme)
         parent, _, child = name.rpartition(".")
         setattr(denoiser.get_submodule(parent), child, new)
         replaced[name] = new
@@ -84,7 +84,7 @@ def replace_layers_(
 
 @torch.no_grad()
 def store_layers_(
-    denoiser: nn.Module, table: Mapping[str, LayerParameters], scales: Mapping[str, Tensor]
+    denoiser: nn.Module, table: Mapping[str, LayerScheme], scales: Mapping[str, Tensor]
 ) -> None:
     """Replace each layer that `table` names, and store its weight, rounded, on the way: one float weight at a time.
 
@@ -101,14 +101,12 @@ def store_layers_(
             quantized.store_(weight, scales[name].to(weight.device))
 
 
-def _quantized(layer: FloatLayer, parameters: LayerParameters) -> QuantizedModule:
+def _quantized(layer: FloatLayer, scheme: LayerScheme) -> QuantizedModule:
     """Return the empty quantized layer that takes a float one's place."""
     if isinstance(layer, nn.Embedding):
-        return QuantEmbedding(layer, parameters)
+        return QuantEmbedding(layer, scheme)
     return (
-        QuantLinear(layer, parameters)
-        if isinstance(layer, nn.Linear)
-        else QuantConv2d(layer, parameters)
+        QuantLinear(layer, scheme) if isinstance(layer, nn.Linear) else QuantConv2d(layer, scheme)
     )
 
 
@@ -116,7 +114,7 @@ def _attach_router_(
     denoiser: nn.Module, layers: Mapping[str, QuantizedModule], unit: float
 ) -> None:
     """Give the layers with several sets of weights a common router, if there are any."""
-    switching = [layers[name] for name in sorted(layers) if layers[name].parameters_of.hub > 1]
+    switching = [layers[name] for name in sorted(layers) if layers[name].scheme.hub > 1]
     if not switching:
         return
     router = RouterTable(

@@ -8,7 +8,7 @@ from msfp_cli.formats.rounding import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerParameters:
+class LayerScheme:
     """What one quantized layer needs besides its tensors.
 
     Arguments:
@@ -52,7 +52,7 @@ class LayerParameters:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "LayerParameters":
+    def from_json(cls, data: dict[str, Any]) -> "LayerScheme":
         """Undo `to_json`.
 
         Raises:

@@ -16,7 +16,7 @@ from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers, watch_call
 from msfp_cli.pipelines.denoising_factor import denoising_factors
 from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE
 from msfp_cli.pipelines.sampling import Sampling, call_pipeline
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.source import ModelSource, Pipeline
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import (
     DEFAULT_MAX_BYTES,
@@ -159,8 +159,8 @@ def record_calls(
 
 
 def record_recipes(
-    pipe: Any, source: ModelSource, options: RecordOptions
-) -> tuple[RecordRecipe, RecordRecipe]:  # noqa: ANN401
+    pipe: Pipeline, source: ModelSource, options: RecordOptions
+) -> tuple[RecordRecipe, RecordRecipe]:
     """Return the recipes of the calibration recording and of the held-out one."""
     guidance = options.guidance_scale
     if guidance is None:

@@ -20,7 +20,7 @@ from msfp_cli.evaluation.result import Evaluation, Measured, OutputNoise
 from msfp_cli.files import refuse_existing, replace_directory
 from msfp_cli.finetuning.lora import tuned_names
 from msfp_cli.finetuning.result import Tuned, served
-from msfp_cli.layers.scheme import LayerParameters
+from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.report.page import render
 from msfp_cli.report.plots import draw_plots
 from msfp_cli.report.reproduce import commands_of, settings_of
@@ -105,7 +105,7 @@ def gather(run: Run, evaluation: Evaluation, pictures: int) -> dict[str, Any]:
 
 
 def _tuned(
-    run: Run, calibration: Calibration, tables: dict[str, dict[str, LayerParameters]]
+    run: Run, calibration: Calibration, tables: dict[str, dict[str, LayerScheme]]
 ) -> dict[str, Tuned]:
     """Return the fine-tunings that the export can hold: a calibrated one holds none, whatever was trained since."""
     if all(table == calibration.table(component) for component, table in tables.items()):
@@ -113,9 +113,9 @@ def _tuned(
     return run.load_tuned(calibration)
 
 
-def _summary(evaluation: Evaluation, tables: dict[str, dict[str, LayerParameters]]) -> str:
-    layers = [parameters for table in tables.values() for parameters in table.values()]
-    inputs = [parameters.input for parameters in layers if parameters.input is not None]
+def _summary(evaluation: Evaluation, tables: dict[str, dict[str, LayerScheme]]) -> str:
+    layers = [scheme for table in tables.values() for scheme in table.values()]
+    inputs = [scheme.input for scheme in layers if scheme.input is not None]
     unsigned = sum(not grid.format.signed for grid in inputs)
     count = len(evaluation.asked["record"]["conditions"])
     return (
@@ -233,7 +233,7 @@ def _timesteps(models: Sequence[Measured], component: str) -> dict[str, Any]:
 
 
 def _layers(
-    table: dict[str, LayerParameters],
+    table: dict[str, LayerScheme],
     calibration: Calibration | None,
     component: str,
     noise: OutputNoise | None,
@@ -249,16 +249,16 @@ def _layers(
 
 def _layer(
     name: str,
-    parameters: LayerParameters,
+    scheme: LayerScheme,
     choice: LayerChoice | None,
     noise: OutputNoise | None,
     total: float,
 ) -> dict[str, Any]:
-    grid = parameters.input
+    grid = scheme.input
     histogram = None if noise is None else noise.inputs.get(name)
     layer: dict[str, Any] = {
         "name": name,
-        "weight_format": None if parameters.weight is None else parameters.weight.name,
+        "weight_format": None if scheme.weight is None else scheme.weight.name,
         "input_format": None if grid is None else grid.format.name,
         "signed": None if grid is None else grid.format.signed,
         "output_error": None if noise is None else noise.layers.get(name),

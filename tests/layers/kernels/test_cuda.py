@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def test_sums_are_exact(fmt: str, path: str) -> None:
         nn.Linear, 1024, 8, bias=False, weight=WEIGHTS["e3m0"], grid=Grid(INPUTS[fmt], 1.0)
     )
     layer.weight_scale.fill_(1.0)
-    x = draw(16, 1024) * layer.parameters_of.input.format.largest
+    x = draw(16, 1024) * layer.scheme.input.format.largest
     expected = in_float64(layer, x)
     assert torch.equal(run(prepare(layer, path), x).double(), expected.float().double())
 
@@ -226,8 +227,8 @@ def test_output_has_the_type_of_the_input(fmt: str, dtype: torch.dtype, path: st
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("kind", [Cuda, CudaFp8])
 def test_hub_runs_the_member_that_its_route_names(
-    kind: Any, as_tensor: bool, keep_packed: bool, path: str
-) -> None:  # noqa: ANN401
+    kind: type[Cuda], as_tensor: bool, keep_packed: bool, path: str
+) -> None:
     first, second = grid_of(INPUTS["ue2m2"]), Grid(INPUTS["ue2m2"], 0.05, 0.0)
     x, outputs = draw(2, 4, 5, 5), []
     layer = conv(grid=first, further=(second,), hub=2, padding=1)
@@ -247,8 +248,8 @@ def test_hub_runs_the_member_that_its_route_names(
 @pytest.mark.parametrize("kind", [Cuda, CudaFp8])
 @pytest.mark.parametrize("make", [linear, conv])
 def test_weight_is_held_once_and_comes_back(
-    make: Any, kind: Any, keep_packed: bool, path: str
-) -> None:  # noqa: ANN401
+    make: Callable[..., Any], kind: type[Cuda], keep_packed: bool, path: str
+) -> None:
     layer = make(grid=grid_of(INPUTS["ue2m2"]))
     weight, state = (
         layer.weight.clone(),
@@ -369,8 +370,11 @@ class FakeGpu:
     """A layer that says it is on a GPU."""
 
     def __init__(
-        self, layer: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)
-    ) -> None:  # noqa: ANN401
+        self,
+        layer: nn.Module,
+        monkeypatch: pytest.MonkeyPatch,
+        capability: tuple[int, int] = (9, 0),
+    ) -> None:
         self.layer = layer
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         buffer = torch.empty(1)

@@ -168,8 +168,8 @@ def test_rule_of_thumb_quantizes_every_layer(gpu: ModuleType) -> None:
     gpu.quantize_(denoiser)
     layers = quantized_layers(denoiser)
     assert list(layers) == names
-    assert layers["conv_in"].parameters_of.weight.name == "e1m6"
-    assert {layer.parameters_of.input.format.name for layer in layers.values()} == {
+    assert layers["conv_in"].scheme.weight.name == "e1m6"
+    assert {layer.scheme.input.format.name for layer in layers.values()} == {
         "e2m1",
         "ue2m2",
         "e2m5",

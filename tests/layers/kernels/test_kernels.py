@@ -23,7 +23,7 @@ from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
 from msfp_cli.layers.replace import find_layers, quantized_layers, replace_layers_
 from msfp_cli.layers.routing import ROUTER, Route
-from msfp_cli.layers.scheme import LayerParameters
+from msfp_cli.layers.scheme import LayerScheme
 from tiny_pipelines import build_tiny
 
 RECIPE = CalibrateRecipe()
@@ -72,8 +72,8 @@ def layer_of(
     layer = kind(*arguments, **options)
     for i, parameter in enumerate(layer.parameters()):
         parameter.data = draw(*parameter.shape, seed=i) * 0.3
-    parameters = LayerParameters(weight=weight, input=grid, hub=hub, further_inputs=further)
-    new = (QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d)(layer, parameters)
+    scheme = LayerScheme(weight=weight, input=grid, hub=hub, further_inputs=further)
+    new = (QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d)(layer, scheme)
     for member in range(hub if weight else 0):
         values = layer.weight.detach() * (
             1 if member == 0 else draw(*layer.weight.shape, seed=member + 7)
@@ -104,7 +104,7 @@ def by_kernel(layer: Any, x: Tensor, name: str, **options: Any) -> Tensor:  # no
 
 def in_float64(layer: Any, x: Tensor, member: int = 0) -> Tensor:  # noqa: ANN401
     """The layer's output computed from codes in float64: no rounding but that of the scales."""
-    grid, weight_grid = layer.parameters_of.input_of(member), layer.weight_grid()
+    grid, weight_grid = layer.scheme.input_of(member), layer.weight_grid()
     book = torch.tensor(grid.format.code_book, dtype=torch.float64)
     values = book[quantize(x, grid).long()] * grid.scale + grid.zero_point
     weight = layer.integers(member).double() * weight_grid.scale.double()
@@ -425,7 +425,7 @@ def unet(hub: int = 1) -> Any:  # noqa: ANN401 (a diffusers model)
     table = {}
     for i, name in enumerate(find_layers(denoiser)):
         grid = unsigned if i % 2 else signed
-        table[name] = LayerParameters(weight=WEIGHTS["e2m1"], input=grid, hub=hub if i % 3 else 1)
+        table[name] = LayerScheme(weight=WEIGHTS["e2m1"], input=grid, hub=hub if i % 3 else 1)
     floats = {name: layer.weight.detach() for name, layer in find_layers(denoiser).items()}
     for name, layer in replace_layers_(denoiser, table).items():
         scale = floats[name].abs().flatten(1).amax(dim=1) / 12

@@ -50,7 +50,7 @@ class Arithmetic(NamedTuple):
         Arguments:
             integers: int8, shape of the layer's weight, one per set of weights.
         """
-        grids = [grid for grid in layer.parameters_of.inputs() if grid is not None]
+        grids = [grid for grid in layer.scheme.inputs() if grid is not None]
         geometry = Geometry.of(layer) if isinstance(layer, nn.Conv2d) else None
         scale = layer.get_buffer("weight_scale").double()
         factors = torch.stack([(scale * grid.scale).float() for grid in grids])
@@ -79,7 +79,7 @@ def _pick(many: Tensor, member: int | Tensor) -> Tensor:
 
 def refusal_of_integers(layer: "QuantizedLayer") -> str | None:
     """Say why a layer cannot be computed in integers, or nothing."""
-    weight, grid = layer.parameters_of.weight, layer.parameters_of.input
+    weight, grid = layer.scheme.weight, layer.scheme.input
     if weight is None or grid is None:
         return f"the {'weight' if weight is None else 'input'} is in floating point"
     for fmt, integer_bits in ((weight, WEIGHT_INTEGER_BITS), (grid.format, INPUT_INTEGER_BITS)):

@@ -59,7 +59,7 @@ class Cpu(Kernel):
             return f"the layer is on {device}"
         if platform.machine().lower() not in ("x86_64", "amd64") or not _has_onednn():
             return "it needs oneDNN on an x86 CPU"
-        weight, grid = layer.parameters_of.weight, layer.parameters_of.input
+        weight, grid = layer.scheme.weight, layer.scheme.input
         assert weight is not None and grid is not None, "refused just now"
         product = min(grid.format.largest * (1 + grid.format.signed), BYTE) * weight.largest
         if product * layer.weight_shape[1:].numel() > _INT32:
@@ -70,7 +70,7 @@ class Cpu(Kernel):
 
     def __init__(self, layer: "QuantizedLayer", *, keep_packed: bool) -> None:
         """Lay out the weights, and fold scales, zero point and bias."""
-        integers = [layer.integers(member) for member in range(layer.parameters_of.hub)]
+        integers = [layer.integers(member) for member in range(layer.scheme.hub)]
         self.arithmetic = Arithmetic.of(layer, integers)
         self.holds_weight = not keep_packed
         self.weights = (

@@ -59,14 +59,14 @@ class Cuda(Kernel):
     @staticmethod
     def refusal(layer: "QuantizedLayer") -> str | None:
         """Say why the layer cannot run here, or nothing."""
-        weight, grid = layer.parameters_of.weight, layer.parameters_of.input
+        weight, grid = layer.scheme.weight, layer.scheme.input
         if weight is None or grid is None:
             return f"the {'weight' if weight is None else 'input'} is in floating point"
         return _refused_device(layer, _TURING) or _refused_numbers(layer, weight, grid.format)
 
     def __init__(self, layer: "QuantizedLayer", *, keep_packed: bool) -> None:
         """Lay out the weights, and fold zero point and bias into one constant per output channel."""
-        grids = [grid for grid in layer.parameters_of.inputs() if grid is not None]
+        grids = [grid for grid in layer.scheme.inputs() if grid is not None]
         self.format = grids[0].format
         self.holds_weight = not keep_packed
         geometry = Geometry.of(layer) if isinstance(layer, nn.Conv2d) else None
@@ -166,7 +166,7 @@ class CudaFp8(Cuda):
     def __init__(self, layer: "QuantizedLayer", *, keep_packed: bool) -> None:
         """Turn the bytes into float8, where both formats are exact in it."""
         super().__init__(layer, keep_packed=keep_packed)
-        weight = layer.parameters_of.weight
+        weight = layer.scheme.weight
         assert weight is not None, "refused before"
         exponent, self.weight_exponent = e4m3_exponent(self.format), e4m3_exponent(weight) or 0
         if exponent is None or e4m3_exponent(weight) is None:

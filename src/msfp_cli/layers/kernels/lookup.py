@@ -44,7 +44,7 @@ class Lookup(Kernel):
     @staticmethod
     def refusal(layer: "QuantizedLayer") -> str | None:
         """Refuse what is no table."""
-        return None if layer.parameters_of.lookup else "this layer multiplies"
+        return None if layer.scheme.lookup else "this layer multiplies"
 
     def __init__(self, layer: "QuantizedLayer", *, keep_packed: bool) -> None:
         """Need nothing: the codes stay packed."""

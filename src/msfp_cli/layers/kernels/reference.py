@@ -37,9 +37,7 @@ class Reference(Kernel):
 
     def __init__(self, layer: "QuantizedLayer", *, keep_packed: bool) -> None:
         """Fold scales, zero point and bias; the layer's codes are read at each call."""
-        self.arithmetic = Arithmetic.of(
-            layer, [layer.integers(i) for i in range(layer.parameters_of.hub)]
-        )
+        self.arithmetic = Arithmetic.of(layer, [layer.integers(i) for i in range(layer.scheme.hub)])
 
     def __call__(self, layer: "QuantizedLayer", x: Tensor) -> Tensor:
         """Run `layer` on `x`."""
@@ -73,7 +71,7 @@ def run_reference(layer: "QuantizedLayer", x: Tensor, arithmetic: Arithmetic) ->
 
 def _exact_type(layer: "QuantizedLayer", fmt: FloatFormat) -> torch.dtype:
     """Return a type in which the layer's sums are exact."""
-    weight = layer.parameters_of.weight
+    weight = layer.scheme.weight
     assert weight is not None, "refused before"
     most = min(fmt.largest, BYTE) * weight.largest * layer.weight_shape[1:].numel()
     return torch.float32 if most <= _EXACT_IN_FLOAT32 else torch.float64

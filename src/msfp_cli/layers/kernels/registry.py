@@ -55,7 +55,5 @@ def choose_kernel(layer: "QuantizedLayer", wanted: str = AUTO) -> tuple[type[Ker
 
 def _device_type(layer: "QuantizedLayer") -> str:
     """Return the type of device that a layer is on; a quantized weight itself would have to be computed."""
-    tensor = (
-        layer.weight if layer.parameters_of.weight is None else layer.get_buffer("weight_scale")
-    )
+    tensor = layer.weight if layer.scheme.weight is None else layer.get_buffer("weight_scale")
     return tensor.device.type

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def simulate(layer: "QuantizedLayer", x: Tensor) -> Tensor:
     """Run `layer` on `x` in the type of `x`; gradients reach `x`."""
-    if layer.parameters_of.input is not None:
+    if layer.scheme.input is not None:
         x = fake_quantize(x, input_grid(layer, layer.member()))
     return layer.apply_weight(x, layer.weight.to(x.dtype))
 
@@ -46,8 +46,8 @@ class Simulated(Kernel):
 
 def input_grid(layer: "QuantizedLayer", member: int | Tensor) -> Grid:
     """Return the grid of the input that goes with a member; its numbers are tensors where the member is one."""
-    parameters = layer.parameters_of
-    grids = [parameters.input_of(member)] if isinstance(member, int) else parameters.inputs()
+    scheme = layer.scheme
+    grids = [scheme.input_of(member)] if isinstance(member, int) else scheme.inputs()
     first = grids[0]
     assert first is not None, "this layer's input is in floating point"
     if isinstance(member, int):
