@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from msfp_cli import search
+from msfp_cli.formats import search
 from msfp_cli.formats.float_format import FloatFormat, formats_of_width
 from msfp_cli.formats.rounding import Grid, fake_quantize
 from msfp_cli.formats.search import (
