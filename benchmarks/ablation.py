@@ -50,8 +50,8 @@ from msfp_cli.pipelines.loading import (
     load_pipeline,
     quiet_libraries,
 )
-from msfp_cli.pipelines.sampling import Sampling, call_pipeline
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.sampling import call_pipeline
+from msfp_cli.pipelines.source import ModelSource, Sampling
 from msfp_cli.recording.compare import output_error
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
 from msfp_cli.recording.record import record_calls

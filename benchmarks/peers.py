@@ -47,7 +47,8 @@ from msfp_cli.pipelines.loading import (
     load_pipeline,
     quiet_libraries,
 )
-from msfp_cli.pipelines.sampling import Sampling, call_pipeline
+from msfp_cli.pipelines.sampling import call_pipeline
+from msfp_cli.pipelines.source import Sampling
 from msfp_cli.recording.compare import OutputError
 from msfp_cli.recording.recipe import RecordRecipe
 from msfp_cli.recording.record import record_calls

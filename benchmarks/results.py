@@ -25,7 +25,7 @@ from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.checkpoint.export import export_
 from msfp_cli.evaluation.evaluate import evaluate_run
 from msfp_cli.evaluation.metrics import DISTANCES, FIGURES
-from msfp_cli.evaluation.recipe import EvaluateOptions
+from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation, Measured
 from msfp_cli.finetuning.finetune import finetune_run
 from msfp_cli.finetuning.recipe import FinetuneRecipe
@@ -110,7 +110,7 @@ def evaluated(
     # Without the prompts of the held-out calls as well: they choose which state of a fine-tuning is
     # kept.
     prompts = UNSEEN if source.model == BUILT_IN else None
-    options = EvaluateOptions(
+    options = EvaluateRecipe(
         prompts=prompts,
         num_images=arguments.num_images,
         num_trajectories=arguments.num_images // 4,

@@ -30,7 +30,7 @@ from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import ExportReport, export_
 from msfp_cli.commands.app import app
 from msfp_cli.evaluation.evaluate import evaluate_run
-from msfp_cli.evaluation.recipe import EvaluateOptions
+from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.finetuning.finetune import FinetuneReport, finetune_run
 from msfp_cli.finetuning.recipe import FinetuneRecipe
@@ -349,7 +349,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path]) -> Itera
         return finetune_run(run, smaller, **rest)
 
     def evaluate_quickly(
-        run: Run, export: Path, options: EvaluateOptions, **rest: object
+        run: Run, export: Path, options: EvaluateRecipe, **rest: object
     ) -> Evaluation:
         fewer = dataclasses.replace(options, num_images=4, extractor="squeezenet", cost=False)
         return evaluate_run(run, export, fewer, **rest)

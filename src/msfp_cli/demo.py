@@ -9,7 +9,7 @@ from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.checkpoint.export import ExportReport, export_
 from msfp_cli.evaluation.evaluate import evaluate_run
-from msfp_cli.evaluation.recipe import EvaluateOptions
+from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.finetuning.finetune import finetune_run
 from msfp_cli.finetuning.recipe import FinetuneRecipe
@@ -76,7 +76,7 @@ def run_demo(
         calibration, export, tuned=run.load_tuned(calibration), device=device, overwrite=True
     )
     run.remember("export", export)
-    options = EvaluateOptions(prompts=_PROMPTS, num_images=_PICTURES)
+    options = EvaluateRecipe(prompts=_PROMPTS, num_images=_PICTURES)
     evaluation = evaluate_run(
         run, export, options, device=device, overwrite=True, progress=progress
     )

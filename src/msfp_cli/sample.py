@@ -9,7 +9,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from msfp_cli.files import replace_directory
-from msfp_cli.pipelines.sampling import Sampling, call_pipeline
+from msfp_cli.pipelines.sampling import call_pipeline
+from msfp_cli.pipelines.source import Sampling
 from msfp_cli.progress import SILENT, Progress
 
 

@@ -22,7 +22,7 @@ from msfp_cli import __version__
 from msfp_cli.commands.app import app
 from msfp_cli.errors import RunError
 from msfp_cli.evaluation.evaluate import evaluate_run
-from msfp_cli.evaluation.recipe import EvaluateOptions
+from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.pipelines.source import ModelSource
 from msfp_cli.run import Run
@@ -70,7 +70,7 @@ def stage(
         if command == "evaluate":
             shutil.copytree(directory / "export", "my-model-fp4")
         if command in ("evaluate", "report"):
-            options = EvaluateOptions(
+            options = EvaluateRecipe(
                 num_images=4, compare=(), layers=command == "report", cost=False
             )
             evaluation = evaluate_run(

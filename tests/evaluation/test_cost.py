@@ -9,7 +9,7 @@ import torch
 
 from msfp_cli.errors import ModelError
 from msfp_cli.evaluation.cost import Cost, machine, measure_cost
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.source import ModelSource, Sampling
 
 MIB = 1 << 20
 
@@ -29,8 +29,7 @@ def measure() -> Cost:
     return measure_cost(
         ModelSource(model="a/model"),
         ("a cat", "1"),
-        num_inference_steps=3,
-        guidance_scale=1.5,
+        Sampling(num_inference_steps=3, guidance_scale=1.5),
         device="cpu",
     )
 
@@ -41,9 +40,7 @@ def measure() -> Cost:
 )
 def test_cost_is_that_of_a_process_of_its_own(tiny_source: ModelSource) -> None:
     ballast = torch.ones(500 * MIB, dtype=torch.uint8)
-    cost = measure_cost(
-        tiny_source, (None, None), num_inference_steps=2, guidance_scale=None, device="cpu"
-    )
+    cost = measure_cost(tiny_source, (None, None), Sampling(num_inference_steps=2), device="cpu")
     assert cost.load_seconds > 0 and cost.seconds_per_picture > 0
     assert 50 * MIB < cost.peak_memory_bytes < resident_bytes()
     assert int(ballast[-1]) == 1

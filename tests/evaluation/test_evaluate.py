@@ -43,7 +43,7 @@ from msfp_cli.evaluation.measures import (
     relative_error,
 )
 from msfp_cli.evaluation.metrics import FIGURES
-from msfp_cli.evaluation.recipe import EvaluateOptions
+from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.reference import BUILT_IN_REFERENCE, built_in_reference, load_reference
 from msfp_cli.evaluation.result import Evaluation, Measured
 from msfp_cli.pipelines.loading import BUILT_IN, default_prompts, load_pipeline
@@ -54,7 +54,7 @@ from msfp_cli.run import Run
 from tiny_pipelines import BUILDERS
 
 Copied = Callable[..., Path]
-THREE = EvaluateOptions(num_images=3, num_trajectories=2, batch_size=2, cost=False)
+THREE = EvaluateRecipe(num_images=3, num_trajectories=2, batch_size=2, cost=False)
 QUICKLY = ("--num-images", 2, "--num-trajectories", 1, "--no-cost", "--device", "cpu")
 ALONE = (*QUICKLY, "--compare", "none")
 
@@ -71,7 +71,7 @@ def evaluated(tiny_chained: Chained, tmp_path_factory: pytest.TempPathFactory) -
 def again(
     chained: Chained | Finetuned,
     directory: Path,
-    options: EvaluateOptions = THREE,
+    options: EvaluateRecipe = THREE,
     **rest: Any,  # noqa: ANN401
 ) -> Evaluation:
     return evaluate_run(
@@ -133,7 +133,7 @@ def test_it_says_what_was_asked(evaluated: Evaluation, tiny_chained: Chained) ->
             "conditions": [None, None, None],
             "num_inference_steps": tiny_chained.calibration.record.num_inference_steps,
             "guidance_scale": tiny_chained.calibration.record.guidance_scale,
-            "seed": EvaluateOptions().seed,
+            "seed": EvaluateRecipe().seed,
             "batch_size": 2,
         },
         "models": ["full", "signed", "export"],
@@ -152,7 +152,7 @@ def test_seed_steps_guidance_extractor_and_reference_are_those_of_the_options(
 ) -> None:
     for i in range(2):
         Image.new("RGB", (32, 32), (90 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    options = EvaluateOptions(
+    options = EvaluateRecipe(
         prompts=("a cat", "a dog"),
         num_images=3,
         num_trajectories=1,
@@ -340,9 +340,7 @@ def test_built_in_pipeline_is_compared_with_real_pictures_and_asked_prompts(
         prompted_chained.calibration.source.model
     )  # in the place of the built-in one, which takes longer
     monkeypatch.setattr("msfp_cli.pipelines.loading.built_in_directory", lambda: model)
-    options = EvaluateOptions(
-        num_images=5, num_trajectories=1, compare=(), layers=False, cost=False
-    )
+    options = EvaluateRecipe(num_images=5, num_trajectories=1, compare=(), layers=False, cost=False)
     found = again(
         prompted_chained, tmp_path / "evaluation", options, against=ModelSource(model=BUILT_IN)
     )
@@ -974,7 +972,7 @@ def test_interrupted_command_says_how_to_go_on(
 def test_options_are_checked_when_they_are_made() -> None:
     for odd in ({"num_images": 0}, {"num_trajectories": -1}):
         with pytest.raises(UsageError, match="must be at least 1"):
-            EvaluateOptions(**odd)
+            EvaluateRecipe(**odd)
 
 
 def test_every_figure_is_read_off_a_model(evaluated: Evaluation) -> None:

@@ -17,7 +17,7 @@ from conftest import FEW_UPDATES, Chained, Finetuned, Invoke, finetune
 from msfp_cli.checkpoint.pipeline import read_configs
 from msfp_cli.errors import RunError
 from msfp_cli.evaluation.evaluate import evaluate_run
-from msfp_cli.evaluation.recipe import EvaluateOptions
+from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.finetuning.lora import tuned_names
 from msfp_cli.finetuning.result import served
@@ -26,7 +26,7 @@ from msfp_cli.report.document import gather, write_report
 from msfp_cli.report.reproduce import num_recorded
 from msfp_cli.run import Run
 
-OPTIONS = EvaluateOptions(num_images=2, num_trajectories=1, batch_size=2, cost=False)
+OPTIONS = EvaluateRecipe(num_images=2, num_trajectories=1, batch_size=2, cost=False)
 
 
 @pytest.fixture(scope="module")

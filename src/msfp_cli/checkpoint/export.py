@@ -61,10 +61,6 @@ def load_calibrated(
         RunError: a fine-tuning began with another calibration.
     """
     pipe = load_pipeline(calibration.source, device)
-    sampling = {
-        "num_inference_steps": calibration.record.num_inference_steps,
-        "guidance_scale": calibration.record.guidance_scale,
-    }
     denoisers = find_denoisers(pipe)
     for component in calibration.layers:
         denoiser, learned = denoisers[component], (tuned or {}).get(component)
@@ -78,7 +74,7 @@ def load_calibrated(
             },
             timestep_unit=1.0 if learned is None else learned.unit,
             source=calibration.source.to_json(),
-            sampling=sampling,
+            sampling=calibration.record.arguments(),
             tool_version=__version__,
         )
         mark_quantized_(denoiser, config)

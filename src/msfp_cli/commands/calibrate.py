@@ -117,7 +117,7 @@ def calibrate(
         guidance_scale=guidance_scale,
         seed=seed,
         batch_size=batch_size,
-        max_bytes=int(max_recording_gib * 2**30),
+        max_recording_gib=max_recording_gib,
     )
     quiet_libraries()
     resolved, line = resolve_model(model)

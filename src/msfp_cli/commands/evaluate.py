@@ -102,14 +102,14 @@ def evaluate(
     share_out(num_processes)
 
     from msfp_cli.evaluation.evaluate import evaluate_run
-    from msfp_cli.evaluation.recipe import EvaluateOptions
+    from msfp_cli.evaluation.recipe import EvaluateRecipe
     from msfp_cli.pipelines.conditions import read_prompts
     from msfp_cli.pipelines.loading import quiet_libraries, resolve_model
     from msfp_cli.pipelines.source import ModelSource
     from msfp_cli.run import Run
 
     state = Run(run)
-    options = EvaluateOptions(
+    options = EvaluateRecipe(
         prompts=read_prompts(prompts) if prompts else None,
         num_images=num_images,
         num_trajectories=num_trajectories,

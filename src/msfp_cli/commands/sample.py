@@ -81,7 +81,7 @@ def sample(
     from msfp_cli.files import refuse_existing
     from msfp_cli.pipelines.conditions import conditioning_of, expand_conditions, read_prompts
     from msfp_cli.pipelines.loading import load_pipeline, quiet_libraries
-    from msfp_cli.pipelines.sampling import Sampling
+    from msfp_cli.pipelines.source import Sampling
     from msfp_cli.run import Run
     from msfp_cli.sample import make_pictures, save_pictures
 
@@ -91,13 +91,8 @@ def sample(
     out = out or Run(run).next_samples()
     refuse_existing(out, overwrite=overwrite)
     sampling = Sampling(
-        num_inference_steps=steps or config.sampling.get("num_inference_steps"),
-        guidance_scale=config.sampling.get("guidance_scale")
-        if guidance_scale is None
-        else guidance_scale,
-        seed=seed,
-        batch_size=batch_size,
-    )
+        num_inference_steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size
+    ).or_else(config.sampling)
     quiet_libraries()
     progress = console.ConsoleProgress()
     dtype_ = None if dtype is None else getattr(torch, dtype)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from msfp_cli.errors import ModelError
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.source import ModelSource, Sampling
 
 _TURNS = 3
 
@@ -40,9 +40,8 @@ class Cost:
 def measure_cost(
     source: ModelSource,
     conditions: Sequence[str | None],
+    sampling: Sampling,
     *,
-    num_inference_steps: int | None,
-    guidance_scale: float | None,
     device: str | None = None,
 ) -> Cost:
     """Load a pipeline in a fresh process, call it four times with these conditions, and return what it took.
@@ -52,7 +51,7 @@ def measure_cost(
     """
     asked = {
         "source": source.to_json(),
-        "sampling": {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale},
+        "sampling": sampling.arguments(),
         "conditions": list(conditions),
         "device": device,
     }
@@ -86,12 +85,14 @@ def _measure(asked: dict[str, Any]) -> Cost:
     import torch
 
     from msfp_cli.pipelines.loading import load_pipeline, quiet_libraries
-    from msfp_cli.pipelines.sampling import Sampling, call_pipeline
+    from msfp_cli.pipelines.sampling import call_pipeline
 
     quiet_libraries()
     start = time.perf_counter()
     pipe = load_pipeline(ModelSource.from_json(asked["source"]), asked["device"])
-    load_seconds, sampling, seconds = time.perf_counter() - start, Sampling(**asked["sampling"]), []
+    load_seconds = time.perf_counter() - start
+    sampling = Sampling(**asked["sampling"])
+    seconds = []
     for _ in range(1 + _TURNS):
         start = time.perf_counter()
         call_pipeline(pipe, asked["conditions"], sampling)

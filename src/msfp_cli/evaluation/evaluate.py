@@ -22,7 +22,7 @@ from msfp_cli.evaluation.features.extractors import Extractor, load_extractor
 from msfp_cli.evaluation.gallery import Gallery
 from msfp_cli.evaluation.measure import Work, measured_of
 from msfp_cli.evaluation.models import Subject, find_subjects, identity_of, refuse_other_model
-from msfp_cli.evaluation.recipe import EvaluateOptions, begin, refuse_other
+from msfp_cli.evaluation.recipe import EvaluateRecipe, begin, refuse_other
 from msfp_cli.evaluation.reference import (
     BUILT_IN_REFERENCE,
     Reference,
@@ -45,7 +45,7 @@ from msfp_cli.version import __version__
 def evaluate_run(
     run: Run,
     export: Path,
-    options: EvaluateOptions,
+    options: EvaluateRecipe,
     *,
     against: ModelSource | None = None,
     directory: Path | None = None,
@@ -111,7 +111,7 @@ def _record_recipe(
     pipe: Any,  # noqa: ANN401 (a pipeline's class is the user's)
     source: ModelSource,
     export: Path,
-    options: EvaluateOptions,
+    options: EvaluateRecipe,
 ) -> RecordRecipe:
     """Return which pictures to draw: prompts that the recording does not use, and the sampler as calibrated."""
     count, prompts = options.num_images, options.prompts
@@ -121,14 +121,8 @@ def _record_recipe(
         prompts = tuple(prompt for prompt in known if prompt not in seen) or known
     pool = conditions_for(pipe, source, prompts, count)
     sampling = next(iter(read_configs(export).values())).sampling
-    steps, guidance = options.num_inference_steps, options.guidance_scale
-    return RecordRecipe(
-        conditions=tuple(pool[i % len(pool)] for i in range(count)),
-        num_inference_steps=sampling.get("num_inference_steps") if steps is None else steps,
-        guidance_scale=sampling.get("guidance_scale") if guidance is None else guidance,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
+    conditions = tuple(pool[i % len(pool)] for i in range(count))
+    return RecordRecipe.of(conditions, options.or_else(sampling))
 
 
 def _asked(work: Work, subjects: Sequence[Subject], export: Path) -> dict[str, Any]:

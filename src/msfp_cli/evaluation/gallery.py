@@ -24,7 +24,7 @@ from torch import Tensor
 
 from msfp_cli.errors import CheckpointError, ModelError, RunError
 from msfp_cli.files import replace_file, write_text
-from msfp_cli.pipelines.sampling import Sampling, call_pipeline
+from msfp_cli.pipelines.sampling import call_pipeline
 from msfp_cli.processes import ALONE, Processes
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordRecipe
@@ -92,11 +92,6 @@ class Gallery:
             share: where several processes draw the same gallery, each draws its own batches.
         """
         recipe = self.recipe
-        sampling = Sampling(
-            num_inference_steps=recipe.num_inference_steps,
-            guidance_scale=recipe.guidance_scale,
-            seed=recipe.seed,
-        )
         missing = [index for index in self.missing() if index % share.count == share.index]
         with progress.task(f"Sampling {title}", len(recipe.conditions)) as advance:
             advance(
@@ -106,7 +101,7 @@ class Gallery:
                 first = index * recipe.batch_size
                 conditions = recipe.conditions[first : first + recipe.batch_size]
                 with watch_samples(pipe) as samples:
-                    pictures = call_pipeline(pipe, conditions, sampling, first=first)
+                    pictures = call_pipeline(pipe, conditions, recipe, first=first)
                 stacked = torch.from_numpy(
                     np.stack([np.asarray(each.convert("RGB")) for each in pictures])
                 )

@@ -17,7 +17,7 @@ from msfp_cli.evaluation.measures import (
     relative_error,
 )
 from msfp_cli.evaluation.models import Subject, denoiser_bytes
-from msfp_cli.evaluation.recipe import EvaluateOptions, read_document
+from msfp_cli.evaluation.recipe import EvaluateRecipe, read_document
 from msfp_cli.evaluation.reference import Reference
 from msfp_cli.evaluation.result import Histogram, Measured, OutputNoise
 from msfp_cli.files import write_text
@@ -39,7 +39,7 @@ class Work:
     """What every part of an evaluation needs to know."""
 
     directory: Path
-    options: EvaluateOptions
+    options: EvaluateRecipe
     record: RecordRecipe
     source: ModelSource
     extractor: Extractor
@@ -122,7 +122,6 @@ def _cost(work: Work, source: ModelSource) -> Cost:
         return measure_cost(
             source,
             record.conditions[: record.batch_size],
-            num_inference_steps=record.num_inference_steps,
-            guidance_scale=record.guidance_scale,
+            record,
             device=work.device,
         )

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from msfp_cli.errors import CheckpointError, RunError, UsageError
 from msfp_cli.files import write_text
+from msfp_cli.pipelines.source import Sampling
 
 STEPS_BEFORE = (
     "signed",
@@ -28,17 +29,14 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
-    """What the user may say about an evaluation.
+class EvaluateRecipe(Sampling):
+    """How to measure an export; the steps and guidance that are None are those of the calibration.
 
     Arguments:
         prompts: prompts or class labels, over again with other seeds where there are fewer than
             pictures; None takes built-in ones that the recording does not use.
         num_images: pictures of each model.
         num_trajectories: of these, how many are followed through the denoiser.
-        num_inference_steps, guidance_scale: None takes those of the calibration.
-        seed: picture i is drawn with ``seed + i``.
-        batch_size: pictures per call.
         extractor: see `extractors`; None takes ``fashion`` for the built-in pipeline and
             ``squeezenet`` else.
         reference: real pictures, see `load_reference`.
@@ -52,10 +50,7 @@ class EvaluateOptions:
     prompts: tuple[str, ...] | None = None
     num_images: int = 32
     num_trajectories: int = 8
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
     seed: int = _SEED
-    batch_size: int = 8
     extractor: str | None = None
     reference: Path | None = None
     clip: str | None = None
@@ -64,6 +59,7 @@ class EvaluateOptions:
     cost: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for option, value in (
             ("--num-images", self.num_images),
             ("--num-trajectories", self.num_trajectories),

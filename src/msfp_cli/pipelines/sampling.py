@@ -7,34 +7,17 @@ batch it was made in.
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from msfp_cli.errors import ModelError
 from msfp_cli.pipelines.conditions import arguments_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How to run a pipeline.
-
-    Arguments:
-        num_inference_steps: steps of the sampler; None leaves the pipeline's default.
-        guidance_scale: strength of classifier-free guidance; None leaves the pipeline's default.
-        seed: image i is drawn with seed ``seed + i``.
-        batch_size: images per call of the pipeline.
-    """
-
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    seed: int = 0
-    batch_size: int = 8
+from msfp_cli.pipelines.source import Pipeline, Sampling
 
 
 def call_pipeline(
-    pipe: Any,  # noqa: ANN401 (a pipeline's class is the user's)
+    pipe: Pipeline,
     conditions: Sequence[str | None],
     sampling: Sampling,
     *,
@@ -54,9 +37,8 @@ def call_pipeline(
         "generator": [
             torch.Generator().manual_seed(sampling.seed + first + i) for i in range(len(conditions))
         ],
-        "num_inference_steps": sampling.num_inference_steps,
-        "guidance_scale": sampling.guidance_scale,
         "output_type": output_type,
+        **sampling.arguments(),
     }
     arguments = {
         key: value for key, value in wanted.items() if key in parameters and value is not None

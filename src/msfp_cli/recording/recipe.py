@@ -1,10 +1,10 @@
 """What is recorded: conditions, sampler, and which pictures are held out; nothing here needs torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from msfp_cli.errors import UsageError
-from msfp_cli.recipe import Recipe, at_least
+from msfp_cli.pipelines.source import Sampling
 
 NUM_IMAGES = 800  # recorded where nobody says how many
 NUM_IMAGES_LARGE = (
@@ -17,29 +17,27 @@ DEFAULT_MAX_BYTES = 8 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordRecipe(Recipe):
-    """How to record denoiser calls.
+class RecordRecipe(Sampling):
+    """How to record denoiser calls: a sampling, and what it is of.
 
     Arguments:
         conditions: a prompt or class label per image; None for each image of an unconditional
             pipeline.
-        num_inference_steps, guidance_scale: as in the pipeline's call; None leaves its default.
-        seed: image i is drawn from ``seed + i``.
-        batch_size: images per pipeline call.
     """
 
     conditions: tuple[str | None, ...]
     num_inference_steps: int | None = 20
-    guidance_scale: float | None = None
-    seed: int = 0
-    batch_size: int = 8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.conditions:
             raise UsageError("no prompts to record; give at least one")
-        at_least("batch size", self.batch_size, 1)
-        if self.num_inference_steps is not None:
-            at_least("steps", self.num_inference_steps, 1)
+
+    @classmethod
+    def of(cls, conditions: Sequence[str | None], sampling: Sampling) -> "RecordRecipe":
+        """Return the recipe that records these conditions, sampled as that one says."""
+        settings = {field.name: getattr(sampling, field.name) for field in fields(Sampling)}
+        return cls(conditions=tuple(conditions), **settings)
 
     @property
     def num_shards(self) -> int:
@@ -48,7 +46,7 @@ class RecordRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordOptions:
+class RecordOptions(Sampling):
     """What the user may say about recording.
 
     Arguments:
@@ -57,17 +55,18 @@ class RecordOptions:
         num_images: pictures to record, a fifth held out, of many some 24; with few prompts these
             come again, with other noise. None takes one for each of `prompts`, else `NUM_IMAGES`,
             `NUM_IMAGES_LARGE` of a large denoiser.
-        num_inference_steps, guidance_scale, seed, batch_size: as in `RecordRecipe`.
-        max_bytes: bound on the recording's size.
+        max_recording_gib: bound on the recording's size.
     """
 
+    num_inference_steps: int | None = 20
     prompts: tuple[str, ...] | None = None
     num_images: int | None = None
-    num_inference_steps: int | None = 20
-    guidance_scale: float | None = None
-    seed: int = 0
-    batch_size: int = 8
-    max_bytes: int = DEFAULT_MAX_BYTES
+    max_recording_gib: float = 8.0
+
+    @property
+    def max_bytes(self) -> int:
+        """The bound on the recording's size in bytes."""
+        return int(self.max_recording_gib * 2**30)
 
 
 def recorded_conditions(

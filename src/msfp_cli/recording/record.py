@@ -4,7 +4,7 @@ import inspect
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from msfp_cli.pipelines.conditions import conditions_for
 from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers, watch_calls, watch_steps
 from msfp_cli.pipelines.denoising_factor import denoising_factors
 from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE
-from msfp_cli.pipelines.sampling import Sampling, call_pipeline
+from msfp_cli.pipelines.sampling import call_pipeline
 from msfp_cli.pipelines.source import ModelSource, Pipeline
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import (
@@ -136,12 +136,6 @@ def record_calls(
     asked = asked_for(pipe, source, recipe)
     recording = Recording.create(directory, asked, recipe.num_shards)
     missing = recording.missing_shards()
-    sampling = Sampling(
-        num_inference_steps=recipe.num_inference_steps,
-        guidance_scale=recipe.guidance_scale,
-        seed=recipe.seed,
-        batch_size=recipe.batch_size,
-    )
     with progress.task(description, len(recipe.conditions)) as advance:
         advance(min((recipe.num_shards - len(missing)) * recipe.batch_size, len(recipe.conditions)))
         for index in missing:
@@ -152,7 +146,7 @@ def record_calls(
                 watch_calls(denoisers, watcher),
                 watch_steps(getattr(pipe, "scheduler", None), watcher.see_used),
             ):
-                call_pipeline(pipe, conditions, sampling, first=first, output_type="latent")
+                call_pipeline(pipe, conditions, recipe, first=first, output_type="latent")
             recording.write_shard(index, watcher.used_calls(), _factors(pipe))
             advance(len(conditions))
     return recording
@@ -162,11 +156,6 @@ def record_recipes(
     pipe: Pipeline, source: ModelSource, options: RecordOptions
 ) -> tuple[RecordRecipe, RecordRecipe]:
     """Return the recipes of the calibration recording and of the held-out one."""
-    guidance = options.guidance_scale
-    if guidance is None:
-        guidance = (
-            BUILT_IN_GUIDANCE if source.model == BUILT_IN else _default(pipe, "guidance_scale")
-        )
     given, count = options.prompts, options.num_images
     if count is None:
         count = _usual_num_images(pipe) if given is None else len(given)
@@ -177,16 +166,19 @@ def record_recipes(
     )
     chosen, held_out = recorded_conditions(distinct, count)
 
-    def recipe(conditions: tuple[str | None, ...], seed: int) -> RecordRecipe:
-        return RecordRecipe(
-            conditions=conditions,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=guidance,
-            seed=seed,
-            batch_size=options.batch_size,
-        )
+    sampling = options.or_else({"guidance_scale": _usual_guidance(pipe, source)})
+    apart = replace(sampling, seed=sampling.seed + _HELD_OUT_SEED)
+    return RecordRecipe.of(chosen, sampling), RecordRecipe.of(held_out, apart)
 
-    return recipe(chosen, options.seed), recipe(held_out, options.seed + _HELD_OUT_SEED)
+
+def _usual_guidance(pipe: Pipeline, source: ModelSource) -> float | None:
+    """Return the guidance of a pipeline that is called without one; None if it takes none."""
+    if source.model == BUILT_IN:
+        return BUILT_IN_GUIDANCE
+    parameter = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
+    if parameter is None or parameter.default is inspect.Parameter.empty:
+        return None
+    return cast("float | None", parameter.default)
 
 
 def _usual_num_images(pipe: Any) -> int:  # noqa: ANN401
@@ -196,16 +188,6 @@ def _usual_num_images(pipe: Any) -> int:  # noqa: ANN401
         for parameter in module.parameters()
     )
     return NUM_IMAGES if size < LARGE else NUM_IMAGES_LARGE
-
-
-def _default(pipe: Any, argument: str) -> Any:  # noqa: ANN401
-    """Return the default of an argument of the pipeline's call, None if it has no such argument."""
-    parameter = inspect.signature(pipe.__call__).parameters.get(argument)
-    return (
-        None
-        if parameter is None or parameter.default is inspect.Parameter.empty
-        else parameter.default
-    )
 
 
 def record_both(

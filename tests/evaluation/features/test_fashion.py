@@ -14,8 +14,8 @@ from msfp_cli.evaluation.features.fashion import (
     load_classifier,
 )
 from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, BUILT_IN_STEPS, load_pipeline
-from msfp_cli.pipelines.sampling import Sampling, call_pipeline
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.sampling import call_pipeline
+from msfp_cli.pipelines.source import ModelSource, Sampling
 
 
 @pytest.mark.parametrize(
