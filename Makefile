@@ -1,15 +1,20 @@
 # make demo   set up and run the whole chain on the built-in pipeline
-# make test   set up and pass the tests
+# make test   set up and pass the tests that are quick
+# make check  lint, check types, pass all tests, the slow ones too: what CI runs
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test test-all lint types check clean
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 demo: .venv/installed
 	$(BIN)/msfp demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-all: .venv/installed
+	$(PYTEST)
 
 lint: .venv/installed
 	$(BIN)/ruff check src tests examples benchmarks
@@ -18,7 +23,7 @@ lint: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy
 
-check: lint types test
+check: lint types test-all
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -1,11 +1,11 @@
-"""Compare ways to calibrate the built-in pipeline: relative error of the denoiser's output on held-out prompts.
+"""Compare ways to calibrate the built-in pipeline by the relative error of its denoiser's output.
 
     python benchmarks/calibration.py [--work DIR] [--markdown FILE]
 
-Every row has the same policy (first and last convolution in floating point, time embedding at 8
-bits), weights and activations at 4 bits, and is measured on the full-precision trajectories of 20
-prompts and seeds that no calibration has seen, 20 DDIM steps, guidance 3. Takes about ten minutes
-on two cores; --work keeps the recordings for the next run.
+Every row leaves the first and the last convolution in floating point and the time embedding at 8
+bits; all other weights and activations have 4 bits. Errors are measured on the full-precision
+trajectories of 20 prompts and seeds that no calibration uses, 20 DDIM steps, guidance 3. It takes
+about ten minutes on two cores; with --work the recordings are kept for the next run.
 """
 
 import argparse
@@ -13,65 +13,58 @@ import tempfile
 from pathlib import Path
 
 import torch
-from material import RECORD, UNSEEN
+from material import UNSEEN, add_size_options, record_options, source_of
 
 from msfp_cli.calibration.calibrate import calibrate_
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
-from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, load_pipeline, quiet_libraries
+from msfp_cli.pipelines.loading import BUILT_IN_GUIDANCE, load_pipeline, quiet_libraries
 from msfp_cli.pipelines.source import ModelSource
 from msfp_cli.recording.recipe import RecordRecipe
 from msfp_cli.recording.record import record_calls, record_recipes
 from msfp_cli.recording.result import Recording
 
-SOURCE = ModelSource(model=BUILT_IN)
-HELD_OUT_SEED, NUM_HELD_OUT = 9_000_000, 20
+ROWS = ("signed", "unsigned", "integer", "mixed")
+TEST_SEED = 9_000_000
 SILU_MINIMUM = -0.27847  # of x * sigmoid(x)
 
 
-def make_recordings(work: Path) -> tuple[Recording, Recording]:
-    """Record the calibration calls, and those of 20 prompts that are not among its forty."""
-    pipe = load_pipeline(SOURCE, "cpu")
-    calibration, _ = record_recipes(pipe, SOURCE, RECORD)
-    unseen = UNSEEN[:NUM_HELD_OUT]
-    held_out = RecordRecipe(
-        conditions=unseen,
-        num_inference_steps=20,
+def make_recordings(arguments: argparse.Namespace, work: Path) -> tuple[Recording, Recording]:
+    """Record the calls to calibrate on, and those of prompts that calibration does not use."""
+    source = source_of(arguments)
+    pipe = load_pipeline(source, "cpu")
+    calibration, _ = record_recipes(pipe, source, record_options(arguments))
+    tests = RecordRecipe(
+        conditions=UNSEEN[: arguments.num_tests],
+        num_inference_steps=arguments.steps,
         guidance_scale=BUILT_IN_GUIDANCE,
-        seed=HELD_OUT_SEED,
+        seed=TEST_SEED,
         batch_size=10,
     )
-    return record_calls(pipe, SOURCE, calibration, work / "recording"), record_calls(
-        pipe, SOURCE, held_out, work / "held-out"
+    return (
+        record_calls(pipe, source, calibration, work / "recording"),
+        record_calls(pipe, source, tests, work / "held-out"),
     )
 
 
-def calibrate(recording: Recording, held_out: Recording, formats: str, lift: float) -> Calibration:
-    """Calibrate a fresh copy of the pipeline."""
-    return calibrate_(
-        load_pipeline(SOURCE, "cpu"),
-        recording,
-        held_out,
-        CalibrateRecipe(formats=formats, lift=lift),
-    )
-
-
-def table(recording: Recording, held_out: Recording) -> tuple[list[str], Calibration]:
-    """Return the table's lines and the calibration of the default recipe."""
+def compare(
+    source: ModelSource, recordings: tuple[Recording, Recording], rows: list[str]
+) -> tuple[str, Calibration]:
+    """Return the table of errors, and the calibration of the last row with lift."""
     lines = ["| formats | no lift | lift 5 % |", "|---|---|---|"]
-    default: Calibration | None = None
-    for formats in ("signed", "unsigned", "integer", "mixed"):
-        plain, lifted = (calibrate(recording, held_out, formats, lift) for lift in (0.0, 0.05))
-        errors = [calibration.held_out_error["unet"] for calibration in (plain, lifted)]
-        lines.append(f"| {formats} | {errors[0]:.4f} | {errors[1]:.4f} |")
+    for formats in rows:
+        cells = [formats]
+        for lift in (0.0, 0.05):
+            recipe = CalibrateRecipe(formats=formats, lift=lift)
+            calibration = calibrate_(load_pipeline(source, "cpu"), *recordings, recipe)
+            cells.append(f"{calibration.held_out_error['unet']:.4f}")
+        lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
-        default = lifted
-    assert default is not None
-    return lines, default
+    return "\n".join(lines), calibration
 
 
-def silu_layers(calibration: Calibration) -> list[str]:
-    """List the layers whose input was bounded below by SiLU's minimum, with what was chosen for it."""
+def silu_layers(calibration: Calibration) -> str:
+    """Return a table of the layers whose smallest input is SiLU's minimum, with their formats."""
     lines = [
         "| layer fed by SiLU | input | zero point | error | best signed | error | why |",
         "|---|---|---|---|---|---|---|",
@@ -81,33 +74,42 @@ def silu_layers(calibration: Calibration) -> list[str]:
         if grid is None or not SILU_MINIMUM <= layer.minimum < -0.2:
             continue
         signed = next(score for score in layer.input_scores if not score.format.startswith("u"))
-        zero = f"{grid.zero_point:.3f}" if not grid.format.signed else ""
-        chosen, best_signed = (
-            f"{grid.format} | {zero} | {layer.input_error:.2e}",
-            f"{signed.format} | {signed.error:.2e}",
-        )
+        zero = "" if grid.format.signed else f"{grid.zero_point:.3f}"
+        chosen = f"{grid.format} | {zero} | {layer.input_error:.2e}"
+        best_signed = f"{signed.format} | {signed.error:.2e}"
         lines.append(f"| {name} | {chosen} | {best_signed} | {layer.reason} |")
-    return lines
+    return "\n".join(lines)
 
 
-def main() -> None:
-    """Record, calibrate eight times, print."""
+def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, help="keep the recordings here")
+    parser.add_argument("--rows", default=",".join(ROWS), help="sets of formats to compare")
+    parser.add_argument("--num-tests", type=int, default=20, help="prompts to measure on")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file as well")
-    arguments = parser.parse_args()
+    add_size_options(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Record, calibrate eight times, print."""
+    arguments = parse()
     quiet_libraries()
     with tempfile.TemporaryDirectory() as temporary:
-        recording, held_out = make_recordings(arguments.work or Path(temporary))
-        lines, default = table(recording, held_out)
-    lines += ["", *silu_layers(default)]
-    text = "\n".join(lines)
-    print(text)
+        recordings = make_recordings(arguments, arguments.work or Path(temporary))
+        rows = arguments.rows.split(",")
+        table, default = compare(source_of(arguments), recordings, rows)
+    text = f"{table}\n\n{silu_layers(default)}\n"
+    print(text, end="")
     if arguments.markdown:
-        head = f"Seed 0; {NUM_HELD_OUT} held-out prompts, seeds from {HELD_OUT_SEED}; torch {torch.__version__}, CPU.\n\n"
-        arguments.markdown.write_text(head + text + "\n")
+        head = (
+            f"Seed 0; {arguments.num_tests} held-out prompts, seeds from {TEST_SEED}; "
+            f"torch {torch.__version__}, CPU."
+        )
+        arguments.markdown.write_text(f"{head}\n\n{text}")
 
 
 if __name__ == "__main__":

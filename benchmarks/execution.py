@@ -1,19 +1,21 @@
 """Time and memory of one denoiser call: float32, our kernels, and the peers that run on a CPU.
 
     python benchmarks/execution.py --work DIR [--models a,b] [--only TEXT] [--skip TEXT] [--calls N]
-    [--peers PYTHON]
-        [--profile] [--markdown FILE]
+        [--peers PYTHON] [--profile] [--markdown FILE]
 
-Three denoisers: the built-in pipeline's UNet, 16 rows; a UNet with the configuration of Stable
-Diffusion 1.5, latents of 64x64, 2 rows; a DiTTransformer2DModel with that of DiT-XL/2 at 512
-pixels, 2 rows. The last two have random weights, and their input grids are chosen on random inputs:
-that says nothing of pictures, and all of speed, which does not depend on the values. Each row of
-the table is a fresh process that loads the denoiser from disk and calls it; the median of the calls
-after the first counts, and the largest resident size of the process, libraries and all. What
-loading takes, quantizing or laying out included, is given as well: seconds, and by how much the
-largest resident size rose. Weights in memory are counted tensor by tensor. Peers are called through
-their own interface, in an environment where they are installed (`peers.py` makes one); what fails
-is listed with the reason. Leave the machine alone meanwhile. Linux only.
+Three denoisers are measured: the built-in pipeline's UNet with 16 rows; a UNet with the
+configuration of Stable Diffusion 1.5, latents of 64x64, 2 rows; and a DiTTransformer2DModel with
+that of DiT-XL/2 at 512 pixels, 2 rows. (`--models tiny` measures a UNet of a few thousand weights,
+to try the script.) All but the first have random weights, and their input grids are chosen on
+random inputs: such a model draws nothing, but its speed is the same, as it does not depend on the
+values.
+
+Each row of the table is a fresh process that loads the denoiser from disk and calls it. The table
+shows the median of the calls after the first; the largest resident size of the process, libraries
+included; what loading takes, quantizing or laying out included: seconds, and by how much the
+largest resident size rose; and the bytes of the weights in memory, tensor by tensor. Peers are
+called through their own interface, in an environment where they are installed (`peers.py` makes
+one); a row that fails is listed with the reason. Leave the machine alone meanwhile. Linux only.
 """
 
 import argparse
@@ -48,16 +50,28 @@ DIT_XL = {
     "norm_elementwise_affine": False,
     "norm_type": "ada_norm_zero",
 }
+TINY = {
+    "sample_size": 8,
+    "cross_attention_dim": 32,
+    "block_out_channels": (32, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+}
+CONFIGS = {"sd15": SD15, "dit-xl": DIT_XL, "tiny": TINY}
 CLASSES: dict[str, Any] = {
     "built-in": UNet2DConditionModel,
     "sd15": UNet2DConditionModel,
     "dit-xl": DiTTransformer2DModel,
+    "tiny": UNet2DConditionModel,
 }
 TITLES = {
     "built-in": "built-in pipeline, 16 rows",
     "sd15": "SD 1.5-sized UNet, 2 rows",
     "dit-xl": "DiT-XL/2, 2 rows",
+    "tiny": "a tiny UNet, 2 rows",
 }
+DEFAULT_MODELS = "built-in,sd15,dit-xl"
 ROWS = (
     "float32",
     "msfp simulated",
@@ -111,45 +125,43 @@ def make_float(name: str, directory: Path) -> None:
         load_pipeline(ModelSource(model=BUILT_IN), "cpu").unet.save_pretrained(directory)
         return
     torch.manual_seed(0)
-    denoiser = UNet2DConditionModel(**SD15) if name == "sd15" else DiTTransformer2DModel(**DIT_XL)
-    denoiser.save_pretrained(directory)
+    CLASSES[name](**CONFIGS[name]).save_pretrained(directory)
 
 
 @torch.no_grad()
 def make_quantized(name: str, source: Path, directory: Path) -> None:
-    """Choose W4A4 formats on one call, with the default recipe's rules but no lift, and write the denoiser."""
+    """Choose W4A4 formats on one call, as by default but without lift, and write the denoiser."""
     from msfp_cli.calibration.calibrate import search_layer
     from msfp_cli.calibration.observe import observe
     from msfp_cli.calibration.recipe import CalibrateRecipe
     from msfp_cli.checkpoint.quantizer import MSFPConfig, mark_quantized_
     from msfp_cli.formats.search import SearchSpace
     from msfp_cli.layers.replace import find_layers, quantized_layers, store_layers_
-    from msfp_cli.pipelines.denoiser import DenoiserCall
+    from msfp_cli.pipelines.denoiser import DenoiserCall, watch_calls
 
     denoiser = CLASSES[name].from_pretrained(source)
-    arguments = inputs_of(name, denoiser)
-    del arguments["return_dict"]
-    call = DenoiserCall(
-        component="denoiser", timestep=500.0, arguments=arguments, output=torch.zeros(2)
-    )
+    calls: list[DenoiserCall] = []
+    with watch_calls({"denoiser": denoiser}, calls.append):
+        denoiser(**inputs_of(name, denoiser))
     generator = torch.Generator().manual_seed(0)
     seen = observe(
         denoiser,
-        [call],
-        1,
+        calls,
+        len(calls),
         max_samples=20_000,
         generator=generator,
         advance=lambda steps, note="": None,
     )
     layers = {layer: module for layer, module in find_layers(denoiser).items() if layer in seen}
     space = SearchSpace(num_maxima=20, num_zero_points=5, num_refinements=0)
-    table, scales = {}, {}
+    table = {}
+    scales = {}
     for layer, module in layers.items():
         found = search_layer(layer, module, seen[layer], CalibrateRecipe(lift=0.0), space)
-        if (
-            found.scale is not None
-        ):  # the default recipe leaves the first and the last layer in floating point
-            table[layer], scales[layer] = found.choice.scheme, found.scale
+        # The default recipe leaves the first and the last layer in floating point.
+        if found.scale is not None:
+            table[layer] = found.choice.scheme
+            scales[layer] = found.scale
     del layers
     store_layers_(denoiser, table, scales)
     described = {
@@ -238,11 +250,11 @@ def peak_bytes() -> int:
 @torch.no_grad()
 def measure(path: Path, name: str, row: str, calls: int) -> Arguments:
     """Load, call, and return what it took."""
-    if row.startswith("msfp"):
-        pass
-    before, start = peak_bytes(), time.perf_counter()
+    before = peak_bytes()
+    start = time.perf_counter()
     denoiser = load_row(path, name, row)
-    loading, loaded = time.perf_counter() - start, peak_bytes()
+    loading = time.perf_counter() - start
+    loaded = peak_bytes()
     arguments = inputs_of(name, denoiser)
     called: Callable[..., Any] = (
         torch.compile(denoiser, fullgraph=True) if "compiled" in row else denoiser
@@ -305,19 +317,27 @@ def profile(path: Path, name: str) -> dict[str, float]:
         start = time.perf_counter()
         denoiser(**arguments)
         total = time.perf_counter() - start
-    seconds = {
-        kind: sum(e.cpu_time_total for e in profiler.key_averages() if e.key.startswith(names))
-        / 1e6
-        for kind, names in KINDS.items()
-    }
+    seconds = dict.fromkeys(KINDS, 0.0)
+    for event in profiler.key_averages():
+        for kind, names in KINDS.items():
+            if event.key.startswith(names):
+                seconds[kind] += event.cpu_time_total / 1e6
     return {**seconds, "everything else": total - sum(seconds.values()), "the whole call": total}
+
+
+def profile_table(name: str, seconds: dict[str, float]) -> list[str]:
+    """Return the table of where a model's time goes."""
+    lines = [f"### {TITLES[name]}", "", "| | seconds | share |", "|---|---|---|"]
+    for kind, value in seconds.items():
+        lines.append(f"| {kind} | {value:.3f} | {value / seconds['the whole call']:.0%} |")
+    return lines
 
 
 # The table.
 
 
 def run_row(arguments: argparse.Namespace, name: str, row: str) -> Arguments:
-    """Measure a row in a fresh process, and return its figures or the reason that there are none."""
+    """Measure a row in a fresh process; return its figures, or why there are none."""
     ours = row.startswith(("float32", "msfp"))
     python = sys.executable if ours else arguments.peers
     if python is None:
@@ -339,28 +359,43 @@ def run_row(arguments: argparse.Namespace, name: str, row: str) -> Arguments:
     return figures
 
 
+def measure_rows(arguments: argparse.Namespace, name: str) -> list[str]:
+    """Measure a model's rows, float32 first, and return their table."""
+    chosen = [row for row in ROWS if arguments.only in row and arguments.skip not in row]
+    results = {}
+    for row in dict.fromkeys(("float32", *chosen)):
+        results[row] = run_row(arguments, name, row)
+        print(name, row, results[row], file=sys.stderr, flush=True)
+    return table(name, results)
+
+
+COLUMNS = (
+    *("", "seconds a call", "times faster", "weights, MB", "of float32"),
+    *("peak, MB", "loading, s", "loading adds, MB"),
+)
+
+
 def table(name: str, results: dict[str, Arguments]) -> list[str]:
     """Return a model's table."""
-    base = results.get("float32", {})
-    lines = [
-        f"### {TITLES[name]}",
-        "",
-        "| | seconds a call | times faster | weights, MB | of float32 | peak, MB | loading, s | loading adds, MB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = [f"### {TITLES[name]}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for row, figures in results.items():
-        if "failed" in figures:
-            lines.append(f"| {row} | {figures['failed']} | | | | | | |")
-            continue
-        faster, smaller = (
-            base["seconds"] / figures["seconds"],
-            figures["weight_bytes"] / base["weight_bytes"],
-        )
-        lines.append(
-            f"| {row} | {figures['seconds']:.3f} | {faster:.2f} | {figures['weight_bytes'] / 1e6:.1f} | {smaller:.3f} "
-            f"| {figures['peak_bytes'] / 1e6:.0f} | {figures['loading']:.1f} | {figures['loading_bytes'] / 1e6:.0f} |"
-        )
+        lines.append(f"| {row} | {' | '.join(cells(figures, results['float32']))} |")
     return lines
+
+
+def cells(figures: Arguments, base: Arguments) -> list[str]:
+    """Return a row's cells, compared with those of float32."""
+    if "failed" in figures:
+        return [figures["failed"], *[""] * (len(COLUMNS) - 2)]
+    return [
+        f"{figures['seconds']:.3f}",
+        f"{base['seconds'] / figures['seconds']:.2f}" if "seconds" in base else "",
+        f"{figures['weight_bytes'] / 1e6:.1f}",
+        f"{figures['weight_bytes'] / base['weight_bytes']:.3f}" if "weight_bytes" in base else "",
+        f"{figures['peak_bytes'] / 1e6:.0f}",
+        f"{figures['loading']:.1f}",
+        f"{figures['loading_bytes'] / 1e6:.0f}",
+    ]
 
 
 def parse() -> argparse.Namespace:
@@ -369,7 +404,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="keep the models here")
-    parser.add_argument("--models", default=",".join(CLASSES), help="which of them")
+    parser.add_argument("--models", default=DEFAULT_MODELS, help="which of them")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--skip", default="nothing", help="leave out rows whose name contains this")
     parser.add_argument("--calls", type=int, default=3, help="counted calls")
@@ -378,41 +413,38 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="show where the time goes instead")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file as well")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for name in arguments.models.split(","):
+        if name not in CLASSES:
+            parser.error(f"unknown model {name!r}; choose from {', '.join(CLASSES)}")
+    return arguments
+
+
+def make(work: Path, name: str) -> None:
+    """Write a model in float32 and quantized, unless it is there."""
+    plain = work / f"{name}-float32"
+    if not plain.exists():
+        make_float(name, plain)
+    quantized = work / f"{name}-msfp"
+    if not quantized.exists():
+        make_quantized(name, plain, quantized)
 
 
 def main() -> None:
     """Make what is missing, measure, print."""
     arguments = parse()
     if arguments.measure:
-        print(
-            json.dumps(measure(arguments.work, arguments.measure, arguments.only, arguments.calls))
-        )
+        figures = measure(arguments.work, arguments.measure, arguments.only, arguments.calls)
+        print(json.dumps(figures))
         return
-    lines = [
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.calls} calls a row",
-        "",
-    ]
+    threads = torch.get_num_threads()
+    lines = [f"torch {torch.__version__}, {threads} threads, {arguments.calls} calls a row", ""]
     for name in arguments.models.split(","):
-        plain, quantized = (arguments.work / f"{name}-{kind}" for kind in ("float32", "msfp"))
-        if not plain.exists():
-            make_float(name, plain)
-        if not quantized.exists():
-            make_quantized(name, plain, quantized)
+        make(arguments.work, name)
         if arguments.profile:
-            seconds = profile(arguments.work, name)
-            lines += [f"### {TITLES[name]}", "", "| | seconds | share |", "|---|---|---|"]
-            lines += [
-                f"| {kind} | {s:.3f} | {s / seconds['the whole call']:.0%} |"
-                for kind, s in seconds.items()
-            ]
+            lines += profile_table(name, profile(arguments.work, name))
         else:
-            results = {}
-            asked = [row for row in ROWS if arguments.only in row and arguments.skip not in row]
-            for row in dict.fromkeys(("float32", *asked)):
-                results[row] = run_row(arguments, name, row)
-                print(name, row, results[row], file=sys.stderr, flush=True)
-            lines += table(name, results)
+            lines += measure_rows(arguments, name)
         lines.append("")
     print("\n".join(lines))
     if arguments.markdown:

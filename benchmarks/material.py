@@ -1,16 +1,42 @@
-"""What benchmarks share: what they record and test on, and the settings that the tables in docs/ were made with.
+"""What several benchmarks share: what they record, prompts for testing, and former defaults.
 
-Forty prompts are fewer than `msfp calibrate` takes by default: a calibration wants no more, and
-benchmarks make many.
+A benchmark calibrates many times, so it records forty pictures, fewer than `msfp calibrate` does by
+default. Every benchmark that records takes the options of `add_size_options`: with a tiny model and
+few pictures it ends within seconds.
 """
 
+import argparse
+from dataclasses import replace
+
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.pipelines.loading import BUILT_IN, default_prompts
+from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_STEPS, default_prompts
+from msfp_cli.pipelines.source import ModelSource
 from msfp_cli.recording.recipe import RecordOptions
 
-RECORD = RecordOptions(num_images=40)
-# The defaults of that time.
+NUM_IMAGES = 40
+RECORD = RecordOptions(num_images=NUM_IMAGES)
+# The defaults with which the older tables in docs/ were made.
 FORMER = FinetuneRecipe(
     batch_size=8, lanes=1, rank=16, learning_rate=1e-2, router_learning_rate=1e-3, loss_power=1.0
 )
+# Calibration takes none of these prompts.
 UNSEEN = default_prompts(BUILT_IN)[40:150]
+
+
+def add_size_options(parser: argparse.ArgumentParser, num_images: int = NUM_IMAGES) -> None:
+    """Add the options that make a benchmark small: another model, fewer pictures and steps."""
+    parser.add_argument(
+        "--model", default=BUILT_IN, help="a text-to-image pipeline with a UNet; the built-in one"
+    )
+    parser.add_argument("--num-images", type=int, default=num_images, help="pictures to record")
+    parser.add_argument("--steps", type=int, default=BUILT_IN_STEPS, help="steps of the sampler")
+
+
+def source_of(arguments: argparse.Namespace) -> ModelSource:
+    """Return the model that the size options name."""
+    return ModelSource(model=arguments.model)
+
+
+def record_options(arguments: argparse.Namespace) -> RecordOptions:
+    """Return what to record, as the size options say."""
+    return replace(RECORD, num_images=arguments.num_images, num_inference_steps=arguments.steps)
