@@ -152,11 +152,11 @@ def table(evaluations: dict[str, Evaluation]) -> str:
 
 def head(evaluation: Evaluation, arguments: argparse.Namespace) -> str:
     """Say under which conditions the table holds."""
-    record, machine = evaluation.asked["record"], evaluation.machine
+    record, machine = evaluation.settings["record"], evaluation.machine
     return (
         f"{len(record['conditions'])} pictures a row from the same prompts and seeds ({record['seed']} on), "
         f"{record['num_inference_steps']} steps, guidance {record['guidance_scale']}; {arguments.updates} updates of "
-        f"fine-tuning, seed 0; output error over the first {evaluation.asked['num_trajectories']} pictures' calls; "
+        f"fine-tuning, seed 0; output error over the first {evaluation.settings['num_trajectories']} pictures' calls; "
         f"{machine['device']}, {torch.get_num_threads()} of {machine['cores']} cores, torch {machine['torch']}, "
         f"diffusers {machine['diffusers']}."
     )

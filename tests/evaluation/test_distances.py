@@ -19,7 +19,6 @@ from msfp_cli.evaluation.distances import (
     kernel_distance,
     precision_recall,
     psnr,
-    signal_to_noise,
     ssim,
     too_few,
 )
@@ -66,13 +65,6 @@ def test_equal_pictures_are_perfect() -> None:
     pictures = draw(2, 3, 16, 16)
     assert psnr(pictures, pictures).isinf().all()
     torch.testing.assert_close(ssim(pictures, pictures), torch.ones(2, dtype=torch.float64))
-    assert signal_to_noise(pictures, pictures) == float("inf")
-
-
-def test_signal_to_noise_of_a_known_share() -> None:
-    reference = draw(100) + 1
-    assert signal_to_noise(reference * 1.1, reference) == pytest.approx(20)
-    assert signal_to_noise(torch.zeros(100), reference) == pytest.approx(0)
 
 
 def frechet_by_scipy(x: Tensor, y: Tensor) -> float:

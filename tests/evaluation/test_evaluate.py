@@ -121,11 +121,11 @@ def test_what_is_returned_is_what_is_written(evaluated: Evaluation) -> None:
         "signed",
         "evaluation.json",
     }
-    assert json.loads((evaluated.directory / "asked.json").read_text()) == evaluated.asked
+    assert json.loads((evaluated.directory / "asked.json").read_text()) == evaluated.settings
 
 
 def test_it_says_what_was_asked(evaluated: Evaluation, tiny_chained: Chained) -> None:
-    assert evaluated.asked == {
+    assert evaluated.settings == {
         "version": __version__,
         "export": str(tiny_chained.export),
         "against": tiny_chained.calibration.source.to_json(),
@@ -167,7 +167,7 @@ def test_seed_steps_guidance_extractor_and_reference_are_those_of_the_options(
         cost=False,
     )
     found = again(prompted_chained, tmp_path / "evaluation", options)
-    record = found.asked["record"]
+    record = found.settings["record"]
     assert record == {
         "conditions": ["a cat", "a dog", "a cat"],
         "num_inference_steps": 1,
@@ -175,8 +175,8 @@ def test_seed_steps_guidance_extractor_and_reference_are_those_of_the_options(
         "seed": 17,
         "batch_size": 1,
     }
-    assert (found.asked["extractor"], found.asked["reference"]) == ("fashion", str(tmp_path))
-    assert (found.asked["models"], found.asked["layers"]) == (["full", "export"], False)
+    assert (found.settings["extractor"], found.settings["reference"]) == ("fashion", str(tmp_path))
+    assert (found.settings["models"], found.settings["layers"]) == (["full", "export"], False)
     pictures = found.gallery("full").pictures()
     assert not torch.equal(pictures[0], pictures[2])  # the same prompt from another seed
     assert (
@@ -311,7 +311,7 @@ def test_every_kind_of_pipeline_is_evaluated(
     recorded = calibration.record.conditions
     fresh = [prompt for prompt in default_prompts(name) if prompt not in recorded]
     wanted = ["0", "500"] if name == "DiTPipeline" else fresh[:2]
-    assert found.asked["record"]["conditions"] == wanted
+    assert found.settings["record"]["conditions"] == wanted
 
 
 def test_fine_tuned_export_is_measured_beside_what_it_began_from(
@@ -344,8 +344,11 @@ def test_built_in_pipeline_is_compared_with_real_pictures_and_asked_prompts(
     found = again(
         prompted_chained, tmp_path / "evaluation", options, against=ModelSource(model=BUILT_IN)
     )
-    assert (found.asked["extractor"], found.asked["reference"]) == ("fashion", BUILT_IN_REFERENCE)
-    prompts = found.asked["record"]["conditions"]
+    assert (found.settings["extractor"], found.settings["reference"]) == (
+        "fashion",
+        BUILT_IN_REFERENCE,
+    )
+    prompts = found.settings["record"]["conditions"]
     assert tuple(prompts) == default_prompts(BUILT_IN)[:5]
     classifier = load_classifier()
     for measured in found.models:
@@ -579,7 +582,7 @@ def test_options_reach_the_evaluation(here: Path, msfp: Invoke) -> None:
     result = msfp(*command.split(), *options.split())
     assert (result.exit_code, result.stdout) == (0, "elsewhere/evaluation.json\n"), result.stderr
     assert not Path("msfp-run/evaluation").exists()
-    asked = Evaluation.load(Path("elsewhere")).asked
+    asked = Evaluation.load(Path("elsewhere")).settings
     assert asked["record"] == {
         "conditions": [None] * 3,
         "num_inference_steps": 1,
@@ -626,8 +629,8 @@ def test_prompts_file_and_clip_score(
     assert result.exit_code == 0, result.stderr
     found = Evaluation.load(Path("msfp-run/evaluation"))
     assert (
-        found.asked["record"]["conditions"] == ["a cat", "a dog"]
-        and found.asked["clip"] == "some/clip"
+        found.settings["record"]["conditions"] == ["a cat", "a dog"]
+        and found.settings["clip"] == "some/clip"
     )
     assert [model.clip for model in found.models] == [21.0, 22.0]
     for (model, pictures, prompts, device), key in zip(seen, ("full", "export"), strict=True):
@@ -645,7 +648,7 @@ def test_extractor_of_the_users_own_is_used(
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     assert msfp("evaluate", *ALONE, "--extractor", "user_features:make").exit_code == 0
     found = Evaluation.load(Path("msfp-run/evaluation"))
-    assert found.asked["extractor"] == "user_features:make"
+    assert found.settings["extractor"] == "user_features:make"
     features = [
         (found.gallery(key).pictures() / 255).mean(dim=(2, 3)) for key in ("export", "full")
     ]
@@ -889,7 +892,7 @@ def test_other_settings_are_refused_by_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copytree(evaluated.directory, here / "evaluation")
-    asked = evaluated.asked | {
+    asked = evaluated.settings | {
         "export": "msfp-run/export",
         "models": ["full", "export"],
         "num_trajectories": 1,
@@ -936,7 +939,7 @@ def test_damaged_file_says_to_overwrite_and_that_helps(
     name: str, here: Path, msfp: Invoke, evaluated: Evaluation
 ) -> None:
     place = shutil.copytree(evaluated.directory, here / "evaluation")
-    asked = evaluated.asked | {"export": "msfp-run/export", "models": ["full", "export"]}
+    asked = evaluated.settings | {"export": "msfp-run/export", "models": ["full", "export"]}
     (place / "asked.json").write_text(json.dumps(asked))
     options = ("--num-images", 3, "--num-trajectories", 2, "--batch-size", 2)
     for text in ("", "{", "[]", "3", "{}"):

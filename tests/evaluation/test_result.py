@@ -62,7 +62,7 @@ models = st.builds(
     clip=maybe(numbers),
     cost=maybe(costs),
 )
-ASKED = {
+SETTINGS = {
     "record": RecordRecipe(conditions=("a cat", None), seed=3).to_json(),
     "reference": None,
     "layers": True,
@@ -71,7 +71,11 @@ ASKED = {
 
 def evaluation(directory: Path, *measured: Measured) -> Evaluation:
     return Evaluation(
-        directory=directory, asked=ASKED, machine={"device": "cpu"}, models=measured, notes=("few",)
+        directory=directory,
+        settings=SETTINGS,
+        machine={"device": "cpu"},
+        models=measured,
+        notes=("few",),
     )
 
 

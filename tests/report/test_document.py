@@ -51,7 +51,7 @@ def test_every_picture_is_that_of_the_gallery(
         "export",
     ]
     for i, entry in enumerate(document["pictures"]):
-        assert entry["seed"] == evaluated.asked["record"]["seed"] + i
+        assert entry["seed"] == evaluated.settings["record"]["seed"] + i
         for key, address in entry["images"].items():
             shown = Image.open(
                 io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,")))
@@ -111,7 +111,7 @@ def test_export_of_another_run_is_reported_without_candidates(
         assert part["router"] is None and part["layers"]
         assert not any("candidates" in layer for layer in part["layers"])
         assert other["commands"][0].startswith(
-            f"msfp evaluate {evaluated.asked['export']} --against "
+            f"msfp evaluate {evaluated.settings['export']} --against "
         )
 
 
@@ -186,7 +186,7 @@ def test_commands_in_the_report_give_the_same_figures_again(
         result = msfp(*shlex.split(command)[1:])
         assert result.exit_code == 0, (command, result.stderr)
     first, again = (Evaluation.load(Path(run, "evaluation")) for run in ("first", "msfp-run"))
-    assert again.models == first.models and again.asked == first.asked
+    assert again.models == first.models and again.settings == first.settings
 
 
 def test_distances_of_few_pictures_do_not_name_a_best(document: dict[str, Any]) -> None:

@@ -180,8 +180,11 @@ def show(evaluation: "Evaluation") -> None:
             rows.append(
                 [figure.title, *("" if value is None else figure.text(value) for value in values)]
             )
-    count, extractor = len(evaluation.asked["record"]["conditions"]), evaluation.asked["extractor"]
-    reference = evaluation.asked["reference"]
+    count, extractor = (
+        len(evaluation.settings["record"]["conditions"]),
+        evaluation.settings["extractor"],
+    )
+    reference = evaluation.settings["reference"]
     title = f"{count} pictures from the same seeds; distances by {extractor!r} features"
     title += "" if reference is None else f"; reference: {reference}"
     console.table(title, ["", *(model.title for model in models)], rows)

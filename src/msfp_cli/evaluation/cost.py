@@ -14,9 +14,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from msfp_cli.errors import ModelError
+from msfp_cli.files import Json
 from msfp_cli.pipelines.source import ModelSource, Sampling
 
 _TURNS = 3
@@ -24,7 +24,7 @@ _TURNS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What it took.
+    """Time and memory that a pipeline takes.
 
     Arguments:
         load_seconds: from the start of loading to a pipeline that can be called.
@@ -49,13 +49,13 @@ def measure_cost(
     Raises:
         ModelError: the process failed; the message is its last line.
     """
-    asked = {
+    job = {
         "source": source.to_json(),
         "sampling": sampling.arguments(),
         "conditions": list(conditions),
         "device": device,
     }
-    command = [sys.executable, "-m", "msfp_cli.evaluation.cost", json.dumps(asked)]
+    command = [sys.executable, "-m", "msfp_cli.evaluation.cost", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -80,8 +80,12 @@ def machine(device: str) -> dict[str, str]:
     }
 
 
-def _measure(asked: dict[str, Any]) -> Cost:
-    """Do it in this process."""
+def _measure(job: Json) -> Cost:
+    """Measure in this process.
+
+    Arguments:
+        job: source, sampling, conditions and device, as `measure_cost` writes them.
+    """
     import torch
 
     from msfp_cli.pipelines.loading import load_pipeline, quiet_libraries
@@ -89,18 +93,18 @@ def _measure(asked: dict[str, Any]) -> Cost:
 
     quiet_libraries()
     start = time.perf_counter()
-    pipe = load_pipeline(ModelSource.from_json(asked["source"]), asked["device"])
+    pipe = load_pipeline(ModelSource.from_json(job["source"]), job["device"])
     load_seconds = time.perf_counter() - start
-    sampling = Sampling(**asked["sampling"])
+    sampling = Sampling(**job["sampling"])
     seconds = []
     for _ in range(1 + _TURNS):
         start = time.perf_counter()
-        call_pipeline(pipe, asked["conditions"], sampling)
+        call_pipeline(pipe, job["conditions"], sampling)
         seconds.append(time.perf_counter() - start)
     on_gpu = torch.cuda.is_available() and pipe.device.type == "cuda"
     return Cost(
         load_seconds=load_seconds,
-        seconds_per_picture=statistics.median(seconds[1:]) / len(asked["conditions"]),
+        seconds_per_picture=statistics.median(seconds[1:]) / len(job["conditions"]),
         peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else _peak_bytes(),
     )
 

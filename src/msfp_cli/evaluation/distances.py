@@ -13,13 +13,6 @@ from msfp_cli.errors import UsageError
 SSIM_WINDOW = 11  # pixels
 
 
-def signal_to_noise(values: Tensor, reference: Tensor) -> float:
-    """Return ``10 log10(sum reference^2 / sum (values - reference)^2)`` in dB, infinite if they are equal."""
-    wanted = reference.double()
-    noise = (values.double() - wanted).square().sum()
-    return float(10 * (wanted.square().sum() / noise).log10())
-
-
 def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio of each picture, ``-10 log10(mean squared error)`` in dB.
 

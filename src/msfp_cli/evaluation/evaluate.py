@@ -22,15 +22,16 @@ from msfp_cli.evaluation.features.extractors import Extractor, load_extractor
 from msfp_cli.evaluation.gallery import Gallery
 from msfp_cli.evaluation.measure import Work, measured_of
 from msfp_cli.evaluation.models import Subject, find_subjects, identity_of, refuse_other_model
-from msfp_cli.evaluation.recipe import EvaluateRecipe, begin, refuse_other
+from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.reference import (
     BUILT_IN_REFERENCE,
-    Reference,
+    ReferencePictures,
     built_in_reference,
     load_reference,
     require_pictures,
 )
 from msfp_cli.evaluation.result import Evaluation, Measured
+from msfp_cli.evaluation.resume import begin, refuse_other_settings
 from msfp_cli.pipelines.conditions import conditioning_of, conditions_for
 from msfp_cli.pipelines.loading import BUILT_IN, choose_device, default_prompts
 from msfp_cli.pipelines.source import ModelSource
@@ -84,19 +85,19 @@ def evaluate_run(
         processes=processes,
         progress=progress,
     )
-    asked = _asked(work, subjects, export)
-    refuse_other(place, asked, overwrite=overwrite)
+    settings = _settings(work, subjects, export)
+    refuse_other_settings(place, settings, overwrite=overwrite)
     if options.reference is not None:
         require_pictures(options.reference)
     refuse_other_model(full, subjects[-1].load())  # now, not after hours of drawing
     processes.wait()
     if processes.is_first:
-        begin(place, asked, overwrite=overwrite)
+        begin(place, settings, overwrite=overwrite)
     processes.wait()
     models = tuple(_measure_all(work, subjects, full))
     evaluation = Evaluation(
         directory=place,
-        asked=asked,
+        settings=settings,
         machine=machine(choose_device(device)),
         models=models,
         notes=tuple(_notes(models, extractor)),
@@ -125,7 +126,7 @@ def _record_recipe(
     return RecordRecipe.of(conditions, options.or_else(sampling))
 
 
-def _asked(work: Work, subjects: Sequence[Subject], export: Path) -> dict[str, Any]:
+def _settings(work: Work, subjects: Sequence[Subject], export: Path) -> dict[str, Any]:
     """Return the settings as JSON values: what an evaluation that goes on must have in common."""
     options = work.options
     return {
@@ -146,7 +147,7 @@ def _asked(work: Work, subjects: Sequence[Subject], export: Path) -> dict[str, A
 def _measure_all(work: Work, subjects: Sequence[Subject], full: Any) -> list[Measured]:  # noqa: ANN401 (a pipeline)
     """Draw and measure every model, full precision first."""
     measured: list[Measured] = []
-    reference: Reference | None = None
+    reference: ReferencePictures | None = None
     for subject in subjects:
         with work.processes.first_goes_first():
             pipe = full if subject.key == "full" else subject.load()
@@ -178,7 +179,7 @@ def _record_trajectories(work: Work, full: Any) -> None:  # noqa: ANN401 (a pipe
     )
 
 
-def _reference(work: Work, gallery: Gallery) -> Reference | None:
+def _reference(work: Work, gallery: Gallery) -> ReferencePictures | None:
     """Return the real pictures to compare with, None where there are none."""
     if work.options.reference is not None:
         size = gallery.pictures().shape[2:]

@@ -2,7 +2,7 @@
 
 Layout of a gallery directory::
 
-    gallery.json            what was asked
+    gallery.json            the recipe, and which model drew it
     00000.safetensors ...   ``latents``, ``pictures`` (uint8, NCHW)
 
 Picture i is drawn with ``seed + i`` whatever the batch, so galleries of two models pair up. A batch
@@ -54,17 +54,17 @@ class Gallery:
         Raises:
             RunError: the directory holds pictures of another recipe or model.
         """
-        asked = {"model": model, "recipe": recipe.to_json()}
+        contents = {"model": model, "recipe": recipe.to_json()}
         manifest = directory / _MANIFEST
         if not manifest.exists():
-            write_text(manifest, json.dumps(asked, indent=1))
+            write_text(manifest, json.dumps(contents, indent=1))
         try:
             known = json.loads(manifest.read_text("utf-8"))
         except ValueError as error:
             raise CheckpointError(
                 f"{manifest} is damaged ({error}); use --overwrite to draw the pictures again"
             ) from None
-        if known != asked:
+        if known != contents:
             raise RunError(
                 f"{directory} holds pictures of other settings or of another model; use --overwrite"
             )

@@ -17,9 +17,10 @@ from msfp_cli.evaluation.measures import (
     relative_error,
 )
 from msfp_cli.evaluation.models import Subject, denoiser_bytes
-from msfp_cli.evaluation.recipe import EvaluateRecipe, read_document
-from msfp_cli.evaluation.reference import Reference
+from msfp_cli.evaluation.recipe import EvaluateRecipe
+from msfp_cli.evaluation.reference import ReferencePictures
 from msfp_cli.evaluation.result import Histogram, Measured, OutputNoise
+from msfp_cli.evaluation.resume import read_document
 from msfp_cli.files import write_text
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.pipelines.denoiser import find_denoisers
@@ -54,7 +55,7 @@ def measured_of(
     pipe: Any,  # noqa: ANN401 (a pipeline)
     full: Any,  # noqa: ANN401 (a pipeline)
     gallery: Gallery,
-    reference: Reference | None,
+    reference: ReferencePictures | None,
 ) -> Measured:
     """Measure a model, or read what was measured before an interruption."""
     path = work.directory / "measured" / f"{subject.key}.json"

@@ -100,5 +100,7 @@ def prompt_agreement(pictures: Tensor, prompts: Sequence[str]) -> dict[str, floa
     """Return the shares of fashion pictures whose ``garment`` and ``colour`` are what their prompt names."""
     garment, colour = agreement(load_classifier(), pictures.float() / 255, list(prompts))
     return {
-        name: share for name, share in (("garment", garment), ("colour", colour)) if share == share
+        name: share
+        for name, share in (("garment", garment), ("colour", colour))
+        if share is not None
     }

@@ -20,7 +20,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferencePictures:
     """Features of real pictures.
 
     Arguments:
@@ -32,15 +32,15 @@ class Reference:
     features: Tensor = field(repr=False)
 
 
-def built_in_reference() -> Reference:
+def built_in_reference() -> ReferencePictures:
     """Return the features, by extractor ``fashion``, of 2,000 test pictures that the built-in pipeline never saw."""
     features = load_file(Path(str(files("msfp_cli") / "data" / "fashion_reference.safetensors")))[
         "features"
     ]
-    return Reference(BUILT_IN_REFERENCE, features.float())
+    return ReferencePictures(BUILT_IN_REFERENCE, features.float())
 
 
-def load_reference(place: Path, extractor: Extractor, size: Sequence[int]) -> Reference:
+def load_reference(place: Path, extractor: Extractor, size: Sequence[int]) -> ReferencePictures:
     """Read real pictures and return their features.
 
     Arguments:
@@ -58,7 +58,7 @@ def load_reference(place: Path, extractor: Extractor, size: Sequence[int]) -> Re
         raise UsageError(
             f"{place} holds pictures of {width} by {height}, the pipeline makes {w} by {h}; resize the reference"
         )
-    return Reference(str(place), extractor.features(pictures))
+    return ReferencePictures(str(place), extractor.features(pictures))
 
 
 def require_pictures(place: Path) -> None:

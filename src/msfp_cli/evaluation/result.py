@@ -129,14 +129,14 @@ class Evaluation:
 
     Arguments:
         directory: where it is.
-        asked: the settings, as JSON values.
+        settings: what it was made with, as JSON values.
         machine: what it was measured on.
         models: full precision first, the export last.
         notes: what to know when reading the figures.
     """
 
     directory: Path
-    asked: dict[str, Any]
+    settings: dict[str, Any]
     machine: dict[str, str]
     models: tuple[Measured, ...]
     notes: tuple[str, ...] = ()
@@ -145,7 +145,7 @@ class Evaluation:
         """Return plain JSON values."""
         return {
             "schema": _SCHEMA,
-            "asked": self.asked,
+            "asked": self.settings,
             "machine": self.machine,
             "models": [model.to_json() for model in self.models],
             "notes": list(self.notes),
@@ -154,7 +154,7 @@ class Evaluation:
     def gallery(self, key: str) -> Gallery:
         """Return the pictures of a model."""
         return Gallery(
-            self.directory / "pictures" / key, RecordRecipe.from_json(self.asked["record"])
+            self.directory / "pictures" / key, RecordRecipe.from_json(self.settings["record"])
         )
 
     @classmethod
@@ -175,7 +175,7 @@ class Evaluation:
             models = tuple(Measured.from_json(entry) for entry in document["models"])
             return cls(
                 directory=directory,
-                asked=document["asked"],
+                settings=document["asked"],
                 machine=document["machine"],
                 models=models,
                 notes=tuple(document["notes"]),

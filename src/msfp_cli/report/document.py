@@ -72,14 +72,14 @@ def write_report(
 
 def gather(run: Run, evaluation: Evaluation, pictures: int) -> dict[str, Any]:
     """Return the document that `report_page.render` takes, as plain JSON values."""
-    export = Path(evaluation.asked["export"])
+    export = Path(evaluation.settings["export"])
     configs = read_configs(export)
     tables = {component: config.table() for component, config in configs.items()}
     calibration = calibration_of(run, export, configs)
     tuned = {} if calibration is None else _tuned(run, calibration, tables)
     document = {
         "title": "msfp report",
-        "model": evaluation.asked["against"]["model"],
+        "model": evaluation.settings["against"]["model"],
         "version": __version__,
         "summary": _summary(evaluation, tables),
         "headline": _headline(evaluation),
@@ -117,7 +117,7 @@ def _summary(evaluation: Evaluation, tables: dict[str, dict[str, LayerScheme]]) 
     layers = [scheme for table in tables.values() for scheme in table.values()]
     inputs = [scheme.input for scheme in layers if scheme.input is not None]
     unsigned = sum(not grid.format.signed for grid in inputs)
-    count = len(evaluation.asked["record"]["conditions"])
+    count = len(evaluation.settings["record"]["conditions"])
     return (
         f"{len(layers)} layers quantized, {unsigned} of {len(inputs)} inputs unsigned; "
         f"{count} pictures of each model from the same prompts and seeds."
@@ -170,7 +170,7 @@ def _change(ratio: float) -> str:
 
 def _pictures(evaluation: Evaluation, count: int) -> list[dict[str, Any]]:
     """Return the first pictures of every model, embedded."""
-    record = evaluation.asked["record"]
+    record = evaluation.settings["record"]
     drawn = {
         model.key: evaluation.gallery(model.key).pictures()[:count] for model in evaluation.models
     }

@@ -78,7 +78,7 @@ def num_recorded(conditions: Sequence[str | None]) -> int:
 
 
 def _evaluate(calibration: Calibration | None, evaluation: Evaluation) -> str:
-    asked = evaluation.asked
+    asked = evaluation.settings
     record, source = (
         RecordRecipe.from_json(asked["record"]),
         ModelSource.from_json(asked["against"]),
@@ -155,7 +155,7 @@ def settings_of(
         (f"fine-tuning of {component}", learned.recipe.to_json())
         for component, learned in tuned.items()
     ]
-    asked = dict(evaluation.asked)
+    asked = dict(evaluation.settings)
     groups += [("evaluation", {**asked.pop("record"), **asked}), ("machine", evaluation.machine)]
     return [
         {"title": title, "rows": [[key, _words(value)] for key, value in fields.items()]}

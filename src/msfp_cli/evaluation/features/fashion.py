@@ -1,10 +1,11 @@
-"""A small classifier of the built-in pipeline's pictures: which garment, which colour, and features for distances.
+"""A small classifier of the built-in pipeline's pictures: which garment, and which colour.
 
-It tells whether a picture shows what its prompt asked for, and its features tell sets of pictures
-apart where no large extractor is at hand. `examples/train_fashion/train_classifier.py` trains it on
-tinted Fashion-MNIST; the weights that come with msfp are of 124 thousand parameters.
+It tells whether a picture shows what its prompt names, and its features are used for distances
+between sets of these pictures. `examples/train_fashion/train_classifier.py` trains it on tinted
+Fashion-MNIST; it has 124 thousand parameters, and the weights come with msfp.
 """
 
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -35,10 +36,8 @@ class GarmentClassifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths, strides = (3, 32, 48, 64, 96), (1, 2, 1, 2)
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(i, o, 3, stride=s, padding=1), nn.GroupNorm(8, o), nn.SiLU())
-            for i, o, s in zip(widths[:-1], widths[1:], strides, strict=True)
+            [_stage(3, 32, 1), _stage(32, 48, 2), _stage(48, 64, 1), _stage(64, 96, 2)]
         )
         self.features = nn.Sequential(nn.Flatten(), nn.Linear(96 * 2 * 2, 64), nn.SiLU())
         self.pool = nn.AvgPool2d(4)
@@ -47,11 +46,12 @@ class GarmentClassifier(nn.Module):
 
     def maps(self, pictures: Tensor) -> list[Tensor]:
         """Return the feature maps after each stage."""
-        found, x = [], pictures * 2 - 1
+        x = pictures * 2 - 1
+        maps = []
         for stage in self.stages:
             x = stage(x)
-            found.append(x)
-        return found
+            maps.append(x)
+        return maps
 
     def embed(self, pictures: Tensor) -> Tensor:
         """Return the features ``(pictures, 64)`` on which both answers rest."""
@@ -68,40 +68,57 @@ class GarmentClassifier(nn.Module):
         return self.garment(features), self.colour(features)
 
 
+def _stage(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    """Return a convolution of 3 by 3 with its normalization and activation."""
+    convolution = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
+    return nn.Sequential(convolution, nn.GroupNorm(8, out_channels), nn.SiLU())
+
+
 def load_classifier() -> GarmentClassifier:
     """Load the classifier that comes with msfp."""
     model = GarmentClassifier()
-    model.load_state_dict(
-        load_file(Path(str(files("msfp_cli") / "data" / "fashion_classifier.safetensors")))
-    )
+    weights = Path(str(files("msfp_cli") / "data" / "fashion_classifier.safetensors"))
+    model.load_state_dict(load_file(weights))
     return model.eval().requires_grad_(False)
 
 
-def asked_for(prompt: str) -> tuple[int | None, int | None]:
-    """Return which garment and which colour a prompt names, None where it names none."""
+def garment_in(prompt: str) -> int | None:
+    """Return which of `GARMENTS` a prompt names, None if it names none."""
+    return _first_named(GARMENTS, prompt)
+
+
+def colour_in(prompt: str) -> int | None:
+    """Return which of `COLOURS` a prompt names, None if it names none."""
+    return _first_named(COLOURS, prompt)
+
+
+def _first_named(names: Sequence[str], prompt: str) -> int | None:
     words = prompt.lower().replace(",", " ").split()
-    garment = next((i for i, name in enumerate(GARMENTS) if name in words), None)
-    colour = next((i for i, name in enumerate(COLOURS) if name in words), None)
-    return garment, colour
+    return next((i for i, name in enumerate(names) if name in words), None)
 
 
 @torch.no_grad()
 def agreement(
-    model: GarmentClassifier, pictures: Tensor, prompts: list[str]
-) -> tuple[float, float]:
-    """Return the shares of pictures whose garment, and whose colour, is what the prompt asked for.
+    model: GarmentClassifier, pictures: Tensor, prompts: Sequence[str]
+) -> tuple[float | None, float | None]:
+    """Return the shares of pictures whose garment, and whose colour, is what the prompt names.
 
     Arguments:
         pictures: ``(pictures, 3, 32, 32)`` in 0..1.
-        prompts: one for each; those that name no garment (or colour) do not count. NaN if none
-            counts.
+        prompts: one for each picture; a prompt that names no garment (or colour) does not count.
+
+    Returns:
+        Two shares in 0..1; None if no prompt counts.
     """
-    wanted = [asked_for(prompt) for prompt in prompts]
-    shares = []
-    for which, logits in enumerate(model(pictures)):
-        pairs = [
-            (int(row.argmax()), names[which]) for row, names in zip(logits, wanted, strict=True)
-        ]
-        counted = [found == name for found, name in pairs if name is not None]
-        shares.append(sum(counted) / len(counted) if counted else float("nan"))
-    return shares[0], shares[1]
+    garments, colours = model(pictures)
+    return (
+        _share_right(garments, [garment_in(prompt) for prompt in prompts]),
+        _share_right(colours, [colour_in(prompt) for prompt in prompts]),
+    )
+
+
+def _share_right(logits: Tensor, labels: Sequence[int | None]) -> float | None:
+    """Return the share of rows whose largest logit is at their label, None if no row has a label."""
+    pairs = zip(logits.argmax(dim=1).tolist(), labels, strict=True)
+    right = [answer == label for answer, label in pairs if label is not None]
+    return sum(right) / len(right) if right else None

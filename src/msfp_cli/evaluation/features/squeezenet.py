@@ -1,10 +1,10 @@
-"""Deep features that come with msfp: SqueezeNet 1.1 without its classifier, trained on ImageNet (Iandola et al. 2016).
+"""Deep features that come with msfp: SqueezeNet 1.1 without its classifier, trained on ImageNet.
 
-722 thousand parameters, kept in half precision (arXiv:1602.07360; weights of the authors' Caffe
-model, MIT). They serve where no larger extractor is at hand: a distance between two pictures that
-sees structure and not only pixels, as LPIPS does (Zhang et al. 2018, arXiv:1801.03924) but without
-its trained weights, so the numbers are not those of LPIPS; and features for distances between sets
-of pictures.
+722 thousand parameters, kept in half precision (Iandola et al. 2016, arXiv:1602.07360; weights of
+the authors' Caffe model, MIT). They serve where no larger extractor is available: for a distance
+between two pictures that sees structure and not only pixels, and as features for distances between
+sets of pictures. The distance is like LPIPS (Zhang et al. 2018, arXiv:1801.03924) without its
+trained weights, so the numbers are not those of LPIPS.
 """
 
 from importlib.resources import files
@@ -15,13 +15,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-DIMENSIONS = 512
 _SIDE = 224
 _MEAN = (103.939, 116.779, 123.68)  # blue, green, red, of 255
 # Squeezed and expanded channels of each fire module, by its place in the sequence; None is a pool.
-_FIRES = {3: (16, 64), 4: (16, 64), 5: None, 6: (32, 128), 7: (32, 128), 8: None}
-_FIRES |= {9: (48, 192), 10: (48, 192), 11: (64, 256), 12: (64, 256)}
-_STAGES = (1, 4, 7, 9, 10, 11, 12)  # where LPIPS looks, too
+_FIRES = {
+    3: (16, 64),
+    4: (16, 64),
+    5: None,
+    6: (32, 128),
+    7: (32, 128),
+    8: None,
+    9: (48, 192),
+    10: (48, 192),
+    11: (64, 256),
+    12: (64, 256),
+}
+_STAGES = (1, 4, 7, 9, 10, 11, 12)  # the same as in LPIPS
 
 
 class _Fire(nn.Module):
@@ -42,7 +51,7 @@ class _Fire(nn.Module):
 
 
 class SqueezeNet(nn.Module):
-    """Feature maps of pictures ``(pictures, 3, height, width)`` in 0..1, enlarged or reduced to 224 by 224."""
+    """Feature maps of pictures in 0..1, ``(pictures, 3, height, width)``, resized to 224 by 224."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,12 +68,12 @@ class SqueezeNet(nn.Module):
             pictures.float(), (_SIDE, _SIDE), mode="bilinear", antialias=True
         )
         x = resized.flip(1) * 255 - torch.tensor(_MEAN, device=pictures.device)[:, None, None]
-        found = []
+        maps = []
         for place, part in enumerate(self.features):
             x = part(x)
             if place in _STAGES:
-                found.append(x)
-        return found
+                maps.append(x)
+        return maps
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Return the mean of the last maps, ``(pictures, 512)``."""
@@ -85,17 +94,25 @@ def load_squeezenet() -> SqueezeNet:
 
 @torch.no_grad()
 def deep_distance(model: SqueezeNet, pictures: Tensor, reference: Tensor) -> Tensor:
-    """Return how far pictures are from others in deep features, float64 ``(pictures,)``; 0 if equal.
+    """Return how far each picture is from its reference in deep features, 0 if they are equal.
 
-    At each stage the features of a place are brought to unit length; squared differences are summed
-    over channels and averaged over places; the stages are averaged: LPIPS with all weights one over
-    the number of stages.
+    At each stage the features of every place are scaled to unit length; squared differences are
+    summed over channels and averaged over places; the mean of the stages is the distance. This is
+    LPIPS whose weights are all one over the number of stages.
+
+    Arguments:
+        pictures, reference: ``(pictures, 3, height, width)`` in 0..1.
+
+    Returns:
+        float64 ``(pictures,)``.
     """
     total = torch.zeros(len(pictures), dtype=torch.float64)
-    stages = list(zip(model.maps(pictures), model.maps(reference), strict=True))
-    for ours, theirs in stages:
-        difference = functional.normalize(ours.double(), dim=1) - functional.normalize(
-            theirs.double(), dim=1
-        )
+    for ours, theirs in zip(model.maps(pictures), model.maps(reference), strict=True):
+        difference = _unit_length(ours) - _unit_length(theirs)
         total += difference.square().sum(dim=1).mean(dim=(-2, -1)).cpu()
-    return total / len(stages)
+    return total / len(_STAGES)
+
+
+def _unit_length(features: Tensor) -> Tensor:
+    """Scale the features of every place to unit length, in float64."""
+    return functional.normalize(features.double(), dim=1)

@@ -1,0 +1,82 @@
+"""Whether an interrupted evaluation may go on: only with the settings that it was begun with.
+
+The settings lie in ``asked.json`` from the first moment on. What is finished (pictures, recorded
+calls, measurements) is kept, so a directory is never continued with settings that would mix two
+evaluations.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from msfp_cli.errors import CheckpointError, RunError
+from msfp_cli.files import Json, write_text
+
+_SETTINGS = "asked.json"
+_PARTS = (_SETTINGS, "trajectories", "pictures", "measured", "signed", "evaluation.json")
+# Settings that no picture depends on: they may change until the first model is measured.
+_OF_MEASUREMENTS = ("extractor", "reference", "clip", "layers", "cost")
+_T = TypeVar("_T")
+
+
+def refuse_other_settings(place: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
+    """Refuse a directory that holds something else, before anything is written.
+
+    Arguments:
+        settings: as JSON values.
+        overwrite: whether another evaluation may be there.
+
+    Raises:
+        RunError: the directory was not written by msfp, or holds an evaluation with other settings.
+        CheckpointError: its settings cannot be read.
+    """
+    if place.exists() and not _is_ours(place):
+        raise RunError(f"{place} is nothing that msfp wrote; choose another place")
+    if overwrite or not (place / _SETTINGS).exists():
+        return
+    begun_with = _flat(read_document(place / _SETTINGS, dict))
+    differing = [key for key, value in _flat(settings).items() if begun_with.get(key) != value]
+    if not any((place / "measured").glob("*.json")):
+        differing = [key for key in differing if key not in _OF_MEASUREMENTS]
+    if differing:
+        raise RunError(
+            f"{place} holds an evaluation with other settings ({differing[0]!r} differs); "
+            "use --overwrite"
+        )
+
+
+def begin(place: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
+    """Write the settings; what an evaluation with the same ones has is kept unless `overwrite` is set."""
+    if overwrite and (place / _SETTINGS).exists():
+        shutil.rmtree(place)
+    write_text(place / _SETTINGS, json.dumps(settings, indent=1))
+
+
+def read_document(path: Path, parse: Callable[[Json], _T]) -> _T:
+    """Read a JSON file of an unfinished evaluation.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        return parse(json.loads(path.read_text("utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); use --overwrite to evaluate again"
+        ) from None
+
+
+def _is_ours(place: Path) -> bool:
+    """Whether a directory holds parts of an evaluation only, finished or left behind by a killed process."""
+    leftovers = tuple(f".{part}" for part in _PARTS)
+    return place.is_dir() and all(
+        part.name in _PARTS or part.name.startswith(leftovers) for part in place.iterdir()
+    )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Put the settings of the pictures beside the others, so that a difference is named by its own key."""
+    rest = {key: value for key, value in settings.items() if key != "record"}
+    return {**rest, **settings.get("record", {})}
