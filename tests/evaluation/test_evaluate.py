@@ -47,7 +47,7 @@ from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.reference import BUILT_IN_REFERENCE, built_in_reference, load_reference
 from msfp_cli.evaluation.result import Evaluation, Measured
 from msfp_cli.pipelines.loading import BUILT_IN, default_prompts, load_pipeline
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.source import ModelSource, Sampling
 from msfp_cli.recording.compare import layer_errors, output_error
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
@@ -386,19 +386,21 @@ def test_another_seed_gives_other_figures(
 def test_cost_alone_differs_between_evaluations(
     evaluated: Evaluation, tiny_chained: Chained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, object]] = []
+    calls: list[tuple[object, ...]] = []
 
-    def measure(source: ModelSource, conditions: object, **rest: object) -> Cost:
-        asked.append((source.model, (conditions, rest)))
-        return Cost(load_seconds=1.0, seconds_per_picture=float(len(asked)), peak_memory_bytes=5)
+    def measure(
+        source: ModelSource, conditions: object, sampling: Sampling, *, device: str | None
+    ) -> Cost:
+        calls.append((source.model, conditions, sampling.arguments(), device))
+        return Cost(load_seconds=1.0, seconds_per_picture=float(len(calls)), peak_memory_bytes=5)
 
     monkeypatch.setattr("msfp_cli.evaluation.measure.measure_cost", measure)
     found = again(tiny_chained, tmp_path / "cost", replace(THREE, cost=True))
     assert [replace(model, cost=None) for model in found.models] == list(evaluated.models)
-    settings = ((None, None), {"num_inference_steps": 2, "guidance_scale": None, "device": "cpu"})
-    assert asked == [
-        (tiny_chained.calibration.source.model, settings),
-        (str(tiny_chained.export), settings),
+    rest = ((None, None), {"num_inference_steps": 2, "guidance_scale": None}, "cpu")
+    assert calls == [
+        (tiny_chained.calibration.source.model, *rest),
+        (str(tiny_chained.export), *rest),
     ]
     costs = [
         None if model.cost is None else model.cost.seconds_per_picture for model in found.models
@@ -407,7 +409,7 @@ def test_cost_alone_differs_between_evaluations(
     before = result_of(found.directory)
     again(tiny_chained, found.directory, replace(THREE, cost=True))
     assert (
-        len(asked) == 2 and result_of(found.directory) == before
+        len(calls) == 2 and result_of(found.directory) == before
     )  # what is measured is not measured again
 
 
