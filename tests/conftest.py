@@ -34,7 +34,7 @@ from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.finetuning.finetune import FinetuneReport, finetune_run
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.finetuning.result import Tuned
+from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers
 from msfp_cli.pipelines.loading import BUILT_IN, load_pipeline, quiet_libraries
 from msfp_cli.pipelines.source import ModelSource
@@ -114,7 +114,7 @@ class Finetuned:
 
     run: Run
     calibration: Calibration
-    tuned: Tuned
+    tuned: FinetuneState
     report: ExportReport
 
     @property
@@ -123,10 +123,10 @@ class Finetuned:
         return Path(self.report.directory)
 
 
-def train(run: Run, recipe: FinetuneRecipe = FEW_UPDATES, **options: object) -> Tuned:
+def train(run: Run, recipe: FinetuneRecipe = FEW_UPDATES, **options: object) -> FinetuneState:
     """Fine-tune a run that has one denoiser, and return its saved state."""
     (report,) = finetune_run(run, recipe, device="cpu", **options)
-    return Tuned.load(Path(report.file))
+    return FinetuneState.load(Path(report.file))
 
 
 def record_few(
@@ -142,7 +142,7 @@ def record_few(
     return pipe, denoiser, list(recording.calls(component))
 
 
-def settle(tuned: Tuned, num_layers: int = 5) -> Tuned:
+def settle(tuned: FinetuneState, num_layers: int = 5) -> FinetuneState:
     """Return a state whose router has settled on one member (which differs) for each of the first layers."""
     best = tuned.state("best")
     bias = best["router.logits.bias"].clone().view(-1, tuned.recipe.hub_size)

@@ -21,7 +21,7 @@ from typing import Any
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.files import write_text
-from msfp_cli.finetuning.result import Tuned
+from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.recipe import DEFAULT_RUN
 from msfp_cli.recording.result import Recording
 
@@ -70,14 +70,14 @@ class Run:
         self.require()
         return Calibration.load(self.calibration)
 
-    def load_tuned(self, calibration: Calibration) -> dict[str, Tuned]:
+    def load_tuned(self, calibration: Calibration) -> dict[str, FinetuneState]:
         """Load the fine-tunings of the calibrated denoisers, by component; empty if there are none.
 
         Raises:
             RunError: one began with another calibration.
         """
         found = {
-            c: Tuned.load(self.finetuned(c))
+            c: FinetuneState.load(self.finetuned(c))
             for c in calibration.layers
             if self.finetuned(c).exists()
         }

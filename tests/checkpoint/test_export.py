@@ -23,7 +23,7 @@ from msfp_cli.checkpoint.pipeline import MSFPPipeline
 from msfp_cli.checkpoint.quantizer import SCHEMA_VERSION
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.finetuning.lora import tuned_names
-from msfp_cli.finetuning.result import Tuned, served
+from msfp_cli.finetuning.result import FinetuneState, member_by_timestep
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import ROUTER, TABLE_SIZE
@@ -244,7 +244,7 @@ def test_failed_save_leaves_nothing_new_and_nothing_lost(
     assert [p.name for p in tmp_path.iterdir()] == ["export"] * existing
 
 
-def now_as_best(tuned: Tuned) -> Tuned:
+def now_as_best(tuned: FinetuneState) -> FinetuneState:
     """Return a state as if the last update had been the best."""
     return replace(
         tuned, tensors={f"best/{name}": tensor for name, tensor in tuned.state("now").items()}
@@ -323,7 +323,9 @@ def denoiser_of(export: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict]]
 
 def test_only_layers_that_switch_hold_several_sets_of_weights(tiny_tuned: Finetuned) -> None:
     names = tuned_names(tiny_tuned.calibration.table("unet"))
-    members = {name: len(set(row)) for name, row in served(tiny_tuned.tuned, names).items()}
+    members = {
+        name: len(set(row)) for name, row in member_by_timestep(tiny_tuned.tuned, names).items()
+    }
     tensors, layers = denoiser_of(tiny_tuned.export)
     assert {name: entry["hub"] for name, entry in layers.items()} == members
     assert {name: tensors[f"{name}.weight_codes"].shape[0] for name in names} == members
@@ -339,7 +341,7 @@ def test_table_of_the_export_is_the_routers_choice_at_every_trained_timestep(
 ) -> None:
     denoiser = DiffusionPipeline.from_pretrained(tiny_tuned.export).unet
     names = tuned_names(tiny_tuned.calibration.table("unet"))
-    members = served(tiny_tuned.tuned, names)
+    members = member_by_timestep(tiny_tuned.tuned, names)
     switching = [name for name in sorted(names) if len(set(members[name])) > 1]
     router = denoiser.get_submodule(ROUTER)
     for position, timestep in enumerate(sorted(tiny_tuned.tuned.timesteps, reverse=True)):
@@ -359,7 +361,7 @@ def test_hub_that_training_has_not_touched_costs_nothing(
     assert files_of(tmp_path / "tuned") == files_of(tmp_path / "plain")
 
 
-def untouched(tuned: Tuned) -> dict[str, torch.Tensor]:
+def untouched(tuned: FinetuneState) -> dict[str, torch.Tensor]:
     """Return the best state as it was before the first update: all members alike, B and shifts at zero."""
     best = {n: t for n, t in tuned.tensors.items() if n.startswith("best/")}
     for name in best:

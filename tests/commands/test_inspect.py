@@ -6,21 +6,21 @@ import pytest
 
 from conftest import Finetuned, Invoke, only_line
 from msfp_cli.finetuning.lora import tuned_names
-from msfp_cli.finetuning.result import Tuned, choices
+from msfp_cli.finetuning.result import FinetuneState, member_table
 from msfp_cli.layers.routing import table_index
 
 Copied = Callable[..., Path]
 
 
 @pytest.fixture
-def inspected(tiny_tuned: Finetuned, copied: Copied) -> Tuned:
+def inspected(tiny_tuned: Finetuned, copied: Copied) -> FinetuneState:
     """A fine-tuned run in the working directory; its only denoiser's state."""
     copied(tiny_tuned.run.directory, "msfp-run")
-    return Tuned.load(tiny_tuned.run.finetuned("unet"))
+    return FinetuneState.load(tiny_tuned.run.finetuned("unet"))
 
 
 def test_errors_are_those_of_the_first_and_of_the_best_evaluation(
-    inspected: Tuned, msfp: Invoke
+    inspected: FinetuneState, msfp: Invoke
 ) -> None:
     errors = json.loads(msfp("inspect", "--json").stdout)["unet"]["errors"]
     assert [(e["timestep"], e["before"]) for e in errors] == list(inspected.history[0].by_timestep)
@@ -28,11 +28,11 @@ def test_errors_are_those_of_the_first_and_of_the_best_evaluation(
 
 
 def test_members_are_those_of_the_exported_table(
-    inspected: Tuned, tiny_tuned: Finetuned, msfp: Invoke
+    inspected: FinetuneState, tiny_tuned: Finetuned, msfp: Invoke
 ) -> None:
     members = json.loads(msfp("inspect", "--json").stdout)["unet"]["members"]
     names = tuned_names(tiny_tuned.run.load_calibration().table("unet"))
-    table = choices(inspected, names)
+    table = member_table(inspected, names)
     rows = [
         table_index(timestep, inspected.unit)
         for timestep in sorted(inspected.timesteps, reverse=True)
@@ -41,7 +41,9 @@ def test_members_are_those_of_the_exported_table(
     assert any(len(set(row)) > 1 for row in members.values())
 
 
-def test_map_draws_blocks_or_the_layers_of_a_pattern(inspected: Tuned, msfp: Invoke) -> None:
+def test_map_draws_blocks_or_the_layers_of_a_pattern(
+    inspected: FinetuneState, msfp: Invoke
+) -> None:
     blocks = msfp("inspect").stderr
     assert "down_blocks.0 " in blocks and "down_blocks.0.resnets" not in blocks
     layers = msfp("inspect", "--layers", "down_blocks.0.*conv1")
@@ -52,7 +54,9 @@ def test_map_draws_blocks_or_the_layers_of_a_pattern(inspected: Tuned, msfp: Inv
     assert "".join(map(str, members["down_blocks.0.resnets.0.conv1"])) in layers.stderr
 
 
-def test_pattern_of_no_layer_names_one_that_there_is(inspected: Tuned, msfp: Invoke) -> None:
+def test_pattern_of_no_layer_names_one_that_there_is(
+    inspected: FinetuneState, msfp: Invoke
+) -> None:
     assert only_line(msfp("inspect", "--layers", "decoder*"), 2).endswith("'conv_in'")
 
 

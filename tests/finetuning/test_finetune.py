@@ -25,7 +25,7 @@ from msfp_cli.commands.finetune import _recipe, calls_per_update
 from msfp_cli.errors import RunError
 from msfp_cli.finetuning.finetune import timestep_weights
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.finetuning.result import Tuned
+from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.finetuning.trainer import Trainer
 from msfp_cli.pipelines.rows import join_rows
 from msfp_cli.pipelines.source import ModelSource
@@ -71,7 +71,7 @@ def test_command_tells_what_was_won_and_what_is_next(fresh_run: FreshRun, msfp: 
     run = fresh_run()
     result = msfp("finetune", *OPTIONS)
     assert (result.exit_code, result.stdout) == (0, "msfp-run/finetune\n"), result.stderr
-    tuned = Tuned.load(state(run))
+    tuned = FinetuneState.load(state(run))
     for evaluation in tuned.history:
         assert f"held-out error {evaluation.error:.5f}" in result.stderr
     before, after = tuned.history[0].error, tuned.best.error
@@ -89,7 +89,7 @@ def test_command_tells_what_was_won_and_what_is_next(fresh_run: FreshRun, msfp: 
 def test_json_holds_the_figures(fresh_run: FreshRun, msfp: Invoke) -> None:
     run = fresh_run()
     report = json.loads(msfp("finetune", *OPTIONS, "--json").stdout)["transformer"]
-    tuned = Tuned.load(state(run))
+    tuned = FinetuneState.load(state(run))
     assert report == {
         "component": "transformer",
         "file": "msfp-run/finetune/transformer.safetensors",
@@ -111,11 +111,14 @@ def test_without_options_it_goes_on_with_the_saved_settings(
         result = msfp(
             "finetune", *OPTIONS, "--hub-size", 3, "--loss", "plain", "--gradient-accumulation", 2
         )
-    assert (result.exit_code, Tuned.load(state(run)).finished) == (1, False)
-    recipe = Tuned.load(state(run)).recipe
+    assert (result.exit_code, FinetuneState.load(state(run)).finished) == (1, False)
+    recipe = FinetuneState.load(state(run)).recipe
     assert (recipe.steps, recipe.hub_size, recipe.loss, recipe.lanes) == (4, 3, "plain", 2)
     assert msfp("finetune", "--device", "cpu").exit_code == 0
-    assert (Tuned.load(state(run)).recipe, Tuned.load(state(run)).step) == (recipe, 4)
+    assert (FinetuneState.load(state(run)).recipe, FinetuneState.load(state(run)).step) == (
+        recipe,
+        4,
+    )
 
 
 def test_finished_run_says_so_and_does_nothing(fresh_run: FreshRun, msfp: Invoke) -> None:
@@ -135,7 +138,7 @@ def test_restart_begins_again_with_other_settings(fresh_run: FreshRun, msfp: Inv
     result = msfp("finetune", "--restart", "--steps", 2, "--rank", 3, "--device", "cpu")
     assert result.exit_code == 0
     assert "before held-out error" in result.stderr
-    recipe = Tuned.load(state(run)).recipe
+    recipe = FinetuneState.load(state(run)).recipe
     default = FinetuneRecipe()  # what is not given has it again
     assert (recipe.steps, recipe.rank, recipe.batch_size) == (2, 3, default.batch_size)
 
@@ -152,7 +155,7 @@ def test_training_that_does_not_help_is_said_to_be_left_out(
         in result.stderr
     )
     assert "Try a lower --learning-rate with --restart" in result.stderr
-    tuned = Tuned.load(state(run))
+    tuned = FinetuneState.load(state(run))
     assert tuned.best.step == 0
     assert not any(tensor.any() for name, tensor in tuned.state("best").items() if "lora_b" in name)
     assert any(tensor.any() for name, tensor in tuned.state("now").items() if "lora_b" in name)
@@ -456,7 +459,7 @@ def test_fine_tuning_of_another_calibration_is_explained_everywhere(
     assert msfp("export", "--calibrated").exit_code == 0
     assert msfp("finetune", "--restart", *OPTIONS).exit_code == 0
     assert (
-        Tuned.load(state(run)).calibration
+        FinetuneState.load(state(run)).calibration
         == run.load_calibration().identity()
         != calibration.identity()
     )
@@ -467,7 +470,7 @@ def test_diverging_training_says_what_to_change(fresh_run: FreshRun, msfp: Invok
     message = only_error(msfp("finetune", *OPTIONS, "--learning-rate", 1e30), 1)
     assert "training diverged" in message
     assert "Give a --learning-rate a third of this one, and --restart" in message
-    kept = Tuned.load(state(run))
+    kept = FinetuneState.load(state(run))
     assert all(tensor.isfinite().all() for tensor in kept.tensors.values())
     assert msfp("export", "--device", "cpu").exit_code == 0
 
@@ -544,7 +547,7 @@ def test_interrupted_command_says_how_far_it_got_and_how_to_go_on(
     stop_after(2, monkeypatch)
     result = msfp("finetune", *OPTIONS)
     assert (result.exit_code, result.stdout) == (1, "msfp-run/finetune\n")
-    stopped = Tuned.load(state(run)).step
+    stopped = FinetuneState.load(state(run)).step
     assert stopped in (2, 3)  # the wish is asked for before an update, and arrives in one
     assert f"transformer: stopped after {stopped} of 4 updates; all is kept" in result.stderr
     assert result.stderr.splitlines()[-1] == "next: msfp finetune"
@@ -575,7 +578,7 @@ def test_interrupted_process_keeps_its_state(fresh_run: FreshRun, tmp_path: Path
         output, errors = process.communicate(timeout=100)
     finally:
         process.kill()
-    step = Tuned.load(state(run)).step
+    step = FinetuneState.load(state(run)).step
     assert (process.returncode, output) == (1, "msfp-run/finetune\n"), errors
     assert 1 <= step < 100000
     assert (

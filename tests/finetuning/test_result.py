@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from conftest import Finetuned, Invoke, only_line
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.finetuning.lora import moved_input, tuned_names
-from msfp_cli.finetuning.result import Tuned, choices, quantize_tuned_
+from msfp_cli.finetuning.result import FinetuneState, member_table, quantize_tuned_
 from msfp_cli.finetuning.router import Router
 from msfp_cli.formats.rounding import Grid, quantize
 from msfp_cli.layers.replace import find_layers, quantized_layers
@@ -30,7 +30,7 @@ def file(tiny_tuned: Finetuned, copied: Callable[..., Path]) -> Path:
 
 def test_state_comes_back_as_it_was_saved(tiny_tuned: Finetuned, tmp_path: Path) -> None:
     tiny_tuned.tuned.save(tmp_path / "deep" / "state.safetensors")
-    again = Tuned.load(tmp_path / "deep" / "state.safetensors")
+    again = FinetuneState.load(tmp_path / "deep" / "state.safetensors")
     assert replace(again, tensors={}) == replace(tiny_tuned.tuned, tensors={})
     assert all(
         torch.equal(again.tensors[name], tensor)
@@ -40,7 +40,7 @@ def test_state_comes_back_as_it_was_saved(tiny_tuned: Finetuned, tmp_path: Path)
 
 
 def test_failed_save_leaves_the_state_before(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, tuned = file.read_bytes(), Tuned.load(file)
+    before, tuned = file.read_bytes(), FinetuneState.load(file)
 
     def half(tensors: object, path: Path, metadata: object) -> None:
         Path(path).write_bytes(b"half")
@@ -137,7 +137,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
 def test_broken_state_is_refused_in_one_line(damage: Callable[[Path], None], file: Path) -> None:
     damage(file)
     with pytest.raises(CheckpointError, match=DAMAGES[damage]) as caught:
-        Tuned.load(file)
+        FinetuneState.load(file)
     assert len(str(caught.value).splitlines()) == 1
     assert file.name in str(caught.value)
 
@@ -153,10 +153,10 @@ def test_every_command_says_how_to_get_past_a_broken_state(
     assert (
         msfp("finetune", "--restart", "--steps", 1, "--rank", 1, "--device", "cpu").exit_code == 0
     )
-    assert Tuned.load(file).finished
+    assert FinetuneState.load(file).finished
 
 
-def router_of(tuned: Tuned, layers: int) -> Router:
+def router_of(tuned: FinetuneState, layers: int) -> Router:
     """Return the trained router as it was when the error was lowest."""
     router = Router(layers, tuned.recipe.hub_size, tuned.unit, torch.Generator())
     router.load_state_dict(
@@ -167,7 +167,7 @@ def router_of(tuned: Tuned, layers: int) -> Router:
 
 def test_table_says_what_the_router_does_at_every_trained_timestep(tiny_tuned: Finetuned) -> None:
     names = tuned_names(tiny_tuned.calibration.table("unet"))
-    router, table = router_of(tiny_tuned.tuned, len(names)), choices(tiny_tuned.tuned, names)
+    router, table = router_of(tiny_tuned.tuned, len(names)), member_table(tiny_tuned.tuned, names)
     assert table.shape == (TABLE_SIZE, len(names))
     for timestep in tiny_tuned.tuned.timesteps:
         assert table[round(timestep)].tolist() == [

@@ -21,7 +21,7 @@ from msfp_cli.checkpoint.export import load_calibrated
 from msfp_cli.errors import RunError, TrainingError, UsageError
 from msfp_cli.finetuning.batches import Batches
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.finetuning.result import Tuned
+from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.finetuning.student import Student
 from msfp_cli.finetuning.trainer import SAVE_EVERY, Trainer
 from msfp_cli.layers.prepare import prepare_
@@ -66,7 +66,7 @@ def options_of(recipe: FinetuneRecipe) -> list[str]:
     ]
 
 
-def assert_same(one: Tuned, other: Tuned) -> None:
+def assert_same(one: FinetuneState, other: FinetuneState) -> None:
     """Compare two saved states bit for bit."""
     assert one.tensors.keys() == other.tensors.keys()
     assert [
@@ -83,13 +83,13 @@ def after(updates: int) -> Callable[[], bool]:
 
 def saved_step(file: Path) -> int:
     """Return how far a saved state is, -1 if there is none."""
-    return Tuned.load(file).step if file.exists() else -1
+    return FinetuneState.load(file).step if file.exists() else -1
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(
     calibrated: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory
-) -> Tuned:
+) -> FinetuneState:
     """Fine-tune the class-conditional transformer in one go."""
     directory = tmp_path_factory.mktemp("uninterrupted")
     for name in ("recording", "held-out", "calibration"):
@@ -97,7 +97,7 @@ def uninterrupted(
     return train(Run(directory))
 
 
-def test_every_kind_of_state_is_kept(uninterrupted: Tuned) -> None:
+def test_every_kind_of_state_is_kept(uninterrupted: FinetuneState) -> None:
     names = uninterrupted.state("now").keys()
     for part in (
         "lora_a.2",
@@ -119,7 +119,7 @@ def test_every_kind_of_state_is_kept(uninterrupted: Tuned) -> None:
 
 @pytest.mark.parametrize("updates", [1, 3, 5])
 def test_stopped_run_goes_on_to_where_an_uninterrupted_one_ends(
-    updates: int, uninterrupted: Tuned, fresh_run: FreshRun
+    updates: int, uninterrupted: FinetuneState, fresh_run: FreshRun
 ) -> None:
     run = fresh_run()
     stopped = train(run, stop=after(updates))
@@ -128,7 +128,7 @@ def test_stopped_run_goes_on_to_where_an_uninterrupted_one_ends(
 
 
 def test_crashed_run_goes_on_from_what_it_saved_last(
-    uninterrupted: Tuned, fresh_run: FreshRun, monkeypatch: pytest.MonkeyPatch
+    uninterrupted: FinetuneState, fresh_run: FreshRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, backward, count = fresh_run(), Trainer._backward, itertools.count()
 
@@ -159,7 +159,7 @@ def test_killed_process_goes_on_to_where_an_uninterrupted_run_ends(
     process.wait()
     assert saved_step(file) == SAVE_EVERY
     assert msfp("finetune", "--device", "cpu").exit_code == 0
-    assert_same(Tuned.load(file), train(fresh_run(name="whole"), recipe))
+    assert_same(FinetuneState.load(file), train(fresh_run(name="whole"), recipe))
 
 
 def test_two_processes_do_what_one_does_with_accumulation(
@@ -177,7 +177,7 @@ def test_two_processes_do_what_one_does_with_accumulation(
     assert (done.returncode, done.stdout) == (0, "msfp-run/finetune\n"), done.stderr
     assert done.stderr.count("before held-out error") == 1
     assert msfp("finetune", "--run", "one", *options_of(recipe)).exit_code == 0
-    shared, alone = (Tuned.load(run.finetuned("unet")) for run in (two, one))
+    shared, alone = (FinetuneState.load(run.finetuned("unet")) for run in (two, one))
     assert shared.recipe == alone.recipe == recipe
     for name, tensor in alone.tensors.items():
         torch.testing.assert_close(shared.tensors[name], tensor, rtol=1e-4, atol=1e-6)
@@ -187,7 +187,7 @@ def test_two_processes_do_what_one_does_with_accumulation(
 
 
 def test_accelerate_launches_the_command(
-    uninterrupted: Tuned, fresh_run: FreshRun, msfp: Invoke
+    uninterrupted: FinetuneState, fresh_run: FreshRun, msfp: Invoke
 ) -> None:
     run = fresh_run()
     launcher = [
@@ -200,7 +200,7 @@ def test_accelerate_launches_the_command(
     command = [*launcher, "-m", "msfp_cli", "finetune", *options_of(FEW_UPDATES)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (0, "msfp-run/finetune\n"), done.stderr
-    tuned = Tuned.load(run.finetuned("transformer"))
+    tuned = FinetuneState.load(run.finetuned("transformer"))
     for name, tensor in uninterrupted.tensors.items():
         torch.testing.assert_close(tuned.tensors[name], tensor, rtol=1e-4, atol=1e-6)
 
@@ -222,7 +222,7 @@ def test_every_setting_has_another_value_to_try() -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_setting_changes_the_result(
-    name: str, uninterrupted: Tuned, fresh_run: FreshRun
+    name: str, uninterrupted: FinetuneState, fresh_run: FreshRun
 ) -> None:
     assert getattr(FEW_UPDATES, name) != OTHERS[name]
     tuned = train(fresh_run(), replace(FEW_UPDATES, **{name: OTHERS[name]}))
@@ -238,7 +238,7 @@ def test_every_setting_changes_the_result(
     assert tuned.history[-1].loss != uninterrupted.history[-1].loss
 
 
-def test_half_precision_trains_alike(uninterrupted: Tuned, fresh_run: FreshRun) -> None:
+def test_half_precision_trains_alike(uninterrupted: FinetuneState, fresh_run: FreshRun) -> None:
     tuned = train(fresh_run(), replace(FEW_UPDATES, mixed_precision="bf16"))
     assert tuned.history[0] == uninterrupted.history[0]  # measured in full precision
     for ours, theirs in zip(uninterrupted.history[1:], tuned.history[1:], strict=True):
@@ -310,7 +310,7 @@ def test_diverging_training_says_what_to_change_and_keeps_the_saved_state(
     ) as caught:
         train(run)
     assert len(str(caught.value).splitlines()) == 1
-    assert_same(Tuned.load(run.finetuned("transformer")), kept)
+    assert_same(FinetuneState.load(run.finetuned("transformer")), kept)
 
 
 def test_best_state_is_on_disk_when_training_diverges(
@@ -325,7 +325,7 @@ def test_best_state_is_on_disk_when_training_diverges(
     )
     with pytest.raises(TrainingError, match="diverged.* at update 6; what was best so far is kept"):
         train(run, replace(FEW_UPDATES, steps=20, evaluate_every=2))
-    kept = Tuned.load(run.finetuned("transformer"))
+    kept = FinetuneState.load(run.finetuned("transformer"))
     assert (kept.step, kept.best.step, kept.best.error) == (4, 4, 0.2)
     assert any(tensor.any() for name, tensor in kept.state("best").items() if "lora_b" in name)
 
@@ -380,4 +380,4 @@ def test_evaluation_that_is_no_number_is_not_saved(
     ):
         train(run)
     with pytest.raises(RunError, match="no fine-tuning in .*; run `msfp finetune` first"):
-        Tuned.load(run.finetuned("transformer"))
+        FinetuneState.load(run.finetuned("transformer"))

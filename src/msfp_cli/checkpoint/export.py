@@ -12,7 +12,7 @@ from torch import nn
 from msfp_cli.calibration.result import Calibration, quantize_
 from msfp_cli.checkpoint.quantizer import MSFPConfig, mark_quantized_
 from msfp_cli.files import replace_directory
-from msfp_cli.finetuning.result import Tuned, quantize_tuned_
+from msfp_cli.finetuning.result import FinetuneState, quantize_tuned_
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import TABLE_SIZE
 from msfp_cli.pipelines.denoiser import find_denoisers
@@ -50,7 +50,9 @@ class ExportReport:
 
 
 def load_calibrated(
-    calibration: Calibration, device: str | None = None, tuned: Mapping[str, Tuned] | None = None
+    calibration: Calibration,
+    device: str | None = None,
+    tuned: Mapping[str, FinetuneState] | None = None,
 ) -> Any:  # noqa: ANN401 (the user's pipeline)
     """Load the calibrated model and quantize its denoisers: the in-memory twin of an export.
 
@@ -85,7 +87,7 @@ def export_(
     calibration: Calibration,
     directory: Path,
     *,
-    tuned: Mapping[str, Tuned] | None = None,
+    tuned: Mapping[str, FinetuneState] | None = None,
     device: str | None = None,
     overwrite: bool = False,
 ) -> ExportReport:

@@ -12,7 +12,7 @@ from msfp_cli.commands.options import DeviceOption, JsonOption, RunOption
 from msfp_cli.recipe import DEFAULT_RUN
 
 if TYPE_CHECKING:
-    from msfp_cli.finetuning.result import Tuned
+    from msfp_cli.finetuning.result import FinetuneState
 
 _HELP = """Show what fine-tuning learned: the error at each timestep before and after, and the hubs.
 
@@ -51,7 +51,7 @@ def inspect(
         return
     from msfp_cli.errors import RunError, UsageError
     from msfp_cli.finetuning.lora import tuned_names
-    from msfp_cli.finetuning.result import served
+    from msfp_cli.finetuning.result import member_by_timestep
     from msfp_cli.run import Run
 
     state = Run(run)
@@ -67,7 +67,7 @@ def inspect(
             raise UsageError(
                 f"no tuned layer matches {layers!r}; the first of {len(names)} is {names[0]!r}"
             )
-        members = served(tuned, names)
+        members = member_by_timestep(tuned, names)
         result[component] = {
             "errors": _errors(tuned),
             "members": {name: members[name] for name in shown},
@@ -115,7 +115,7 @@ def _show_kernels(run: Path, pattern: str | None, device: str | None, *, as_json
     console.result(str(export), result, as_json=as_json)
 
 
-def _errors(tuned: "Tuned") -> list[dict[str, float]]:
+def _errors(tuned: "FinetuneState") -> list[dict[str, float]]:
     """Return the error at each timestep, before and after."""
     after = dict(tuned.best.by_timestep)
     return [
@@ -124,7 +124,7 @@ def _errors(tuned: "Tuned") -> list[dict[str, float]]:
     ]
 
 
-def _show_errors(component: str, tuned: "Tuned") -> None:
+def _show_errors(component: str, tuned: "FinetuneState") -> None:
     rows = [
         [
             f"{e['timestep']:g}",

@@ -23,7 +23,7 @@ from msfp_cli.digest import fingerprint
 from msfp_cli.errors import MsfpError, RunError, TrainingError, UsageError
 from msfp_cli.finetuning.batches import Batches
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.finetuning.result import Tuned
+from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.finetuning.student import Student
 from msfp_cli.finetuning.trainer import Trainer
 from msfp_cli.layers.routing import timestep_unit
@@ -124,7 +124,9 @@ def finetune_run(
             finished = trainer.train(progress=progress, stop=stop)
         accelerator.wait_for_everyone()  # the main process may still be writing what the others are about to read
         reports.append(
-            report_of(component, run.finetuned(component), Tuned.load(run.finetuned(component)))
+            report_of(
+                component, run.finetuned(component), FinetuneState.load(run.finetuned(component))
+            )
         )
         if not finished:
             break
@@ -189,7 +191,7 @@ def _trainer(
     )
 
 
-def report_of(component: str, path: Path, tuned: Tuned) -> FinetuneReport:
+def report_of(component: str, path: Path, tuned: FinetuneState) -> FinetuneReport:
     """Sum up a saved state."""
     return FinetuneReport(
         component=component,
@@ -238,7 +240,7 @@ def _refuse_unlike_answer(denoiser: nn.Module, component: str, batches: Batches)
             )
 
 
-def _saved(run: Run, calibration: Calibration, recipe: FinetuneRecipe) -> dict[str, Tuned]:
+def _saved(run: Run, calibration: Calibration, recipe: FinetuneRecipe) -> dict[str, FinetuneState]:
     """Load the states that the run has.
 
     Raises:

@@ -35,7 +35,7 @@ _SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class HeldOutMeasurement:
     """One measurement on the held-out calls.
 
     Arguments:
@@ -52,7 +52,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuned:
+class FinetuneState:
     """A fine-tuned denoiser, finished or not.
 
     Arguments:
@@ -72,13 +72,13 @@ class Tuned:
     unit: float
     timesteps: tuple[float, ...]
     step: int
-    history: tuple[Evaluation, ...]
+    history: tuple[HeldOutMeasurement, ...]
     losses: tuple[float, ...]
     shares: tuple[tuple[float, float], ...]
     tensors: dict[str, Tensor] = field(repr=False)
 
     @property
-    def best(self) -> Evaluation:
+    def best(self) -> HeldOutMeasurement:
         """The evaluation with the lowest error."""
         return min(self.history, key=lambda evaluation: evaluation.error)
 
@@ -113,7 +113,7 @@ class Tuned:
             save_file(self.tensors, temporary, metadata={"msfp_finetune": json.dumps(document)})
 
     @classmethod
-    def load(cls, path: Path) -> "Tuned":
+    def load(cls, path: Path) -> "FinetuneState":
         """Read the file.
 
         Raises:
@@ -158,7 +158,7 @@ class Tuned:
             ) from None
 
 
-def choices(tuned: Tuned, layers: Sequence[str]) -> Tensor:
+def member_table(tuned: FinetuneState, layers: Sequence[str]) -> Tensor:
     """Return the member that the best router gives each layer at each timestep, uint8 ``(1001, layers)``.
 
     Arguments:
@@ -172,16 +172,16 @@ def choices(tuned: Tuned, layers: Sequence[str]) -> Tensor:
     return router.table(tuned.timesteps)
 
 
-def served(tuned: Tuned, layers: Sequence[str]) -> dict[str, list[int]]:
+def member_by_timestep(tuned: FinetuneState, layers: Sequence[str]) -> dict[str, list[int]]:
     """Return for each layer the member that serves each trained timestep, from noisy to clean."""
-    table = choices(tuned, layers)
+    table = member_table(tuned, layers)
     rows = [table_index(timestep, tuned.unit) for timestep in sorted(tuned.timesteps, reverse=True)]
     return {name: table[rows, slot].tolist() for slot, name in enumerate(layers)}
 
 
 @torch.no_grad()
 def quantize_tuned_(
-    denoiser: nn.Module, calibration: Calibration, component: str, tuned: Tuned
+    denoiser: nn.Module, calibration: Calibration, component: str, tuned: FinetuneState
 ) -> nn.Module:
     """Replace the denoiser's layers by quantized ones that hold the members of their hubs, and give it the router.
 
@@ -197,7 +197,7 @@ def quantize_tuned_(
         )
     table, best = calibration.table(component), tuned.state("best")
     names = tuned_names(table)
-    chosen = choices(tuned, names)
+    chosen = member_table(tuned, names)
     used: dict[str, list[int]] = {}
     for slot, name in enumerate(names):
         chosen[:, slot] = torch.tensor(_first_alike(best, name, tuned.recipe.hub_size))[
@@ -260,7 +260,7 @@ def _tuned_inputs(
     )
 
 
-def _evaluation(entry: dict[str, Any]) -> Evaluation:
-    return Evaluation(
+def _evaluation(entry: dict[str, Any]) -> HeldOutMeasurement:
+    return HeldOutMeasurement(
         **{**entry, "by_timestep": tuple((float(t), float(e)) for t, e in entry["by_timestep"])}
     )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from msfp_cli.errors import TrainingError, UsageError
 from msfp_cli.finetuning.batches import Batches
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.finetuning.result import Evaluation, Tuned
+from msfp_cli.finetuning.result import FinetuneState, HeldOutMeasurement
 from msfp_cli.finetuning.student import Student
 from msfp_cli.pipelines.denoiser import DenoiserCall
 from msfp_cli.pipelines.rows import JoinedCall
@@ -96,7 +96,7 @@ class Trainer:
                 parameter.requires_grad_(kind in self.kinds)
         groups = [{"params": self.kinds[kind], "base": rates[kind]} for kind in self.kinds]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        self.step, self.history, self.best = 0, list[Evaluation](), dict[str, Tensor]()
+        self.step, self.history, self.best = 0, list[HeldOutMeasurement](), dict[str, Tensor]()
         self._losses: list[float] = []
         self._scale = _FLOAT16_SCALE if student.is_float16() else 1.0
 
@@ -217,7 +217,7 @@ class Trainer:
             self._begin(measured)
         loss = sum(self._losses) / len(self._losses) if self._losses else None
         self._losses.clear()
-        now = Evaluation(
+        now = HeldOutMeasurement(
             step=self.step,
             loss=loss,
             error=measured.relative(),
@@ -286,7 +286,7 @@ class Trainer:
         for name, parameter in self.parameters.items():
             moments = self.optimizer.state.get(parameter, {})
             tensors |= {f"{key}/{name}": value.cpu() for key, value in moments.items()}
-        tuned = Tuned(
+        tuned = FinetuneState(
             recipe=self.recipe,
             calibration=self.calibration,
             unit=self.student.router.unit,
@@ -299,7 +299,7 @@ class Trainer:
         )
         tuned.save(self.path)
 
-    def resume(self, tuned: Tuned) -> None:
+    def resume(self, tuned: FinetuneState) -> None:
         """Go on from a saved state of the same recipe."""
         self.step, self.history, self.best = tuned.step, list(tuned.history), tuned.state("best")
         self._losses, self.batches.shares = list(tuned.losses), dict(tuned.shares)

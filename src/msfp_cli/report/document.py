@@ -19,7 +19,7 @@ from msfp_cli.evaluation.models import calibration_of
 from msfp_cli.evaluation.result import Evaluation, Measured, OutputNoise
 from msfp_cli.files import refuse_existing, replace_directory
 from msfp_cli.finetuning.lora import tuned_names
-from msfp_cli.finetuning.result import Tuned, served
+from msfp_cli.finetuning.result import FinetuneState, member_by_timestep
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.report.page import render
 from msfp_cli.report.plots import draw_plots
@@ -106,7 +106,7 @@ def gather(run: Run, evaluation: Evaluation, pictures: int) -> dict[str, Any]:
 
 def _tuned(
     run: Run, calibration: Calibration, tables: dict[str, dict[str, LayerScheme]]
-) -> dict[str, Tuned]:
+) -> dict[str, FinetuneState]:
     """Return the fine-tunings that the export can hold: a calibrated one holds none, whatever was trained since."""
     if all(table == calibration.table(component) for component, table in tables.items()):
         return {}
@@ -297,12 +297,12 @@ def _layer(
 
 
 def _router(
-    calibration: Calibration | None, component: str, tuned: Tuned | None
+    calibration: Calibration | None, component: str, tuned: FinetuneState | None
 ) -> dict[str, Any] | None:
     """Return which member of its hub serves each layer when, None where nothing switches."""
     if calibration is None or tuned is None or tuned.recipe.hub_size == 1:
         return None
-    members = served(tuned, tuned_names(calibration.table(component)))
+    members = member_by_timestep(tuned, tuned_names(calibration.table(component)))
     return {
         "timesteps": sorted(tuned.timesteps, reverse=True),
         "hub_size": tuned.recipe.hub_size,

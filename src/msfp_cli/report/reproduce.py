@@ -10,7 +10,7 @@ from msfp_cli.evaluation.recipe import STEPS_BEFORE
 from msfp_cli.evaluation.reference import BUILT_IN_REFERENCE
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.finetuning.result import Tuned
+from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.pipelines.loading import default_prompts
 from msfp_cli.pipelines.source import ModelSource
 from msfp_cli.recording.recipe import (
@@ -26,7 +26,7 @@ _OPTIONS |= {"num_inference_steps": "steps", "conditions": None, "model": None}
 
 
 def commands_of(
-    calibration: Calibration | None, tuned: Mapping[str, Tuned], evaluation: Evaluation
+    calibration: Calibration | None, tuned: Mapping[str, FinetuneState], evaluation: Evaluation
 ) -> list[str]:
     """Return the commands that led here, as far as they are known; what is usual is left out of recipes."""
     commands = [] if calibration is None else [_calibrate(calibration)]
@@ -141,7 +141,7 @@ def _number(value: Any) -> str:  # noqa: ANN401 (a JSON value)
 
 
 def settings_of(
-    calibration: Calibration | None, tuned: Mapping[str, Tuned], evaluation: Evaluation
+    calibration: Calibration | None, tuned: Mapping[str, FinetuneState], evaluation: Evaluation
 ) -> list[dict[str, Any]]:
     """Return every setting in groups of (name, value)."""
     groups = []
