@@ -10,6 +10,10 @@ import math
 import torch
 from torch import Tensor
 
+from msfp_cli.formats.float_format import FloatFormat
+
+_PIECE = 1 << 20  # bytes that are looked up at once, which bounds the temporaries of a large weight
+
 
 def packed_size(count: int, bits: int) -> int:
     """Return the bytes that `count` codes of `bits` bits take."""
@@ -70,3 +74,25 @@ def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> Te
             codes[:, i] |= padded[:, byte + 1] << (8 - shift)
     codes &= (1 << bits) - 1
     return codes.view(-1)[:count].reshape(shape)
+
+
+def unpack_integers(packed: Tensor, fmt: FloatFormat, shape: torch.Size) -> Tensor:
+    """Unpack codes and look up the integers that they stand for, which have to fit into 8 bits.
+
+    Two codes of 4 bits are looked up at once: a byte's pair of integers is one int16.
+
+    Arguments:
+        packed: see `unpack`.
+        shape: the shape of the codes.
+
+    Returns:
+        int8 integers of that shape.
+    """
+    book = torch.tensor(fmt.code_book, dtype=torch.int8, device=packed.device)
+    if fmt.bits != 4:
+        codes = unpack(packed, fmt.bits, shape)
+        return book.index_select(0, codes.view(-1).int()).view(shape)
+    byte = torch.arange(256, device=packed.device)
+    pairs = torch.stack([book[byte & 15], book[byte >> 4]], dim=1).view(torch.int16).view(-1)
+    pieces = [pairs.index_select(0, piece.int()) for piece in torch.split(packed, _PIECE)]
+    return torch.cat(pieces).view(torch.int8)[: shape.numel()].view(shape)

@@ -57,6 +57,16 @@ class Grid:
         return self.scale * self.format.largest
 
 
+def per_channel(scale: Tensor, num_dims: int) -> Tensor:
+    """Shape one scale per output channel so that it broadcasts against a weight: ``(out, 1, 1, ...)``.
+
+    Arguments:
+        scale: ``(out,)``.
+        num_dims: dimensions of the weight.
+    """
+    return scale.view(-1, *[1] * (num_dims - 1))
+
+
 @lru_cache(maxsize=256)
 def _borders(fmt: FloatFormat, device: torch.device) -> Tensor:
     """Return the borders between neighbouring magnitudes such that ``magnitude > border`` means "the upper code".
