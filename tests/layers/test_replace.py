@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from msfp_cli.errors import CheckpointError, MsfpError
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import Grid
-from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
-from msfp_cli.layers.replace import QuantizedModule, find_layers, quantized_layers, replace_layers_
+from msfp_cli.layers.quantized import QuantConv2d, Quantized, QuantLinear
+from msfp_cli.layers.replace import find_layers, quantized_layers, replace_layers_
 from msfp_cli.layers.routing import ROUTER, TABLE_SIZE, RouterTable
 from msfp_cli.layers.scheme import LayerScheme
 from tiny_pipelines import build_tiny
@@ -182,7 +182,7 @@ TIMESTEPS = (0, 400, 999)
 MEMBERS = {0: (2, 0), 400: (1, 1), 999: (0, 1)}  # of conv_out and to_q
 
 
-def store_(layer: QuantizedModule, weight: Tensor, member: int, source: int) -> None:
+def store_(layer: Quantized, weight: Tensor, member: int, source: int) -> None:
     """Put the weight that is the `source`-th of its layer in the place of a member."""
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(source))
     scale = weight.abs().flatten(1).amax(dim=1) / 4

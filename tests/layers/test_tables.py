@@ -138,12 +138,12 @@ def test_parameters_survive_json_and_those_of_layers_are_as_before() -> None:
 @pytest.mark.parametrize("kernel", ["auto", *KERNELS])
 def test_a_table_has_one_kernel(kernel: str) -> None:
     table, _ = table_of()
-    assert choose_kernel(table, kernel) == (Lookup, "")  # type: ignore[arg-type]
-    assert Lookup.refusal(table) is None  # type: ignore[arg-type]
-    assert (
-        Lookup.refusal(QuantLinear(nn.Linear(2, 2), LayerScheme(weight=E3M4)))
-        == "this layer multiplies"
-    )
+    assert choose_kernel(table, kernel) == (Lookup, "")
+
+
+def test_the_kernel_of_tables_runs_nothing_else() -> None:
+    line = QuantLinear(nn.Linear(2, 2), LayerScheme(weight=E3M4))
+    assert choose_kernel(line)[0] is not Lookup and Lookup.kinds == {QuantEmbedding.kind}
 
 
 def test_a_refusal_names_a_layer_rather_than_a_table() -> None:

@@ -26,7 +26,8 @@ from msfp_cli.errors import CalibrationError
 from msfp_cli.files import refuse_existing
 from msfp_cli.formats.rounding import Grid
 from msfp_cli.formats.search import SearchResult, SearchSpace, search_rows, search_tensor
-from msfp_cli.layers.quantized import KINDS, FloatLayer
+from msfp_cli.layers.base import FloatLayer
+from msfp_cli.layers.quantized import kind_of
 from msfp_cli.layers.replace import find_layers
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers
@@ -163,7 +164,7 @@ def search_layer(
     best = inputs.winner if inputs else None
     grid = Grid.with_maximum(best.format, best.max_value[0], best.zero_point) if best else None
     choice = LayerChoice(
-        kind=next(kind for kind, float_layer in KINDS.items() if isinstance(layer, float_layer)),
+        kind=kind_of(layer).name,
         reason=reason,
         num_weights=layer.weight.numel(),
         multiply_adds=seen.multiply_adds,
@@ -172,7 +173,7 @@ def search_layer(
         scheme=LayerScheme(
             weight=weight.winner.format if weight else None,
             input=grid,
-            lookup=isinstance(layer, nn.Embedding),
+            lookup=kind_of(layer).is_table,
         ),
         weight_scores=_scores(weight),
         input_scores=_scores(inputs),
@@ -186,7 +187,7 @@ def _bits(
 ) -> tuple[str, int | None, int | None]:
     """Return why a layer gets its bits, those of its weight, and those of its input."""
     kept, bits = recipe.kept_bits(name)
-    if isinstance(layer, nn.Embedding):  # a class or a position, and all that follows depends on it
+    if kind_of(layer).is_table:  # a class or a position, and all that follows depends on it
         return "kept", None if recipe.weights is None else bits if kept else TABLE_BITS, None
     if not lifted and not kept:
         return "default", recipe.weights, recipe.activations

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from msfp_cli.errors import CalibrationError
-from msfp_cli.layers.quantized import FloatLayer
+from msfp_cli.layers.base import FloatLayer
+from msfp_cli.layers.quantized import kind_of
 from msfp_cli.layers.replace import find_layers
 from msfp_cli.pipelines.denoiser import DenoiserCall, replay
 from msfp_cli.progress import Advance
@@ -41,7 +42,7 @@ class LayerObservation:
 
 def count_multiply_adds(layer: FloatLayer, output: Tensor) -> int:
     """Return the multiply-adds that produced `output`: its elements times the inputs that each one sums."""
-    return 0 if isinstance(layer, nn.Embedding) else output.numel() * layer.weight[0].numel()
+    return 0 if kind_of(layer).is_table else output.numel() * layer.weight[0].numel()
 
 
 def observe(
@@ -84,7 +85,7 @@ def observe(
             max(observation.maximum, high),
         )
         observation.multiply_adds += count_multiply_adds(layer, output) / num_calls
-        if isinstance(layer, nn.Embedding):
+        if kind_of(layer).is_table:
             return
         index = torch.randint(x.numel(), (min(per_call, x.numel()),), generator=generator)
         observation.samples.append(x[index.to(x.device)].float().cpu())

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from msfp_cli.calibration.result import LayerChoice
-from msfp_cli.formats.rounding import Grid, fake_quantize
-from msfp_cli.layers.quantized import FloatLayer
+from msfp_cli.formats.rounding import Grid, fake_quantize, per_channel
+from msfp_cli.layers.base import FloatLayer
 from msfp_cli.layers.scheme import LayerScheme
 
 
@@ -37,7 +37,7 @@ def quantized_alone(layer: FloatLayer, scheme: LayerScheme, scale: Tensor | None
     """Quantize one layer's weight (with its `scale` per output channel) and input while the context is open."""
     weight, handle = layer.weight.data, None
     if scheme.weight is not None and scale is not None:
-        rows = scale.to(weight.device).view(-1, *[1] * (weight.ndim - 1))
+        rows = per_channel(scale, weight.ndim).to(weight.device)
         layer.weight.data = fake_quantize(weight, Grid(scheme.weight, rows))
     if scheme.input is not None:
         grid = scheme.input

@@ -34,6 +34,9 @@ from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.router import Choice
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import Grid, fake_quantize, fake_quantize_learned, round_steps
+from msfp_cli.layers.base import FloatLayer
+from msfp_cli.layers.quantized import kind_of
+from msfp_cli.layers.replace import replace_module_
 from msfp_cli.layers.routing import Route
 from msfp_cli.layers.scheme import LayerScheme
 
@@ -144,7 +147,7 @@ class TunedLayer(nn.Module):
 
     def __init__(
         self,
-        layer: nn.Linear | nn.Conv2d,
+        layer: FloatLayer,
         scheme: LayerScheme,
         scale: Tensor,
         route: Route[Sequence[Choice]],
@@ -153,7 +156,10 @@ class TunedLayer(nn.Module):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self.layer, self.route, self.slot = layer.requires_grad_(False), route, slot
+        self.layer = layer.requires_grad_(False)
+        self.kind = kind_of(layer)
+        self.route = route
+        self.slot = slot
         assert scheme.weight is not None
         self.input, self.weight_format = scheme.input, scheme.weight
         self.register_buffer("scale", scale.to(layer.weight.device).float(), persistent=False)
@@ -257,11 +263,8 @@ class TunedLayer(nn.Module):
             yield self._run(x, (scale[:, None] * (b[k] @ a[k]) * inside).view(weight.shape), None)
 
     def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        if isinstance(self.layer, nn.Conv2d):
-            y: Tensor = self.layer._conv_forward(x, weight, bias)
-            return y
-        return nn.functional.linear(x, weight, bias)
+        bias = None if bias is None else bias.to(x.dtype)
+        return self.kind.apply(self.layer, x, weight.to(x.dtype), bias)
 
 
 def tune_layers_(
@@ -277,15 +280,12 @@ def tune_layers_(
         The new layers by name, and the route that they read; give it the router's choice in each
         forward.
     """
-    route, tuned = Route[Sequence[Choice]](), {}
+    route = Route[Sequence[Choice]]()
+    tuned: dict[str, TunedLayer] = {}
     for slot, name in enumerate(tuned_names(table)):
-        parent, _, child = name.rpartition(".")
-        owner = denoiser.get_submodule(parent)
-        layer = TunedLayer(
-            getattr(owner, child), table[name], scales[name], route, slot, recipe, generator
-        )
-        setattr(owner, child, layer)
-        tuned[name] = layer
+        layer = denoiser.get_submodule(name)
+        tuned[name] = TunedLayer(layer, table[name], scales[name], route, slot, recipe, generator)
+        replace_module_(denoiser, name, tuned[name])
     return tuned, route
 
 

@@ -29,7 +29,7 @@ def prepare_(
     chosen: dict[str, tuple[str, str]] = {}
     layers = quantized_layers(denoiser)
     fresh = [layer for layer in layers.values() if layer.kernel is None]
-    if not keep_packed and any(choose_kernel(layer, kernel)[0].lays_out for layer in fresh):  # type: ignore[arg-type]
+    if not keep_packed and any(choose_kernel(layer, kernel)[0].lays_out for layer in fresh):
         _leave_file_(denoiser)
     for name, layer in layers.items():
         reason = layer.prepare_(kernel, keep_packed=keep_packed)

@@ -6,44 +6,33 @@ import torch
 from torch import Tensor, nn
 
 from msfp_cli.errors import CheckpointError
-from msfp_cli.layers.quantized import KINDS, FloatLayer, QuantConv2d, QuantEmbedding, QuantLinear
+from msfp_cli.layers.base import FloatLayer
+from msfp_cli.layers.quantized import Quantized, find_kind, kind_of
 from msfp_cli.layers.routing import RouterTable
 from msfp_cli.layers.scheme import LayerScheme
 
-QuantizedModule = QuantLinear | QuantConv2d | QuantEmbedding
-
 
 def find_layers(denoiser: nn.Module) -> dict[str, FloatLayer]:
-    """Return every layer that can be quantized, by qualified name, in the order of definition.
-
-    A subclass counts only if it runs torch's own forward: one that does something else would
-    silently lose it. Nor does a table count that changes its rows as they are looked up
-    (``max_norm``).
-    """
-    found: dict[str, FloatLayer] = {}
-    for name, module in denoiser.named_modules():
-        for kind in KINDS.values():
-            if (
-                isinstance(module, kind)
-                and type(module).forward is kind.forward
-                and not _renormalizes(module)
-            ):
-                found[name] = module
-    return found
+    """Return every layer that has a kind, by qualified name, in the order of definition."""
+    modules = denoiser.named_modules()
+    return {name: module for name, module in modules if find_kind(module) is not None}
 
 
-def _renormalizes(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding) and module.max_norm is not None
-
-
-def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedModule]:
+def quantized_layers(denoiser: nn.Module) -> dict[str, Quantized]:
     """Return every quantized layer by qualified name, in the order of definition."""
-    return {name: m for name, m in denoiser.named_modules() if isinstance(m, QuantizedModule)}
+    modules = denoiser.named_modules()
+    return {name: module for name, module in modules if isinstance(module, Quantized)}
+
+
+def replace_module_(denoiser: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of the one with this qualified name."""
+    parent, _, child = name.rpartition(".")
+    setattr(denoiser.get_submodule(parent), child, new)
 
 
 def replace_layers_(
     denoiser: nn.Module, table: Mapping[str, LayerScheme], *, timestep_unit: float = 1.0
-) -> dict[str, QuantizedModule]:
+) -> dict[str, Quantized]:
     """Put an empty quantized layer in the place of each float layer that `table` names.
 
     Layers with several sets of weights get a router, the denoiser's module `routing.ROUTER`, in the
@@ -66,18 +55,9 @@ def replace_layers_(
             f"{type(denoiser).__name__} has no layer {unknown[0]!r} ({len(unknown)} unknown in all); "
             "was this made from another model?"
         )
-    odd = [name for name in table if isinstance(layers[name], nn.Embedding) != table[name].lookup]
-    if odd:
-        kind = type(layers[odd[0]]).__name__
-        raise CheckpointError(
-            f"layer {odd[0]!r} is of another kind, {kind}; was this made from another model?"
-        )
-    replaced: dict[str, QuantizedModule] = {}
-    for name, scheme in table.items():
-        new = _quantized(layers[name], scheme)
-        parent, _, child = name.rpartition(".")
-        setattr(denoiser.get_submodule(parent), child, new)
-        replaced[name] = new
+    replaced = {name: _quantize_empty(name, layers[name], table[name]) for name in table}
+    for name, new in replaced.items():
+        replace_module_(denoiser, name, new)
     _attach_router_(denoiser, replaced, timestep_unit)
     return replaced
 
@@ -101,18 +81,17 @@ def store_layers_(
             quantized.store_(weight, scales[name].to(weight.device))
 
 
-def _quantized(layer: FloatLayer, scheme: LayerScheme) -> QuantizedModule:
+def _quantize_empty(name: str, layer: FloatLayer, scheme: LayerScheme) -> Quantized:
     """Return the empty quantized layer that takes a float one's place."""
-    if isinstance(layer, nn.Embedding):
-        return QuantEmbedding(layer, scheme)
-    return (
-        QuantLinear(layer, scheme) if isinstance(layer, nn.Linear) else QuantConv2d(layer, scheme)
-    )
+    kind = kind_of(layer)
+    if kind.is_table != scheme.lookup:
+        raise CheckpointError(
+            f"layer {name!r} is of another kind, {type(layer).__name__}; was this made from another model?"
+        )
+    return kind.quantized_class(layer, scheme)
 
 
-def _attach_router_(
-    denoiser: nn.Module, layers: Mapping[str, QuantizedModule], unit: float
-) -> None:
+def _attach_router_(denoiser: nn.Module, layers: Mapping[str, Quantized], unit: float) -> None:
     """Give the layers with several sets of weights a common router, if there are any."""
     switching = [layers[name] for name in sorted(layers) if layers[name].scheme.hub > 1]
     if not switching:

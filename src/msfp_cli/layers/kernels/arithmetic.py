@@ -18,18 +18,17 @@ ours).
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from msfp_cli.formats.float_format import INPUT_INTEGER_BITS, WEIGHT_INTEGER_BITS
+from msfp_cli.layers.base import QuantizedLayer
 from msfp_cli.layers.kernels.geometry import Geometry, tap_sums
 
-if TYPE_CHECKING:
-    from msfp_cli.layers.quantized import QuantizedLayer
-
 BYTE = 255
+KINDS_IN_INTEGERS = frozenset({"linear", "conv2d"})
 
 
 class Arithmetic(NamedTuple):
@@ -44,14 +43,14 @@ class Arithmetic(NamedTuple):
     )  # float32 (sets, out, kernel height, kernel width): the zero point's share of each tap
 
     @classmethod
-    def of(cls, layer: "QuantizedLayer", integers: Sequence[Tensor]) -> "Arithmetic":
+    def of(cls, layer: QuantizedLayer, integers: Sequence[Tensor]) -> "Arithmetic":
         """Fold scales into one factor per output channel, zero point and bias into one constant.
 
         Arguments:
             integers: int8, shape of the layer's weight, one per set of weights.
         """
         grids = [grid for grid in layer.scheme.inputs() if grid is not None]
-        geometry = Geometry.of(layer) if isinstance(layer, nn.Conv2d) else None
+        geometry = layer.geometry()
         scale = layer.get_buffer("weight_scale").double()
         factors = torch.stack([(scale * grid.scale).float() for grid in grids])
         zeros = [(scale * grid.zero_point).view(-1, 1, 1) for grid in grids]
@@ -77,7 +76,7 @@ def _pick(many: Tensor, member: int | Tensor) -> Tensor:
     return many[member] if isinstance(member, int) else many.index_select(0, member.view(1))[0]
 
 
-def refusal_of_integers(layer: "QuantizedLayer") -> str | None:
+def refusal_of_integers(layer: QuantizedLayer) -> str | None:
     """Say why a layer cannot be computed in integers, or nothing."""
     weight, grid = layer.scheme.weight, layer.scheme.input
     if weight is None or grid is None:
@@ -85,6 +84,13 @@ def refusal_of_integers(layer: "QuantizedLayer") -> str | None:
     for fmt, integer_bits in ((weight, WEIGHT_INTEGER_BITS), (grid.format, INPUT_INTEGER_BITS)):
         if fmt.integer_bits > integer_bits:
             return f"{fmt} takes integers of {fmt.integer_bits} bits"
-    if isinstance(layer, nn.Conv2d) and Geometry.of(layer) is None:
-        return f"padding {layer.padding!r} in mode {layer.padding_mode!r}"
+    return refusal_of_geometry(layer)
+
+
+def refusal_of_geometry(layer: QuantizedLayer) -> str | None:
+    """Say why a convolution slides as no kernel in integers does, or nothing."""
+    try:
+        layer.geometry()
+    except ValueError as error:
+        return str(error)
     return None

@@ -16,20 +16,23 @@ there.
 
 import platform
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from msfp_cli.formats.rounding import Grid, round_steps
-from msfp_cli.layers.kernels.arithmetic import BYTE, Arithmetic, refusal_of_integers
+from msfp_cli.layers.base import QuantizedLayer
+from msfp_cli.layers.kernels.arithmetic import (
+    BYTE,
+    KINDS_IN_INTEGERS,
+    Arithmetic,
+    refusal_of_integers,
+)
 from msfp_cli.layers.kernels.geometry import Geometry, subtract_frame_
 from msfp_cli.layers.kernels.kernel import Kernel
 from msfp_cli.layers.kernels.reference import run_reference
 from msfp_cli.layers.kernels.simulated import input_grid, simulate
-
-if TYPE_CHECKING:
-    from msfp_cli.layers.quantized import QuantizedLayer
 
 _PIECE = (
     1 << 16
@@ -45,11 +48,12 @@ class Cpu(Kernel):
     """
 
     name: ClassVar[str] = "cpu"
+    kinds: ClassVar[frozenset[str] | None] = KINDS_IN_INTEGERS
     device: ClassVar[str | None] = "cpu"
     lays_out: ClassVar[bool] = True
 
     @staticmethod
-    def refusal(layer: "QuantizedLayer") -> str | None:
+    def refusal(layer: QuantizedLayer) -> str | None:
         """Say why the layer cannot run here, or nothing."""
         reason = refusal_of_integers(layer)
         if reason is not None:
@@ -68,7 +72,7 @@ class Cpu(Kernel):
             return f"{grid.format} times {weight} could overflow 16 bits, which this CPU adds in: it lacks VNNI"
         return None
 
-    def __init__(self, layer: "QuantizedLayer", *, keep_packed: bool) -> None:
+    def __init__(self, layer: QuantizedLayer, *, keep_packed: bool) -> None:
         """Lay out the weights, and fold scales, zero point and bias."""
         integers = [layer.integers(member) for member in range(layer.scheme.hub)]
         self.arithmetic = Arithmetic.of(layer, integers)
@@ -77,7 +81,7 @@ class Cpu(Kernel):
             [] if keep_packed else [_prepack(each, self.arithmetic.geometry) for each in integers]
         )
 
-    def __call__(self, layer: "QuantizedLayer", x: Tensor) -> Tensor:
+    def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
         """Run the layer; a shape that oneDNN does not take goes to the reference, what needs gradients is simulated."""
         if torch.is_grad_enabled() and x.requires_grad:
             return simulate(layer, x)

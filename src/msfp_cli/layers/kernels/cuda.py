@@ -23,21 +23,20 @@ from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from msfp_cli.formats.float_format import FloatFormat
+from msfp_cli.layers.base import QuantizedLayer
 from msfp_cli.layers.kernels import int8
+from msfp_cli.layers.kernels.arithmetic import KINDS_IN_INTEGERS, refusal_of_geometry
 from msfp_cli.layers.kernels.geometry import Geometry, num_window_kinds
 from msfp_cli.layers.kernels.int8 import POINT, Held
 from msfp_cli.layers.kernels.kernel import Kernel
 from msfp_cli.layers.kernels.simulated import simulate
-
-if TYPE_CHECKING:
-    from msfp_cli.layers.quantized import QuantizedLayer
 
 _INT32 = 2**31 - 1
 _TURING, _AMPERE, _ADA = (7, 5), (8, 0), (8, 9)
@@ -53,23 +52,24 @@ class Cuda(Kernel):
     """
 
     name: ClassVar[str] = "cuda"
+    kinds: ClassVar[frozenset[str] | None] = KINDS_IN_INTEGERS
     device: ClassVar[str | None] = "cuda"
     lays_out: ClassVar[bool] = True
 
     @staticmethod
-    def refusal(layer: "QuantizedLayer") -> str | None:
+    def refusal(layer: QuantizedLayer) -> str | None:
         """Say why the layer cannot run here, or nothing."""
         weight, grid = layer.scheme.weight, layer.scheme.input
         if weight is None or grid is None:
             return f"the {'weight' if weight is None else 'input'} is in floating point"
         return _refused_device(layer, _TURING) or _refused_numbers(layer, weight, grid.format)
 
-    def __init__(self, layer: "QuantizedLayer", *, keep_packed: bool) -> None:
+    def __init__(self, layer: QuantizedLayer, *, keep_packed: bool) -> None:
         """Lay out the weights, and fold zero point and bias into one constant per output channel."""
         grids = [grid for grid in layer.scheme.inputs() if grid is not None]
         self.format = grids[0].format
         self.holds_weight = not keep_packed
-        geometry = Geometry.of(layer) if isinstance(layer, nn.Conv2d) else None
+        geometry = layer.geometry()
         self.is_linear, self.geometry = geometry is None, geometry or POINT
         scale, sets = layer.get_buffer("weight_scale"), range(len(grids))
         self.shape = layer.weight_shape
@@ -91,7 +91,7 @@ class Cuda(Kernel):
         """The weights as they are held: sets, then what a set takes."""
         return self.held.weights
 
-    def __call__(self, layer: "QuantizedLayer", x: Tensor) -> Tensor:
+    def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
         """Run the layer; what needs gradients, or is empty or beyond 2^31 elements, is simulated."""
         if not self._is_taken(x) or (torch.is_grad_enabled() and x.requires_grad):
             return simulate(layer, x)
@@ -99,7 +99,7 @@ class Cuda(Kernel):
         at = self.members[member : member + 1] if isinstance(member, int) else member.view(1)
         return self.run(layer, x, at)
 
-    def run(self, layer: "QuantizedLayer", x: Tensor, at: Tensor) -> Tensor:
+    def run(self, layer: QuantizedLayer, x: Tensor, at: Tensor) -> Tensor:
         """Run the layer with the set of weights that a tensor names: int64 ``(1,)`` on the layer's device."""
         planes = self.round(x, at)
         held = self.held
@@ -157,13 +157,14 @@ class CudaFp8(Cuda):
     """Runs Linear layers with one set of weights as float8 times float8, and every other layer as `Cuda` does."""
 
     name: ClassVar[str] = "cuda-fp8"
+    kinds: ClassVar[frozenset[str] | None] = KINDS_IN_INTEGERS
 
     @staticmethod
-    def refusal(layer: "QuantizedLayer") -> str | None:
+    def refusal(layer: QuantizedLayer) -> str | None:
         """Say why the layer cannot run here, or nothing."""
         return Cuda.refusal(layer) or _refused_device(layer, _ADA)
 
-    def __init__(self, layer: "QuantizedLayer", *, keep_packed: bool) -> None:
+    def __init__(self, layer: QuantizedLayer, *, keep_packed: bool) -> None:
         """Turn the bytes into float8, where both formats are exact in it."""
         super().__init__(layer, keep_packed=keep_packed)
         weight = layer.scheme.weight
@@ -181,7 +182,7 @@ class CudaFp8(Cuda):
         self.one = torch.ones((), device=rows.device)
         _keep_in_place(*self.held, self.one)
 
-    def run(self, layer: "QuantizedLayer", x: Tensor, at: Tensor) -> Tensor:
+    def run(self, layer: QuantizedLayer, x: Tensor, at: Tensor) -> Tensor:
         """Run the layer in float8 where it can be."""
         if self.exponent is None:
             return super().run(layer, x, at)
@@ -218,7 +219,7 @@ def e4m3_exponent(fmt: FloatFormat) -> int | None:
     return exponent
 
 
-def _refused_device(layer: "QuantizedLayer", least: tuple[int, int]) -> str | None:
+def _refused_device(layer: QuantizedLayer, least: tuple[int, int]) -> str | None:
     device = layer.get_buffer("weight_scale").device
     if device.type != "cuda":
         return f"the layer is on {device.type}"
@@ -230,17 +231,17 @@ def _refused_device(layer: "QuantizedLayer", least: tuple[int, int]) -> str | No
     return None
 
 
-def _refused_numbers(layer: "QuantizedLayer", weight: FloatFormat, fmt: FloatFormat) -> str | None:
+def _refused_numbers(layer: QuantizedLayer, weight: FloatFormat, fmt: FloatFormat) -> str | None:
     for numbers, largest in ((weight, 127), (fmt, int8.WIDEST)):
         if numbers.largest > largest:
             return f"{numbers} takes integers up to {numbers.largest}"
-    if isinstance(layer, nn.Conv2d):
-        geometry = Geometry.of(layer)
-        if geometry is None:
-            return f"padding {layer.padding!r} in mode {layer.padding_mode!r}"
-        kinds = num_window_kinds(geometry.kernel[0]) * num_window_kinds(geometry.kernel[1])
-        if any(geometry.padding) and kinds > _MOST_KINDS:
-            return f"padding around windows of {geometry.kernel[0]}x{geometry.kernel[1]}"
+    reason = refusal_of_geometry(layer)
+    if reason is not None:
+        return reason
+    geometry = layer.geometry() or POINT
+    kinds = num_window_kinds(geometry.kernel[0]) * num_window_kinds(geometry.kernel[1])
+    if any(geometry.padding) and kinds > _MOST_KINDS:
+        return f"padding around windows of {geometry.kernel[0]}x{geometry.kernel[1]}"
     if max(128, min(fmt.largest, 255)) * weight.largest * layer.weight_shape[1:].numel() > _INT32:
         return "the sum could overflow 32 bits"
     return None

@@ -34,19 +34,26 @@ class Geometry(NamedTuple):
     groups: int
 
     @classmethod
-    def of(cls, layer: nn.Conv2d) -> "Geometry | None":
-        """Return how a layer slides, or None where it does not pad with the same number of zeros on both sides."""
+    def of(cls, layer: nn.Conv2d) -> "Geometry":
+        """Return how a layer slides.
+
+        Raises:
+            ValueError: it does not pad with the same number of zeros on both sides.
+        """
         reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         named = {"valid": (0, 0), "same": (reach[0] // 2, reach[1] // 2)}
         padding = named[layer.padding] if isinstance(layer.padding, str) else layer.padding
-        if (layer.padding == "same" and any(r % 2 for r in reach)) or (
-            layer.padding_mode != "zeros" and any(padding)
-        ):
-            return None
-        kernel, stride, dilation = (
-            (a, b) for a, b in (layer.kernel_size, layer.stride, layer.dilation)
+        is_lopsided = layer.padding == "same" and any(r % 2 for r in reach)
+        pads_values = layer.padding_mode != "zeros" and any(padding)
+        if is_lopsided or pads_values:
+            raise ValueError(f"padding {layer.padding!r} in mode {layer.padding_mode!r}")
+        return cls(
+            _pair(layer.kernel_size),
+            _pair(layer.stride),
+            _pair(padding),
+            _pair(layer.dilation),
+            layer.groups,
         )
-        return cls(kernel, stride, (padding[0], padding[1]), dilation, layer.groups)
 
     def flat(self) -> list[int]:
         """Return the numbers in a row, as an operator takes them."""
@@ -57,14 +64,21 @@ class Geometry(NamedTuple):
         """Undo `flat`; no numbers are no convolution."""
         if not numbers:
             return None
-        kernel, stride, padding, dilation = ((numbers[i], numbers[i + 1]) for i in range(0, 8, 2))
+        kernel, stride, padding, dilation = [_pair(numbers[i : i + 2]) for i in range(0, 8, 2)]
         return cls(kernel, stride, padding, dilation, numbers[8])
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the output's height and width."""
-        sizes = zip((height, width), *self[:4], strict=True)
-        rows, columns = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
-        return rows, columns
+        return self._output_length(0, height), self._output_length(1, width)
+
+    def _output_length(self, dim: int, size: int) -> int:
+        reach = self.dilation[dim] * (self.kernel[dim] - 1)
+        return (size + 2 * self.padding[dim] - reach - 1) // self.stride[dim] + 1
+
+
+def _pair(numbers: Sequence[int]) -> tuple[int, int]:
+    vertical, horizontal = numbers
+    return vertical, horizontal
 
 
 def tap_sums(integers: Tensor) -> Tensor:

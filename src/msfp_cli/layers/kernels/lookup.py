@@ -4,19 +4,17 @@ There is nothing to multiply and no input to round, so this is exact, runs every
 only way for a table.
 """
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from msfp_cli.formats.packing import unpack
 from msfp_cli.formats.rounding import Grid, dequantize
+from msfp_cli.layers.base import QuantizedLayer
 from msfp_cli.layers.kernels.kernel import Kernel
 
-if TYPE_CHECKING:
-    from msfp_cli.layers.quantized import QuantEmbedding, QuantizedLayer
 
-
-def look_up(table: "QuantEmbedding", index: Tensor) -> Tensor:
+def look_up(table: QuantizedLayer, index: Tensor) -> Tensor:
     """Return rows of a table.
 
     Arguments:
@@ -40,15 +38,16 @@ class Lookup(Kernel):
     """Runs tables."""
 
     name: ClassVar[str] = "lookup"
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"embedding"})
 
     @staticmethod
-    def refusal(layer: "QuantizedLayer") -> str | None:
-        """Refuse what is no table."""
-        return None if layer.scheme.lookup else "this layer multiplies"
+    def refusal(layer: QuantizedLayer) -> str | None:
+        """Refuse nothing."""
+        return None
 
-    def __init__(self, layer: "QuantizedLayer", *, keep_packed: bool) -> None:
+    def __init__(self, layer: QuantizedLayer, *, keep_packed: bool) -> None:
         """Need nothing: the codes stay packed."""
 
-    def __call__(self, layer: "QuantizedLayer", x: Tensor) -> Tensor:
+    def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
         """Look the rows `x` of `layer` up."""
-        return look_up(layer, x)  # type: ignore[arg-type]
+        return look_up(layer, x)

@@ -6,7 +6,7 @@ and is slow. Pictures are laid out as oneDNN does, channels last, because the no
 in the order that it finds.
 """
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,13 +14,16 @@ from torch.nn import functional
 
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import round_steps
-from msfp_cli.layers.kernels.arithmetic import BYTE, Arithmetic, refusal_of_integers
+from msfp_cli.layers.base import QuantizedLayer
+from msfp_cli.layers.kernels.arithmetic import (
+    BYTE,
+    KINDS_IN_INTEGERS,
+    Arithmetic,
+    refusal_of_integers,
+)
 from msfp_cli.layers.kernels.geometry import Geometry, subtract_frame_
 from msfp_cli.layers.kernels.kernel import Kernel
 from msfp_cli.layers.kernels.simulated import input_grid, simulate
-
-if TYPE_CHECKING:
-    from msfp_cli.layers.quantized import QuantizedLayer
 
 _EXACT_IN_FLOAT32 = 2**24
 
@@ -29,22 +32,23 @@ class Reference(Kernel):
     """Runs a layer on any device; a NaN in the input is one in the output."""
 
     name: ClassVar[str] = "reference"
+    kinds: ClassVar[frozenset[str] | None] = KINDS_IN_INTEGERS
 
     @staticmethod
-    def refusal(layer: "QuantizedLayer") -> str | None:
+    def refusal(layer: QuantizedLayer) -> str | None:
         """Say why the layer cannot run here, or nothing."""
         return refusal_of_integers(layer)
 
-    def __init__(self, layer: "QuantizedLayer", *, keep_packed: bool) -> None:
+    def __init__(self, layer: QuantizedLayer, *, keep_packed: bool) -> None:
         """Fold scales, zero point and bias; the layer's codes are read at each call."""
         self.arithmetic = Arithmetic.of(layer, [layer.integers(i) for i in range(layer.scheme.hub)])
 
-    def __call__(self, layer: "QuantizedLayer", x: Tensor) -> Tensor:
+    def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
         """Run `layer` on `x`."""
         return run_reference(layer, x, self.arithmetic)
 
 
-def run_reference(layer: "QuantizedLayer", x: Tensor, arithmetic: Arithmetic) -> Tensor:
+def run_reference(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> Tensor:
     """Run `layer` on `x`; what needs gradients, or is compiled, is simulated: compilers keep no last digits.
 
     Arguments:
@@ -69,7 +73,7 @@ def run_reference(layer: "QuantizedLayer", x: Tensor, arithmetic: Arithmetic) ->
     return y.to(x.dtype)
 
 
-def _exact_type(layer: "QuantizedLayer", fmt: FloatFormat) -> torch.dtype:
+def _exact_type(layer: QuantizedLayer, fmt: FloatFormat) -> torch.dtype:
     """Return a type in which the layer's sums are exact."""
     weight = layer.scheme.weight
     assert weight is not None, "refused before"

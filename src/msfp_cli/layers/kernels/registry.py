@@ -8,18 +8,14 @@ that does not refuse gets it; those for another type of device are not asked. Ta
 of their own, `lookup`.
 """
 
-from typing import TYPE_CHECKING
-
 from msfp_cli.errors import UsageError
+from msfp_cli.layers.base import QuantizedLayer
 from msfp_cli.layers.kernels.cpu import Cpu
 from msfp_cli.layers.kernels.cuda import Cuda, CudaFp8
 from msfp_cli.layers.kernels.kernel import Kernel
 from msfp_cli.layers.kernels.lookup import Lookup
 from msfp_cli.layers.kernels.reference import Reference
 from msfp_cli.layers.kernels.simulated import Simulated
-
-if TYPE_CHECKING:
-    from msfp_cli.layers.quantized import QuantizedLayer
 
 AUTO = "auto"
 _IN_TURN: tuple[type[Kernel], ...] = (Cpu, Simulated)
@@ -28,32 +24,42 @@ _ON_REQUEST: tuple[type[Kernel], ...] = (Cuda, CudaFp8, Reference)
 KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in _ON_REQUEST + _IN_TURN}
 
 
-def choose_kernel(layer: "QuantizedLayer", wanted: str = AUTO) -> tuple[type[Kernel], str]:
+def choose_kernel(layer: QuantizedLayer, name: str = AUTO) -> tuple[type[Kernel], str]:
     """Return the kernel that runs a layer, and why.
 
     Arguments:
-        wanted: a name in `KERNELS`, or ``auto`` for the first that does not refuse.
+        name: a name in `KERNELS`, or ``auto`` for the first that does not refuse.
 
     Raises:
         UsageError: there is no such kernel.
     """
-    if wanted != AUTO and wanted not in KERNELS:
-        raise UsageError(f"unknown kernel {wanted!r}; choose one of {', '.join((AUTO, *KERNELS))}")
-    if Lookup.refusal(layer) is None:
+    if name != AUTO and name not in KERNELS:
+        raise UsageError(f"unknown kernel {name!r}; choose one of {', '.join((AUTO, *KERNELS))}")
+    if _refusal(Lookup, layer) is None:
         return Lookup, ""
     refusals: list[str] = []
-    device = _device_type(layer)
-    for kernel in _IN_TURN if wanted == AUTO else (KERNELS[wanted],):
-        if wanted == AUTO and kernel.device not in (None, device):
-            continue
-        reason = kernel.refusal(layer)
+    for kernel in _candidates(layer) if name == AUTO else (KERNELS[name],):
+        reason = _refusal(kernel, layer)
         if reason is None:
             return kernel, "; ".join(refusals)
         refusals.append(f"{kernel.name}: {reason}")
     return Simulated, "; ".join(refusals)
 
 
-def _device_type(layer: "QuantizedLayer") -> str:
+def _refusal(kernel: type[Kernel], layer: QuantizedLayer) -> str | None:
+    """Say why a kernel cannot run a layer; the one place that asks for its kind."""
+    if kernel.kinds is not None and layer.kind not in kernel.kinds:
+        return f"it does not run layers of the kind {layer.kind!r}"
+    return kernel.refusal(layer)
+
+
+def _candidates(layer: QuantizedLayer) -> list[type[Kernel]]:
+    """List the kernels that ``auto`` asks in turn: those for other devices are left out."""
+    device = _device_type(layer)
+    return [kernel for kernel in _IN_TURN if kernel.device in (None, device)]
+
+
+def _device_type(layer: QuantizedLayer) -> str:
     """Return the type of device that a layer is on; a quantized weight itself would have to be computed."""
     tensor = layer.weight if layer.scheme.weight is None else layer.get_buffer("weight_scale")
     return tensor.device.type

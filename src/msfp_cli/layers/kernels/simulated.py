@@ -7,19 +7,17 @@ layer does. Sums are in floating point, so their last digits depend on the order
 processor adds.
 """
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from msfp_cli.formats.rounding import Grid, fake_quantize
+from msfp_cli.layers.base import QuantizedLayer
 from msfp_cli.layers.kernels.kernel import Kernel
 
-if TYPE_CHECKING:
-    from msfp_cli.layers.quantized import QuantizedLayer
 
-
-def simulate(layer: "QuantizedLayer", x: Tensor) -> Tensor:
+def simulate(layer: QuantizedLayer, x: Tensor) -> Tensor:
     """Run `layer` on `x` in the type of `x`; gradients reach `x`."""
     if layer.scheme.input is not None:
         x = fake_quantize(x, input_grid(layer, layer.member()))
@@ -30,21 +28,22 @@ class Simulated(Kernel):
     """Runs any layer on any device; slower than the float layer, whose work it does after its own."""
 
     name: ClassVar[str] = "simulated"
+    kinds: ClassVar[frozenset[str] | None] = None
 
     @staticmethod
-    def refusal(layer: "QuantizedLayer") -> str | None:
+    def refusal(layer: QuantizedLayer) -> str | None:
         """Refuse nothing."""
         return None
 
-    def __init__(self, layer: "QuantizedLayer", *, keep_packed: bool) -> None:
+    def __init__(self, layer: QuantizedLayer, *, keep_packed: bool) -> None:
         """Need nothing: the layer's codes are read at each call."""
 
-    def __call__(self, layer: "QuantizedLayer", x: Tensor) -> Tensor:
+    def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
         """Run `layer` on `x`."""
         return simulate(layer, x)
 
 
-def input_grid(layer: "QuantizedLayer", member: int | Tensor) -> Grid:
+def input_grid(layer: QuantizedLayer, member: int | Tensor) -> Grid:
     """Return the grid of the input that goes with a member; its numbers are tensors where the member is one."""
     scheme = layer.scheme
     grids = [scheme.input_of(member)] if isinstance(member, int) else scheme.inputs()

@@ -1,0 +1,63 @@
+"""A quantized layer as its kernel sees it: the ground that layers and kernels stand on."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from msfp_cli.formats.float_format import FloatFormat
+from msfp_cli.formats.rounding import Grid, per_channel
+from msfp_cli.layers.kernels.geometry import Geometry
+from msfp_cli.layers.scheme import LayerScheme
+
+# A layer of torch that has a weight, of a class that has a row in `quantized.KINDS`.
+FloatLayer: TypeAlias = Any
+
+
+class QuantizedLayer(nn.Module, ABC):
+    """A quantized layer as its kernel sees it; `quantized.Quantized` implements it."""
+
+    kind: ClassVar[str]  # the name of its row
+    scheme: LayerScheme
+    weight_shape: torch.Size
+    bias: Any  # nn.Parameter or None, which torch declares differently in its layers
+
+    @property
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """The weight in floating point, shape of the float layer's."""
+
+    @abstractmethod
+    def codes(self, member: int | Tensor = 0) -> Tensor:
+        """Return the codes of a member's weight, uint8, shape of the float weight."""
+
+    @abstractmethod
+    def integers(self, member: int | Tensor = 0) -> Tensor:
+        """Return the integers of a member's weight, int8, shape of the float weight."""
+
+    @abstractmethod
+    def member(self) -> int | Tensor:
+        """Return which member of the layer's hub serves the timestep that the denoiser is at."""
+
+    @abstractmethod
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Run the float operation with the given weight and the layer's own bias."""
+
+    @abstractmethod
+    def geometry(self) -> Geometry | None:
+        """Return how a convolution slides; None if the layer is not one.
+
+        Raises:
+            ValueError: it does not pad with the same number of zeros on both sides.
+        """
+
+    def weight_format(self) -> FloatFormat:
+        """Return the format of the weight, which has to be quantized."""
+        assert self.scheme.weight is not None, "this layer's weight is in floating point"
+        return self.scheme.weight
+
+    def weight_grid(self) -> Grid:
+        """Return the grid of the weight, one scale per output channel."""
+        scale = per_channel(self.get_buffer("weight_scale"), len(self.weight_shape))
+        return Grid(self.weight_format(), scale)
