@@ -19,7 +19,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "msfp_cli"
 # What may be imported by whom: a package imports itself and those before it. The first line is the
 # ground.
 ORDER = (
-    "errors version progress files recipe digest processes run",
+    "errors version progress files recipe processes run",
     "formats",
     "layers",
     "pipelines",

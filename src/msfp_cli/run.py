@@ -12,15 +12,14 @@ evaluation/      figures and pictures, against full precision
 report/          the report of it
 """
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from msfp_cli.calibration.result import Calibration
-from msfp_cli.errors import CheckpointError, RunError
-from msfp_cli.files import write_text
+from msfp_cli.errors import RunError
+from msfp_cli.files import Json, read_json, write_json
 from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.recipe import DEFAULT_RUN
 from msfp_cli.recording.result import Recording
@@ -100,24 +99,17 @@ class Run:
             )
 
     def _read(self) -> dict[str, Any]:
-        try:
-            memory = dict(json.loads((self.directory / "run.json").read_text("utf-8")))
-            return {key: str(Path(place)) for key, place in memory.items()}
-        except FileNotFoundError:
+        path = self.directory / "run.json"
+        if not path.exists():
             return {}
-        except (ValueError, TypeError):
-            raise CheckpointError(
-                f"{self.directory / 'run.json'} is damaged; delete it and export again"
-            ) from None
+        return read_json(path, _places, redo="delete it and export again")
 
     def remember(self, key: str, path: Path) -> None:
         """Keep where a result was put, for the commands that come later."""
         place, here = path.resolve(), self.directory.resolve()
         # Relative inside the run, so that the run directory can be moved.
         kept = place.relative_to(here) if place.is_relative_to(here) else place
-        write_text(
-            self.directory / "run.json", json.dumps({**self._read(), key: str(kept)}, indent=1)
-        )
+        write_json(self.directory / "run.json", {**self._read(), key: str(kept)})
 
     def latest_export(self) -> Path:
         """Return the latest export.
@@ -246,3 +238,8 @@ class Run:
         return (
             "msfp sample" if condition is None else f"msfp sample --prompt {shlex.quote(condition)}"
         )
+
+
+def _places(document: Json) -> dict[str, Any]:
+    """Read what `Run.remember` wrote."""
+    return {key: str(Path(place)) for key, place in document.items()}

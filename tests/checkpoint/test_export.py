@@ -205,7 +205,7 @@ def test_overwriting_never_deletes_what_is_not_ours(
     mine = tmp_path / "mine" / "thesis.txt"
     mine.parent.mkdir()
     mine.write_text("keep me")
-    with pytest.raises(RunError, match="nothing that msfp wrote"):
+    with pytest.raises(RunError, match="was not written by msfp"):
         place = mine if kind == "file" else mine.parent
         export_(tiny_chained.calibration, place, device="cpu", overwrite=True)
     assert files_of(tmp_path) == {"mine/thesis.txt": b"keep me"}

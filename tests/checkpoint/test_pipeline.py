@@ -143,8 +143,8 @@ def another_input_scale(denoiser: Path) -> None:
 
 
 DAMAGES: dict[Damage, str] = {
-    truncate: "truncated",
-    empty: "truncated",
+    truncate: "damaged",
+    empty: "damaged",
     flip_data_byte: "altered",
     flip_scale_bit: "altered",
     lose_codes: "altered",
@@ -223,7 +223,7 @@ def test_config_that_is_no_config_is_refused(
 
 
 def test_float_pipeline_is_no_export(tiny: Callable[[str], Path]) -> None:
-    with pytest.raises(ModelError, match="not one that msfp exported; run `msfp calibrate`"):
+    with pytest.raises(ModelError, match="msfp did not export it; run `msfp calibrate`"):
         MSFPPipeline.from_pretrained(tiny("DDIMPipeline"))
 
 

@@ -925,14 +925,14 @@ def test_directory_of_somebody_else_is_left_alone(
     before = files_of(Path("mine"))
     options = ("--overwrite",) if overwrite else ()
     message = only_line(msfp("evaluate", *ALONE, "--out", "mine", *options), 1)
-    assert message == "mine is nothing that msfp wrote; choose another place"
+    assert message == "mine was not written by msfp and is not replaced; choose another path"
     assert files_of(Path("mine")) == before
 
 
 def test_file_in_the_place_of_the_directory_is_left_alone(here: Path, msfp: Invoke) -> None:
     Path("mine.txt").write_text("years")
     message = only_line(msfp("evaluate", *ALONE, "--out", "mine.txt"), 1)
-    assert message.startswith("mine.txt is nothing that msfp wrote")
+    assert message.startswith("mine.txt was not written by msfp")
     assert Path("mine.txt").read_text() == "years"
 
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from conftest import CHEAP, TWO_PICTURES, Chained, Finetuned, chain
 from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.checkpoint.export import export_, load_calibrated
-from msfp_cli.digest import digest
 from msfp_cli.errors import ModelError, RunError, UsageError
 from msfp_cli.evaluation.models import (
     Subject,
@@ -23,6 +22,7 @@ from msfp_cli.evaluation.models import (
     identity_of,
     refuse_other_model,
 )
+from msfp_cli.files import digest
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import load_pipeline

@@ -174,6 +174,7 @@ def test_undecodable_evaluation_is_damaged(tmp_path: Path) -> None:
 def test_newer_evaluation_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(json.dumps({"schema": 2, "unknown": True}))
     with pytest.raises(
-        CheckpointError, match="written by a newer msfp; upgrade msfp, or evaluate again"
+        CheckpointError,
+        match="written by a newer msfp; upgrade msfp, or run `msfp evaluate --overwrite`",
     ):
         Evaluation.load(tmp_path)

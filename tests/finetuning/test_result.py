@@ -129,7 +129,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     odd_history: "damaged",
     odd_recipe: "damaged .unknown --loss 'mse'; choose one of dfa, plain.; run `msfp finetune --restart`",
     unknown_setting: r"damaged .*'momentum'.*; run `msfp finetune --restart`",
-    newer: "written by a newer msfp; upgrade msfp, or train again",
+    newer: "written by a newer msfp; upgrade msfp, or run `msfp finetune --restart`",
 }
 
 

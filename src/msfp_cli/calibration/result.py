@@ -14,20 +14,28 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from msfp_cli.calibration.recipe import CalibrateRecipe
-from msfp_cli.digest import digest
-from msfp_cli.errors import CheckpointError, RunError, UsageError
-from msfp_cli.files import replace_directory
+from msfp_cli.errors import RunError
+from msfp_cli.files import (
+    Json,
+    digest,
+    read_json,
+    read_tensors,
+    refuse_altered,
+    replace_directory,
+)
 from msfp_cli.layers.replace import store_layers_
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.source import ModelSource
 from msfp_cli.recording.recipe import RecordRecipe
 
 _SCHEMA = 1
+_DOCUMENT = "calibration.json"
+_SCALES = "scales.safetensors"
+_REDO = "run `msfp calibrate --overwrite`"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +189,8 @@ class Calibration:
             },
         }
         with replace_directory(directory, overwrite=overwrite) as temporary:
-            (temporary / "calibration.json").write_text(json.dumps(document, indent=1))
-            save_file(flat, temporary / "scales.safetensors")
+            (temporary / _DOCUMENT).write_text(json.dumps(document, indent=1))
+            save_file(flat, temporary / _SCALES)
 
     @classmethod
     def load(cls, directory: Path) -> "Calibration":
@@ -192,20 +200,16 @@ class Calibration:
             RunError: there is none.
             CheckpointError: it is damaged, or newer than this version of msfp.
         """
-        try:
-            document = json.loads((directory / "calibration.json").read_text())
-            flat = load_file(directory / "scales.safetensors")
-            if document["schema"] > _SCHEMA:
-                raise CheckpointError(
-                    f"{directory} was written by a newer msfp; upgrade msfp, or calibrate again"
-                )
-            if digest(flat) != document["scales_digest"]:
-                raise CheckpointError(
-                    f"{directory}/scales.safetensors is altered; run `msfp calibrate --overwrite`"
-                )
+        if not (directory / _DOCUMENT).exists():
+            raise RunError(f"no calibration in {directory}; run `msfp calibrate` first")
+        path = directory / _SCALES
+        flat = read_tensors(path, redo=_REDO)
+
+        def parse(document: Json) -> Calibration:
+            refuse_altered(path, flat, document["scales_digest"], redo=_REDO)
             layers = {
-                component: {name: LayerChoice.from_json(layer) for name, layer in named.items()}
-                for component, named in document["layers"].items()
+                component: _layers_from_json(entries)
+                for component, entries in document["layers"].items()
             }
             return cls(
                 source=ModelSource.from_json(document["source"]),
@@ -216,19 +220,13 @@ class Calibration:
                 held_out_error=document["held_out_error"],
                 unused={component: tuple(names) for component, names in document["unused"].items()},
             )
-        except FileNotFoundError:
-            raise RunError(f"no calibration in {directory}; run `msfp calibrate` first") from None
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            SafetensorError,
-            UsageError,
-        ) as error:
-            raise CheckpointError(
-                f"{directory} is damaged ({error}); run `msfp calibrate --overwrite`"
-            ) from None
+
+        return read_json(directory / _DOCUMENT, parse, redo=_REDO, schema=_SCHEMA)
+
+
+def _layers_from_json(entries: Json) -> dict[str, LayerChoice]:
+    """Read the choices of one denoiser, by layer."""
+    return {name: LayerChoice.from_json(entry) for name, entry in entries.items()}
 
 
 def _flatten(components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

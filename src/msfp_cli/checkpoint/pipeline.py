@@ -1,15 +1,14 @@
 """`MSFPPipeline`: an exported checkpoint as a pipeline, with what only we know about it."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from msfp_cli.checkpoint.quantizer import METHOD, MSFPConfig
-from msfp_cli.errors import CheckpointError, ModelError
+from msfp_cli.checkpoint.quantizer import METHOD, REDO, MSFPConfig
+from msfp_cli.errors import ModelError
+from msfp_cli.files import Json, open_tensors, read_json
 from msfp_cli.layers.kernels.registry import AUTO
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.replace import quantized_layers
@@ -28,35 +27,31 @@ def read_configs(directory: Path) -> dict[str, MSFPConfig]:
         raise ModelError(
             f"{directory} is no exported pipeline: it has no model_index.json; `msfp export` makes one"
         )
-    found = {}
+    configs = {}
     for path in sorted(directory.glob("*/config.json")):
-        try:
-            config = json.loads(path.read_text("utf-8")).get("quantization_config") or {}
-            method = config.get("quant_method")
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error}); export or download it again"
-            ) from None
-        if method == METHOD:
-            found[path.parent.name] = MSFPConfig.from_dict(config)
+        config = read_json(path, _quantization_config, redo=REDO)
+        if config is not None:
+            configs[path.parent.name] = MSFPConfig.from_dict(config)
             _refuse_truncated(path.parent)
-    if not found:
+    if not configs:
         raise ModelError(
-            f"{directory} is a pipeline, but not one that msfp exported; run `msfp calibrate` and `msfp export`"
+            f"{directory} is a pipeline, but msfp did not export it; "
+            "run `msfp calibrate` and `msfp export`"
         )
-    return found
+    return configs
+
+
+def _quantization_config(document: Json) -> dict[str, Any] | None:
+    """Return our part of a component's config, None if the component is not quantized by msfp."""
+    config = document.get("quantization_config") or {}
+    return config if config.get("quant_method") == METHOD else None
 
 
 def _refuse_truncated(directory: Path) -> None:
-    """Look at the headers of a component's files; diffusers does so too, but does not say what is wrong."""
+    """Look at the headers of a component's files; diffusers does not say what is wrong with one."""
     for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path} is truncated or altered ({error}); export or download it again"
-            ) from None
+        with open_tensors(path, redo=REDO):
+            pass
 
 
 class MSFPPipeline:

@@ -9,24 +9,27 @@ method ``msfp`` and refuses by itself.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from msfp_cli.checkpoint.registration import register
-from msfp_cli.digest import digest
 from msfp_cli.errors import CheckpointError, MsfpError
+from msfp_cli.files import Json, digest, open_tensors, refuse_altered
 from msfp_cli.layers.replace import replace_layers_
 from msfp_cli.layers.scheme import LayerScheme
 
 SCHEMA_VERSION = 1
 METHOD = "msfp"
+_CONFIG = "quantization_config"  # keys of the safetensors header
 _DIGEST = "msfp_digest"
+REDO = "export or download it again"
 
 
 class _Method(str, Enum):
@@ -71,11 +74,8 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
 
     @classmethod
     def from_dict(
-        cls,
-        config_dict: dict[str, Any],
-        return_unused_kwargs: bool = False,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Json
+    ) -> Json:
         """Read the config; a newer layout is named before its unknown keys are."""
         if (
             isinstance(config_dict.get("schema_version"), int)
@@ -139,8 +139,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
             if isinstance(checkpoint_files, str)
             else list(checkpoint_files or [])
         )
-        stated = verify_digest([str(path) for path in paths])
-        if stated != self.quantization_config.to_dict():
+        if verify_digest([Path(path) for path in paths]) != _to_text(self.quantization_config):
             raise CheckpointError(
                 f"{paths[0]} and its config.json disagree: one of them is altered; export again"
             )
@@ -165,8 +164,8 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return what goes into the safetensors header: the whole config, and the digest of the tensors."""
-        config = json.dumps(self.quantization_config.to_dict(), sort_keys=True)
-        return state_dict, {"quantization_config": config, _DIGEST: digest(state_dict)}
+        header = {_CONFIG: _to_text(self.quantization_config), _DIGEST: digest(state_dict)}
+        return state_dict, header
 
     @property
     def is_serializable(self) -> bool:
@@ -191,39 +190,32 @@ def mark_quantized_(denoiser: Any, config: MSFPConfig) -> None:  # noqa: ANN401 
     denoiser.register_to_config(quantization_config=config)
 
 
-def verify_digest(paths: list[str]) -> Any:  # noqa: ANN401 (a JSON value)
-    """Compare the tensors of a checkpoint with the digest in its header, and return the config that lies beside it.
+def _to_text(config: MSFPConfig) -> str:
+    """Return the config as it lies in the safetensors header."""
+    return json.dumps(config.to_dict(), sort_keys=True)
+
+
+def verify_digest(paths: Sequence[Path]) -> str:
+    """Compare the tensors of a checkpoint with the digest in its header.
+
+    Returns:
+        The config that lies beside the digest, as text.
 
     Raises:
         CheckpointError: a file is truncated, altered, or was not written by msfp.
     """
+    header: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
-    expected, config = None, "null"
     for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                expected, config = (
-                    header.get(_DIGEST, expected),
-                    header.get("quantization_config", config),
-                )
-                tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path} is truncated or altered ({error}); export or download it again"
-            ) from None
-    if not paths or expected is None:
+        with open_tensors(path, redo=REDO) as file:
+            header |= file.metadata() or {}
+            tensors |= {name: file.get_tensor(name) for name in sorted(file.keys())}
+    if _DIGEST not in header:
         raise CheckpointError(
             f"{paths[0] if paths else 'the checkpoint'} has no msfp digest; export it again"
         )
-    if digest(tensors) != expected:
-        raise CheckpointError(
-            f"{paths[0]} is altered: its tensors do not match their digest; export or download it again"
-        )
-    try:
-        return json.loads(config)
-    except ValueError:
-        return None
+    refuse_altered(paths[0], tensors, header[_DIGEST], redo=REDO)
+    return header.get(_CONFIG, "")
 
 
 register()

@@ -10,7 +10,6 @@ is there whole or not at all, and an interrupted gallery goes on with the first 
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from msfp_cli.errors import CheckpointError, ModelError, RunError
-from msfp_cli.files import replace_file, write_text
+from msfp_cli.errors import ModelError, RunError
+from msfp_cli.files import open_tensors, read_json, replace_file, write_json
 from msfp_cli.pipelines.sampling import call_pipeline
 from msfp_cli.processes import ALONE, Processes
 from msfp_cli.progress import SILENT, Progress
@@ -57,14 +55,9 @@ class Gallery:
         contents = {"model": model, "recipe": recipe.to_json()}
         manifest = directory / _MANIFEST
         if not manifest.exists():
-            write_text(manifest, json.dumps(contents, indent=1))
-        try:
-            known = json.loads(manifest.read_text("utf-8"))
-        except ValueError as error:
-            raise CheckpointError(
-                f"{manifest} is damaged ({error}); use --overwrite to draw the pictures again"
-            ) from None
-        if known != contents:
+            write_json(manifest, contents)
+        redo = "use --overwrite to draw the pictures again"
+        if read_json(manifest, dict, redo=redo) != contents:
             raise RunError(
                 f"{directory} holds pictures of other settings or of another model; use --overwrite"
             )
@@ -123,16 +116,11 @@ class Gallery:
 
     def _read(self, index: int, name: str) -> Tensor:
         path = self.path(index)
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-                return tensor
-        except FileNotFoundError:
-            raise RunError(f"{path} is missing; run the same command again to draw it") from None
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error}); delete it and run the same command again"
-            ) from None
+        if not path.exists():
+            raise RunError(f"{path} is missing; run the same command again to draw it")
+        with open_tensors(path, redo="delete it and run the same command again") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
 
 
 @contextlib.contextmanager

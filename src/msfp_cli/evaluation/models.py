@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from msfp_cli.calibration.calibrate import calibrate_
 from msfp_cli.calibration.result import Calibration, quantize_
 from msfp_cli.checkpoint.export import load_calibrated
 from msfp_cli.checkpoint.pipeline import read_configs
-from msfp_cli.checkpoint.quantizer import MSFPConfig
-from msfp_cli.digest import digest, fingerprint
-from msfp_cli.errors import CheckpointError, ModelError, UsageError
+from msfp_cli.checkpoint.quantizer import REDO, MSFPConfig
+from msfp_cli.errors import ModelError, UsageError
 from msfp_cli.evaluation.recipe import STEPS_BEFORE
+from msfp_cli.files import digest, open_tensors
 from msfp_cli.layers.replace import find_layers, quantized_layers
-from msfp_cli.pipelines.denoiser import find_denoisers
+from msfp_cli.pipelines.denoiser import find_denoisers, fingerprint
 from msfp_cli.pipelines.loading import load_pipeline
 from msfp_cli.pipelines.source import ModelSource
 from msfp_cli.recording.result import Recording
@@ -162,14 +161,10 @@ def _exported_scales(directory: Path) -> dict[str, Tensor]:
     """
     ending, found = ".weight_scale", dict[str, Tensor]()
     for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = [name for name in file.keys() if name.endswith(ending)]  # noqa: SIM118 (no mapping)
-                found.update({name.removesuffix(ending): file.get_tensor(name) for name in names})
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path} is truncated or altered ({error}); export or download it again"
-            ) from None
+        with open_tensors(path, redo=REDO) as file:
+            for name in sorted(file.keys()):
+                if name.endswith(ending):
+                    found[name.removesuffix(ending)] = file.get_tensor(name)
     return found
 
 

@@ -1,18 +1,18 @@
 """The result of an evaluation as values and on disk: one JSON file, and the pictures beside it."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msfp_cli.errors import CheckpointError, RunError
+from msfp_cli.errors import RunError
 from msfp_cli.evaluation.cost import Cost
 from msfp_cli.evaluation.gallery import Gallery
-from msfp_cli.files import write_text
+from msfp_cli.files import Json, read_json, write_json
 from msfp_cli.recording.recipe import RecordRecipe
 
 _SCHEMA = 1
 _RESULT = "evaluation.json"
+_REDO = "run `msfp evaluate --overwrite`"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,30 +166,23 @@ class Evaluation:
             CheckpointError: it is damaged, or newer than this msfp.
         """
         path = directory / _RESULT
-        try:
-            document = json.loads(path.read_text("utf-8"))
-            if document["schema"] > _SCHEMA:
-                raise CheckpointError(
-                    f"{path} was written by a newer msfp; upgrade msfp, or evaluate again"
-                )
-            models = tuple(Measured.from_json(entry) for entry in document["models"])
+        if not path.exists():
+            raise RunError(f"no evaluation in {directory}; run `msfp evaluate` first")
+
+        def parse(document: Json) -> Evaluation:
             return cls(
                 directory=directory,
                 settings=document["asked"],
                 machine=document["machine"],
-                models=models,
+                models=tuple(Measured.from_json(entry) for entry in document["models"]),
                 notes=tuple(document["notes"]),
             )
-        except (FileNotFoundError, NotADirectoryError):
-            raise RunError(f"no evaluation in {directory}; run `msfp evaluate` first") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error}); run `msfp evaluate --overwrite`"
-            ) from None
+
+        return read_json(path, parse, redo=_REDO, schema=_SCHEMA)
 
     def save(self) -> None:
         """Write the file; it is there whole or not at all."""
-        write_text(self.directory / _RESULT, json.dumps(self.to_json(), indent=1))
+        write_json(self.directory / _RESULT, self.to_json())
 
 
 def _noise(entry: dict[str, Any]) -> OutputNoise:

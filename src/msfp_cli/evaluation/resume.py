@@ -5,14 +5,13 @@ calls, measurements) is kept, so a directory is never continued with settings th
 evaluations.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from msfp_cli.errors import CheckpointError, RunError
-from msfp_cli.files import Json, write_text
+from msfp_cli.errors import RunError
+from msfp_cli.files import Json, read_json, refuse_foreign, write_json
 
 _SETTINGS = "asked.json"
 _PARTS = (_SETTINGS, "trajectories", "pictures", "measured", "signed", "evaluation.json")
@@ -32,8 +31,7 @@ def refuse_other_settings(place: Path, settings: dict[str, Any], *, overwrite: b
         RunError: the directory was not written by msfp, or holds an evaluation with other settings.
         CheckpointError: its settings cannot be read.
     """
-    if place.exists() and not _is_ours(place):
-        raise RunError(f"{place} is nothing that msfp wrote; choose another place")
+    refuse_foreign(place, _PARTS)
     if overwrite or not (place / _SETTINGS).exists():
         return
     begun_with = _flat(read_document(place / _SETTINGS, dict))
@@ -51,7 +49,7 @@ def begin(place: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
     """Write the settings; what an evaluation with the same ones has is kept unless `overwrite` is set."""
     if overwrite and (place / _SETTINGS).exists():
         shutil.rmtree(place)
-    write_text(place / _SETTINGS, json.dumps(settings, indent=1))
+    write_json(place / _SETTINGS, settings)
 
 
 def read_document(path: Path, parse: Callable[[Json], _T]) -> _T:
@@ -60,20 +58,7 @@ def read_document(path: Path, parse: Callable[[Json], _T]) -> _T:
     Raises:
         CheckpointError: it is damaged.
     """
-    try:
-        return parse(json.loads(path.read_text("utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); use --overwrite to evaluate again"
-        ) from None
-
-
-def _is_ours(place: Path) -> bool:
-    """Whether a directory holds parts of an evaluation only, finished or left behind by a killed process."""
-    leftovers = tuple(f".{part}" for part in _PARTS)
-    return place.is_dir() and all(
-        part.name in _PARTS or part.name.startswith(leftovers) for part in place.iterdir()
-    )
+    return read_json(path, parse, redo="use --overwrite to evaluate again")
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

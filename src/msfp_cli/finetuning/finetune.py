@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from msfp_cli.calibration.result import Calibration
-from msfp_cli.digest import fingerprint
 from msfp_cli.errors import MsfpError, RunError, TrainingError, UsageError
 from msfp_cli.finetuning.batches import Batches
 from msfp_cli.finetuning.recipe import FinetuneRecipe
@@ -27,7 +26,7 @@ from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.finetuning.student import Student
 from msfp_cli.finetuning.trainer import Trainer
 from msfp_cli.layers.routing import timestep_unit
-from msfp_cli.pipelines.denoiser import call_with, find_denoisers
+from msfp_cli.pipelines.denoiser import call_with, find_denoisers, fingerprint
 from msfp_cli.pipelines.denoising_factor import loss_weights
 from msfp_cli.pipelines.loading import choose_device, load_pipeline
 from msfp_cli.progress import SILENT, Progress

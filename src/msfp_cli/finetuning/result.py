@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from msfp_cli.calibration.result import Calibration
-from msfp_cli.digest import digest
-from msfp_cli.errors import CheckpointError, RunError, UsageError
-from msfp_cli.files import replace_file
+from msfp_cli.errors import RunError
+from msfp_cli.files import Json, digest, read_header, read_tensors, refuse_altered, replace_file
 from msfp_cli.finetuning.lora import moved_input, tuned_names, updated_steps
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.router import Router
@@ -32,6 +30,8 @@ from msfp_cli.layers.replace import find_layers, replace_layers_, store_layers_
 from msfp_cli.layers.routing import ROUTER, table_index
 
 _SCHEMA = 1
+_HEADER = "msfp_finetune"  # key of the safetensors header
+_REDO = "run `msfp finetune --restart`"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class FinetuneState:
             "digest": digest(self.tensors),
         }
         with replace_file(path) as temporary:
-            save_file(self.tensors, temporary, metadata={"msfp_finetune": json.dumps(document)})
+            save_file(self.tensors, temporary, metadata={_HEADER: json.dumps(document)})
 
     @classmethod
     def load(cls, path: Path) -> "FinetuneState":
@@ -122,16 +122,10 @@ class FinetuneState:
         """
         if not path.exists():
             raise RunError(f"no fine-tuning in {path}; run `msfp finetune` first")
-        try:
-            with safe_open(path, framework="pt") as file:
-                document = json.loads(file.metadata()["msfp_finetune"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            if document["schema"] > _SCHEMA:
-                raise CheckpointError(
-                    f"{path} was written by a newer msfp; upgrade msfp, or train again"
-                )
-            if digest(tensors) != document["digest"]:
-                raise CheckpointError(f"{path} is altered; run `msfp finetune --restart`")
+        tensors = read_tensors(path, redo=_REDO)
+
+        def parse(document: Json) -> FinetuneState:
+            refuse_altered(path, tensors, document["digest"], redo=_REDO)
             return cls(
                 recipe=FinetuneRecipe.from_json(document["recipe"]),
                 calibration=document["calibration"],
@@ -145,17 +139,8 @@ class FinetuneState:
                 ),
                 tensors=tensors,
             )
-        except (
-            SafetensorError,
-            KeyError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            UsageError,
-        ) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error}); run `msfp finetune --restart`"
-            ) from None
+
+        return read_header(path, _HEADER, parse, redo=_REDO, schema=_SCHEMA)
 
 
 def member_table(tuned: FinetuneState, layers: Sequence[str]) -> Tensor:

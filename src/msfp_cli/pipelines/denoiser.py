@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from msfp_cli.errors import ModelError
+from msfp_cli.files import digest
 
 # The attribute names under which diffusers' pipelines keep the network that is called once per
 # timestep.
@@ -63,6 +64,23 @@ def find_denoisers(pipe: Any) -> dict[str, nn.Module]:  # noqa: ANN401 (a pipeli
             "msfp quantizes pipelines whose UNet or transformer is called once per timestep"
         )
     return found
+
+
+_SAMPLES = 256  # elements of each parameter that a fingerprint reads
+
+
+def fingerprint(denoiser: nn.Module) -> str:
+    """Return a digest that tells a float denoiser from other models and from other trainings.
+
+    It reads evenly spaced elements of each parameter, so it takes no time on large models; it does
+    not prove that every element is as it was.
+    """
+    sampled = {}
+    for name, parameter in denoiser.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        stride = max(1, flat.numel() // _SAMPLES)
+        sampled[f"{name} {tuple(parameter.shape)}"] = flat[::stride].cpu()
+    return digest(sampled)
 
 
 def _as_timestep(value: Any) -> float:  # noqa: ANN401 (tensor or number, as the pipeline passes it)

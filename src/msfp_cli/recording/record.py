@@ -9,10 +9,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from msfp_cli.digest import fingerprint
-from msfp_cli.errors import CalibrationError, ModelError, RunError, UsageError
+from msfp_cli.errors import CalibrationError, ModelError, MsfpError, RunError, UsageError
+from msfp_cli.files import is_ours
 from msfp_cli.pipelines.conditions import conditions_for
-from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers, watch_calls, watch_steps
+from msfp_cli.pipelines.denoiser import (
+    DenoiserCall,
+    find_denoisers,
+    fingerprint,
+    watch_calls,
+    watch_steps,
+)
 from msfp_cli.pipelines.denoising_factor import denoising_factors
 from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE
 from msfp_cli.pipelines.sampling import call_pipeline
@@ -205,13 +211,9 @@ def record_both(
     for recipe, directory, title in zip(
         recipes, (run.recording, run.held_out), ("Recording", "Recording held-out"), strict=True
     ):
-        # Only what a recording's own manifest marks as ours is deleted.
-        if (
-            overwrite
-            and (directory / "recording.json").exists()
-            and not _is_of(directory, asked_for(pipe, source, recipe))
-        ):
-            shutil.rmtree(directory)
+        if overwrite and is_ours(directory):
+            if not _is_of(directory, asked_for(pipe, source, recipe)):
+                shutil.rmtree(directory)
         recordings.append(
             record_calls(
                 pipe,
@@ -230,5 +232,5 @@ def _is_of(directory: Path, asked: dict[str, Any]) -> bool:
     """Whether a directory holds the recording of just these settings."""
     try:
         return Recording(directory).recipe == asked
-    except Exception:  # damaged in whatever way: it is replaced, which is what --overwrite asks for
+    except MsfpError:  # damaged in whatever way: it is replaced, which is what --overwrite asks for
         return False

@@ -13,32 +13,43 @@ on with the first that is missing.
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from msfp_cli.errors import CheckpointError, ModelError, RunError
+from msfp_cli.errors import ModelError, RunError
+from msfp_cli.files import (
+    Json,
+    TensorFile,
+    damaged,
+    open_tensors,
+    read_header,
+    read_json,
+    replace_file,
+    write_json,
+)
 from msfp_cli.pipelines.denoiser import DenoiserCall
+
+T = TypeVar("T")
 
 _SCHEMA = 1
 _MANIFEST = "recording.json"
+_HEADER = "record"  # of a shard: the key under which its calls lie
+_TENSOR, _DICT = "$tensor", "$dict"  # how JSON tells a tensor and a dict from plain values
+_REDO = "run `msfp calibrate --overwrite`"
+_REDO_SHARD = "delete it and run `msfp calibrate` again"
 
 
 def _hash(tensor: Tensor) -> str:
     """Name a tensor by its content, type and shape."""
-    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    data = (
-        tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        if tensor.numel()
-        else b""
-    )
-    return hashlib.sha256(head + data).hexdigest()[:32]
+    sha = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    if tensor.numel():
+        sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()[:32]
 
 
 class _Encoder:
@@ -47,18 +58,23 @@ class _Encoder:
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
 
-    def encode(self, value: Any, where: str) -> Any:  # noqa: ANN401 (a JSON tree)
+    def encode(self, value: Any, where: str) -> Json:  # noqa: ANN401 (a tree of arguments)
+        """Return a value as JSON, each tensor as the hash of its content.
+
+        Arguments:
+            where: what the value is, for the error.
+
+        Raises:
+            ModelError: the value, or one inside of it, cannot be stored.
+        """
         if isinstance(value, Tensor):
             tensor = value.detach().cpu().contiguous()
             name = _hash(tensor)
             self.tensors.setdefault(name, tensor.clone())
-            return {"$tensor": name}
+            return {_TENSOR: name}
         if isinstance(value, dict):
-            return {
-                "$dict": {
-                    str(key): self.encode(item, f"{where}.{key}") for key, item in value.items()
-                }
-            }
+            items = {str(key): self.encode(item, f"{where}.{key}") for key, item in value.items()}
+            return {_DICT: items}
         if isinstance(value, list | tuple):
             return [self.encode(item, where) for item in value]
         if value is None or isinstance(value, bool | int | float | str):
@@ -66,6 +82,21 @@ class _Encoder:
         raise ModelError(
             f"cannot record the denoiser's argument {where!r} of type {type(value).__name__}"
         )
+
+
+def _decode(value: Json, tensor_of: Callable[[str], Tensor]) -> Any:  # noqa: ANN401 (a tree of arguments)
+    """Undo `_Encoder.encode`."""
+    if isinstance(value, dict) and _TENSOR in value:
+        return tensor_of(value[_TENSOR])
+    if isinstance(value, dict):
+        return _decode_items(value[_DICT], tensor_of)
+    if isinstance(value, list):
+        return [_decode(item, tensor_of) for item in value]
+    return value
+
+
+def _decode_items(values: Json, tensor_of: Callable[[str], Tensor]) -> dict[str, Any]:
+    return {key: _decode(item, tensor_of) for key, item in values.items()}
 
 
 def encode_calls(calls: list[DenoiserCall]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -88,6 +119,10 @@ def size_bytes(calls: list[DenoiserCall]) -> int:
     return sum(tensor.nbytes for tensor in encode_calls(calls)[1].values())
 
 
+def _parse_manifest(document: Json) -> tuple[dict[str, Any], int]:
+    return document["recipe"], document["num_shards"]
+
+
 class Recording:
     """A recording directory, complete or not."""
 
@@ -99,23 +134,13 @@ class Recording:
             CheckpointError: its manifest cannot be read.
         """
         self.directory = directory
-        try:
-            manifest = json.loads((directory / _MANIFEST).read_text())
-            self.recipe: dict[str, Any] = manifest["recipe"]
-            self.num_shards: int = manifest["num_shards"]
-            newer = manifest["schema"] > _SCHEMA
-        except FileNotFoundError:
-            raise RunError(f"no recording in {directory}; `msfp calibrate` makes one") from None
-        except (ValueError, KeyError, TypeError):
-            raise CheckpointError(
-                f"{directory / _MANIFEST} is damaged; run `msfp calibrate --overwrite`"
-            ) from None
-        if newer:
-            raise CheckpointError(
-                f"{directory} was written by a newer msfp; upgrade msfp, or record again"
-            )
-        self._where: dict[str, Path] = {}
-        self._intact: set[str] = set()
+        if not (directory / _MANIFEST).exists():
+            raise RunError(f"no recording in {directory}; `msfp calibrate` makes one")
+        self.recipe, self.num_shards = read_json(
+            directory / _MANIFEST, _parse_manifest, redo=_REDO, schema=_SCHEMA
+        )
+        self._shard_of_tensor: dict[str, Path] = {}
+        self._intact: set[str] = set()  # tensors that were compared with their names
 
     @classmethod
     def create(cls, directory: Path, recipe: dict[str, Any], num_shards: int) -> "Recording":
@@ -132,11 +157,8 @@ class Recording:
                 raise RunError(
                     f"{directory} was recorded with other settings; use --overwrite, or another --run"
                 )
-        directory.mkdir(parents=True, exist_ok=True)
         manifest = {"schema": _SCHEMA, "recipe": recipe, "num_shards": num_shards}
-        temporary = directory / f"{_MANIFEST}.tmp"
-        temporary.write_text(json.dumps(manifest, indent=1))
-        os.replace(temporary, directory / _MANIFEST)
+        write_json(directory / _MANIFEST, manifest)
         return cls(directory)
 
     def shard_path(self, index: int) -> Path:
@@ -160,118 +182,108 @@ class Recording:
                 known.
         """
         encoded, tensors = encode_calls(calls)
-        known = self._tensor_index()
-        fresh = {name: tensor for name, tensor in tensors.items() if name not in known}
+        stored = self._tensor_index()
+        fresh = {name: tensor for name, tensor in tensors.items() if name not in stored}
+        header = {_HEADER: json.dumps({"calls": encoded, "factors": factors})}
         path = self.shard_path(index)
-        temporary = path.with_suffix(".tmp")
-        save_file(
-            fresh,
-            temporary,
-            metadata={"record": json.dumps({"calls": encoded, "factors": factors})},
-        )
-        os.replace(temporary, path)
-        self._where.update(dict.fromkeys(fresh, path))
+        with replace_file(path) as temporary:
+            save_file(fresh, temporary, metadata=header)
+        self._shard_of_tensor.update(dict.fromkeys(fresh, path))
 
     def _tensor_index(self) -> dict[str, Path]:
         """Return which shard holds which tensor."""
-        if not self._where:
+        if not self._shard_of_tensor:
             for index in range(self.num_shards):
                 path = self.shard_path(index)
                 if path.exists():
-                    with _open(path) as file:
-                        self._where.update(dict.fromkeys(file.keys(), path))
-        return self._where
+                    with open_tensors(path, redo=_REDO_SHARD) as file:
+                        self._shard_of_tensor.update(dict.fromkeys(file.keys(), path))
+        return self._shard_of_tensor
+
+    def _existing(self, index: int) -> Path:
+        """Return where shard `index` is.
+
+        Raises:
+            RunError: it is missing.
+        """
+        path = self.shard_path(index)
+        if not path.exists():
+            raise RunError(
+                f"{path} is missing; run `msfp calibrate` again to complete the recording"
+            )
+        return path
+
+    def _read_header(self, index: int, parse: Callable[[Json], T]) -> T:
+        """Read what a shard's header says of its calls."""
+        return read_header(self._existing(index), _HEADER, parse, redo=_REDO_SHARD)
+
+    def _read_tensor(self, file: TensorFile, name: str, path: Path) -> Tensor:
+        """Read a tensor; the first time, compare it with the hash that names it."""
+        tensor: Tensor = file.get_tensor(name)
+        if name not in self._intact:
+            if _hash(tensor) != name:
+                raise damaged(path, f"tensor {name} is altered", redo=_REDO_SHARD)
+            self._intact.add(name)
+        return tensor
 
     def shard(self, index: int) -> list[DenoiserCall]:
         """Load the calls of one shard.
 
         Raises:
+            RunError: the shard is missing.
             CheckpointError: the shard is truncated or altered.
         """
-        index_of = self._tensor_index()
-        loaded: dict[str, Tensor] = {}
-        encoded = self._record(index)["calls"]
-        with _open(self.shard_path(index)) as file:
-            loaded.update({name: self._tensor(file, name, index) for name in file.keys()})  # noqa: SIM118 (no mapping)
+        path = self._existing(index)
+        tensors: dict[str, Tensor] = {}
+        with open_tensors(path, redo=_REDO_SHARD) as file:
+            for name in sorted(file.keys()):
+                tensors[name] = self._read_tensor(file, name, path)
 
-        def decode(value: Any) -> Any:  # noqa: ANN401 (a JSON tree)
-            if isinstance(value, dict) and "$tensor" in value:
-                name = value["$tensor"]
-                if name not in loaded:
-                    with _open(index_of[name]) as other:
-                        loaded[name] = self._tensor(other, name, index)
-                return loaded[name]
-            if isinstance(value, dict):
-                return {key: decode(item) for key, item in value["$dict"].items()}
-            return [decode(item) for item in value] if isinstance(value, list) else value
+        def tensor_of(name: str) -> Tensor:
+            """Return a tensor of this shard, or of the shard that stored it first."""
+            if name not in tensors:
+                home = self._tensor_index()[name]
+                with open_tensors(home, redo=_REDO_SHARD) as other:
+                    tensors[name] = self._read_tensor(other, name, home)
+            return tensors[name]
 
-        try:
-            return [
-                DenoiserCall(**{key: decode(item) for key, item in call.items()})
-                for call in encoded
-            ]
-        except (KeyError, TypeError):
-            raise self._damaged(index) from None
+        def parse(document: Json) -> list[DenoiserCall]:
+            return [DenoiserCall(**_decode_items(call, tensor_of)) for call in document["calls"]]
 
-    def _damaged(self, index: int) -> CheckpointError:
-        return CheckpointError(
-            f"{self.shard_path(index)} is damaged; run `msfp calibrate --overwrite`"
-        )
-
-    def _tensor(self, file: Any, name: str, index: int) -> Tensor:  # noqa: ANN401 (safetensors does not name this type)
-        """Read a tensor; the first time, compare it with the hash that names it."""
-        tensor: Tensor = file.get_tensor(name)
-        if name not in self._intact:
-            if _hash(tensor) != name:
-                raise self._damaged(index)
-            self._intact.add(name)
-        return tensor
+        return self._read_header(index, parse)
 
     def calls(
         self, component: str | None = None, shards: Iterable[int] | None = None
     ) -> Iterator[DenoiserCall]:
-        """Yield every call in order (of one component, of some shards), one shard in memory at a time."""
+        """Yield calls in order (of one component, of some shards), one shard in memory at a time."""
         for index in range(self.num_shards) if shards is None else shards:
             for call in self.shard(index):
                 if component is None or call.component == component:
                     yield call
 
-    def _record(self, index: int) -> dict[str, Any]:
-        """Read a shard's header."""
-        with _open(self.shard_path(index)) as file:
-            metadata = file.metadata()
-        try:
-            record: dict[str, Any] = json.loads(metadata["record"])
-        except (KeyError, TypeError, ValueError):
-            raise self._damaged(index) from None
-        return record
-
     def timesteps(self, index: int, component: str) -> list[float | None]:
-        """Return the timestep of each call of a shard, None for calls of another component; reads the header only."""
-        calls = self._record(index)["calls"]
-        return [call["timestep"] if call["component"] == component else None for call in calls]
+        """Return the timestep of each call of a shard, None for calls of another component."""
+
+        def parse(document: Json) -> list[float | None]:
+            calls = document["calls"]
+            return [call["timestep"] if call["component"] == component else None for call in calls]
+
+        return self._read_header(index, parse)
 
     def num_calls(self, component: str | None = None, shards: Iterable[int] | None = None) -> int:
         """Count the calls (of one component, of some shards) by reading headers only."""
-        chosen = range(self.num_shards) if shards is None else shards
-        calls = (call for index in chosen for call in self._record(index)["calls"])
-        return sum(component in (None, call["component"]) for call in calls)
+
+        def count(document: Json) -> int:
+            return sum(component in (None, call["component"]) for call in document["calls"])
+
+        indices = range(self.num_shards) if shards is None else shards
+        return sum(self._read_header(index, count) for index in indices)
 
     def factors(self) -> list[tuple[float, float]] | None:
         """Return the sampler's (timestep, denoising factor) pairs, None where they are not known."""
-        pairs = self._record(0)["factors"]
-        return None if pairs is None else [(timestep, factor) for timestep, factor in pairs]
 
+        def parse(document: Json) -> list[tuple[float, float]] | None:
+            pairs = document["factors"]
+            return None if pairs is None else [(timestep, factor) for timestep, factor in pairs]
 
-def _open(path: Path) -> Any:  # noqa: ANN401 (safetensors does not name this type)
-    """Open a shard, saying in one line if it is damaged."""
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise RunError(
-            f"{path} is missing; run `msfp calibrate` again to complete the recording"
-        ) from None
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); delete it and run `msfp calibrate` again"
-        ) from None
+        return self._read_header(0, parse)
