@@ -37,10 +37,12 @@ from safetensors.torch import load_file, save_file
 
 from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.recipe import CalibrateRecipe
+from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import load_calibrated
 from msfp_cli.files import replace_file, write_text
 from msfp_cli.finetuning.finetune import finetune_run
 from msfp_cli.finetuning.recipe import FinetuneRecipe
+from msfp_cli.finetuning.result import load_finetunings
 from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import (
     BUILT_IN,
@@ -200,7 +202,7 @@ def train(work: Path, job: Job) -> None:
 def held_out_error(work: Path, job: Job) -> float:
     """Return the lowest error of a trained job on the run's own held-out calls."""
     run = Run(work / "jobs" / job.name)
-    return run.load_tuned(run.load_calibration())["unet"].best.error
+    return load_finetunings(run, Calibration.load(run.calibration))["unet"].best.error
 
 
 def test(work: Path, job: Job) -> None:
@@ -209,8 +211,8 @@ def test(work: Path, job: Job) -> None:
     if result.exists():
         return
     run = Run(work / "jobs" / job.name)
-    calibration = run.load_calibration()
-    pipe = load_calibrated(calibration, "cpu", run.load_tuned(calibration))
+    calibration = Calibration.load(run.calibration)
+    pipe = load_calibrated(calibration, "cpu", load_finetunings(run, calibration))
     write_text(result, json.dumps(measure(work, pipe)))
 
 
@@ -221,7 +223,10 @@ def test_calibrated(work: Path, formats: str) -> None:
         write_text(
             result,
             json.dumps(
-                measure(work, load_calibrated(calibrated(work, formats).load_calibration(), "cpu"))
+                measure(
+                    work,
+                    load_calibrated(Calibration.load(calibrated(work, formats).calibration), "cpu"),
+                )
             ),
         )
 

@@ -113,7 +113,7 @@ def measure(which: str, work: Path, updates: int) -> None:
     """Time some updates in this process and print seconds per update and peak memory in MiB as JSON."""
     quiet_libraries()
     run = Run(work)
-    recording, calibration = Recording(run.recording), run.load_calibration()
+    recording, calibration = Recording(run.recording), Calibration.load(run.calibration)
     recipe, clock = FinetuneRecipe(), Clock(updates)
     batches = Batches(
         recording, "unet", batch_size=recipe.batch_size, lanes=recipe.lanes, seed=recipe.seed

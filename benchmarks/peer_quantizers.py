@@ -26,7 +26,9 @@ from torch import nn
 from msfp_cli.calibration.calibrate import calibrate_
 from msfp_cli.calibration.observe import observe
 from msfp_cli.calibration.recipe import CalibrateRecipe
+from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import load_calibrated
+from msfp_cli.finetuning.result import load_finetunings
 from msfp_cli.formats.rounding import Grid
 from msfp_cli.layers.replace import find_layers, store_layers_
 from msfp_cli.layers.scheme import LayerScheme
@@ -241,8 +243,8 @@ def msfp_finetuned(pipe: Pipe, material: Material) -> Pipe:
     if (material.run / "model_index.json").exists():
         return DiffusionPipeline.from_pretrained(material.run)
     run = Run(material.run)
-    calibration = run.load_calibration()
-    tuned = run.load_tuned(calibration)
+    calibration = Calibration.load(run.calibration)
+    tuned = load_finetunings(run, calibration)
     if calibration.source != SOURCE or not tuned:
         raise SystemExit(
             f"{material.run} is no fine-tuning of the built-in pipeline; run `msfp finetune`"

@@ -22,7 +22,7 @@ from PIL import Image
 
 from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.recipe import CalibrateRecipe
-from msfp_cli.checkpoint.export import export_
+from msfp_cli.checkpoint.export import export_run
 from msfp_cli.evaluation.evaluate import evaluate_run
 from msfp_cli.evaluation.metrics import DISTANCES, FIGURES
 from msfp_cli.evaluation.recipe import EvaluateRecipe
@@ -91,11 +91,9 @@ def made(
             replace(training, steps=arguments.updates, evaluate_every=every),
             device=arguments.device,
         )
-    export = run.directory / "export"
-    if not export.exists():
-        calibration = run.load_calibration()
-        export_(calibration, export, tuned=run.load_tuned(calibration), device=arguments.device)
-    return run, export
+    if not run.export.exists():
+        export_run(run, device=arguments.device)
+    return run, run.export
 
 
 def evaluated(

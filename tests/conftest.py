@@ -27,7 +27,7 @@ import msfp_cli.demo
 from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
-from msfp_cli.checkpoint.export import ExportReport, export_
+from msfp_cli.checkpoint.export import ExportReport, export_run
 from msfp_cli.commands.app import app
 from msfp_cli.evaluation.evaluate import evaluate_run
 from msfp_cli.evaluation.recipe import EvaluateRecipe
@@ -103,9 +103,7 @@ def chain(
     """Calibrate and export a model into a run directory."""
     run = Run(directory)
     calibration = calibrate_run(run, ModelSource(model=str(model)), options, recipe)
-    report = export_(calibration, directory / "export")
-    run.remember("export", directory / "export")
-    return Chained(run, calibration, report)
+    return Chained(run, calibration, export_run(run))
 
 
 @dataclass(frozen=True)
@@ -155,13 +153,10 @@ def settle(tuned: FinetuneState, num_layers: int = 5) -> FinetuneState:
 
 def finetune(run: Run, recipe: FinetuneRecipe = FEW_UPDATES) -> Finetuned:
     """Fine-tune and export a calibrated run that has one denoiser, most of whose layers switch."""
-    tuned, calibration = settle(train(run, recipe, restart=True)), run.load_calibration()
+    tuned = settle(train(run, recipe, restart=True))
+    calibration = Calibration.load(run.calibration)
     tuned.save(run.finetuned(*calibration.layers))
-    report = export_(
-        calibration, run.directory / "export", tuned=run.load_tuned(calibration), overwrite=True
-    )
-    run.remember("export", run.directory / "export")
-    return Finetuned(run, calibration, tuned, report)
+    return Finetuned(run, calibration, tuned, export_run(run, overwrite=True))
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

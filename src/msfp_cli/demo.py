@@ -7,7 +7,7 @@ from PIL import Image
 
 from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.recipe import CalibrateRecipe
-from msfp_cli.checkpoint.export import ExportReport, export_
+from msfp_cli.checkpoint.export import ExportReport, export_run
 from msfp_cli.evaluation.evaluate import evaluate_run
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation
@@ -57,7 +57,7 @@ def run_demo(
     """Calibrate, fine-tune shortly, export, evaluate and report the built-in pipeline."""
     run, source = Run(directory), ModelSource(model=BUILT_IN)
     few = RecordOptions(num_images=_RECORDED)
-    calibration = calibrate_run(
+    calibrate_run(
         run, source, few, CalibrateRecipe(), device=device, overwrite=True, progress=progress
     )
     # The defaults are made for thousands of updates: so few want a lower rate, and weights that
@@ -71,14 +71,10 @@ def run_demo(
         evaluate_every=_UPDATES,
     )
     finetune_run(run, recipe, device=device, restart=True, progress=progress)
-    export = directory / "export"
-    report = export_(
-        calibration, export, tuned=run.load_tuned(calibration), device=device, overwrite=True
-    )
-    run.remember("export", export)
+    report = export_run(run, device=device, overwrite=True)
     options = EvaluateRecipe(prompts=_PROMPTS, num_images=_PICTURES)
     evaluation = evaluate_run(
-        run, export, options, device=device, overwrite=True, progress=progress
+        run, run.export, options, device=device, overwrite=True, progress=progress
     )
     written = write_report(run, evaluation, run.report, pictures=len(_PROMPTS), overwrite=True)
     return DemoReport(

@@ -1,12 +1,9 @@
 """What a user asked for, as frozen values that go to JSON and back; nothing here needs torch."""
 
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any, TypeVar
 
 from msfp_cli.errors import UsageError
-
-DEFAULT_RUN = Path("msfp-run")
 
 T = TypeVar("T", bound="Recipe")
 

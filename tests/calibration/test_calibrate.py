@@ -297,7 +297,7 @@ def test_loaded_calibration_quantizes_to_the_same_codes(
 ) -> None:
     calibrate_(tiny_pipe, *tiny_recordings, QUICK)
     other = load_pipeline(tiny_source, "cpu")
-    quantize_(other.unet, tiny_chained.run.load_calibration(), "unet")
+    quantize_(other.unet, Calibration.load(tiny_chained.run.calibration), "unet")
     state = other.unet.state_dict()
     assert state.keys() == tiny_pipe.unet.state_dict().keys()
     assert all(

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from conftest import FEW_UPDATES, QUICK, Chained, Finetuned, Invoke, files_of, train
 from msfp_cli import __version__
 from msfp_cli.calibration.calibrate import calibrate_
+from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import export_, load_calibrated, save_pipeline
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
 from msfp_cli.checkpoint.quantizer import SCHEMA_VERSION
@@ -264,7 +265,7 @@ def test_fine_tuned_export_computes_bit_for_bit_what_was_trained(
 ) -> None:
     run = fresh_run(name)
     tuned = now_as_best(train(run, replace(FEW_UPDATES, steps=2, evaluate_every=2)))
-    calibration = run.load_calibration()
+    calibration = Calibration.load(run.calibration)
     (component,) = calibration.layers
     export_(calibration, tmp_path / "export", tuned={component: tuned}, device="cpu")
     reloaded = getattr(DiffusionPipeline.from_pretrained(tmp_path / "export"), component)
@@ -285,7 +286,7 @@ def test_best_state_is_exported_and_not_the_last(
     fresh_run: Callable[..., Run], tmp_path: Path
 ) -> None:
     run = fresh_run("DDIMPipeline")
-    tuned, calibration = train(run), run.load_calibration()
+    tuned, calibration = train(run), Calibration.load(run.calibration)
     spoilt = {
         n: torch.full_like(t, 7) if n.startswith("now/") else t for n, t in tuned.tensors.items()
     }
@@ -353,7 +354,7 @@ def test_hub_that_training_has_not_touched_costs_nothing(
     fresh_run: Callable[..., Run], tmp_path: Path
 ) -> None:
     run = fresh_run("DDIMPipeline")
-    tuned, calibration = train(run, stop=lambda: True), run.load_calibration()
+    tuned, calibration = train(run, stop=lambda: True), Calibration.load(run.calibration)
     first = replace(tuned, history=tuned.history[:1], tensors=untouched(tuned))
     report = export_(calibration, tmp_path / "tuned", tuned={"unet": first}, device="cpu")
     export_(calibration, tmp_path / "plain", device="cpu")
@@ -375,7 +376,10 @@ def test_hub_of_one_needs_no_router(fresh_run: Callable[..., Run], tmp_path: Pat
     run = fresh_run()
     tuned = train(run, replace(FEW_UPDATES, hub_size=1, steps=2, evaluate_every=2))
     report = export_(
-        run.load_calibration(), tmp_path / "export", tuned={"transformer": tuned}, device="cpu"
+        Calibration.load(run.calibration),
+        tmp_path / "export",
+        tuned={"transformer": tuned},
+        device="cpu",
     )
     denoiser = DiffusionPipeline.from_pretrained(tmp_path / "export").transformer
     assert not hasattr(denoiser, ROUTER)
@@ -420,7 +424,7 @@ def test_calibrated_leaves_the_fine_tuning_out(
         result = msfp("export", *options, "--out", "export", "--overwrite", "--device", "cpu")
         assert result.stdout == "export\n"
         assert files_of(Path("export")) == files_of(expected)
-        assert ("fine-tuned, best of 6 updates" in result.stderr) == (expected != plain)
+        assert ("fine-tuned, 6 of 6 updates" in result.stderr) == (expected != plain)
         assert ("layers switch between sets of weights" in result.stderr) == (expected != plain)
 
 

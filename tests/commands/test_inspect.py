@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Finetuned, Invoke, only_line
+from msfp_cli.calibration.result import Calibration
 from msfp_cli.finetuning.lora import tuned_names
 from msfp_cli.finetuning.result import FinetuneState, member_table
 from msfp_cli.layers.routing import table_index
@@ -31,7 +32,7 @@ def test_members_are_those_of_the_exported_table(
     inspected: FinetuneState, tiny_tuned: Finetuned, msfp: Invoke
 ) -> None:
     members = json.loads(msfp("inspect", "--json").stdout)["unet"]["members"]
-    names = tuned_names(tiny_tuned.run.load_calibration().table("unet"))
+    names = tuned_names(Calibration.load(tiny_tuned.run.calibration).table("unet"))
     table = member_table(inspected, names)
     rows = [
         table_index(timestep, inspected.unit)

@@ -28,6 +28,7 @@ from torchmetrics.functional.image import (
 
 from conftest import Chained, Finetuned, Invoke, files_of, only_error, only_line
 from msfp_cli import __version__
+from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import export_, load_calibrated
 from msfp_cli.errors import RunError, UsageError
 from msfp_cli.evaluation.cost import Cost
@@ -290,7 +291,7 @@ def test_every_kind_of_pipeline_is_evaluated(
         FluxPipeline, "__call__", call_small
     )  # its own default does not follow its transformer
     run, export = calibrated(name), tmp_path / "export"
-    calibration = run.load_calibration()
+    calibration = Calibration.load(run.calibration)
     export_(calibration, export)
     options = replace(THREE, num_images=2, compare=None if name == "DiTPipeline" else ())
     found = evaluate_run(run, export, options, directory=tmp_path / "evaluation", device="cpu")
@@ -519,7 +520,7 @@ def test_export_that_was_made_again_is_another_model(
         calibrated("DDIMPipeline"),
         replace(THREE, num_images=1, num_trajectories=1, compare=()),
     )
-    calibration, export = run.load_calibration(), tmp_path / "export"
+    calibration, export = Calibration.load(run.calibration), tmp_path / "export"
 
     def evaluate_again() -> Evaluation:
         return evaluate_run(run, export, options, directory=tmp_path / "evaluation", device="cpu")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from conftest import CHEAP, TWO_PICTURES, Chained, Finetuned, chain
 from msfp_cli.calibration.calibrate import calibrate_run
+from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import export_, load_calibrated
 from msfp_cli.errors import ModelError, RunError, UsageError
 from msfp_cli.evaluation.models import (
@@ -127,7 +128,7 @@ def test_export_of_another_model_with_the_same_formats_is_not_of_this_run(
     other: Chained, calibrated: Callable[[str], Run]
 ) -> None:
     run = calibrated("DDIMPipeline")
-    assert run.load_calibration().recipe.formats == other.calibration.recipe.formats
+    assert Calibration.load(run.calibration).recipe.formats == other.calibration.recipe.formats
     assert "signed" not in subjects_of(run, other.export)
 
 
@@ -189,7 +190,7 @@ def test_signed_formats_are_searched_once_and_again_for_another_calibration(
         assert (
             identity_of(subjects_of(run, tiny_chained.export, work=work)["signed"].load()) == first
         )
-    calibration = run.load_calibration()
+    calibration = Calibration.load(run.calibration)
     replace(calibration, recipe=replace(calibration.recipe, weights=6)).save(
         run.calibration, overwrite=True
     )
@@ -298,9 +299,9 @@ def test_export_of_an_earlier_calibration_is_not_of_this_run(
     calibrated: Callable[[str], Run], copied: Copied, tmp_path: Path
 ) -> None:
     run = Run(copied(calibrated("DDIMPipeline").directory))
-    export_(run.load_calibration(), tmp_path / "export")
+    export_(Calibration.load(run.calibration), tmp_path / "export")
     assert "signed" in subjects_of(run, tmp_path / "export")
-    calibration = run.load_calibration()
+    calibration = Calibration.load(run.calibration)
     options = replace(TWO_PICTURES, num_images=2)
     calibrate_run(
         run, calibration.source, options, replace(CHEAP, weights=6), device="cpu", overwrite=True

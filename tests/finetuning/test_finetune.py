@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import CHEAP, FEW_UPDATES, TWO_PICTURES, Invoke, only_error, only_line, train
 from msfp_cli.calibration.calibrate import calibrate_run
+from msfp_cli.calibration.result import Calibration
 from msfp_cli.commands import launch
 from msfp_cli.commands.console import stop_on_interrupt
 from msfp_cli.commands.finetune import _recipe, calls_per_update
@@ -436,7 +437,7 @@ def test_fine_tuning_of_another_calibration_is_explained_everywhere(
 ) -> None:
     run = fresh_run()
     train(run, replace(FEW_UPDATES, steps=1))
-    calibration = run.load_calibration()
+    calibration = Calibration.load(run.calibration)
     options = (
         "--num-images",
         6,
@@ -460,7 +461,7 @@ def test_fine_tuning_of_another_calibration_is_explained_everywhere(
     assert msfp("finetune", "--restart", *OPTIONS).exit_code == 0
     assert (
         FinetuneState.load(state(run)).calibration
-        == run.load_calibration().identity()
+        == Calibration.load(run.calibration).identity()
         != calibration.identity()
     )
 

@@ -10,10 +10,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from conftest import Finetuned, Invoke, only_line
+from conftest import FEW_UPDATES, Finetuned, Invoke, only_line
+from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.finetuning.lora import moved_input, tuned_names
-from msfp_cli.finetuning.result import FinetuneState, member_table, quantize_tuned_
+from msfp_cli.finetuning.result import (
+    FinetuneState,
+    load_finetunings,
+    member_table,
+    quantize_tuned_,
+)
 from msfp_cli.finetuning.router import Router
 from msfp_cli.formats.rounding import Grid, quantize
 from msfp_cli.layers.replace import find_layers, quantized_layers
@@ -229,3 +235,14 @@ def test_state_of_another_calibration_is_not_quantized(tiny_tuned: Finetuned) ->
         RunError, match="began with another calibration; run `msfp finetune --restart`"
     ):
         quantize_tuned_(torch.nn.Module(), tiny_tuned.calibration, "unet", other)
+
+
+def test_fine_tuning_of_an_equal_calibration_is_loaded(
+    file: Path, tiny_tuned: Finetuned, tmp_path: Path
+) -> None:
+    run = Run(file.parents[1])
+    calibration = Calibration.load(run.calibration)
+    identities = {calibration.identity(), tiny_tuned.tuned.calibration}
+    assert identities == {tiny_tuned.calibration.identity()}
+    assert load_finetunings(run, calibration)["unet"].recipe == FEW_UPDATES
+    assert load_finetunings(Run(tmp_path / "empty"), calibration) == {}

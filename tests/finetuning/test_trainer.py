@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from conftest import FEW_UPDATES, Finetuned, Invoke, train
+from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import load_calibrated
 from msfp_cli.errors import RunError, TrainingError, UsageError
 from msfp_cli.finetuning.batches import Batches
@@ -279,7 +280,7 @@ def test_training_lowers_the_held_out_error(tiny_tuned: Finetuned) -> None:
 
 
 def test_only_hubs_inputs_and_router_learn(calibrated: Callable[[str], Run]) -> None:
-    calibration = calibrated("DiTPipeline").load_calibration()
+    calibration = Calibration.load(calibrated("DiTPipeline").calibration)
     (denoiser,) = find_denoisers(load_pipeline(calibration.source, "cpu")).values()
     table, scales = calibration.table("transformer"), calibration.scales["transformer"]
     student = Student(denoiser, table, scales, FEW_UPDATES, unit=1.0)
@@ -345,7 +346,11 @@ def test_gradients_that_float16_cannot_hold_are_not_lost(
 ) -> None:
     """Each element of a large output has a small part of the loss."""
     run = calibrated("StableDiffusionPipeline")
-    calibration, recipe, gradients = run.load_calibration(), replace(FEW_UPDATES, hub_size=1), []
+    calibration, recipe, gradients = (
+        Calibration.load(run.calibration),
+        replace(FEW_UPDATES, hub_size=1),
+        [],
+    )
     monkeypatch.setattr("msfp_cli.finetuning.student.call_with", call_in_float16)
     for part in (1, 1 / 64**2):
         denoiser = load_pipeline(replace(calibration.source, dtype="float16"), "cpu").unet

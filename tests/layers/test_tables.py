@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from conftest import QUICK, Invoke
 from msfp_cli.calibration.calibrate import calibrate_
 from msfp_cli.calibration.recipe import CalibrateRecipe
+from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
 from msfp_cli.evaluation.measures import input_histograms
 from msfp_cli.finetuning.lora import tuned_names
+from msfp_cli.finetuning.result import load_finetunings
 from msfp_cli.formats.float_format import FloatFormat, formats_of_width
 from msfp_cli.formats.rounding import Grid, dequantize, quantize
 from msfp_cli.layers.kernels.lookup import Lookup
@@ -164,7 +166,7 @@ def test_calibration_keeps_tables_at_eight_bits_unless_a_rule_speaks(
     calibrated: Callable[[str], Run], recipe: CalibrateRecipe, fmt_bits: int
 ) -> None:
     run = calibrated("DiTPipeline")
-    pipe = load_pipeline(run.load_calibration().source, "cpu")
+    pipe = load_pipeline(Calibration.load(run.calibration).source, "cpu")
     index = torch.arange(3)
     rows = pipe.transformer.get_submodule(TABLE)(index)
     choice = calibrate_(pipe, Recording(run.recording), Recording(run.held_out), recipe).layers[
@@ -184,7 +186,7 @@ def test_tables_can_stay_in_floating_point(
     calibrated: Callable[[str], Run], change: dict[str, object]
 ) -> None:
     run = calibrated("DiTPipeline")
-    pipe = load_pipeline(run.load_calibration().source, "cpu")
+    pipe = load_pipeline(Calibration.load(run.calibration).source, "cpu")
     calibration = calibrate_(
         pipe, Recording(run.recording), Recording(run.held_out), replace(QUICK, **change)
     )
@@ -196,11 +198,11 @@ def test_export_holds_tables_and_fine_tuning_leaves_them(
     fresh_run: Callable[..., Run], msfp: Invoke
 ) -> None:
     run = fresh_run()
-    calibration = run.load_calibration()
+    calibration = Calibration.load(run.calibration)
     assert TABLE not in tuned_names(calibration.table("transformer"))
     for command in ("finetune --steps 2 --batch-size 2 --rank 2 --device cpu", "export"):
         assert msfp(*command.split(), "--run", run.directory).exit_code == 0
-    tuned = run.load_tuned(calibration)["transformer"]
+    tuned = load_finetunings(run, calibration)["transformer"]
     assert not any(name.startswith(f"{TABLE}.") for name in tuned.state("best"))
     pipe = MSFPPipeline.from_pretrained(run.latest_export(), device="cpu")
     table = quantized_layers(pipe.transformer)[TABLE]
@@ -215,7 +217,7 @@ def test_export_holds_tables_and_fine_tuning_leaves_them(
 
 def test_histograms_leave_tables_out(calibrated: Callable[[str], Run]) -> None:
     run = calibrated("DiTPipeline")
-    pipe = load_pipeline(run.load_calibration().source, "cpu")
+    pipe = load_pipeline(Calibration.load(run.calibration).source, "cpu")
     calls = list(Recording(run.held_out).calls("transformer"))[:1]
     found = input_histograms(pipe.transformer, calls)
     assert found.keys() == {

@@ -20,7 +20,7 @@ from msfp_cli.evaluation.evaluate import evaluate_run
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.finetuning.lora import tuned_names
-from msfp_cli.finetuning.result import member_by_timestep
+from msfp_cli.finetuning.result import load_finetunings, member_by_timestep
 from msfp_cli.recording.recipe import MAX_CONDITIONS, recorded_conditions
 from msfp_cli.report.document import gather, write_report
 from msfp_cli.report.reproduce import num_recorded
@@ -81,7 +81,7 @@ def test_layers_are_the_exports_with_the_candidates_of_the_calibration(
 
 
 def test_router_is_that_of_the_fine_tuning(document: dict[str, Any], tiny_tuned: Finetuned) -> None:
-    tuned = tiny_tuned.run.load_tuned(tiny_tuned.calibration)["unet"]
+    tuned = load_finetunings(tiny_tuned.run, tiny_tuned.calibration)["unet"]
     names = tuned_names(tiny_tuned.calibration.table("unet"))
     router = document["components"]["unet"]["router"]
     assert {row["name"]: row["members"] for row in router["rows"]} == member_by_timestep(

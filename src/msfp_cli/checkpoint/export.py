@@ -3,7 +3,7 @@
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ from torch import nn
 
 from msfp_cli.calibration.result import Calibration, quantize_
 from msfp_cli.checkpoint.quantizer import MSFPConfig, mark_quantized_
-from msfp_cli.files import replace_directory
-from msfp_cli.finetuning.result import FinetuneState, quantize_tuned_
+from msfp_cli.files import refuse_existing, replace_directory
+from msfp_cli.finetuning.result import FinetuneState, load_finetunings, quantize_tuned_
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import TABLE_SIZE
 from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import load_pipeline
+from msfp_cli.run import Run
 from msfp_cli.version import __version__
 
 
@@ -28,9 +29,10 @@ class ExportReport:
         directory: the export.
         denoiser_bytes: size of the denoisers' safetensors files.
         half_precision_bytes: what the same denoisers take in 16 bits.
-        hub_bytes: of the denoisers' size, what further sets of weights and the router's tables
-            take.
-        switching_layers: layers with more than one set of weights.
+        hub_bytes: of the denoisers' size, what the second and further members of the hubs take,
+            and the router's tables.
+        switching_layers: layers that have more than one member.
+        finetunings: by component, how the fine-tuning that is in the export went, in words.
     """
 
     directory: str
@@ -38,6 +40,7 @@ class ExportReport:
     half_precision_bytes: int
     hub_bytes: int = 0
     switching_layers: int = 0
+    finetunings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -116,7 +119,36 @@ def export_(
         half_precision_bytes=half,
         hub_bytes=sum(layer.packed_codes()[1:].numel() + TABLE_SIZE for layer in switching),
         switching_layers=len(switching),
+        finetunings={component: state.summary() for component, state in (tuned or {}).items()},
     )
+
+
+def export_run(
+    run: Run,
+    directory: Path | None = None,
+    *,
+    with_finetuning: bool = True,
+    device: str | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Export what a run calibrated and fine-tuned, and note in the run where the export is.
+
+    Arguments:
+        directory: where to write; None for the run's own export directory.
+        with_finetuning: False exports the calibrated state even if the run was fine-tuned.
+
+    Raises:
+        RunError: there is no calibration, the fine-tuning began with another one, or the directory
+            exists and `overwrite` is not set.
+    """
+    run.require()
+    directory = directory or run.export
+    calibration = Calibration.load(run.calibration)
+    finetunings = load_finetunings(run, calibration) if with_finetuning else {}
+    refuse_existing(directory, overwrite=overwrite)
+    report = export_(calibration, directory, tuned=finetunings, device=device, overwrite=overwrite)
+    run.remember_export(directory)
+    return report
 
 
 def _half_precision_bytes(calibration: Calibration, component: str, denoiser: nn.Module) -> int:

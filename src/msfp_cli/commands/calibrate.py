@@ -19,8 +19,8 @@ from msfp_cli.commands.options import (
     SeedOption,
 )
 from msfp_cli.pipelines.source import ModelSource
-from msfp_cli.recipe import DEFAULT_RUN
 from msfp_cli.recording.recipe import NUM_IMAGES, NUM_IMAGES_LARGE
+from msfp_cli.run import DEFAULT_RUN, Run
 
 if TYPE_CHECKING:
     from msfp_cli.calibration.result import Calibration, LayerChoice
@@ -108,7 +108,7 @@ def calibrate(
     from msfp_cli.pipelines.conditions import read_prompts
     from msfp_cli.pipelines.loading import quiet_libraries, resolve_model
     from msfp_cli.recording.recipe import RecordOptions
-    from msfp_cli.run import Run
+    from msfp_cli.status import next_command
 
     options = RecordOptions(
         prompts=None if prompts is None else read_prompts(prompts),
@@ -135,7 +135,7 @@ def calibrate(
     for component in calibration.layers:
         show(calibration, component)
     console.result(str(Run(run).calibration), summary(calibration), as_json=json_)
-    console.note(f"next: {Run(run).next_command()}")
+    console.note(f"next: {next_command(Run(run))}")
 
 
 def summary(calibration: "Calibration") -> dict[str, Any]:

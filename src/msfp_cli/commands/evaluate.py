@@ -17,7 +17,7 @@ from msfp_cli.commands.options import (
     RunOption,
 )
 from msfp_cli.progress import SILENT
-from msfp_cli.recipe import DEFAULT_RUN
+from msfp_cli.run import DEFAULT_RUN, Run
 
 if TYPE_CHECKING:
     from msfp_cli.evaluation.result import Evaluation
@@ -106,7 +106,6 @@ def evaluate(
     from msfp_cli.pipelines.conditions import read_prompts
     from msfp_cli.pipelines.loading import quiet_libraries, resolve_model
     from msfp_cli.pipelines.source import ModelSource
-    from msfp_cli.run import Run
 
     state = Run(run)
     options = EvaluateRecipe(

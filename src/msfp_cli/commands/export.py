@@ -7,7 +7,7 @@ import typer
 
 from msfp_cli.commands import console
 from msfp_cli.commands.options import DeviceOption, JsonOption, OverwriteOption, RunOption
-from msfp_cli.recipe import DEFAULT_RUN
+from msfp_cli.run import DEFAULT_RUN, Run
 
 _HELP = """Write the calibrated (and fine-tuned) pipeline as a diffusers directory with packed 4-bit weights.
 
@@ -34,35 +34,28 @@ def export(
     json_: JsonOption = False,
 ) -> None:
     """Write the calibrated and fine-tuned pipeline."""
-    from msfp_cli.checkpoint.export import export_
-    from msfp_cli.files import refuse_existing
+    from msfp_cli.checkpoint.export import export_run
     from msfp_cli.pipelines.loading import quiet_libraries
-    from msfp_cli.run import Run
+    from msfp_cli.status import next_command
 
-    state = Run(run)
-    directory = out or state.directory / "export"
-    calibration = state.load_calibration()
-    tuned = {} if calibrated else state.load_tuned(calibration)
-    refuse_existing(directory, overwrite=overwrite)
     quiet_libraries()
-    report = export_(calibration, directory, tuned=tuned, device=device, overwrite=overwrite)
-    state.remember("export", directory)
-    size, half = report.denoiser_bytes / 2**20, report.half_precision_bytes / 2**20
+    report = export_run(
+        Run(run), out, with_finetuning=not calibrated, device=device, overwrite=overwrite
+    )
+    size = report.denoiser_bytes / 2**20
+    half = report.half_precision_bytes / 2**20
     console.note(
         f"denoiser: {size:.2f} MiB, {report.ratio:.3f} of its {half:.2f} MiB in half precision"
     )
-    for component, learned in tuned.items():
-        console.note(
-            f"{component}: fine-tuned, best of {learned.step} updates; held-out error "
-            f"{learned.history[0].error:.5f} -> {learned.best.error:.5f}"
-        )
+    for component, summary in report.finetunings.items():
+        console.note(f"{component}: fine-tuned, {summary}")
     if report.switching_layers:
         console.note(
-            f"hub: {report.switching_layers} layers switch between sets of weights, which takes "
+            f"hub: {report.switching_layers} layers have several members, which take "
             f"{report.hub_bytes / 2**20:.2f} MiB of that"
         )
-    console.result(str(directory), report.to_json(), as_json=json_)
-    console.note(f"next: {state.next_command()}")
+    console.result(report.directory, report.to_json(), as_json=json_)
+    console.note(f"next: {next_command(Run(run))}")
 
 
 def add_to(app: typer.Typer) -> None:

@@ -11,11 +11,10 @@ from msfp_cli.commands.launch import is_main, processes_for, share_out
 from msfp_cli.commands.options import MAX_SEED, DeviceOption, JsonOption, RunOption
 from msfp_cli.finetuning.recipe import INITS, LOSSES, PRECISIONS, SAMPLINGS, FinetuneRecipe
 from msfp_cli.progress import SILENT
-from msfp_cli.recipe import DEFAULT_RUN
+from msfp_cli.run import DEFAULT_RUN, Run
 
 if TYPE_CHECKING:
     from msfp_cli.finetuning.finetune import FinetuneReport
-    from msfp_cli.run import Run
 _HELP = """Win back quality: train timestep-aware LoRAs inside the quantizers, with the denoising-factor loss.
 
 The full-precision outputs lie in the run's recording, so no other data and no teacher are needed. The state is kept
@@ -143,7 +142,6 @@ def finetune(
 
     from msfp_cli.finetuning.finetune import finetune_run
     from msfp_cli.pipelines.loading import quiet_libraries
-    from msfp_cli.run import Run
 
     quiet_libraries()
     state = Run(run)
@@ -174,7 +172,7 @@ def calls_per_update(usual: int, processes: int) -> int:
 
 
 def _recipe(
-    run: "Run", chosen: dict[str, Any], resume: bool | None, processes: int
+    run: Run, chosen: dict[str, Any], resume: bool | None, processes: int
 ) -> tuple[FinetuneRecipe, bool]:
     """Return the settings: those that were given, then those of the state to go on from, then the defaults.
 
@@ -183,10 +181,13 @@ def _recipe(
     """
     from dataclasses import replace
 
+    from msfp_cli.calibration.result import Calibration
     from msfp_cli.errors import RunError
+    from msfp_cli.finetuning.result import load_finetunings
 
-    calibration = run.load_calibration()
-    saved = {} if resume is False else run.load_tuned(calibration)
+    run.require()
+    calibration = Calibration.load(run.calibration)
+    saved = {} if resume is False else load_finetunings(run, calibration)
     if resume and not saved:
         raise RunError(
             f"{run.directory} holds no fine-tuning to go on with; leave --resume out to begin"
@@ -200,8 +201,10 @@ def _recipe(
     return recipe, len(done) == len(calibration.tunable())
 
 
-def _show(run: "Run", reports: "list[FinetuneReport]", *, as_json: bool) -> None:
+def _show(run: Run, reports: "list[FinetuneReport]", *, as_json: bool) -> None:
     """Say what training did, and what to type next."""
+    from msfp_cli.status import next_command
+
     for report in reports:
         if not report.finished:
             console.note(
@@ -222,7 +225,7 @@ def _show(run: "Run", reports: "list[FinetuneReport]", *, as_json: bool) -> None
         {r.component: r.to_json() for r in reports},
         as_json=as_json,
     )
-    console.note(f"next: {run.next_command()}")
+    console.note(f"next: {next_command(run)}")
 
 
 def add_to(app: typer.Typer) -> None:

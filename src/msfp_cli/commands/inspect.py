@@ -9,7 +9,7 @@ import typer
 
 from msfp_cli.commands import console
 from msfp_cli.commands.options import DeviceOption, JsonOption, RunOption
-from msfp_cli.recipe import DEFAULT_RUN
+from msfp_cli.run import DEFAULT_RUN, Run
 
 if TYPE_CHECKING:
     from msfp_cli.finetuning.result import FinetuneState
@@ -49,14 +49,15 @@ def inspect(
     if kernels:
         _show_kernels(run, layers, device, as_json=json_)
         return
+    from msfp_cli.calibration.result import Calibration
     from msfp_cli.errors import RunError, UsageError
     from msfp_cli.finetuning.lora import tuned_names
-    from msfp_cli.finetuning.result import member_by_timestep
-    from msfp_cli.run import Run
+    from msfp_cli.finetuning.result import load_finetunings, member_by_timestep
 
     state = Run(run)
-    calibration = state.load_calibration()
-    found = state.load_tuned(calibration)
+    state.require()
+    calibration = Calibration.load(state.calibration)
+    found = load_finetunings(state, calibration)
     if not found:
         raise RunError(f"{run} holds no fine-tuning yet; run `msfp finetune` first")
     result = {}
@@ -83,7 +84,6 @@ def _show_kernels(run: Path, pattern: str | None, device: str | None, *, as_json
     from msfp_cli.errors import UsageError
     from msfp_cli.layers.prepare import prepare_
     from msfp_cli.pipelines.loading import quiet_libraries
-    from msfp_cli.run import Run
 
     export = Run(run).latest_export()
     quiet_libraries()

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from msfp_cli.pipelines.source import DTYPES
-from msfp_cli.recipe import DEFAULT_RUN
+from msfp_cli.run import DEFAULT_RUN
 
 RunOption = Annotated[
     Path,

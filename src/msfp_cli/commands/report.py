@@ -7,7 +7,7 @@ import typer
 
 from msfp_cli.commands import console
 from msfp_cli.commands.options import JsonOption, OverwriteOption, RunOption
-from msfp_cli.recipe import DEFAULT_RUN
+from msfp_cli.run import DEFAULT_RUN, Run
 
 _HELP = """Write the run's evaluation as one self-contained HTML page, with PNG plots beside it.
 
@@ -37,7 +37,6 @@ def report(
     """Write the evaluation as a page."""
     from msfp_cli.evaluation.result import Evaluation
     from msfp_cli.report.document import write_report
-    from msfp_cli.run import Run
 
     state = Run(run)
     if evaluation is None:

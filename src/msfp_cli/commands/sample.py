@@ -15,7 +15,7 @@ from msfp_cli.commands.options import (
     RunOption,
     SeedOption,
 )
-from msfp_cli.recipe import DEFAULT_RUN
+from msfp_cli.run import DEFAULT_RUN, Run
 
 _HELP = """Make pictures with the latest export, or with any exported directory.
 
@@ -82,7 +82,6 @@ def sample(
     from msfp_cli.pipelines.conditions import conditioning_of, expand_conditions, read_prompts
     from msfp_cli.pipelines.loading import load_pipeline, quiet_libraries
     from msfp_cli.pipelines.source import Sampling
-    from msfp_cli.run import Run
     from msfp_cli.sample import make_pictures, save_pictures
 
     asked = list(prompt or []) + list(read_prompts(prompts) if prompts else [])

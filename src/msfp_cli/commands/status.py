@@ -4,7 +4,7 @@ import typer
 
 from msfp_cli.commands import console
 from msfp_cli.commands.options import JsonOption, RunOption
-from msfp_cli.recipe import DEFAULT_RUN
+from msfp_cli.run import DEFAULT_RUN, Run
 
 _HELP = """Say what the run directory holds and what to type next.
 
@@ -18,13 +18,12 @@ Examples:
 
 def status(run: RunOption = DEFAULT_RUN, json_: JsonOption = False) -> None:
     """Say what the run directory holds."""
-    from msfp_cli.run import Run
+    from msfp_cli.status import status_of
 
-    rows = Run(run).status()
-    following = Run(run).next_command()
-    text = "\n".join(f"{what:12} {state}" for what, state in rows)
-    console.result(text, {**dict(rows), "next": following}, as_json=json_)
-    console.note(f"next: {following}")
+    current = status_of(Run(run))
+    text = "\n".join(f"{stage:12} {state}" for stage, state in current.stages.items())
+    console.result(text, current.to_json(), as_json=json_)
+    console.note(f"next: {current.next_command}")
 
 
 def add_to(app: typer.Typer) -> None:

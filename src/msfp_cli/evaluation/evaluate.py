@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.pipeline import read_configs
 from msfp_cli.evaluation.cost import machine
 from msfp_cli.evaluation.features.extractors import Extractor, load_extractor
@@ -116,7 +117,9 @@ def _record_recipe(
 ) -> RecordRecipe:
     """Return which pictures to draw: prompts that the recording does not use, and the sampler as calibrated."""
     count, prompts = options.num_images, options.prompts
-    seen = set(run.load_calibration().record.conditions) if run.calibration.exists() else set()
+    seen = set[str | None]()
+    if run.calibration.exists():
+        seen.update(Calibration.load(run.calibration).record.conditions)
     if prompts is None and conditioning_of(pipe) == "prompt":
         known = default_prompts(source.model)
         prompts = tuple(prompt for prompt in known if prompt not in seen) or known

@@ -136,7 +136,7 @@ def calibration_of(run: Run, export: Path, configs: dict[str, MSFPConfig]) -> Ca
     """Return the run's calibration if the export came from it: the same formats, the same scales of weights."""
     if not run.calibration.exists():
         return None
-    calibration = run.load_calibration()
+    calibration = Calibration.load(run.calibration)
     if calibration.layers.keys() != configs.keys():
         return None
     for component, config in configs.items():

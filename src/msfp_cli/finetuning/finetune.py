@@ -22,7 +22,7 @@ from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import MsfpError, RunError, TrainingError, UsageError
 from msfp_cli.finetuning.batches import Batches
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.finetuning.result import FinetuneState
+from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.finetuning.student import Student
 from msfp_cli.finetuning.trainer import Trainer
 from msfp_cli.layers.routing import timestep_unit
@@ -91,7 +91,8 @@ def finetune_run(
             model, or its fine-tuning has other settings.
         TrainingError: training diverged, or ran out of memory.
     """
-    calibration = run.load_calibration()
+    run.require()
+    calibration = Calibration.load(run.calibration)
     recording, held_out = Recording(run.recording), Recording(run.held_out)
     for each in (recording, held_out):
         _refuse_incomplete(each)
@@ -246,7 +247,7 @@ def _saved(run: Run, calibration: Calibration, recipe: FinetuneRecipe) -> dict[s
         RunError: they began with another calibration, or with other settings; the message names the
             difference.
     """
-    found = run.load_tuned(calibration)
+    found = load_finetunings(run, calibration)
     for tuned in found.values():
         for field in fields(recipe):
             then, now = getattr(tuned.recipe, field.name), getattr(recipe, field.name)

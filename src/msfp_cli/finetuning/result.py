@@ -28,6 +28,7 @@ from msfp_cli.finetuning.router import Router
 from msfp_cli.formats.rounding import Grid
 from msfp_cli.layers.replace import find_layers, replace_layers_, store_layers_
 from msfp_cli.layers.routing import ROUTER, table_index
+from msfp_cli.run import Run
 
 _SCHEMA = 1
 _HEADER = "msfp_finetune"  # key of the safetensors header
@@ -87,6 +88,13 @@ class FinetuneState:
         """Whether all updates are done."""
         return self.step >= self.recipe.steps
 
+    def summary(self) -> str:
+        """Say in a few words how far training got and what it gained."""
+        return (
+            f"{self.step} of {self.recipe.steps} updates, "
+            f"held-out error {self.history[0].error:.4f} -> {self.best.error:.4f}"
+        )
+
     def state(self, kind: str) -> dict[str, Tensor]:
         """Return the tensors of a kind (``now``, ``best``, ``step``, ``exp_avg``, ``exp_avg_sq``) by parameter name."""
         return {
@@ -141,6 +149,25 @@ class FinetuneState:
             )
 
         return read_header(path, _HEADER, parse, redo=_REDO, schema=_SCHEMA)
+
+
+def load_finetunings(run: Run, calibration: Calibration) -> dict[str, FinetuneState]:
+    """Load the fine-tunings of a run by component; those that do not exist are left out.
+
+    Raises:
+        RunError: one began with another calibration.
+        CheckpointError: one is damaged.
+    """
+    identity = calibration.identity()
+    finetunings = {}
+    for component in calibration.layers:
+        path = run.finetuned(component)
+        if not path.exists():
+            continue
+        finetunings[component] = FinetuneState.load(path)
+        if finetunings[component].calibration != identity:
+            raise RunError(f"{path} began with another calibration; run `msfp finetune --restart`")
+    return finetunings
 
 
 def member_table(tuned: FinetuneState, layers: Sequence[str]) -> Tensor:

@@ -19,7 +19,7 @@ from msfp_cli.evaluation.models import calibration_of
 from msfp_cli.evaluation.result import Evaluation, Measured, OutputNoise
 from msfp_cli.files import refuse_existing, replace_directory
 from msfp_cli.finetuning.lora import tuned_names
-from msfp_cli.finetuning.result import FinetuneState, member_by_timestep
+from msfp_cli.finetuning.result import FinetuneState, load_finetunings, member_by_timestep
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.report.page import render
 from msfp_cli.report.plots import draw_plots
@@ -110,7 +110,7 @@ def _tuned(
     """Return the fine-tunings that the export can hold: a calibrated one holds none, whatever was trained since."""
     if all(table == calibration.table(component) for component, table in tables.items()):
         return {}
-    return run.load_tuned(calibration)
+    return load_finetunings(run, calibration)
 
 
 def _summary(evaluation: Evaluation, tables: dict[str, dict[str, LayerScheme]]) -> str:

@@ -1,0 +1,188 @@
+"""What a run directory holds, and which command comes next."""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from msfp_cli.calibration.result import Calibration
+from msfp_cli.errors import RunError
+from msfp_cli.finetuning.result import FinetuneState, load_finetunings
+from msfp_cli.recording.result import Recording
+from msfp_cli.run import DEFAULT_RUN, Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """What a run directory holds, in words.
+
+    Arguments:
+        stages: for each stage, what there is of it; ``none`` if there is nothing.
+        next_command: what to type next.
+    """
+
+    stages: dict[str, str]
+    next_command: str
+
+    def to_json(self) -> dict[str, str]:
+        """Return plain JSON values."""
+        return {**self.stages, "next": self.next_command}
+
+
+def status_of(run: Run) -> Status:
+    """Say what a run holds and what to type next.
+
+    Raises:
+        RunError: the run directory does not exist.
+        CheckpointError: something in it is damaged.
+    """
+    contents = _contents(run)
+    return Status(
+        stages={
+            "recording": _describe_recording(run.recording),
+            "held-out": _describe_recording(run.held_out),
+            "calibration": _describe_calibration(contents.calibration),
+            "finetune": contents.conflict or _describe_finetunings(contents.finetunings),
+            "export": str(contents.export or "none"),
+            "evaluation": str(contents.figures.parent if contents.figures else "none"),
+            "report": str(contents.page.parent if contents.page else "none"),
+        },
+        next_command=_next_command(contents),
+    )
+
+
+def next_command(run: Run) -> str:
+    """Return what to type next.
+
+    Raises:
+        RunError: the run directory does not exist.
+        CheckpointError: something in it is damaged.
+    """
+    return _next_command(_contents(run))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Contents:
+    """What a run holds; None or empty where a stage is still to come.
+
+    Arguments:
+        finetunings: by component.
+        conflict: why the run's fine-tuning does not go with its calibration; empty if it does.
+        figures, page: the files that the evaluation and the report end with.
+    """
+
+    run: Run
+    calibration: Calibration | None
+    finetunings: dict[str, FinetuneState]
+    conflict: str
+    export: Path | None
+    figures: Path | None
+    page: Path | None
+
+    def is_training(self) -> bool:
+        """Whether a fine-tuning was stopped before its last update."""
+        return any(not state.finished for state in self.finetunings.values())
+
+    def lacks_training(self) -> bool:
+        """Whether a denoiser that can be fine-tuned has not been."""
+        assert self.calibration is not None
+        return self.finetunings.keys() != set(self.calibration.tunable())
+
+    def has_newer_training(self) -> bool:
+        """Whether fine-tuning went on after the latest export."""
+        files = (self.run.directory / "finetune").glob("*.safetensors")
+        return any(_is_newer(file, self.export) for file in files)
+
+    def is_unseen(self) -> bool:
+        """Whether nobody has looked at an export of this run yet."""
+        return self.figures is None and not self.run.samples.is_dir()
+
+
+# What to type next is the command of the first row whose condition holds.
+_STEPS: tuple[tuple[str, Callable[[_Contents], bool]], ...] = (
+    ("msfp calibrate", lambda run: run.calibration is None),
+    ("msfp finetune --restart", lambda run: bool(run.conflict)),
+    ("msfp finetune", lambda run: run.is_training()),
+    ("msfp finetune", lambda run: run.export is None and run.lacks_training()),
+    ("msfp export", lambda run: run.export is None),
+    ("msfp export --overwrite", lambda run: run.has_newer_training()),
+    ("msfp sample", lambda run: run.is_unseen()),
+    ("msfp evaluate", lambda run: run.figures is None),
+    ("msfp evaluate --overwrite", lambda run: _is_newer(run.export, run.figures)),
+    ("msfp report", lambda run: run.page is None),
+    ("msfp report --overwrite", lambda run: _is_newer(run.figures, run.page)),
+    ("msfp sample", lambda run: True),
+)
+
+
+def _next_command(contents: _Contents) -> str:
+    command = next(command for command, comes_next in _STEPS if comes_next(contents))
+    if command == "msfp sample":
+        command += _prompt_option(contents.calibration)
+    directory = contents.run.directory
+    if directory == DEFAULT_RUN:
+        return command
+    return f"{command} --run {shlex.quote(str(directory))}"
+
+
+def _prompt_option(calibration: Calibration | None) -> str:
+    """Return an example of a prompt for a model that takes one: the first that was recorded."""
+    assert calibration is not None
+    prompt = calibration.record.conditions[0]
+    return "" if prompt is None else f" --prompt {shlex.quote(prompt)}"
+
+
+def _contents(run: Run) -> _Contents:
+    run.require()
+    calibration = Calibration.load(run.calibration) if run.calibration.exists() else None
+    finetunings: dict[str, FinetuneState] = {}
+    conflict = ""
+    if calibration is not None:
+        try:
+            finetunings = load_finetunings(run, calibration)
+        except RunError as error:
+            conflict = str(error)
+    return _Contents(
+        run=run,
+        calibration=calibration,
+        finetunings=finetunings,
+        conflict=conflict,
+        export=run.find_export(),
+        figures=_if_exists(run.evaluation / "evaluation.json"),
+        page=_if_exists(run.report / "report.html"),
+    )
+
+
+def _if_exists(path: Path) -> Path | None:
+    return path if path.exists() else None
+
+
+def _is_newer(path: Path | None, other: Path | None) -> bool:
+    """Whether both exist and the first was written after the second."""
+    if path is None or other is None:
+        return False
+    return path.stat().st_mtime > other.stat().st_mtime
+
+
+def _describe_recording(directory: Path) -> str:
+    if not (directory / "recording.json").exists():
+        return "none"
+    recording = Recording(directory)
+    count = recording.num_shards - len(recording.missing_shards())
+    model = recording.recipe["source"]["model"]
+    return f"{count} of {recording.num_shards} shards of {model}"
+
+
+def _describe_calibration(calibration: Calibration | None) -> str:
+    if calibration is None:
+        return "none"
+    recipe = calibration.recipe
+    count = sum(len(layers) for layers in calibration.layers.values())
+    error = max(calibration.held_out_error.values(), default=0.0)
+    bits = f"W{recipe.weights or 16}A{recipe.activations or 16}"
+    return f"{bits} {recipe.formats}, {count} layers, held-out error {error:.4f}"
+
+
+def _describe_finetunings(finetunings: dict[str, FinetuneState]) -> str:
+    lines = [f"{component}: {state.summary()}" for component, state in finetunings.items()]
+    return "; ".join(lines) or "none"
