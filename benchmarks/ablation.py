@@ -114,7 +114,7 @@ class Job:
             "seed": self.seed,
             "evaluate_every": every,
         }
-        return replace(FinetuneRecipe(lanes=1), **changes)
+        return replace(FinetuneRecipe(calls_per_update=1), **changes)
 
 
 def calibrated(work: Path, formats: str) -> Run:

@@ -99,10 +99,12 @@ def train_peft(calibration: Calibration, batches: Batches, clock: Clock) -> None
     for step in itertools.count():
         if clock.done():
             return
-        for call in (call for lane in range(recipe.lanes) for call in batches.batch(step, lane)):
+        for call in (
+            call for lane in range(recipe.calls_per_update) for call in batches.batch(step, lane)
+        ):
             loss = (
                 call_with(unet, call.arguments, call.output) - call.output
-            ).square().mean() / recipe.lanes
+            ).square().mean() / recipe.calls_per_update
             loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -116,7 +118,11 @@ def measure(which: str, work: Path, updates: int) -> None:
     recording, calibration = Recording(run.recording), Calibration.load(run.calibration)
     recipe, clock = FinetuneRecipe(), Clock(updates)
     batches = Batches(
-        recording, "unet", batch_size=recipe.batch_size, lanes=recipe.lanes, seed=recipe.seed
+        recording,
+        "unet",
+        batch_size=recipe.batch_size,
+        lanes=recipe.calls_per_update,
+        seed=recipe.seed,
     )
     if which == "msfp":
         train_msfp(run, calibration, recording, batches, clock)

@@ -17,7 +17,12 @@ NUM_IMAGES = 40
 RECORD = RecordOptions(num_images=NUM_IMAGES)
 # The defaults with which the older tables in docs/ were made.
 FORMER = FinetuneRecipe(
-    batch_size=8, lanes=1, rank=16, learning_rate=1e-2, router_learning_rate=1e-3, loss_power=1.0
+    batch_size=8,
+    calls_per_update=1,
+    rank=16,
+    learning_rate=1e-2,
+    router_learning_rate=1e-3,
+    loss_power=1.0,
 )
 # Calibration takes none of these prompts.
 UNSEEN = default_prompts(BUILT_IN)[40:150]

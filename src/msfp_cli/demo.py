@@ -65,7 +65,7 @@ def run_demo(
     recipe = FinetuneRecipe(
         steps=_UPDATES,
         batch_size=8,
-        lanes=1,
+        calls_per_update=1,
         learning_rate=0.02,
         loss_power=1.0,
         evaluate_every=_UPDATES,

@@ -1,40 +1,152 @@
-"""What a user asked for, as frozen values that go to JSON and back; nothing here needs torch."""
+"""What a user asked for, as frozen values that go to JSON and back; nothing here needs torch.
 
-from dataclasses import asdict, fields
+A field of a recipe carries its option: help text, names, bounds and choices. The command line is
+made from it (`commands.options`), wrong values are refused in its words, and a report prints the
+commands of a run with it. So a setting is described in one place, where its default is::
+
+    steps: int = option(2000, "Updates.", at_least=1)
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from msfp_cli.errors import UsageError
+from msfp_cli.files import Json
 
 T = TypeVar("T", bound="Recipe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """How a setting appears to the user.
+
+    Arguments:
+        help: what it does, in its unit; the default is added by whoever prints it.
+        names: as typed, the first one is printed; without any it is ``--`` and the field's name.
+        at_least, above, at_most: bounds of a number.
+        choices: all that a text may be, or each of several.
+        read: turns the text that was typed into the setting; None leaves that to the field's type.
+        write: undoes `read`.
+        is_typed: whether commands offer it; otherwise only Python does.
+        formerly: its key in files of earlier versions.
+    """
+
+    help: str
+    names: tuple[str, ...] = ()
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    choices: tuple[str, ...] = ()
+    read: Callable[[str], Any] | None = None
+    write: Callable[[Any], str] = str
+    is_typed: bool = True
+    formerly: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name to print."""
+        return self.names[0]
+
+    def check(self, value: Json) -> None:
+        """Refuse a value that is out of bounds or not one of the choices.
+
+        Raises:
+            UsageError: the message names the option and what it allows.
+        """
+        if value is None:
+            return
+        for bound in self._broken_bounds(value):
+            shown = f"{value:g}" if isinstance(value, float) else value
+            raise UsageError(f"{self.name} must be {bound}, got {shown}")
+        for item in value if isinstance(value, tuple) else (value,):
+            if self.choices and item not in self.choices:
+                allowed = ", ".join(self.choices)
+                raise UsageError(f"unknown {self.name} {item!r}; choose one of {allowed}")
+
+    def _broken_bounds(self, value: float) -> Iterator[str]:
+        """Yield the bounds that a number breaks, in words; a NaN or an infinity breaks all."""
+        bounds = (self.at_least, self.above, self.at_most)
+        if bounds == (None, None, None):
+            return
+        is_finite = math.isfinite(value)
+        if self.at_least is not None and not (is_finite and value >= self.at_least):
+            yield f"at least {self.at_least:g}"
+        if self.above is not None and not (is_finite and value > self.above):
+            yield "positive" if self.above == 0 else f"above {self.above:g}"
+        if self.at_most is not None and not (is_finite and value <= self.at_most):
+            yield f"at most {self.at_most:g}"
+
+
+def option(default: Any, help: str, **details: Any) -> Any:  # noqa: ANN401 (as dataclasses.field)
+    """Return a recipe's field with its option; the details are those of `Option`."""
+    return field(default=default, metadata={"option": Option(help=help, **details)})
 
 
 class Recipe:
     """A frozen dataclass that survives JSON; unknown and missing keys are errors."""
 
-    def to_json(self) -> dict[str, Any]:
+    def __post_init__(self) -> None:
+        for name, each in options_of(type(self)).items():
+            each.check(getattr(self, name))
+
+    def to_json(self) -> dict[str, Json]:
         """Return plain JSON values."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}  # type: ignore[call-overload]
 
     @classmethod
-    def from_json(cls: type[T], data: dict[str, Any]) -> T:
-        """Undo `to_json`.
+    def from_json(cls: type[T], data: dict[str, Json]) -> T:
+        """Undo `to_json`, also of an earlier version.
 
         Raises:
             ValueError: a key is unknown or missing; whoever reads the file says which and what to
                 do.
         """
-        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-        if set(data) != known:
-            odd = sorted(set(data) ^ known)
+        renamed = {each.formerly: name for name, each in options_of(cls).items()}
+        values = {renamed.get(key, key): value for key, value in data.items()}
+        if odd := sorted(values.keys() ^ {each.name for each in fields(cls)}):  # type: ignore[arg-type]
             raise ValueError(f"settings do not fit this version of msfp: key {odd[0]!r}")
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+    def words(self) -> list[str]:
+        """Return the command line's words for all that differs from its default."""
+        words = list[str]()
+        for name, each in options_of(type(self)).items():
+            value = getattr(self, name)
+            if each.is_typed and value != default_of(type(self), name):
+                words += _words(each, value)
+        return words
 
 
-def at_least(what: str, value: int, least: int) -> None:
-    """Refuse a number below the least that makes sense.
+def options_of(recipe: type[Recipe]) -> dict[str, Option]:
+    """Return the options of a recipe by field; a subclass that changes a default keeps the option."""
+    options = dict[str, Option]()
+    for base in reversed(recipe.__mro__):
+        for name, each in vars(base).get("__dataclass_fields__", {}).items():
+            if "option" in each.metadata:
+                options[name] = _named(each.metadata["option"], name)
+    return options
 
-    Raises:
-        UsageError: it is below.
-    """
-    if value < least:
-        raise UsageError(f"{what} must be at least {least}, got {value}")
+
+def default_of(recipe: type[Recipe], name: str) -> Json:
+    """Return the default of a field, `dataclasses.MISSING` if it has none."""
+    return next((each.default for each in fields(recipe) if each.name == name), MISSING)  # type: ignore[arg-type]
+
+
+def _named(each: Option, field_name: str) -> Option:
+    """Return the option with a name."""
+    if each.names:
+        return each
+    return replace(
+        each, names=(f"--{field_name.replace('_', '-')}" if each.is_typed else field_name,)
+    )
+
+
+def _words(each: Option, value: Json) -> list[str]:
+    """Return the words that set an option: a switch stands alone, several values repeat it."""
+    if isinstance(value, bool):
+        on, _, off = each.name.partition("/")
+        return [on if value else off]
+    items = value if isinstance(value, tuple) and each.read is None else [value]
+    return [word for item in items for word in (each.name, each.write(item))]

@@ -329,14 +329,14 @@ _EXPORTED, _CALIBRATED = "sample", "export"
         (
             None,
             "calibrate --lift 1.5",
-            "--lift 1.5 is out of range; it is a share of the multiply-adds, 0 to 1",
+            "--lift must be at most 1, got 1.5",
             2,
         ),
-        (None, "calibrate --lift nan", "--lift nan is out of range", 2),
+        (None, "calibrate --lift nan", "--lift must be at least 0, got nan", 2),
         (
             None,
             "calibrate --dtype float8",
-            "unknown dtype 'float8'; choose one of float32, float16, bfloat16",
+            "unknown --dtype 'float8'; choose one of float32, float16, bfloat16",
             2,
         ),
         (None, "calibrate --num-images 0", "--num-images must be at least 1, got 0", 2),
@@ -406,7 +406,7 @@ _EXPORTED, _CALIBRATED = "sample", "export"
             "msfp-run exists already; use --overwrite",
             1,
         ),
-        (_EXPORTED, "sample --prompt cat --dtype half", "unknown dtype 'half'", 2),
+        (_EXPORTED, "sample --prompt cat --dtype half", "unknown --dtype 'half'", 2),
         (
             _EXPORTED,
             "sample --prompt cat --device abacus",

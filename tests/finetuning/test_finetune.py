@@ -22,7 +22,8 @@ from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.commands import launch
 from msfp_cli.commands.console import stop_on_interrupt
-from msfp_cli.commands.finetune import _recipe, calls_per_update
+from msfp_cli.commands.finetune import _recipe, shared_evenly
+from msfp_cli.commands.options import Typed
 from msfp_cli.errors import RunError
 from msfp_cli.finetuning.finetune import timestep_weights
 from msfp_cli.finetuning.recipe import FinetuneRecipe
@@ -40,7 +41,7 @@ OPTIONS = (
     4,
     "--batch-size",
     2,
-    "--gradient-accumulation",
+    "--calls-per-update",
     1,
     "--rank",
     2,
@@ -110,11 +111,16 @@ def test_without_options_it_goes_on_with_the_saved_settings(
     with monkeypatch.context() as patch:
         stop_after(3, patch)
         result = msfp(
-            "finetune", *OPTIONS, "--hub-size", 3, "--loss", "plain", "--gradient-accumulation", 2
+            "finetune", *OPTIONS, "--hub-size", 3, "--loss", "plain", "--calls-per-update", 2
         )
     assert (result.exit_code, FinetuneState.load(state(run)).finished) == (1, False)
     recipe = FinetuneState.load(state(run)).recipe
-    assert (recipe.steps, recipe.hub_size, recipe.loss, recipe.lanes) == (4, 3, "plain", 2)
+    assert (recipe.steps, recipe.hub_size, recipe.loss, recipe.calls_per_update) == (
+        4,
+        3,
+        "plain",
+        2,
+    )
     assert msfp("finetune", "--device", "cpu").exit_code == 0
     assert (FinetuneState.load(state(run)).recipe, FinetuneState.load(state(run)).step) == (
         recipe,
@@ -174,7 +180,7 @@ def test_training_that_does_not_help_is_said_to_be_left_out(
         ("--learning-rate 0", "--learning-rate must be positive, got 0", 2),
         ("--learning-rate nan", "--learning-rate must be positive, got nan", 2),
         ("--router-learning-rate -1", "--router-learning-rate must be positive, got -1", 2),
-        ("--input-learning-rate -1", "--input-learning-rate must not be negative, got -1", 2),
+        ("--input-learning-rate -1", "--input-learning-rate must be at least 0, got -1", 2),
         ("--loss mse", "unknown --loss 'mse'; choose one of dfa, plain", 2),
         ("--init ones", "unknown --init 'ones'; choose one of zero, svd", 2),
         ("--timesteps all", "unknown --timesteps 'all'; choose one of error, uniform", 2),
@@ -201,15 +207,16 @@ def test_wrong_input_is_one_helpful_line(
 def test_calls_of_an_update_are_as_many_as_usual_or_just_enough_for_equal_shares(
     usual: int, processes: int, calls: int
 ) -> None:
-    assert calls_per_update(usual, processes) == calls
+    recipe = FinetuneRecipe(calls_per_update=usual)
+    assert shared_evenly(recipe, processes) == FinetuneRecipe(calls_per_update=calls)
 
 
 @pytest.mark.parametrize(
     ("options", "launched"),
     [
-        (("--gradient-accumulation", 2), [2]),
+        (("--calls-per-update", 2), [2]),
         ((), []),
-        (("--gradient-accumulation", 2, "--num-processes", 1), []),
+        (("--calls-per-update", 2, "--num-processes", 1), []),
     ],
     ids=["two calls", "one call", "one process asked for"],
 )
@@ -233,7 +240,7 @@ def test_nothing_is_launched_where_all_updates_are_done(
     fresh_run: FreshRun, msfp: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh_run()
-    options = (*OPTIONS, "--gradient-accumulation", 2)
+    options = (*OPTIONS, "--calls-per-update", 2)
     assert msfp("finetune", *options).exit_code == 0
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(launch, "_cores", lambda: 2)
@@ -243,7 +250,7 @@ def test_nothing_is_launched_where_all_updates_are_done(
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--num-processes", 0), ("--gradient-accumulation", 0), ("--seed", -1), ("--seed", 10**20)],
+    [("--num-processes", 0), ("--calls-per-update", 0), ("--seed", -1), ("--seed", 10**20)],
 )
 def test_numbers_out_of_range_are_a_wrong_command_line(
     option: str, value: int, msfp: Invoke
@@ -375,7 +382,7 @@ def test_incomplete_recording_is_refused(name: str, fresh_run: FreshRun, msfp: I
         ),
         (("--steps", 9), "begun with --steps 4, not 9"),
         (("--mixed-precision", "bf16"), "begun with --mixed-precision no, not bf16"),
-        (("--gradient-accumulation", 2), "begun with --gradient-accumulation 1, not 2"),
+        (("--calls-per-update", 2), "begun with --calls-per-update 1, not 2"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, tuple) else "",
 )
@@ -398,10 +405,10 @@ def test_going_on_with_other_settings_names_the_difference(
 
 def test_processes_that_go_on_keep_the_number_of_calls(fresh_run: FreshRun) -> None:
     run = fresh_run()
-    assert _recipe(run, {}, None, 3) == (replace(FinetuneRecipe(), lanes=3), False)
-    train(run, replace(FEW_UPDATES, steps=1, lanes=2))
-    assert _recipe(run, {}, None, 3)[0].lanes == 2
-    assert _recipe(run, {}, False, 3)[0].lanes == 3
+    assert _recipe(run, Typed({}), None, 3) == (FinetuneRecipe(calls_per_update=3), False)
+    train(run, replace(FEW_UPDATES, steps=1, calls_per_update=2))
+    assert _recipe(run, Typed({}), None, 3)[0].calls_per_update == 2
+    assert _recipe(run, Typed({}), False, 3)[0].calls_per_update == 3
 
 
 def test_fine_tuning_of_another_recording_is_refused(
@@ -496,7 +503,7 @@ def test_too_little_memory_names_the_options_that_help(
     message = only_error(msfp("finetune", *OPTIONS), 1)
     assert message == (
         "out of memory; give --gradient-checkpointing, or --restart with half --batch-size and twice "
-        "--gradient-accumulation"
+        "--calls-per-update"
     )
 
 

@@ -38,7 +38,7 @@ FreshRun = Callable[..., Run]
 OTHERS: dict[str, object] = {
     "steps": 5,
     "batch_size": 1,
-    "lanes": 2,
+    "calls_per_update": 2,
     "hub_size": 1,
     "rank": 3,
     "init": "svd",
@@ -54,17 +54,9 @@ OTHERS: dict[str, object] = {
 }
 
 
-def options_of(recipe: FinetuneRecipe) -> list[str]:
+def words_of(recipe: FinetuneRecipe) -> list[str]:
     """Return a recipe as it is typed for one process."""
-    names = {f.name: "--" + f.name.replace("_", "-") for f in fields(recipe)} | {
-        "lanes": "--gradient-accumulation"
-    }
-    return [
-        word for name, option in names.items() for word in (option, str(getattr(recipe, name)))
-    ] + [
-        "--device",
-        "cpu",
-    ]
+    return [*recipe.words(), "--device", "cpu"]
 
 
 def assert_same(one: FinetuneState, other: FinetuneState) -> None:
@@ -152,7 +144,7 @@ def test_killed_process_goes_on_to_where_an_uninterrupted_run_ends(
     recipe = replace(FEW_UPDATES, steps=SAVE_EVERY + 20, evaluate_every=35, rank=1, batch_size=1)
     run = fresh_run()
     file = run.finetuned("transformer")
-    process = subprocess.Popen([sys.executable, "-m", "msfp_cli", "finetune", *options_of(recipe)])
+    process = subprocess.Popen([sys.executable, "-m", "msfp_cli", "finetune", *words_of(recipe)])
     while saved_step(file) < SAVE_EVERY:
         assert process.poll() is None
         time.sleep(0.005)
@@ -168,8 +160,8 @@ def test_two_processes_do_what_one_does_with_accumulation(
 ) -> None:
     assert Recording(calibrated("DDIMPipeline").recording).num_shards >= 2
     two, one = fresh_run("DDIMPipeline"), fresh_run("DDIMPipeline", "one")
-    recipe = replace(FEW_UPDATES, steps=4, evaluate_every=2, lanes=2)
-    words = [*options_of(recipe), "--num-processes", "2"]
+    recipe = replace(FEW_UPDATES, steps=4, evaluate_every=2, calls_per_update=2)
+    words = [*words_of(recipe), "--num-processes", "2"]
     if not torch.accelerator.is_available():  # then nobody says on which device
         words.remove("--device")
         words.remove("cpu")
@@ -177,7 +169,7 @@ def test_two_processes_do_what_one_does_with_accumulation(
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (0, "msfp-run/finetune\n"), done.stderr
     assert done.stderr.count("before held-out error") == 1
-    assert msfp("finetune", "--run", "one", *options_of(recipe)).exit_code == 0
+    assert msfp("finetune", "--run", "one", *words_of(recipe)).exit_code == 0
     shared, alone = (FinetuneState.load(run.finetuned("unet")) for run in (two, one))
     assert shared.recipe == alone.recipe == recipe
     for name, tensor in alone.tensors.items():
@@ -198,7 +190,7 @@ def test_accelerate_launches_the_command(
         "--num_processes",
         "1",
     ]
-    command = [*launcher, "-m", "msfp_cli", "finetune", *options_of(FEW_UPDATES)]
+    command = [*launcher, "-m", "msfp_cli", "finetune", *words_of(FEW_UPDATES)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (0, "msfp-run/finetune\n"), done.stderr
     tuned = FinetuneState.load(run.finetuned("transformer"))
@@ -206,15 +198,24 @@ def test_accelerate_launches_the_command(
         torch.testing.assert_close(tuned.tensors[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("num_processes", "lanes"), [(2, 1), (2, 3), (4, 6)])
+@pytest.mark.parametrize(("num_processes", "calls"), [(2, 1), (2, 3), (4, 6)])
 def test_processes_that_cannot_share_the_calls_of_an_update_are_refused(
-    num_processes: int, lanes: int
+    num_processes: int, calls: int
 ) -> None:
     accelerator = SimpleNamespace(num_processes=num_processes, process_index=0)
     with pytest.raises(
-        UsageError, match=f"{num_processes} processes cannot share {lanes} calls per update evenly"
+        UsageError, match=f"{num_processes} processes cannot share {calls} calls per update evenly"
     ):
-        Trainer(None, None, {}, [], FinetuneRecipe(lanes=lanes), Path("state"), "", accelerator)
+        Trainer(
+            None,
+            None,
+            {},
+            [],
+            FinetuneRecipe(calls_per_update=calls),
+            Path("state"),
+            "",
+            accelerator,
+        )
 
 
 def test_every_setting_has_another_value_to_try() -> None:

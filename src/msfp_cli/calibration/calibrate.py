@@ -30,6 +30,7 @@ from msfp_cli.layers.base import FloatLayer
 from msfp_cli.layers.quantized import kind_of
 from msfp_cli.layers.replace import find_layers
 from msfp_cli.layers.scheme import LayerScheme
+from msfp_cli.pipelines.conditions import prompts_of
 from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers
 from msfp_cli.pipelines.loading import load_pipeline
 from msfp_cli.pipelines.source import ModelSource
@@ -289,9 +290,15 @@ def calibrate_run(
         ModelError, CalibrationError: as said by what they wrap.
     """
     refuse_existing(run.calibration, overwrite=overwrite)
+    prompts = prompts_of(options.prompts)  # before the model is loaded
     pipe = load_pipeline(source, device)
     recording, held_out = record_both(
-        pipe, run, source, options, overwrite=overwrite, progress=progress
+        pipe,
+        run,
+        source,
+        replace(options, prompts=prompts),
+        overwrite=overwrite,
+        progress=progress,
     )
     calibration = calibrate_(pipe, recording, held_out, recipe, progress=progress)
     calibration.save(run.calibration, overwrite=overwrite)

@@ -1,8 +1,9 @@
 """How formats are chosen, and which candidates a layer has; nothing here needs torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from msfp_cli.calibration.keep import DEFAULT_KEEP, KeepRule
+from msfp_cli.calibration.keep import DEFAULT_KEEP, KeepRule, parse_bits
 from msfp_cli.errors import UsageError
 from msfp_cli.formats.float_format import (
     INPUT_INTEGER_BITS,
@@ -12,63 +13,95 @@ from msfp_cli.formats.float_format import (
     FloatFormat,
     formats_of_width,
 )
-from msfp_cli.recipe import Recipe, at_least
+from msfp_cli.recipe import Recipe, option
 
 FORMAT_SETS = ("mixed", "signed", "unsigned", "integer")
+
+
+def _read_bits(option_name: str) -> Callable[[str], int | None]:
+    """Return what reads the bits of an option."""
+    return lambda text: parse_bits(text, option_name)
+
+
+def _write_bits(bits: int | None) -> str:
+    return "none" if bits is None else str(bits)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateRecipe(Recipe):
     """How to choose the formats.
 
-    Arguments:
-        weights, activations: bits, 2 to 8; None leaves them in floating point.
-        formats: a name in `FORMAT_SETS`, or formats separated by commas (``e2m1,ue2m2``).
-        keep: rules ``PATTERN:BITS``, the last that matches wins; `DEFAULT_KEEP` comes before them.
-        lift: share of the multiply-adds that may be lifted to 8 bits, worst layers first; 0 for
-            none.
-        max_samples: elements of each layer's input that are kept for the search.
-        sensitivity_calls: recorded calls on which each layer's contribution to the error is
-            measured.
-        seed: of the sample.
+    Bits that are None leave weights or activations in floating point. `DEFAULT_KEEP` comes before
+    the rules of `keep`.
     """
 
-    weights: int | None = 4
-    activations: int | None = 4
-    formats: str = "mixed"
-    keep: tuple[str, ...] = ()
-    lift: float = 0.05
-    max_samples: int = 40_000
-    sensitivity_calls: int = 4
-    seed: int = 0
+    weights: int | None = option(
+        4,
+        f"Bits of the weights, {MIN_BITS} to {MAX_BITS}, or none for floating point.",
+        at_least=MIN_BITS,
+        at_most=MAX_BITS,
+        read=_read_bits("--weights"),
+        write=_write_bits,
+    )
+    activations: int | None = option(
+        4,
+        f"Bits of the layers' inputs, {MIN_BITS} to {MAX_BITS}, or none for floating point.",
+        at_least=MIN_BITS,
+        at_most=MAX_BITS,
+        read=_read_bits("--activations"),
+        write=_write_bits,
+    )
+    formats: str = option(
+        "mixed",
+        "Formats to choose from: signed, unsigned, mixed (both), integer, or a list such as "
+        "e2m1,ue2m2. Weights are always signed.",
+    )
+    keep: tuple[str, ...] = option(
+        (),
+        "PATTERN:BITS sets the bits of the layers whose name matches (none: floating point); "
+        "repeatable, the last match wins. Default: the first and last layers stay in floating "
+        "point, and timestep, text and embedding layers get 8 bits.",
+    )
+    lift: float = option(
+        0.05,
+        "Share of the multiply-adds, 0 to 1, that may get 8 bits: the layers with the largest "
+        "error come first.",
+        at_least=0,
+        at_most=1,
+    )
+    max_samples: int = option(
+        40_000,
+        "Elements of each layer's input that are kept for the search.",
+        at_least=1,
+        is_typed=False,
+    )
+    sensitivity_calls: int = option(
+        4,
+        "Recorded calls on which each layer's part of the error is measured.",
+        at_least=1,
+        is_typed=False,
+    )
+    seed: int = option(0, "Seed of the elements that are kept.", is_typed=False)
 
     def __post_init__(self) -> None:
-        for what, bits in (("--weights", self.weights), ("--activations", self.activations)):
-            if bits is not None and not MIN_BITS <= bits <= MAX_BITS:
-                raise UsageError(
-                    f"{what} {bits} is out of range; choose {MIN_BITS} to {MAX_BITS} bits, or none"
-                )
+        super().__post_init__()
         if self.weights is None and self.activations is None:
             raise UsageError(
-                "neither weights nor activations are quantized; give --weights or --activations some bits"
+                "neither weights nor activations are quantized; give --weights or --activations "
+                "some bits"
             )
-        if not 0 <= self.lift <= 1:
-            raise UsageError(
-                f"--lift {self.lift} is out of range; it is a share of the multiply-adds, 0 to 1"
-            )
-        at_least("samples", self.max_samples, 1)
-        at_least("sensitivity calls", self.sensitivity_calls, 1)
         for rule in self.keep:
             KeepRule.parse(rule)
         if self.formats not in FORMAT_SETS:
             widths = {FloatFormat.parse(name).bits for name in self.formats.split(",")}
             if not widths & {self.weights, self.activations}:
                 raise UsageError(
-                    f"--formats {self.formats!r} names no format of the bits that were asked for"
+                    f"--formats {self.formats!r} names no format with the bits of --weights or "
+                    "--activations"
                 )
 
     def kept_bits(self, name: str) -> tuple[bool, int | None]:
-        """Return whether a rule speaks of the layer, and the bits it keeps (None: floating point)."""
+        """Return whether a rule matches the layer, and its bits (None: floating point)."""
         for text in reversed(DEFAULT_KEEP + self.keep):
             rule = KeepRule.parse(text)
             if rule.matches(name):
@@ -79,12 +112,10 @@ class CalibrateRecipe(Recipe):
         """Return the candidates for a layer's input.
 
         Raises:
-            UsageError: `formats` is neither a set's name nor a list of formats, or leaves none of
-                this width.
+            UsageError: `formats` is neither the name of a set nor a list of formats.
         """
-        signed, unsigned = (
-            formats_within(bits, INPUT_INTEGER_BITS, signed=signed) for signed in (True, False)
-        )
+        signed = formats_within(bits, INPUT_INTEGER_BITS, signed=True)
+        unsigned = formats_within(bits, INPUT_INTEGER_BITS, signed=False)
         sets = {
             "mixed": signed + unsigned,
             "signed": signed,
@@ -93,13 +124,12 @@ class CalibrateRecipe(Recipe):
         }
         if self.formats in sets:
             return sets[self.formats]
-        # A list speaks of the width it names; layers kept or lifted to another width have their
-        # free choice.
+        # A list restricts the widths that it names; layers with other bits choose freely.
         named = [FloatFormat.parse(name) for name in self.formats.split(",")]
         return tuple(fmt for fmt in named if fmt.bits == bits) or sets["mixed"]
 
     def weight_formats(self, bits: int) -> tuple[FloatFormat, ...]:
-        """Return the candidates for a weight: always signed; uniform only, where integers were asked for."""
+        """Return the candidates for a weight: signed ones; with ``integer`` only the uniform one."""
         signed = formats_within(bits, WEIGHT_INTEGER_BITS, signed=True)
         if self.formats == "integer":
             return tuple(fmt for fmt in signed if fmt.is_uniform)
@@ -110,7 +140,7 @@ class CalibrateRecipe(Recipe):
 
 
 def formats_within(bits: int, integer_bits: int, *, signed: bool) -> tuple[FloatFormat, ...]:
-    """List the formats of a width whose integers are that narrow: what is chosen should also run on 8-bit units."""
+    """List the formats of a width whose integers are narrow enough for 8-bit units."""
     return tuple(
         fmt for fmt in formats_of_width(bits, signed=signed) if fmt.integer_bits <= integer_bits
     )

@@ -2,24 +2,27 @@
 
 import math
 import os
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from msfp_cli.commands import console
 from msfp_cli.commands.launch import is_main, processes_for, share_out
-from msfp_cli.commands.options import MAX_SEED, DeviceOption, JsonOption, RunOption
-from msfp_cli.finetuning.recipe import INITS, LOSSES, PRECISIONS, SAMPLINGS, FinetuneRecipe
+from msfp_cli.commands.options import DeviceOption, JsonOption, RunOption, Typed, with_options
+from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.progress import SILENT
 from msfp_cli.run import DEFAULT_RUN, Run
 
 if TYPE_CHECKING:
     from msfp_cli.finetuning.finetune import FinetuneReport
-_HELP = """Win back quality: train timestep-aware LoRAs inside the quantizers, with the denoising-factor loss.
 
-The full-precision outputs lie in the run's recording, so no other data and no teacher are needed. The state is kept
-every few updates: after Ctrl-C, or a crash, the same command goes on. The state with the lowest error on held-out calls
-is exported; the export holds 4-bit weights only.
+_HELP = """Win back quality: train low-rank updates (LoRAs) of the quantized weights.
+
+Each layer has a few LoRAs (a hub), and a router chooses one of them by the timestep. The outputs of
+the full-precision model are in the run's recording, so no data and no second model are needed. The
+state is saved every few updates: after Ctrl-C, or a crash, the same command goes on. The state with
+the lowest error on held-out calls is exported; the export holds 4-bit weights only.
 
 Examples:
 
@@ -27,117 +30,46 @@ Examples:
 
     msfp finetune --steps 500 --hub-size 4 --rank 64 --restart
 
-    msfp finetune --num-processes 4 --gradient-accumulation 8
+    msfp finetune --num-processes 4 --calls-per-update 8
 
     accelerate launch -m msfp_cli finetune
 """
+CheckpointingOption = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-checkpointing",
+        help="Save memory: compute activations twice instead of keeping them. Slower.",
+    ),
+]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Local processes. Default: one; on a CPU one per core, up to the number of calls per "
+        "update.",
+    ),
+]
+ResumeOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--resume/--restart",
+        help="Go on with the run's fine-tuning, or begin again. Default: go on if there is one.",
+    ),
+]
 
 
-def _default(name: str) -> str:
-    return f"{getattr(FinetuneRecipe(), name)} by default."
-
-
+@with_options(FinetuneRecipe)
 def finetune(
+    typed: Typed,
     run: RunOption = DEFAULT_RUN,
-    steps: Annotated[int | None, typer.Option(help=f"Updates; {_default('steps')}")] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            help=f"Rows of a call, each at a timestep of its own; {_default('batch_size')}"
-        ),
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help=f"Rank of each LoRA; {_default('rank')}")] = None,
-    hub_size: Annotated[
-        int | None, typer.Option(help=f"LoRAs per layer, 1 for plain LoRA; {_default('hub_size')}")
-    ] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            help=f"Of the LoRAs, in steps of the weights' grids; {_default('learning_rate')}"
-        ),
-    ] = None,
-    router_learning_rate: Annotated[
-        float | None, typer.Option(help=f"Of the router; {_default('router_learning_rate')}")
-    ] = None,
-    input_learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            help=f"Of the inputs' scales and zero points, 0 for none; {_default('input_learning_rate')}"
-        ),
-    ] = None,
-    init: Annotated[
-        str | None, typer.Option(help=f"{' or '.join(INITS)}; {_default('init')}")
-    ] = None,
-    loss: Annotated[
-        str | None, typer.Option(help=f"{' or '.join(LOSSES)}; {_default('loss')}")
-    ] = None,
-    loss_power: Annotated[
-        float | None,
-        typer.Option(help=f"Exponent of the denoising factor; {_default('loss_power')}"),
-    ] = None,
-    timesteps: Annotated[
-        str | None, typer.Option(help=f"Drawn by {' or '.join(SAMPLINGS)}; {_default('timesteps')}")
-    ] = None,
-    mixed_precision: Annotated[
-        str | None, typer.Option(help=f"{' or '.join(PRECISIONS)}; {_default('mixed_precision')}")
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(min=0, max=MAX_SEED, help="Of the initial values and the order of the data."),
-    ] = None,
-    evaluate_every: Annotated[
-        int | None,
-        typer.Option(help=f"Updates between two measurements; {_default('evaluate_every')}"),
-    ] = None,
-    gradient_accumulation: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help=f"Calls per update, one for each stretch of the schedule, shared among processes; {_default('lanes')}",
-        ),
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool,
-        typer.Option("--gradient-checkpointing", help="Save memory: compute activations twice."),
-    ] = False,
-    num_processes: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Processes that share the work on this machine; by default one, but on a CPU one a core, as far as "
-            "there are calls per update.",
-        ),
-    ] = None,
-    resume: Annotated[
-        bool | None,
-        typer.Option(
-            "--resume/--restart",
-            help="Go on, or begin again; by default go on if there is something.",
-        ),
-    ] = None,
+    gradient_checkpointing: CheckpointingOption = False,
+    num_processes: ProcessesOption = None,
+    resume: ResumeOption = None,
     device: DeviceOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Train LoRA hubs and a router."""
-    given = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "lanes": gradient_accumulation,
-        "rank": rank,
-        "hub_size": hub_size,
-        "learning_rate": learning_rate,
-        "router_learning_rate": router_learning_rate,
-        "input_learning_rate": input_learning_rate,
-        "init": init,
-        "loss": loss,
-        "loss_power": loss_power,
-        "timesteps": timesteps,
-        "mixed_precision": mixed_precision,
-        "seed": seed,
-        "evaluate_every": evaluate_every,
-    }
-    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    FinetuneRecipe(**chosen)
+    typed.recipe(FinetuneRecipe)  # what is wrong is refused before torch is loaded
     share_out(num_processes or 1)
 
     from msfp_cli.finetuning.finetune import finetune_run
@@ -145,9 +77,9 @@ def finetune(
 
     quiet_libraries()
     state = Run(run)
-    recipe, done = _recipe(state, chosen, resume, int(os.environ.get("WORLD_SIZE", 1)))
+    recipe, done = _recipe(state, typed, resume, int(os.environ.get("WORLD_SIZE", 1)))
     if num_processes is None and not done:
-        share_out(processes_for(recipe.lanes, device))
+        share_out(processes_for(recipe.calls_per_update, device))
     with console.stop_on_interrupt() as stop:
         reports = finetune_run(
             state,
@@ -159,28 +91,19 @@ def finetune(
             stop=stop,
         )
     if is_main():
-        if done:
-            console.note(f"all {recipe.steps} updates were done before; --restart begins again")
-        _show(state, reports, as_json=json_)
+        _show(state, reports, done=done, as_json=json_)
     if not all(report.finished for report in reports):
         raise typer.Exit(1)
 
 
-def calls_per_update(usual: int, processes: int) -> int:
-    """Return as many calls per update as usual, or a few more, so that all processes get equal shares."""
-    return math.ceil(usual / processes) * processes
-
-
 def _recipe(
-    run: Run, chosen: dict[str, Any], resume: bool | None, processes: int
+    run: Run, typed: Typed, resume: bool | None, processes: int
 ) -> tuple[FinetuneRecipe, bool]:
-    """Return the settings: those that were given, then those of the state to go on from, then the defaults.
+    """Return what was typed, then the settings of the state to go on from, then the defaults.
 
     Returns:
         The settings, and whether all updates with them are done.
     """
-    from dataclasses import replace
-
     from msfp_cli.calibration.result import Calibration
     from msfp_cli.errors import RunError
     from msfp_cli.finetuning.result import load_finetunings
@@ -192,19 +115,25 @@ def _recipe(
         raise RunError(
             f"{run.directory} holds no fine-tuning to go on with; leave --resume out to begin"
         )
-    base = next(iter(saved.values())).recipe if saved else FinetuneRecipe()
-    lanes = base.lanes if saved else calls_per_update(base.lanes, processes)
-    recipe = replace(base, **{"lanes": lanes, **chosen})
-    done = [
-        component for component, tuned in saved.items() if tuned.finished and tuned.recipe == recipe
-    ]
+    fresh = shared_evenly(FinetuneRecipe(), processes)
+    base = next((tuned.recipe for tuned in saved.values()), fresh)
+    recipe = typed.over(base)
+    done = [tuned for tuned in saved.values() if tuned.finished and tuned.recipe == recipe]
     return recipe, len(done) == len(calibration.tunable())
 
 
-def _show(run: Run, reports: "list[FinetuneReport]", *, as_json: bool) -> None:
+def shared_evenly(recipe: FinetuneRecipe, processes: int) -> FinetuneRecipe:
+    """Return the recipe with as many calls per update, or a few more, as processes can share."""
+    calls = math.ceil(recipe.calls_per_update / processes) * processes
+    return replace(recipe, calls_per_update=calls)
+
+
+def _show(run: Run, reports: "list[FinetuneReport]", *, done: bool, as_json: bool) -> None:
     """Say what training did, and what to type next."""
     from msfp_cli.status import next_command
 
+    if done:
+        console.note(f"all {reports[0].steps} updates were done before; --restart begins again")
     for report in reports:
         if not report.finished:
             console.note(

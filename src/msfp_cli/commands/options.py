@@ -1,32 +1,112 @@
-"""Options that several commands share."""
+"""Options: those made from the fields of recipes, and those that several commands share."""
 
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, fields, replace
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Optional, TypeVar, get_origin
 
 import typer
 
-from msfp_cli.pipelines.source import DTYPES
-from msfp_cli.run import DEFAULT_RUN
+from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.recipe import Option, Recipe, options_of
+
+R = TypeVar("R", bound=Recipe)
+Command = Callable[..., None]
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 RunOption = Annotated[
     Path,
-    typer.Option(
-        "--run", help=f"Run directory that chains the commands; {DEFAULT_RUN} here by default."
-    ),
+    typer.Option("--run", help="Run directory: where the commands find each other's results."),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="Device, such as cpu or cuda; an accelerator if there is one.")
-]
-DtypeOption = Annotated[
     str | None,
     typer.Option(
-        help=f"Type to compute in: {', '.join(DTYPES)}; float32 on a CPU, bfloat16 elsewhere."
+        help="Device to compute on, such as cpu or cuda. Default: an accelerator, if any."
     ),
 ]
-MAX_SEED = 2**62  # torch takes 64 bits; pictures count on from here
-SeedOption = Annotated[
-    int, typer.Option(min=0, max=MAX_SEED, help="Picture i is drawn with seed + i.")
+DtypeOption = Annotated[str | None, typer.Option(help=options_of(ModelSource)["dtype"].help)]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a result that exists already.")
 ]
-BatchOption = Annotated[int, typer.Option(min=1, help="Pictures per call of the pipeline.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the result on stdout as JSON instead of text.")
+]
+
+
+@dataclass(frozen=True)
+class Typed:
+    """The options that were typed, by the recipe's field that they set."""
+
+    values: Mapping[str, Any]
+
+    def recipe(self, kind: type[R], **rest: Any) -> R:  # noqa: ANN401 (fields of any type)
+        """Return a recipe of what was typed, and the defaults.
+
+        Arguments:
+            rest: fields that are not options.
+        """
+        return kind(**self._of(kind), **rest)
+
+    def over(self, recipe: R) -> R:
+        """Return a recipe with what was typed in place of its own settings."""
+        return replace(recipe, **self._of(type(recipe)))  # type: ignore[type-var]
+
+    def _of(self, kind: type[Recipe]) -> dict[str, Any]:
+        return {key: self.values[key] for key in options_of(kind).keys() & self.values.keys()}
+
+
+def with_options(*recipes: type[Recipe]) -> Callable[[Command], Command]:
+    """Give a command the options of these recipes; it gets them as its first argument, a `Typed`.
+
+    A field that several recipes have is one option. An option that is not typed is not in `Typed`:
+    its default may depend on what the command finds.
+    """
+    options = dict[str, Option]()
+    parameters = list[inspect.Parameter]()
+    for recipe in recipes:
+        for each in fields(recipe):  # type: ignore[arg-type]
+            described = options_of(recipe).get(each.name)
+            if described is not None and described.is_typed and each.name not in options:
+                options[each.name] = described
+                parameters.append(_parameter(each, described))
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def wrapper(**arguments: Any) -> None:  # noqa: ANN401 (options of any type)
+            typed = dict[str, Any]()
+            for name, each in options.items():
+                value = arguments.pop(name)
+                if value is not None and value != []:
+                    typed[name] = _setting(each, value)
+            command(Typed(typed), **arguments)
+
+        _, *own = inspect.signature(command).parameters.values()
+        everything = [*parameters, *(each.replace(kind=_KEYWORD) for each in own)]
+        wrapper.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
+        return wrapper
+
+    return decorate
+
+
+def _parameter(each: "Field[Any]", described: Option) -> inspect.Parameter:
+    """Return the parameter of a command that Typer makes an option of."""
+    kind: Any = each.type
+    if described.read is not None:
+        kind = str
+    elif get_origin(kind) is tuple:
+        kind = list[str]
+    help_text = described.help
+    if "Default:" not in help_text:
+        help_text += f" Default: {described.write(each.default)}."
+    option = typer.Option(*described.names, help=help_text)
+    annotation = Annotated[Optional[kind], option]  # noqa: UP045 (a type made at run time)
+    return inspect.Parameter(each.name, _KEYWORD, default=None, annotation=annotation)
+
+
+def _setting(each: Option, value: Any) -> Any:  # noqa: ANN401 (what Typer read, a field's value)
+    """Return the value of a field for what was typed."""
+    if each.read is not None:
+        return each.read(value)
+    return tuple(value) if isinstance(value, list) else value

@@ -7,14 +7,15 @@ import typer
 
 from msfp_cli.commands import console
 from msfp_cli.commands.options import (
-    BatchOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
     OverwriteOption,
     RunOption,
-    SeedOption,
+    Typed,
+    with_options,
 )
+from msfp_cli.pipelines.source import ModelSource, Sampling
 from msfp_cli.run import DEFAULT_RUN, Run
 
 _HELP = """Make pictures with the latest export, or with any exported directory.
@@ -27,43 +28,49 @@ Examples:
 """
 
 
+ExportArgument = Annotated[
+    Path | None, typer.Argument(help="Exported directory. Default: the run's latest export.")
+]
+PromptOption = Annotated[list[str] | None, typer.Option(help="Prompt or class label; repeatable.")]
+PromptsOption = Annotated[
+    Path | None, typer.Option(help="File with more prompts or class labels, one a line.")
+]
+NumImagesOption = Annotated[int, typer.Option(help="Pictures of each prompt.")]
+CompareOption = Annotated[
+    bool,
+    typer.Option("--compare", help="Add the full-precision model's pictures of the same seeds."),
+]
+KernelOption = Annotated[
+    str,
+    typer.Option(
+        help="How layers are computed: auto (what suits the device), cpu, cuda, cuda-fp8, "
+        "reference, or simulated."
+    ),
+]
+KeepPackedOption = Annotated[
+    bool,
+    typer.Option(
+        "--keep-packed",
+        help="Keep 4-bit weights packed in memory, which halves their size and is slower.",
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(help="Directory for the pictures. Default: a new one in the run directory."),
+]
+
+
+@with_options(Sampling)
 def sample(
-    export: Annotated[
-        Path | None, typer.Argument(help="Exported directory; the run's latest by default.")
-    ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Prompt or class label; repeat it for more.")
-    ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="File with prompts, one a line.")] = None,
-    num_images: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 1,
-    seed: SeedOption = 0,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of the sampler; as calibrated by default.")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="Guidance; as calibrated by default.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Directory for the pictures; a new one in the run by default."),
-    ] = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Add the full-precision pictures of the same seeds.")
-    ] = False,
-    batch_size: BatchOption = 8,
-    kernel: Annotated[
-        str,
-        typer.Option(
-            help="How to run the layers: auto, cpu, cuda, cuda-fp8, reference, or simulated."
-        ),
-    ] = "auto",
-    keep_packed: Annotated[
-        bool,
-        typer.Option(
-            "--keep-packed",
-            help="Keep weights in 4 bits in memory, too: half the memory, and slower.",
-        ),
-    ] = False,
+    typed: Typed,
+    export: ExportArgument = None,
+    prompt: PromptOption = None,
+    prompts: PromptsOption = None,
+    num_images: NumImagesOption = 1,
+    compare: CompareOption = False,
+    kernel: KernelOption = "auto",
+    keep_packed: KeepPackedOption = False,
+    out: OutOption = None,
     run: RunOption = DEFAULT_RUN,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -71,9 +78,8 @@ def sample(
     json_: JsonOption = False,
 ) -> None:
     """Make pictures."""
-    from msfp_cli.pipelines.source import ModelSource
-
-    ModelSource(model="", dtype=dtype)  # an unknown dtype is refused before torch is loaded
+    ModelSource(model="", dtype=dtype)  # what is wrong is refused before torch is loaded
+    sampling = typed.recipe(Sampling)
 
     import torch
 
@@ -81,7 +87,6 @@ def sample(
     from msfp_cli.files import refuse_existing
     from msfp_cli.pipelines.conditions import conditioning_of, expand_conditions, read_prompts
     from msfp_cli.pipelines.loading import load_pipeline, quiet_libraries
-    from msfp_cli.pipelines.source import Sampling
     from msfp_cli.sample import make_pictures, save_pictures
 
     asked = list(prompt or []) + list(read_prompts(prompts) if prompts else [])
@@ -89,9 +94,7 @@ def sample(
     config = next(iter(read_configs(directory).values()))
     out = out or Run(run).next_samples()
     refuse_existing(out, overwrite=overwrite)
-    sampling = Sampling(
-        num_inference_steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size
-    ).or_else(config.sampling)
+    sampling = sampling.or_else(config.sampling)
     quiet_libraries()
     progress = console.ConsoleProgress()
     dtype_ = None if dtype is None else getattr(torch, dtype)

@@ -33,7 +33,7 @@ from msfp_cli.evaluation.reference import (
 )
 from msfp_cli.evaluation.result import Evaluation, Measured
 from msfp_cli.evaluation.resume import begin, refuse_other_settings
-from msfp_cli.pipelines.conditions import conditioning_of, conditions_for
+from msfp_cli.pipelines.conditions import conditioning_of, conditions_for, prompts_of
 from msfp_cli.pipelines.loading import BUILT_IN, choose_device, default_prompts
 from msfp_cli.pipelines.source import ModelSource
 from msfp_cli.processes import Processes
@@ -116,7 +116,8 @@ def _record_recipe(
     options: EvaluateRecipe,
 ) -> RecordRecipe:
     """Return which pictures to draw: prompts that the recording does not use, and the sampler as calibrated."""
-    count, prompts = options.num_images, options.prompts
+    count = options.num_images
+    prompts = prompts_of(options.prompts)
     seen = set[str | None]()
     if run.calibration.exists():
         seen.update(Calibration.load(run.calibration).record.conditions)

@@ -1,14 +1,23 @@
-"""Options of an evaluation."""
+"""Options of an evaluation; nothing here needs torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from msfp_cli.errors import UsageError
-from msfp_cli.pipelines.source import Sampling
+from msfp_cli.pipelines.source import Sampling, write_prompts
+from msfp_cli.recipe import option
 
-# What an export may be compared with, besides full precision.
-STEPS_BEFORE = ("signed", "calibrated")
-_SEED = 5_000_011  # far from the seeds of the recordings
+STEPS_BEFORE = ("signed", "calibrated")  # compared with the export, besides full precision
+_SEED = 5_000_011  # far from those of the recordings
+
+
+def _read_steps(text: str) -> tuple[str, ...]:
+    """Read names separated by commas; ``none`` is none of them."""
+    names = (name.strip() for name in text.split(","))
+    return tuple(name for name in names if name != "none")
+
+
+def _write_steps(steps: tuple[str, ...]) -> str:
+    return ",".join(steps) or "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,36 +25,56 @@ class EvaluateRecipe(Sampling):
     """How to measure an export; the steps and guidance that are None are those of the calibration.
 
     Arguments:
-        prompts: prompts or class labels, over again with other seeds where there are fewer than
-            pictures; None takes built-in ones that the recording does not use.
-        num_images: pictures of each model.
-        num_trajectories: of these, how many are followed through the denoiser.
-        extractor: see `extractors`; None takes ``fashion`` for the built-in pipeline and
-            ``squeezenet`` else.
-        reference: real pictures, see `load_reference`.
-        clip: a CLIP model to score with.
-        compare: steps before to measure as well, see `find_subjects`.
-        layers: whether to measure each layer's output, for which both denoisers are in memory at
-            once.
-        cost: whether to measure time and memory, in processes of their own.
+        prompts: as a file or given; reused with new seeds where there are fewer than pictures.
+        reference: see `load_reference`.
+        compare: see `find_subjects`.
     """
 
-    prompts: tuple[str, ...] | None = None
-    num_images: int = 32
-    num_trajectories: int = 8
     seed: int = _SEED
-    extractor: str | None = None
-    reference: Path | None = None
-    clip: str | None = None
-    compare: tuple[str, ...] | None = None
-    layers: bool = True
-    cost: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for option, value in (
-            ("--num-images", self.num_images),
-            ("--num-trajectories", self.num_trajectories),
-        ):
-            if value < 1:
-                raise UsageError(f"{option} must be at least 1, got {value}")
+    prompts: Path | tuple[str, ...] | None = option(
+        None,
+        "File with prompts or class labels, one a line. Default: built-in prompts that the "
+        "recording does not use.",
+        read=Path,
+        write=write_prompts,
+    )
+    num_images: int = option(32, "Pictures of each model.", at_least=1)
+    num_trajectories: int = option(
+        8,
+        "How many of these are also compared step by step, at the denoiser's output.",
+        at_least=1,
+    )
+    extractor: str | None = option(
+        None,
+        "Features for distances between sets of pictures: squeezenet, fashion, inception, or "
+        "module:factory. Default: fashion for the built-in pipeline, else squeezenet.",
+    )
+    reference: Path | None = option(
+        None,
+        "Real pictures to compare with: a directory, or an npz file with uint8 `images`. Default: "
+        "none, but a stored set for the built-in pipeline.",
+    )
+    clip: str | None = option(
+        None,
+        "CLIP model, as directory or hub id, that scores how well pictures fit their prompts. "
+        "Default: no score.",
+    )
+    compare: tuple[str, ...] | None = option(
+        None,
+        "Intermediate models to measure too: signed, calibrated, or none. Default: all that this "
+        "run can rebuild.",
+        choices=STEPS_BEFORE,
+        read=_read_steps,
+        write=_write_steps,
+    )
+    layers: bool = option(
+        True,
+        "Whether to measure each layer's output; both denoisers are in memory then. Default: "
+        "--layers.",
+        names=("--layers/--no-layers",),
+    )
+    cost: bool = option(
+        True,
+        "Whether to measure time and memory, in fresh processes. Default: --cost.",
+        names=("--cost/--no-cost",),
+    )

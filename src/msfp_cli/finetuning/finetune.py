@@ -10,7 +10,7 @@ say which state is best, and that one is exported.
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,10 @@ from msfp_cli.pipelines.denoiser import call_with, find_denoisers, fingerprint
 from msfp_cli.pipelines.denoising_factor import loss_weights
 from msfp_cli.pipelines.loading import choose_device, load_pipeline
 from msfp_cli.progress import SILENT, Progress
+from msfp_cli.recipe import options_of
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 
-_OPTIONS = {"lanes": "--gradient-accumulation"}  # where the field's name is not the option's
 _UNLIKE = 0.01  # relative squared error that no order of summing explains, in any precision
 
 
@@ -173,7 +173,11 @@ def _trainer(
 ) -> Trainer:
     """Put together what trains one denoiser."""
     batches = Batches(
-        recording, component, batch_size=recipe.batch_size, lanes=recipe.lanes, seed=recipe.seed
+        recording,
+        component,
+        batch_size=recipe.batch_size,
+        lanes=recipe.calls_per_update,
+        seed=recipe.seed,
     )
     _refuse_unlike_answer(denoiser, component, batches)
     unit = timestep_unit(batches.timesteps)
@@ -249,13 +253,12 @@ def _saved(run: Run, calibration: Calibration, recipe: FinetuneRecipe) -> dict[s
     """
     found = load_finetunings(run, calibration)
     for tuned in found.values():
-        for field in fields(recipe):
-            then, now = getattr(tuned.recipe, field.name), getattr(recipe, field.name)
+        for name, option in options_of(FinetuneRecipe).items():
+            then, now = getattr(tuned.recipe, name), getattr(recipe, name)
             if then != now:
-                option = _OPTIONS.get(field.name, "--" + field.name.replace("_", "-"))
                 raise RunError(
-                    f"the fine-tuning of this run was begun with {option} {then}, not {now}; "
-                    f"give {option} {then} to go on, or --restart to begin again"
+                    f"the fine-tuning of this run was begun with {option.name} {then}, not {now}; "
+                    f"give {option.name} {then} to go on, or --restart to begin again"
                 )
     return found
 
@@ -283,7 +286,7 @@ def _explain_memory() -> Iterator[None]:
             raise
         raise TrainingError(
             "out of memory; give --gradient-checkpointing, or --restart with half --batch-size and twice "
-            "--gradient-accumulation"
+            "--calls-per-update"
         ) from None
 
 

@@ -1,10 +1,9 @@
 """How the LoRA hubs and the router are trained; nothing here needs torch."""
 
-import math
 from dataclasses import dataclass
 
-from msfp_cli.errors import UsageError
-from msfp_cli.recipe import Recipe, at_least
+from msfp_cli.pipelines.source import MAX_SEED
+from msfp_cli.recipe import Recipe, option
 
 LOSSES = ("dfa", "plain")
 INITS = ("zero", "svd")
@@ -15,77 +14,73 @@ MAX_HUB = 255
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneRecipe(Recipe):
-    """How to train the LoRA hubs and the router.
+    """How to train the LoRA hubs and the router."""
 
-    Arguments:
-        steps: updates.
-        batch_size: rows that each lane contributes to an update, each at a timestep of its own, as
-            one call.
-        lanes: calls per update, each of another stretch of the schedule, shared evenly among
-            processes; the recording is parted among them.
-        hub_size: LoRAs per layer; 1 is plain LoRA.
-        rank: of each LoRA.
-        init: a name in `INITS`: B begins at ``zero``, or A and B at the singular value
-            decomposition (``svd``) of the weight's rounding error.
-        learning_rate: of the LoRAs, decaying linearly to 0; B counts in steps of the weight's grid.
-        router_learning_rate: of the router; a fast one moves timesteps among members before these
-            have learned.
-        input_learning_rate: of the scale and zero point of each layer's input; 0 leaves them as
-            calibrated.
-        loss: ``dfa`` weights each timestep by its denoising factor, ``plain`` does not.
-        loss_power: the factor's exponent.
-        timesteps: how a row's timestep is drawn: by the ``error`` that it makes, or ``uniform``ly;
-            the gradient's mean is the same.
-        mixed_precision: a name in `PRECISIONS`, what the denoiser computes in while training.
-        seed: of the initial values and of the order of the data.
-        evaluate_every: updates between two measurements on held-out calls.
-    """
-
-    steps: int = 2000
-    batch_size: int = 16
-    lanes: int = 2
-    hub_size: int = 2
-    rank: int = 32
-    init: str = "zero"
-    learning_rate: float = 4e-2
-    router_learning_rate: float = 1e-4
-    input_learning_rate: float = 1e-3
-    loss: str = "dfa"
-    loss_power: float = 0.25
-    timesteps: str = "error"
-    mixed_precision: str = "no"
-    seed: int = 0
-    evaluate_every: int = 500
-
-    def __post_init__(self) -> None:
-        for what, value in (
-            ("--steps", self.steps),
-            ("--batch-size", self.batch_size),
-            ("--gradient-accumulation", self.lanes),
-            ("--hub-size", self.hub_size),
-            ("--rank", self.rank),
-            ("--evaluate-every", self.evaluate_every),
-        ):
-            at_least(what, value, 1)
-        if self.hub_size > MAX_HUB:
-            raise UsageError(f"--hub-size must be at most {MAX_HUB}, got {self.hub_size}")
-        for what, name, known in (
-            ("--loss", self.loss, LOSSES),
-            ("--init", self.init, INITS),
-            ("--timesteps", self.timesteps, SAMPLINGS),
-            ("--mixed-precision", self.mixed_precision, PRECISIONS),
-        ):
-            if name not in known:
-                raise UsageError(f"unknown {what} {name!r}; choose one of {', '.join(known)}")
-        for what, rate in (
-            ("--learning-rate", self.learning_rate),
-            ("--router-learning-rate", self.router_learning_rate),
-        ):
-            if not 0 < rate < math.inf:
-                raise UsageError(f"{what} must be positive, got {rate:g}")
-        if not 0 < self.loss_power <= 4:
-            raise UsageError(f"--loss-power must be above 0 and at most 4, got {self.loss_power:g}")
-        if not 0 <= self.input_learning_rate < math.inf:
-            raise UsageError(
-                f"--input-learning-rate must not be negative, got {self.input_learning_rate:g}"
-            )
+    steps: int = option(2000, "Updates of the trained parameters.", at_least=1)
+    batch_size: int = option(
+        16, "Recorded rows in a denoiser call; every row has its own timestep.", at_least=1
+    )
+    calls_per_update: int = option(
+        2,
+        "Denoiser calls per update. Each covers its own part of the timesteps; processes share "
+        "them.",
+        names=("--calls-per-update", "--gradient-accumulation"),
+        at_least=1,
+        formerly="lanes",
+    )
+    hub_size: int = option(
+        2,
+        "LoRAs of each layer, among which the timestep chooses; 1 is a plain LoRA.",
+        at_least=1,
+        at_most=MAX_HUB,
+    )
+    rank: int = option(32, "Rank of each LoRA.", at_least=1)
+    init: str = option(
+        "zero",
+        "How a LoRA begins: zero changes nothing, svd begins with the singular value decomposition "
+        "of the weight's rounding error.",
+        choices=INITS,
+    )
+    learning_rate: float = option(
+        4e-2,
+        "Learning rate of the LoRAs, in steps of the weight's grid; it decays linearly to 0.",
+        above=0,
+    )
+    router_learning_rate: float = option(
+        1e-4,
+        "Learning rate of the router. If it is high, timesteps change their LoRA before the LoRAs "
+        "have learned.",
+        above=0,
+    )
+    input_learning_rate: float = option(
+        1e-3,
+        "Learning rate of the scale and zero point of each layer's input; 0 leaves them as "
+        "calibrated.",
+        at_least=0,
+    )
+    loss: str = option(
+        "dfa",
+        "Weight of each timestep in the loss: dfa weights by the denoising factor, plain weights "
+        "all alike.",
+        choices=LOSSES,
+    )
+    loss_power: float = option(
+        0.25, "Exponent of the denoising factor with --loss dfa.", above=0, at_most=4
+    )
+    timesteps: str = option(
+        "error",
+        "How often a timestep is trained: error in proportion to the error that quantization makes "
+        "there, uniform all alike.",
+        choices=SAMPLINGS,
+    )
+    mixed_precision: str = option(
+        "no",
+        "Type that the denoiser computes in while it is trained: no (its own) or bf16.",
+        choices=PRECISIONS,
+    )
+    seed: int = option(
+        0, "Seed of the initial LoRAs and of the order of the data.", at_least=0, at_most=MAX_SEED
+    )
+    evaluate_every: int = option(
+        500, "Updates between two measurements on the held-out calls.", at_least=1
+    )

@@ -44,7 +44,7 @@ class Trainer:
         batches: what the updates see.
         weights: loss weight of each timestep.
         held_out: calls to measure on.
-        recipe: rates, steps, lanes.
+        recipe: rates, steps, calls per update.
         path: where the state is kept.
         calibration: identity of the calibration, kept with the state.
         accelerator: knows the processes and the device.
@@ -64,10 +64,10 @@ class Trainer:
         calibration: str,
         accelerator: Accelerator,
     ) -> None:
-        if recipe.lanes % accelerator.num_processes:
+        if recipe.calls_per_update % accelerator.num_processes:
             raise UsageError(
-                f"{accelerator.num_processes} processes cannot share {recipe.lanes} calls per update evenly; "
-                f"take as many as divide {recipe.lanes}, or give another --gradient-accumulation and --restart"
+                f"{accelerator.num_processes} processes cannot share {recipe.calls_per_update} calls per update evenly; "
+                f"take as many as divide {recipe.calls_per_update}, or give another --calls-per-update and --restart"
             )
         self.student, self.batches, self.weights, self.held_out = (
             student,
@@ -142,7 +142,9 @@ class Trainer:
             group["lr"] = group["base"] * (1 - self.step / self.recipe.steps)
         own = 0.0
         for lane in range(
-            self.accelerator.process_index, self.recipe.lanes, self.accelerator.num_processes
+            self.accelerator.process_index,
+            self.recipe.calls_per_update,
+            self.accelerator.num_processes,
         ):
             for call in self.batches.batch(self.step, lane):
                 own += self._backward(call)
@@ -166,7 +168,7 @@ class Trainer:
 
     def _backward(self, call: JoinedCall) -> float:
         """Add the gradient of some rows, and return their share of the loss."""
-        shares, rows = self.batches.shares, self.recipe.lanes * self.recipe.batch_size
+        shares, rows = self.batches.shares, self.recipe.calls_per_update * self.recipe.batch_size
         learning = (
             "router" in self.kinds and self.step % _ROUTE_EVERY == 1
         )  # before the first update members are alike

@@ -16,6 +16,13 @@ def conditioning_of(pipe: Any) -> str:  # noqa: ANN401 (a pipeline's class is th
     return next((kind for kind in ("prompt", "class_labels") if kind in parameters), "none")
 
 
+def prompts_of(prompts: Path | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return prompts, those of a file or those given; None says that there are none."""
+    if prompts is None:
+        return None
+    return read_prompts(prompts) if isinstance(prompts, Path) else tuple(prompts)
+
+
 def read_prompts(path: Path) -> tuple[str, ...]:
     """Read prompts, one a line; empty lines do not count.
 

@@ -1,16 +1,17 @@
 """Which pipeline is meant and how it is called; nothing here needs torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from msfp_cli.errors import UsageError
-from msfp_cli.recipe import Recipe, at_least
+from msfp_cli.recipe import Recipe, option
 
 Pipeline: TypeAlias = Any  # any diffusers pipeline: its class is the user's
 Scheduler: TypeAlias = Any  # any diffusers scheduler
 
 DTYPES = ("float32", "float16", "bfloat16")
+MAX_SEED = 2**62  # torch takes 64 bits; pictures count on from here
 
 S = TypeVar("S", bound="Sampling")
 
@@ -21,40 +22,45 @@ class ModelSource(Recipe):
 
     Arguments:
         model: a local directory, a hub id, or ``msfp:fashion`` for the built-in pipeline.
-        revision, variant: as in ``from_pretrained``.
-        dtype: a name in `DTYPES`; None chooses float32 on a CPU and bfloat16 elsewhere.
     """
 
     model: str
-    revision: str | None = None
-    variant: str | None = None
-    dtype: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+    revision: str | None = option(None, "Revision of a hub model. Default: the newest.")
+    variant: str | None = option(
+        None, "Variant of the weights' files, such as fp16. Default: the files without a variant."
+    )
+    dtype: str | None = option(
+        None,
+        f"Type to compute in: {', '.join(DTYPES)}. Default: float32 on a CPU, else bfloat16.",
+        choices=DTYPES,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Recipe):
     """How to call a pipeline; recipes that draw pictures extend it.
 
-    Arguments:
-        num_inference_steps: steps of the sampler; None leaves the pipeline's default.
-        guidance_scale: strength of classifier-free guidance; None leaves the pipeline's default.
-        seed: image i is drawn with seed ``seed + i``.
-        batch_size: images per call of the pipeline.
+    Steps and guidance that are None are left to the pipeline, or to what was calibrated.
     """
 
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    seed: int = 0
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        at_least("batch size", self.batch_size, 1)
-        if self.num_inference_steps is not None:
-            at_least("steps", self.num_inference_steps, 1)
+    num_inference_steps: int | None = option(
+        None,
+        "Steps of the sampler. Default: 20 to calibrate, then as calibrated.",
+        names=("--steps",),
+        at_least=1,
+    )
+    guidance_scale: float | None = option(
+        None,
+        "Strength of classifier-free guidance. Default: the pipeline's own to calibrate, then as "
+        "calibrated.",
+    )
+    seed: int = option(
+        0,
+        "Seed of the first picture; picture i is drawn with seed + i.",
+        at_least=0,
+        at_most=MAX_SEED,
+    )
+    batch_size: int = option(8, "Pictures per call of the pipeline.", at_least=1)
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of the pipeline's call, which an export remembers as well."""
@@ -67,3 +73,8 @@ class Sampling(Recipe):
         """Return the same sampling with defaults in place of what is None."""
         unset = {key for key, value in self.to_json().items() if value is None}
         return replace(self, **{key: defaults[key] for key in unset & defaults.keys()})
+
+
+def write_prompts(prompts: Path | Sequence[str]) -> str:
+    """Return the file of an option for prompts; those from Python stand for a file of them."""
+    return str(prompts) if isinstance(prompts, Path) else "prompts.txt"

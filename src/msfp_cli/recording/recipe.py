@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from msfp_cli.errors import UsageError
-from msfp_cli.pipelines.source import Sampling
+from msfp_cli.pipelines.source import Sampling, write_prompts
+from msfp_cli.recipe import option
 
-NUM_IMAGES = 800  # recorded where nobody says how many
-NUM_IMAGES_LARGE = (
-    200  # the same of a large denoiser, whose pictures take longer, hold more, and need more disk
-)
+NUM_IMAGES = 800  # default
+NUM_IMAGES_LARGE = 200  # default for large denoisers: their pictures are slower and bigger
 LARGE = 100_000_000  # parameters
-MAX_CONDITIONS = 200  # recorded of a list that nobody gave: the rest is left to evaluate on
-_HELD_OUT = 24  # conditions of a long recording, some more where it does not divide: each measurement takes time
+MAX_CONDITIONS = 200  # of the built-in ones that are recorded: the rest is left to evaluate on
+_HELD_OUT = 24  # conditions of a long recording, or a few more: each measurement takes time
 DEFAULT_MAX_BYTES = 8 << 30
 
 
@@ -47,21 +47,27 @@ class RecordRecipe(Sampling):
 
 @dataclass(frozen=True, kw_only=True)
 class RecordOptions(Sampling):
-    """What the user may say about recording.
-
-    Arguments:
-        prompts: prompts or class labels; None takes a built-in list, class labels spread over all,
-            or nothing.
-        num_images: pictures to record, a fifth held out, of many some 24; with few prompts these
-            come again, with other noise. None takes one for each of `prompts`, else `NUM_IMAGES`,
-            `NUM_IMAGES_LARGE` of a large denoiser.
-        max_recording_gib: bound on the recording's size.
-    """
+    """What the user may say about recording; `record_recipes` makes recipes of it."""
 
     num_inference_steps: int | None = 20
-    prompts: tuple[str, ...] | None = None
-    num_images: int | None = None
-    max_recording_gib: float = 8.0
+    prompts: Path | tuple[str, ...] | None = option(
+        None,
+        "File with prompts or class labels, one a line. Default: built-in prompts; labels spread "
+        "over all classes.",
+        read=Path,
+        write=write_prompts,
+    )
+    num_images: int | None = option(
+        None,
+        "Pictures to record. One in five (about 24 at most) is held out for measuring. Default: "
+        f"one per prompt of --prompts, otherwise {NUM_IMAGES} ({NUM_IMAGES_LARGE} for large "
+        "models); prompts are reused with new noise.",
+        names=("--num-images", "--num-prompts"),
+        at_least=1,
+    )
+    max_recording_gib: float = option(
+        8.0, "Largest size of the recording on disk, in GiB; a larger one is refused.", above=0
+    )
 
     @property
     def max_bytes(self) -> int:

@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from msfp_cli.errors import CalibrationError, ModelError, MsfpError, RunError, UsageError
+from msfp_cli.errors import CalibrationError, ModelError, MsfpError, RunError
 from msfp_cli.files import is_ours
-from msfp_cli.pipelines.conditions import conditions_for
+from msfp_cli.pipelines.conditions import conditions_for, prompts_of
 from msfp_cli.pipelines.denoiser import (
     DenoiserCall,
     find_denoisers,
@@ -162,11 +162,10 @@ def record_recipes(
     pipe: Pipeline, source: ModelSource, options: RecordOptions
 ) -> tuple[RecordRecipe, RecordRecipe]:
     """Return the recipes of the calibration recording and of the held-out one."""
-    given, count = options.prompts, options.num_images
+    given = prompts_of(options.prompts)
+    count = options.num_images
     if count is None:
         count = _usual_num_images(pipe) if given is None else len(given)
-    if count < 1:
-        raise UsageError(f"--num-images must be at least 1, got {count}")
     distinct = conditions_for(
         pipe, source, given, min(count, MAX_CONDITIONS) if given is None else count
     )
