@@ -1,6 +1,7 @@
-"""Measure the shape of the source: folders, imports, functions and lines. `python tests/structure.py` prints it.
+"""Measure the shape of the source: folders, imports, functions and lines.
 
-`test_structure.py` holds the figures as bounds, so that the shape can only get better.
+``python tests/structure.py`` prints the figures, and `test_structure.py` holds them as bounds, so
+that the shape can only get better.
 """
 
 import ast
@@ -16,8 +17,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "msfp_cli"
 
-# What may be imported by whom: a package imports itself and those before it. The first line is the
-# ground.
+# What may be imported by whom: a package imports itself and those on the lines before its own. The
+# first line is the ground.
 ORDER = (
     "errors version progress files recipe processes run",
     "formats",
@@ -48,7 +49,7 @@ def modules(source: Path = SOURCE) -> dict[str, Path]:
 
 
 def imports_of(path: Path, known: dict[str, Path]) -> set[str]:
-    """Return the modules of ours that a file imports anywhere: at its top, in functions, and for types only."""
+    """Return the modules of ours that a file imports: at its top, in functions, and for types."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -165,6 +166,16 @@ def measure(source: Path = SOURCE) -> dict[str, float]:
             len(re.findall(r"# noqa|# type: ignore", text)) for text in texts
         ),
     }
+
+
+def duplicate_classes(source: Path = SOURCE) -> dict[str, list[str]]:
+    """Return the names of public classes that several modules define, with the modules."""
+    homes: dict[str, list[str]] = {}
+    for module, path in modules(source).items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(module)
+    return {name: places for name, places in homes.items() if len(places) > 1}
 
 
 def upward(imports: dict[str, set[str]]) -> list[tuple[str, str]]:
