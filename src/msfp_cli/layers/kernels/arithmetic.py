@@ -32,48 +32,74 @@ KINDS_IN_INTEGERS = frozenset({"linear", "conv2d"})
 
 
 class Arithmetic(NamedTuple):
-    """What an output is computed from besides the sums; the first dimension of each tensor is the set of weights."""
+    """What an output is computed from besides the sums; each tensor has a row per member of the hub.
 
-    shift: int  # makes the integers of a signed input unsigned
-    geometry: Geometry | None  # None for a Linear layer
-    factors: Tensor  # float32 (sets, out)
-    constants: Tensor  # float32 (sets, out)
-    frames: (
-        Tensor | None
-    )  # float32 (sets, out, kernel height, kernel width): the zero point's share of each tap
+    Arguments:
+        shift: what makes the integers of a signed input unsigned.
+        geometry: how a convolution slides; None for a Linear layer.
+        factors, constants: float32 ``(members, out)``.
+        frames: the zero point's share of each tap, float32 ``(members, out, kernel height, kernel
+            width)``; None where no window sees padding, or where that makes no difference.
+    """
+
+    shift: int
+    geometry: Geometry | None
+    factors: Tensor
+    constants: Tensor
+    frames: Tensor | None
 
     @classmethod
     def of(cls, layer: QuantizedLayer, integers: Sequence[Tensor]) -> "Arithmetic":
         """Fold scales into one factor per output channel, zero point and bias into one constant.
 
         Arguments:
-            integers: int8, shape of the layer's weight, one per set of weights.
+            integers: int8, shape of the layer's weight, one per member.
         """
         grids = [grid for grid in layer.scheme.inputs() if grid is not None]
-        geometry = layer.geometry()
         scale = layer.get_buffer("weight_scale").double()
-        factors = torch.stack([(scale * grid.scale).float() for grid in grids])
-        zeros = [(scale * grid.zero_point).view(-1, 1, 1) for grid in grids]
-        shares = [tap_sums(weight) * zero for weight, zero in zip(integers, zeros, strict=True)]
         bias = 0.0 if layer.bias is None else layer.bias.detach().double()
-        constants = torch.stack([(share.sum(dim=(1, 2)) + bias).float() for share in shares])
-        framed = (
-            geometry is not None
-            and any(geometry.padding)
-            and any(grid.zero_point for grid in grids)
-        )
+        shares = [
+            tap_sums(weight) * (scale * grid.zero_point).view(-1, 1, 1)
+            for weight, grid in zip(integers, grids, strict=True)
+        ]
         fmt = grids[0].format
-        frames = torch.stack(shares).float() if framed else None
-        return cls(fmt.largest if fmt.signed else 0, geometry, factors, constants, frames)
+        geometry = layer.geometry()
+        pads = geometry is not None and any(geometry.padding)
+        return cls(
+            shift=fmt.largest if fmt.signed else 0,
+            geometry=geometry,
+            factors=torch.stack([(scale * grid.scale).float() for grid in grids]),
+            constants=torch.stack([(share.sum(dim=(1, 2)) + bias).float() for share in shares]),
+            frames=(
+                torch.stack(shares).float()
+                if pads and any(grid.zero_point for grid in grids)
+                else None
+            ),
+        )
 
     def of_member(self, member: int | Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return factor, constant and frame of one set of weights, an index or a tensor of one."""
-        found = [None if many is None else _pick(many, member) for many in self[2:]]
-        return found[0], found[1], found[2]  # type: ignore[return-value]  # the first two are tensors
+        """Return factor, constant and frame of one member, an index or a tensor of one."""
+        frame = None if self.frames is None else _pick(self.frames, member)
+        return _pick(self.factors, member), _pick(self.constants, member), frame
 
 
-def _pick(many: Tensor, member: int | Tensor) -> Tensor:
-    return many[member] if isinstance(member, int) else many.index_select(0, member.view(1))[0]
+def _pick(rows: Tensor, member: int | Tensor) -> Tensor:
+    return rows[member] if isinstance(member, int) else rows.index_select(0, member.view(1))[0]
+
+
+def unsigned_planes(integers: Tensor, largest: int) -> list[Tensor]:
+    """Part integers into planes of bytes, the low one first: ``low + 256 high``.
+
+    Arguments:
+        integers: float32, 0 to `largest`.
+
+    Returns:
+        float32, where a NaN stays one: one plane if the integers fit into a byte, else two.
+    """
+    if largest <= BYTE:
+        return [integers]
+    high = integers.div(BYTE + 1).floor_()
+    return [integers.sub(high, alpha=BYTE + 1), high]
 
 
 def refusal_of_integers(layer: QuantizedLayer) -> str | None:

@@ -16,7 +16,7 @@ there.
 
 import platform
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,16 +28,17 @@ from msfp_cli.layers.kernels.arithmetic import (
     KINDS_IN_INTEGERS,
     Arithmetic,
     refusal_of_integers,
+    unsigned_planes,
 )
 from msfp_cli.layers.kernels.geometry import Geometry, subtract_frame_
 from msfp_cli.layers.kernels.kernel import Kernel
 from msfp_cli.layers.kernels.reference import run_reference
 from msfp_cli.layers.kernels.simulated import input_grid, simulate
 
-_PIECE = (
-    1 << 16
-)  # elements for each thread: 256 KiB of float32, which stay in its cache from pass to pass
-_INT16, _INT32 = 2**15 - 1, 2**31 - 1
+# Elements for each thread: 256 KiB of float32, which stay in its cache from pass to pass.
+_PIECE = 1 << 16
+_INT16 = 2**15 - 1
+_INT32 = 2**31 - 1
 
 
 class Cpu(Kernel):
@@ -55,62 +56,85 @@ class Cpu(Kernel):
     @staticmethod
     def refusal(layer: QuantizedLayer) -> str | None:
         """Say why the layer cannot run here, or nothing."""
-        reason = refusal_of_integers(layer)
-        if reason is not None:
-            return reason
-        device = layer.get_buffer("weight_scale").device.type
-        if device != "cpu":
-            return f"the layer is on {device}"
-        if platform.machine().lower() not in ("x86_64", "amd64") or not _has_onednn():
-            return "it needs oneDNN on an x86 CPU"
-        weight, grid = layer.scheme.weight, layer.scheme.input
-        assert weight is not None and grid is not None, "refused just now"
-        product = min(grid.format.largest * (1 + grid.format.signed), BYTE) * weight.largest
-        if product * layer.weight_shape[1:].numel() > _INT32:
-            return "the sum could overflow 32 bits"
-        if 2 * product > _INT16 and not torch.cpu._is_vnni_supported():
-            return f"{grid.format} times {weight} could overflow 16 bits, which this CPU adds in: it lacks VNNI"
-        return None
+        return refusal_of_integers(layer) or _refusal_here(layer) or _refusal_of_sums(layer)
 
     def __init__(self, layer: QuantizedLayer, *, keep_packed: bool) -> None:
         """Lay out the weights, and fold scales, zero point and bias."""
         integers = [layer.integers(member) for member in range(layer.scheme.hub)]
         self.arithmetic = Arithmetic.of(layer, integers)
         self.holds_weight = not keep_packed
-        self.weights = (
-            [] if keep_packed else [_prepack(each, self.arithmetic.geometry) for each in integers]
-        )
+        self.weights: list[Tensor] = []
+        if self.holds_weight:
+            self.weights = [_prepack(each, self.arithmetic.geometry) for each in integers]
 
     def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
-        """Run the layer; a shape that oneDNN does not take goes to the reference, what needs gradients is simulated."""
+        """Run the layer.
+
+        A shape that oneDNN does not take goes to the reference, what needs gradients is simulated.
+        """
         if torch.is_grad_enabled() and x.requires_grad:
             return simulate(layer, x)
-        shift, geometry = self.arithmetic[:2]
-        if not _is_taken(x, geometry):
+        if not _is_taken(x, self.arithmetic.geometry):
             return run_reference(layer, x, self.arithmetic)
         member = layer.member()
-        planes = round_to_bytes(x.detach(), input_grid(layer, member), shift)
-        weights, numbers = (
-            self.weights or [layer.integers(member)],
-            self.arithmetic.of_member(member),
-        )
-        if isinstance(member, int) and not torch.compiler.is_compiling():
-            y = _multiply(planes, weights[member if self.weights else 0], shift, *numbers, geometry)
+        planes = round_to_bytes(x.detach(), input_grid(layer, member), self.arithmetic.shift)
+        if torch.compiler.is_compiling():
+            y: Tensor = multiply_bytes(*self._operands(layer, planes, torch.as_tensor(member)))
         else:
-            pick = torch.as_tensor(member).view(1) * self.holds_weight
-            y = multiply_bytes(
-                planes, weights, pick, shift, *numbers, geometry.flat() if geometry else []
-            )
+            y = self._operands(layer, planes, member).multiply()
         return y.to(x.dtype)
 
+    def _operands(
+        self, layer: QuantizedLayer, planes: Sequence[Tensor], member: int | Tensor
+    ) -> "Operands":
+        """Gather what is multiplied; a weight that is kept packed is unpacked here, and is alone."""
+        geometry = self.arithmetic.geometry
+        factor, constant, frame = self.arithmetic.of_member(member)
+        return Operands(
+            planes=planes,
+            weights=self.weights if self.holds_weight else [layer.integers(member)],
+            member=member,
+            shift=self.arithmetic.shift,
+            factor=factor,
+            constant=constant,
+            frame=frame,
+            geometry=[] if geometry is None else geometry.flat(),
+        )
+
     def integers(self, member: int | Tensor) -> Tensor:
-        """Return the integers of one set of weights, int8, shape of the float weight."""
+        """Return the integers of a member's weight, int8, shape of the float weight."""
         plain = self.weights[int(member)].to_dense()
         return plain if self.arithmetic.geometry else plain.t().contiguous()
 
 
+def _refusal_here(layer: QuantizedLayer) -> str | None:
+    """Say why no layer can run on this device, or nothing."""
+    device = layer.get_buffer("weight_scale").device.type
+    if device != "cpu":
+        return f"the layer is on {device}"
+    if platform.machine().lower() not in ("x86_64", "amd64") or not _has_onednn():
+        return "it needs oneDNN on an x86 CPU"
+    return None
+
+
+def _refusal_of_sums(layer: QuantizedLayer) -> str | None:
+    """Say where the sums of a layer could overflow, or nothing."""
+    weight, grid = layer.weight_format(), layer.scheme.input
+    assert grid is not None, "refused before"
+    largest_byte = min(grid.format.largest * (1 + grid.format.signed), BYTE)
+    product = largest_byte * weight.largest
+    if product * layer.weight_shape[1:].numel() > _INT32:
+        return "the sum could overflow 32 bits"
+    if 2 * product > _INT16 and not torch.cpu._is_vnni_supported():
+        return (
+            f"products of {grid.format} and {weight} could overflow the 16-bit sums of this CPU: "
+            "it lacks VNNI"
+        )
+    return None
+
+
 def _has_onednn() -> bool:
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return bool(torch.backends.mkldnn.is_available())
 
 
 def _is_taken(x: Tensor, geometry: Geometry | None) -> bool:
@@ -141,37 +165,34 @@ def round_to_bytes(x: Tensor, grid: Grid, shift: int) -> list[Tensor]:
         ``code_book[quantize(x, grid)] + shift`` as planes of bytes, the low one first: one plane
         where the integers fit, else two; uint8, shape and layout of `x`. A NaN gives any byte.
     """
-    wide = grid.format.largest + shift > 255
+    largest = grid.format.largest + shift
     if torch.compiler.is_compiling():
-        return _planes(
-            round_steps((x.float() - grid.zero_point) / grid.scale, grid.format).add(shift), wide
-        )
-    channels_last = (
+        steps = (x.float() - grid.zero_point) / grid.scale
+        planes = unsigned_planes(round_steps(steps, grid.format).add(shift), largest)
+        return [plane.to(torch.uint8) for plane in planes]
+    is_channels_last = (
         x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     )
-    dense = x.permute(0, 2, 3, 1) if channels_last else x.contiguous()
-    values, planes = (
-        dense.reshape(-1),
-        [torch.empty(dense.shape, dtype=torch.uint8) for _ in range(1 + wide)],
-    )
+    dense = x.permute(0, 2, 3, 1) if is_channels_last else x.contiguous()
+    planes = _round_by_pieces(dense, grid, shift)
+    return [plane.permute(0, 3, 1, 2) if is_channels_last else plane for plane in planes]
+
+
+def _round_by_pieces(dense: Tensor, grid: Grid, shift: int) -> list[Tensor]:
+    """Round a contiguous tensor piece by piece, so that a piece stays in the cache."""
+    largest = grid.format.largest + shift
+    planes = [torch.empty(dense.shape, dtype=torch.uint8)]
+    if largest > BYTE:
+        planes.append(torch.empty_like(planes[0]))
+    values = dense.reshape(-1)
     size = _PIECE * torch.get_num_threads()
     for start in range(0, len(values), size):
         piece = values[start : start + size].float()
         steps = torch.sub(piece, grid.zero_point).div_(grid.scale)
         integers = round_steps(steps, grid.format).add_(shift)
-        for plane, byte in zip(
-            planes, _planes(integers, wide) if wide else [integers], strict=True
-        ):
+        for plane, byte in zip(planes, unsigned_planes(integers, largest), strict=True):
             plane.view(-1)[start : start + size] = byte
-    return [plane.permute(0, 3, 1, 2) if channels_last else plane for plane in planes]
-
-
-def _planes(integers: Tensor, wide: bool) -> list[Tensor]:
-    """Part non-negative integers, given as float32, into one or two planes of bytes."""
-    if not wide:
-        return [integers.to(torch.uint8)]
-    whole = integers.to(torch.int32)
-    return [whole.bitwise_and(255).to(torch.uint8), whole.bitwise_right_shift(8).to(torch.uint8)]
+    return planes
 
 
 def _prepack(integers: Tensor, geometry: Geometry | None) -> Tensor:
@@ -187,23 +208,53 @@ def _prepack(integers: Tensor, geometry: Geometry | None) -> Tensor:
     return packed
 
 
-def _multiply(
-    planes: Sequence[Tensor],
-    weight: Tensor,
-    shift: int,
-    factor: Tensor,
-    constant: Tensor,
-    frame: Tensor | None,
-    geometry: Geometry | None,
-) -> Tensor:
-    """Multiply bytes, and write ``factor * (sum - shift) + constant`` in float32."""
-    packed = weight if weight.is_mkldnn else _prepack(weight, geometry)
-    y = _product(planes[0], shift & BYTE, packed, factor, constant, geometry)
-    for plane in planes[1:]:
-        y.add_(_product(plane, shift >> 8, packed, factor * (BYTE + 1), None, geometry))
-    if frame is not None and geometry is not None:
-        subtract_frame_(y, frame, geometry, planes[0].shape[2], planes[0].shape[3])
-    return y
+class Operands(NamedTuple):
+    """What one call multiplies: flat, as an operator of torch takes it.
+
+    Arguments:
+        planes: bytes of the input, see `round_to_bytes`.
+        weights: int8, or laid out by oneDNN; one per member, or only the weight that is used.
+        member: an index, or while the call is compiled a tensor of one.
+        shift: what was added to the integers of the input.
+        factor, constant, frame: see `Arithmetic.of_member`.
+        geometry: `Geometry.flat`, empty for a Linear layer.
+    """
+
+    planes: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    member: int | Tensor
+    shift: int
+    factor: Tensor
+    constant: Tensor
+    frame: Tensor | None
+    geometry: Sequence[int]
+
+    def multiply(self) -> Tensor:
+        """Multiply bytes, and return ``factor * (sum - shift) + constant`` in float32."""
+        geometry = Geometry.from_flat(self.geometry)
+        weight = self.weights[int(self.member) if len(self.weights) > 1 else 0]
+        packed = weight if weight.is_mkldnn else _prepack(weight, geometry)
+        low, *further = self.planes
+        y = _product(low, self.shift & BYTE, packed, self.factor, self.constant, geometry)
+        for plane in further:
+            factor = self.factor * (BYTE + 1)
+            y.add_(_product(plane, self.shift >> 8, packed, factor, None, geometry))
+        if self.frame is not None and geometry is not None:
+            subtract_frame_(y, self.frame, geometry, low.shape[2], low.shape[3])
+        return y
+
+    def output(self) -> Tensor:
+        """Return a tensor like that of `multiply`, of which torch.compile reads shape and layout."""
+        geometry, low = Geometry.from_flat(self.geometry), self.planes[0]
+        if geometry is None:
+            return low.new_empty((*low.shape[:-1], len(self.factor)), dtype=torch.float32)
+        size = geometry.output_size(low.shape[2], low.shape[3])
+        return torch.empty(
+            (low.shape[0], len(self.factor), *size),
+            dtype=torch.float32,
+            device=low.device,
+            memory_format=torch.channels_last,
+        )
 
 
 def _product(
@@ -219,50 +270,24 @@ def _product(
     Its scale of the input stays 1, as some of its implementations multiply by that first and others
     by the product of both scales.
     """
-    given = (1.0, shift, weight, factor, torch.zeros(len(factor), dtype=torch.int32), constant)
+    no_zero_points = torch.zeros(len(factor), dtype=torch.int32)
+    operands = (1.0, shift, weight, factor, no_zero_points, constant)
     output: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
     if geometry is None:
-        y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            plane.reshape(-1, plane.shape[-1]), *given, *output
-        )
+        rows = plane.reshape(-1, plane.shape[-1])
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(rows, *operands, *output)
         return y.view(*plane.shape[:-1], -1)
-    codes = plane.contiguous(memory_format=torch.channels_last)
-    y = torch.ops.onednn.qconv2d_pointwise(codes, *given, *geometry[1:], *output)
+    picture = plane.contiguous(memory_format=torch.channels_last)
+    y = torch.ops.onednn.qconv2d_pointwise(picture, *operands, *geometry[1:], *output)
     return y
 
 
-@torch.library.custom_op("msfp::multiply_bytes", mutates_args=())
-def multiply_bytes(
-    planes: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    pick: Tensor,
-    shift: int,
-    factor: Tensor,
-    constant: Tensor,
-    frame: Tensor | None,
-    geometry: Sequence[int],
-) -> Tensor:
-    """Run `_multiply` with one of several weights, chosen by a tensor: one operator to `torch.compile`."""
-    return _multiply(
-        planes, weights[int(pick)], shift, factor, constant, frame, Geometry.from_flat(geometry)
-    )
-
-
-@multiply_bytes.register_fake
-def _(
-    planes: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    pick: Tensor,
-    shift: int,
-    factor: Tensor,
-    constant: Tensor,
-    frame: Tensor | None,
-    geometry: Sequence[int],
-) -> Tensor:
-    where, codes = Geometry.from_flat(geometry), planes[0]
-    if where is None:
-        return codes.new_empty((*codes.shape[:-1], len(factor)), dtype=torch.float32)
-    shape = (codes.shape[0], len(factor), *where.output_size(codes.shape[2], codes.shape[3]))
-    return torch.empty(
-        shape, dtype=torch.float32, device=codes.device, memory_format=torch.channels_last
-    )
+# `Operands.multiply` with a member that is a tensor: one operator to `torch.compile`.
+multiply_bytes = torch.library.custom_op(
+    "msfp::multiply_bytes",
+    lambda *operands: Operands(*operands).multiply(),
+    mutates_args=(),
+    schema="(Tensor[] planes, Tensor[] weights, Tensor member, int shift, Tensor factor, "
+    "Tensor constant, Tensor? frame, int[] geometry) -> Tensor",
+)
+multiply_bytes.register_fake(lambda *operands: Operands(*operands).output())

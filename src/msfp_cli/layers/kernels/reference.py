@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from msfp_cli.formats.float_format import FloatFormat
-from msfp_cli.formats.rounding import round_steps
+from msfp_cli.formats.rounding import Grid, round_steps
 from msfp_cli.layers.base import QuantizedLayer
 from msfp_cli.layers.kernels.arithmetic import (
     BYTE,
     KINDS_IN_INTEGERS,
     Arithmetic,
     refusal_of_integers,
+    unsigned_planes,
 )
 from msfp_cli.layers.kernels.geometry import Geometry, subtract_frame_
 from msfp_cli.layers.kernels.kernel import Kernel
@@ -41,7 +42,8 @@ class Reference(Kernel):
 
     def __init__(self, layer: QuantizedLayer, *, keep_packed: bool) -> None:
         """Fold scales, zero point and bias; the layer's codes are read at each call."""
-        self.arithmetic = Arithmetic.of(layer, [layer.integers(i) for i in range(layer.scheme.hub)])
+        integers = [layer.integers(member) for member in range(layer.scheme.hub)]
+        self.arithmetic = Arithmetic.of(layer, integers)
 
     def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
         """Run `layer` on `x`."""
@@ -56,15 +58,15 @@ def run_reference(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> T
     """
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         return simulate(layer, x)
-    member = layer.member()
-    grid, geometry = input_grid(layer, member), arithmetic.geometry
+    geometry = arithmetic.geometry
     if geometry is not None and x.ndim == 3:
         return run_reference(layer, x[None], arithmetic)[0]
+    member = layer.member()
+    grid = input_grid(layer, member)
     factor, constant, frame = arithmetic.of_member(member)
     along = (-1, 1, 1) if geometry else (-1,)
-    steps = torch.sub(x.detach().float(), grid.zero_point).div_(grid.scale)
-    planes = _planes(round_steps(steps, grid.format), grid.format.largest, arithmetic.shift)
     weight = layer.integers(member).to(_exact_type(layer, grid.format))
+    planes = _planes(x.detach().float(), grid, arithmetic.shift)
     y = _sums(planes[0], weight, geometry).mul_(factor.view(along)).add_(constant.view(along))
     for plane in planes[1:]:
         y.add_(_sums(plane, weight, geometry).mul_((factor * (BYTE + 1)).view(along)))
@@ -73,20 +75,20 @@ def run_reference(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> T
     return y.to(x.dtype)
 
 
+def _planes(x: Tensor, grid: Grid, shift: int) -> list[Tensor]:
+    """Round an input as a kernel on bytes does, and take the shift's bytes from the planes again."""
+    steps = torch.sub(x, grid.zero_point).div_(grid.scale)
+    integers = round_steps(steps, grid.format)
+    planes = unsigned_planes(integers.add_(shift), grid.format.largest + shift)
+    shift_bytes = (shift & BYTE, shift >> 8)
+    return [plane.sub_(byte) for plane, byte in zip(planes, shift_bytes, strict=False)]
+
+
 def _exact_type(layer: QuantizedLayer, fmt: FloatFormat) -> torch.dtype:
     """Return a type in which the layer's sums are exact."""
-    weight = layer.scheme.weight
-    assert weight is not None, "refused before"
-    most = min(fmt.largest, BYTE) * weight.largest * layer.weight_shape[1:].numel()
+    product = min(fmt.largest, BYTE) * layer.weight_format().largest
+    most = product * layer.weight_shape[1:].numel()
     return torch.float32 if most <= _EXACT_IN_FLOAT32 else torch.float64
-
-
-def _planes(integers: Tensor, largest: int, shift: int) -> list[Tensor]:
-    """Part integers as bytes would be, where they do not fit into one: ``q = low + 256 high``."""
-    if largest + shift <= BYTE:
-        return [integers]
-    high = integers.add(shift).div_(BYTE + 1).floor_().sub_(shift >> 8)
-    return [integers.sub(high, alpha=BYTE + 1), high]
 
 
 def _sums(integers: Tensor, weight: Tensor, geometry: Geometry | None) -> Tensor:
