@@ -23,7 +23,7 @@ from msfp_cli.calibration.result import Calibration
 from msfp_cli.commands import launch
 from msfp_cli.commands.console import stop_on_interrupt
 from msfp_cli.commands.finetune import _recipe, shared_evenly
-from msfp_cli.commands.options import Typed
+from msfp_cli.commands.options import Options
 from msfp_cli.errors import RunError
 from msfp_cli.finetuning.finetune import timestep_weights
 from msfp_cli.finetuning.recipe import FinetuneRecipe
@@ -405,10 +405,10 @@ def test_going_on_with_other_settings_names_the_difference(
 
 def test_processes_that_go_on_keep_the_number_of_calls(fresh_run: FreshRun) -> None:
     run = fresh_run()
-    assert _recipe(run, Typed({}), None, 3) == (FinetuneRecipe(calls_per_update=3), False)
+    assert _recipe(run, Options({}), None, 3) == (FinetuneRecipe(calls_per_update=3), False)
     train(run, replace(FEW_UPDATES, steps=1, calls_per_update=2))
-    assert _recipe(run, Typed({}), None, 3)[0].calls_per_update == 2
-    assert _recipe(run, Typed({}), False, 3)[0].calls_per_update == 3
+    assert _recipe(run, Options({}), None, 3)[0].calls_per_update == 2
+    assert _recipe(run, Options({}), False, 3)[0].calls_per_update == 3
 
 
 def test_fine_tuning_of_another_recording_is_refused(

@@ -290,16 +290,13 @@ def calibrate_run(
         ModelError, CalibrationError: as said by what they wrap.
     """
     refuse_existing(run.calibration, overwrite=overwrite)
-    prompts = prompts_of(options.prompts)  # before the model is loaded
+    words = [*recipe.words(), *options.words(), *source.words()]
+    options = replace(options, prompts=prompts_of(options.prompts))  # before the model is loaded
     pipe = load_pipeline(source, device)
     recording, held_out = record_both(
-        pipe,
-        run,
-        source,
-        replace(options, prompts=prompts),
-        overwrite=overwrite,
-        progress=progress,
+        pipe, run, source, options, overwrite=overwrite, progress=progress
     )
     calibration = calibrate_(pipe, recording, held_out, recipe, progress=progress)
+    calibration = replace(calibration, options=words)
     calibration.save(run.calibration, overwrite=overwrite)
     return calibration

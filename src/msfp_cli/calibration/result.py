@@ -133,6 +133,8 @@ class Calibration:
         held_out_error: relative squared error of the denoiser's output on held-out calls, by
             component.
         unused: layers that never ran and stay in floating point, by component.
+        options: of the command, those that differ from their defaults, as words; None in files
+            of earlier versions. They are no part of an export.
     """
 
     source: ModelSource
@@ -142,6 +144,7 @@ class Calibration:
     scales: Mapping[str, Mapping[str, Tensor]]
     held_out_error: Mapping[str, float] = field(default_factory=dict)
     unused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    options: list[str] | None = None
 
     def table(self, component: str) -> dict[str, LayerScheme]:
         """Return the scheme of the component's quantized layers."""
@@ -181,6 +184,7 @@ class Calibration:
             "source": self.source.to_json(),
             "record": self.record.to_json(),
             "recipe": self.recipe.to_json(),
+            "options": self.options,
             "held_out_error": dict(self.held_out_error),
             "unused": {component: list(names) for component, names in self.unused.items()},
             "layers": {
@@ -219,6 +223,7 @@ class Calibration:
                 scales=_unflatten(flat, layers),
                 held_out_error=document["held_out_error"],
                 unused={component: tuple(names) for component, names in document["unused"].items()},
+                options=document.get("options"),
             )
 
         return read_json(directory / _DOCUMENT, parse, redo=_REDO, schema=_SCHEMA)

@@ -11,9 +11,9 @@ from msfp_cli.commands import console
 from msfp_cli.commands.options import (
     DeviceOption,
     JsonOption,
+    Options,
     OverwriteOption,
     RunOption,
-    Typed,
     with_options,
 )
 from msfp_cli.pipelines.source import ModelSource
@@ -43,7 +43,7 @@ ModelArgument = Annotated[
 
 @with_options(CalibrateRecipe, RecordOptions, ModelSource)
 def calibrate(
-    typed: Typed,
+    options: Options,
     model: ModelArgument = None,
     run: RunOption = DEFAULT_RUN,
     device: DeviceOption = None,
@@ -51,9 +51,9 @@ def calibrate(
     json_: JsonOption = False,
 ) -> None:
     """Choose a format for every layer."""
-    recipe = typed.recipe(CalibrateRecipe)
-    options = typed.recipe(RecordOptions)
-    source = typed.recipe(ModelSource, model=model or "")
+    recipe = options.recipe(CalibrateRecipe)
+    recording = options.recipe(RecordOptions)
+    source = options.recipe(ModelSource, model=model or "")
 
     from msfp_cli.calibration.calibrate import calibrate_run
     from msfp_cli.pipelines.loading import quiet_libraries, resolve_model
@@ -66,7 +66,7 @@ def calibrate(
     calibration = calibrate_run(
         Run(run),
         replace(source, model=resolved),
-        options,
+        recording,
         recipe,
         device=device,
         overwrite=overwrite,

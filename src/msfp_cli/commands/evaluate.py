@@ -11,9 +11,9 @@ from msfp_cli.commands.launch import ProcessesOption, is_main, share_out
 from msfp_cli.commands.options import (
     DeviceOption,
     JsonOption,
+    Options,
     OverwriteOption,
     RunOption,
-    Typed,
     with_options,
 )
 from msfp_cli.evaluation.recipe import EvaluateRecipe
@@ -57,7 +57,7 @@ OutOption = Annotated[
 
 @with_options(EvaluateRecipe)
 def evaluate(
-    typed: Typed,
+    options: Options,
     export: ExportArgument = None,
     against: AgainstOption = None,
     num_processes: ProcessesOption = 1,
@@ -68,7 +68,7 @@ def evaluate(
     json_: JsonOption = False,
 ) -> None:
     """Measure an export."""
-    recipe = typed.recipe(EvaluateRecipe)
+    recipe = options.recipe(EvaluateRecipe)
     share_out(num_processes)
 
     from msfp_cli.evaluation.evaluate import evaluate_run

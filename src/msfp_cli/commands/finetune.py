@@ -9,7 +9,7 @@ import typer
 
 from msfp_cli.commands import console
 from msfp_cli.commands.launch import is_main, processes_for, share_out
-from msfp_cli.commands.options import DeviceOption, JsonOption, RunOption, Typed, with_options
+from msfp_cli.commands.options import DeviceOption, JsonOption, Options, RunOption, with_options
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.progress import SILENT
 from msfp_cli.run import DEFAULT_RUN, Run
@@ -60,7 +60,7 @@ ResumeOption = Annotated[
 
 @with_options(FinetuneRecipe)
 def finetune(
-    typed: Typed,
+    options: Options,
     run: RunOption = DEFAULT_RUN,
     gradient_checkpointing: CheckpointingOption = False,
     num_processes: ProcessesOption = None,
@@ -69,7 +69,7 @@ def finetune(
     json_: JsonOption = False,
 ) -> None:
     """Train LoRA hubs and a router."""
-    typed.recipe(FinetuneRecipe)  # what is wrong is refused before torch is loaded
+    options.recipe(FinetuneRecipe)  # what is wrong is refused before torch is loaded
     share_out(num_processes or 1)
 
     from msfp_cli.finetuning.finetune import finetune_run
@@ -77,7 +77,7 @@ def finetune(
 
     quiet_libraries()
     state = Run(run)
-    recipe, done = _recipe(state, typed, resume, int(os.environ.get("WORLD_SIZE", 1)))
+    recipe, done = _recipe(state, options, resume, int(os.environ.get("WORLD_SIZE", 1)))
     if num_processes is None and not done:
         share_out(processes_for(recipe.calls_per_update, device))
     with console.stop_on_interrupt() as stop:
@@ -97,7 +97,7 @@ def finetune(
 
 
 def _recipe(
-    run: Run, typed: Typed, resume: bool | None, processes: int
+    run: Run, options: Options, resume: bool | None, processes: int
 ) -> tuple[FinetuneRecipe, bool]:
     """Return what was typed, then the settings of the state to go on from, then the defaults.
 
@@ -117,7 +117,7 @@ def _recipe(
         )
     fresh = shared_evenly(FinetuneRecipe(), processes)
     base = next((tuned.recipe for tuned in saved.values()), fresh)
-    recipe = typed.over(base)
+    recipe = options.over(base)
     done = [tuned for tuned in saved.values() if tuned.finished and tuned.recipe == recipe]
     return recipe, len(done) == len(calibration.tunable())
 

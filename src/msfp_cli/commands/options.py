@@ -36,8 +36,8 @@ JsonOption = Annotated[
 
 
 @dataclass(frozen=True)
-class Typed:
-    """The options that were typed, by the recipe's field that they set."""
+class Options:
+    """The options that a user typed, by the field that they set."""
 
     values: Mapping[str, Any]
 
@@ -58,9 +58,9 @@ class Typed:
 
 
 def with_options(*recipes: type[Recipe]) -> Callable[[Command], Command]:
-    """Give a command the options of these recipes; it gets them as its first argument, a `Typed`.
+    """Give a command the options of these recipes; it gets them as its first argument, `Options`.
 
-    A field that several recipes have is one option. An option that is not typed is not in `Typed`:
+    A field that several recipes have is one option. An option that is not typed is not in there:
     its default may depend on what the command finds.
     """
     options = dict[str, Option]()
@@ -75,12 +75,12 @@ def with_options(*recipes: type[Recipe]) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         @wraps(command)
         def wrapper(**arguments: Any) -> None:  # noqa: ANN401 (options of any type)
-            typed = dict[str, Any]()
+            values = dict[str, Any]()
             for name, each in options.items():
                 value = arguments.pop(name)
                 if value is not None and value != []:
-                    typed[name] = _setting(each, value)
-            command(Typed(typed), **arguments)
+                    values[name] = _setting(each, value)
+            command(Options(values), **arguments)
 
         _, *own = inspect.signature(command).parameters.values()
         everything = [*parameters, *(each.replace(kind=_KEYWORD) for each in own)]

@@ -10,9 +10,9 @@ from msfp_cli.commands.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    Options,
     OverwriteOption,
     RunOption,
-    Typed,
     with_options,
 )
 from msfp_cli.pipelines.source import ModelSource, Sampling
@@ -62,7 +62,7 @@ OutOption = Annotated[
 
 @with_options(Sampling)
 def sample(
-    typed: Typed,
+    options: Options,
     export: ExportArgument = None,
     prompt: PromptOption = None,
     prompts: PromptsOption = None,
@@ -79,7 +79,7 @@ def sample(
 ) -> None:
     """Make pictures."""
     ModelSource(model="", dtype=dtype)  # what is wrong is refused before torch is loaded
-    sampling = typed.recipe(Sampling)
+    sampling = options.recipe(Sampling)
 
     import torch
 

@@ -66,7 +66,10 @@ def evaluate_run(
         RunError: the directory holds an evaluation with other settings or of another export.
         ModelError: the export is of another model than `against`.
     """
-    processes, place = Processes.current(choose_device(device)), directory or run.evaluation
+    processes = Processes.current(choose_device(device))
+    place = directory or run.evaluation
+    words = options.words() + ([] if against is None else ["--against", against.model])
+    options = replace(options, prompts=prompts_of(options.prompts))  # before a model is loaded
     subjects = find_subjects(
         run, export, options.compare, work=place, against=against, device=device
     )
@@ -102,6 +105,7 @@ def evaluate_run(
         machine=machine(choose_device(device)),
         models=models,
         notes=tuple(_notes(models, extractor)),
+        options=words,
     )
     if processes.is_first:
         evaluation.save()

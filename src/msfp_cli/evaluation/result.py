@@ -133,6 +133,8 @@ class Evaluation:
         machine: what it was measured on.
         models: full precision first, the export last.
         notes: what to know when reading the figures.
+        options: of the command, those that differ from their defaults, as words; None in files
+            of earlier versions.
     """
 
     directory: Path
@@ -140,6 +142,7 @@ class Evaluation:
     machine: dict[str, str]
     models: tuple[Measured, ...]
     notes: tuple[str, ...] = ()
+    options: list[str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -149,6 +152,7 @@ class Evaluation:
             "machine": self.machine,
             "models": [model.to_json() for model in self.models],
             "notes": list(self.notes),
+            "options": self.options,
         }
 
     def gallery(self, key: str) -> Gallery:
@@ -176,6 +180,7 @@ class Evaluation:
                 machine=document["machine"],
                 models=tuple(Measured.from_json(entry) for entry in document["models"]),
                 notes=tuple(document["notes"]),
+                options=document.get("options"),
             )
 
         return read_json(path, parse, redo=_REDO, schema=_SCHEMA)

@@ -1,7 +1,7 @@
 """Which pipeline is meant and how it is called; nothing here needs torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -69,9 +69,13 @@ class Sampling(Recipe):
             "guidance_scale": self.guidance_scale,
         }
 
+    def settings(self) -> dict[str, Any]:
+        """Return the fields of a sampling by name, without those of whatever extends it."""
+        return {field.name: getattr(self, field.name) for field in fields(Sampling)}
+
     def or_else(self: S, defaults: Mapping[str, Any]) -> S:
         """Return the same sampling with defaults in place of what is None."""
-        unset = {key for key, value in self.to_json().items() if value is None}
+        unset = {key for key, value in self.settings().items() if value is None}
         return replace(self, **{key: defaults[key] for key in unset & defaults.keys()})
 
 

@@ -1,7 +1,7 @@
 """What is recorded: conditions, sampler, and which pictures are held out; nothing here needs torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from msfp_cli.errors import UsageError
@@ -36,8 +36,7 @@ class RecordRecipe(Sampling):
     @classmethod
     def of(cls, conditions: Sequence[str | None], sampling: Sampling) -> "RecordRecipe":
         """Return the recipe that records these conditions, sampled as that one says."""
-        settings = {field.name: getattr(sampling, field.name) for field in fields(Sampling)}
-        return cls(conditions=tuple(conditions), **settings)
+        return cls(conditions=tuple(conditions), **sampling.settings())
 
     @property
     def num_shards(self) -> int:

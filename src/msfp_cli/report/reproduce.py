@@ -1,171 +1,104 @@
-"""The settings of a run in the words of the command line, so that it can be run again."""
+"""The settings of a run, and the commands that make it again from what its results remember."""
 
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
 
-from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
-from msfp_cli.evaluation.recipe import STEPS_BEFORE
+from msfp_cli.evaluation.recipe import STEPS_BEFORE, EvaluateRecipe
 from msfp_cli.evaluation.reference import BUILT_IN_REFERENCE
 from msfp_cli.evaluation.result import Evaluation
-from msfp_cli.finetuning.recipe import FinetuneRecipe
+from msfp_cli.files import Json
 from msfp_cli.finetuning.result import FinetuneState
-from msfp_cli.pipelines.loading import default_prompts
-from msfp_cli.pipelines.source import ModelSource
-from msfp_cli.recording.recipe import (
-    MAX_CONDITIONS,
-    RecordRecipe,
-    recorded_conditions,
-    split_held_out,
-)
-
-# Fields whose option has another name, or none.
-_OPTIONS = {"lanes": "gradient-accumulation", "max_samples": None, "sensitivity_calls": None}
-_OPTIONS |= {"num_inference_steps": "steps", "conditions": None, "model": None}
+from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
 
 
 def commands_of(
     calibration: Calibration | None, tuned: Mapping[str, FinetuneState], evaluation: Evaluation
 ) -> list[str]:
-    """Return the commands that led here, as far as they are known; what is usual is left out of recipes."""
-    commands = [] if calibration is None else [_calibrate(calibration)]
-    for learned in list(tuned.values())[:1]:
-        steps = {"steps": learned.recipe.steps}
-        commands.append(
-            _command(
-                "finetune", steps | _changed(learned.recipe, FinetuneRecipe(steps=steps["steps"]))
-            )
-        )
+    """Return the commands that led to an evaluation, as far as they are known."""
+    commands = list[list[str]]()
     if calibration is not None:
-        commands.append("msfp export")
-    return [*commands, _evaluate(calibration, evaluation), "msfp report"]
+        commands.append(["calibrate", calibration.source.model, *_calibrate_words(calibration)])
+    for state in list(tuned.values())[:1]:  # all denoisers were trained by one command
+        commands.append(["finetune", *state.recipe.words()])
+    if calibration is not None:
+        commands.append(["export"])
+    place = [] if calibration is not None else [evaluation.settings["export"]]
+    commands.append(["evaluate", *place, *_evaluate_words(evaluation)])
+    return [shlex.join(["msfp", *words]) for words in [*commands, ["report"]]]
 
 
-def _calibrate(calibration: Calibration) -> str:
-    source, record = calibration.source, calibration.record
-    total = num_recorded(record.conditions)
-    options = {
-        **_changed(source, ModelSource(model=source.model)),
-        **_changed(calibration.recipe, CalibrateRecipe()),
-        "num_images": total,
-        **_sampling(record),
-    }
-    usual = split_held_out(default_prompts(source.model)[: min(total, MAX_CONDITIONS)])[0]
-    return _command("calibrate", options | _prompts(record.conditions, usual), source.model)
+def _calibrate_words(calibration: Calibration) -> Sequence[str]:
+    """Return the options that made a calibration.
 
-
-def num_recorded(conditions: Sequence[str | None]) -> int:
-    """Return how many pictures to ask for, so that just these are left to calibrate on."""
-    count = len(conditions)
-    if set(conditions) == {None}:
-        left = {
-            n: recorded_conditions([None] * min(n, MAX_CONDITIONS), n)[0]
-            for n in range(count, 2 * count + 2)
-        }
-        return max((n for n, chosen in left.items() if len(chosen) == count), default=count)
-    distinct = next(
-        n
-        for n in range(1, count + 1)
-        if all(c == conditions[i % n] for i, c in enumerate(conditions))
+    One of an earlier version remembers its recording only. How many pictures were asked for is not
+    in it: those that are held out come on top.
+    """
+    if calibration.options is not None:
+        return calibration.options
+    record = calibration.record
+    options = RecordOptions(
+        **record.settings(), prompts=_prompts(record), num_images=len(record.conditions)
     )
-    listed = max(
-        n
-        for n in range(distinct, 2 * distinct + 2)
-        if len(split_held_out([None] * n)[0]) == distinct
+    return [*calibration.recipe.words(), *options.words(), *calibration.source.words()]
+
+
+def _evaluate_words(evaluation: Evaluation) -> Sequence[str]:
+    """Return the options that made an evaluation; one of an earlier version has its settings."""
+    if evaluation.options is not None:
+        return evaluation.options
+    settings = evaluation.settings
+    record = RecordRecipe.from_json(settings["record"])
+    has_own_reference = settings["reference"] not in (None, BUILT_IN_REFERENCE)
+    recipe = EvaluateRecipe(
+        **record.settings(),
+        prompts=_prompts(record),
+        num_images=len(record.conditions),
+        num_trajectories=settings["num_trajectories"],
+        extractor=settings["extractor"],
+        reference=Path(settings["reference"]) if has_own_reference else None,
+        clip=settings["clip"],
+        compare=tuple(key for key in settings["models"] if key in STEPS_BEFORE),
+        layers=settings["layers"],
+        cost=settings["cost"],
     )
-    return count + len(split_held_out([None] * listed)[1])
+    return recipe.words()
 
 
-def _evaluate(calibration: Calibration | None, evaluation: Evaluation) -> str:
-    asked = evaluation.settings
-    record, source = (
-        RecordRecipe.from_json(asked["record"]),
-        ModelSource.from_json(asked["against"]),
-    )
-    seen = () if calibration is None else calibration.record.conditions
-    usual = [
-        prompt for prompt in default_prompts(source.model) if prompt not in seen
-    ] or default_prompts(source.model)
-    options = {
-        "against": None
-        if calibration is not None and calibration.source == source
-        else source.model,
-        "num_images": len(record.conditions),
-        "num_trajectories": asked["num_trajectories"],
-        **_sampling(record),
-        "extractor": asked["extractor"],
-        "reference": None if asked["reference"] == BUILT_IN_REFERENCE else asked["reference"],
-        "clip": asked["clip"],
-        "compare": ",".join(key for key in asked["models"] if key in STEPS_BEFORE) or "none",
-        **{f"no_{key}": True for key in ("layers", "cost") if not asked[key]},
-    }
-    place = [] if calibration is not None else [asked["export"]]
-    return _command("evaluate", options | _prompts(record.conditions, usual), *place)
-
-
-def _sampling(record: RecordRecipe) -> dict[str, Any]:
-    return {key: value for key, value in record.to_json().items() if key != "conditions"}
-
-
-def _prompts(conditions: Sequence[str | None], usual: Sequence[str | None]) -> dict[str, str]:
-    """Return the option for prompts that are not the built-in ones; the settings list them."""
-    if all(
-        condition is None or condition == usual[i % len(usual)]
-        for i, condition in enumerate(conditions)
-    ):
-        return {}
-    return {"prompts": "prompts.txt"}
-
-
-def _changed(recipe: Any, default: Any) -> dict[str, Any]:  # noqa: ANN401 (two recipes of a kind)
-    """Return the fields that differ from their defaults."""
-    usual = default.to_json()
-    given = {key: value for key, value in recipe.to_json().items() if value != usual[key]}
-    return {key: "none" if value is None else value for key, value in given.items()}
-
-
-def _command(name: str, options: dict[str, Any], *places: str) -> str:
-    """Return a command line; options that are None are left out, True stands alone, lists are given item by item."""
-    words = ["msfp", name, *places]
-    for key, value in options.items():
-        option = _OPTIONS.get(key, key.replace("_", "-"))
-        for item in value if isinstance(value, list | tuple) else [value]:
-            if option is not None and item is not None:
-                words += [f"--{option}"] if item is True else [f"--{option}", _number(item)]
-    return shlex.join(words)
-
-
-def _number(value: Any) -> str:  # noqa: ANN401 (a JSON value)
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+def _prompts(record: RecordRecipe) -> tuple[str, ...] | None:
+    """Return the prompts of a recording, None if its pipeline takes none."""
+    return tuple(condition for condition in record.conditions if condition is not None) or None
 
 
 def settings_of(
     calibration: Calibration | None, tuned: Mapping[str, FinetuneState], evaluation: Evaluation
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Return every setting in groups of (name, value)."""
-    groups = []
+    groups = list[tuple[str, dict[str, Json]]]()
     if calibration is not None:
         groups += [
             ("model", calibration.source.to_json()),
             ("recording", calibration.record.to_json()),
             ("calibration", calibration.recipe.to_json()),
         ]
-    groups += [
-        (f"fine-tuning of {component}", learned.recipe.to_json())
-        for component, learned in tuned.items()
-    ]
-    asked = dict(evaluation.settings)
-    groups += [("evaluation", {**asked.pop("record"), **asked}), ("machine", evaluation.machine)]
-    return [
-        {"title": title, "rows": [[key, _words(value)] for key, value in fields.items()]}
-        for title, fields in groups
-    ]
+    for component, state in tuned.items():
+        groups.append((f"fine-tuning of {component}", state.recipe.to_json()))
+    settings = dict(evaluation.settings)
+    groups.append(("evaluation", {**settings.pop("record"), **settings}))
+    groups.append(("machine", evaluation.machine))
+    return [{"title": title, "rows": _rows(group)} for title, group in groups]
 
 
-def _words(value: Any) -> str:  # noqa: ANN401 (a JSON value)
+def _rows(group: dict[str, Json]) -> list[list[str]]:
+    """Return pairs of name and value."""
+    return [[key, _text(value)] for key, value in group.items()]
+
+
+def _text(value: Json) -> str:
+    """Return a JSON value as it is read."""
     if isinstance(value, list):
-        return ", ".join(_words(item) for item in value)
+        return ", ".join(_text(item) for item in value)
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_words(item)}" for key, item in value.items())
+        return ", ".join(f"{key}: {_text(item)}" for key, item in value.items())
     return "–" if value is None else str(value)
