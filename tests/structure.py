@@ -57,6 +57,8 @@ def imports_of(path: Path, known: dict[str, Path]) -> set[str]:
             places = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             places = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            places = [str(getattr(node.args[0], "value", ""))]
         else:
             continue
         found |= {

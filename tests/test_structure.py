@@ -29,7 +29,6 @@ OPEN = {
     "own imports per module, mean",
     "fan-out, 90 % of modules",
     "fan-out, largest",
-    "circles",
     "functions over 60 lines",
     "packed assignments per 1,000 lines of code",
     "nested comprehensions per 1,000 lines of code",

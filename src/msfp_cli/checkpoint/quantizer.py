@@ -15,11 +15,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from msfp_cli.checkpoint.registration import register
 from msfp_cli.errors import CheckpointError, MsfpError
 from msfp_cli.files import Json, digest, open_tensors, refuse_altered
 from msfp_cli.layers.replace import replace_layers_
@@ -218,4 +218,6 @@ def verify_digest(paths: Sequence[Path]) -> str:
     return header.get(_CONFIG, "")
 
 
-register()
+# diffusers has no function for this: its registry is two plain dicts.
+AUTO_QUANTIZER_MAPPING.setdefault(METHOD, MSFPQuantizer)
+AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, MSFPConfig)

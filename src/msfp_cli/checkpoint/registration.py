@@ -1,13 +1,15 @@
-"""Register our quantizer with diffusers, as soon as diffusers' registry is imported and not a moment earlier.
+"""Register our quantizer with diffusers once diffusers' registry is imported, and not before.
 
-Importing diffusers takes seconds, and ``msfp --help`` must not; yet after ``import msfp_cli`` a
-stock ``from_pretrained`` has to know us, whichever of the two was imported first. So if the
-registry is there we write into it, and if it is not, a finder on ``sys.meta_path`` lets Python
-import it as usual and writes into it right after.
+Importing diffusers takes seconds, and ``msfp --help`` must answer at once; yet after
+``import msfp_cli`` a stock ``from_pretrained`` has to know our format, whichever of the two was
+imported first. `checkpoint.quantizer` enters itself into diffusers' registry when it is imported.
+If the registry is there already, it is imported now. If it is not, a finder on ``sys.meta_path``
+lets Python import the registry as usual, and imports `checkpoint.quantizer` right after.
 """
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -16,22 +18,16 @@ _REGISTRY = "diffusers.quantizers.auto"
 
 
 def register() -> None:
-    """Make diffusers know the method ``msfp``, now or when it is imported."""
+    """Make diffusers know the method ``msfp``, now or when its registry is imported."""
     if _REGISTRY in sys.modules:
-        _write_into(sys.modules[_REGISTRY])
+        _import_quantizer()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
-def _write_into(registry: ModuleType) -> None:
-    """Add our classes to diffusers' two plain dicts; it has no function for that."""
-    ours = sys.modules.get("msfp_cli.checkpoint.quantizer")
-    if ours is not None and not hasattr(ours, "MSFPQuantizer"):
-        return  # it is being imported, and diffusers through it; it calls `register` when it is done
-    from msfp_cli.checkpoint.quantizer import METHOD, MSFPConfig, MSFPQuantizer
-
-    registry.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, MSFPQuantizer)
-    registry.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, MSFPConfig)
+def _import_quantizer() -> None:
+    """Import the module that enters itself into the registry, unless it is being imported."""
+    import_module("msfp_cli.checkpoint.quantizer")
 
 
 class _Finder(MetaPathFinder):
@@ -49,7 +45,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Runs the real loader, then registers."""
+    """Runs the real loader, then imports our quantizer, which enters itself."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -59,4 +55,4 @@ class _Loader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _write_into(module)
+        _import_quantizer()
