@@ -1,16 +1,15 @@
 """The ladder: what each part of the method adds, on the built-in pipeline, W4A4.
 
-    python benchmarks/ablation.py --work DIR [--jobs 2] [--updates 400] [--seeds 3] [--markdown
-    FILE]
+    python benchmarks/ablation.py --work DIR [--jobs 2] [--updates 400] [--seeds 3] [--variants]
+        [--markdown FILE]
 
-Four rungs: signed formats + LoRA; mixed signs + LoRA; mixed signs + TALoRA (a hub of two); the same
-+ DFA. All have the default recipe but one call per update, so that two trainings share two cores;
-the same number of updates; and the learning rate that does best on the run's own held-out calls for
-seed 0 (the search is the same for every rung). A rung is trained with several seeds (first values
-and order of the data) and tested on 200 pictures of prompts that neither calibration nor training
-has seen, 110 of them and most of these twice: relative squared error of the denoiser's output along
-the full-precision trajectories, of the final latents, and PSNR of the pictures, each against full
-precision from equal noise. The calibrated models before training are there to compare.
+There are four rungs: signed formats + LoRA; mixed signs + LoRA; mixed signs + TALoRA (a hub of
+two); the same + DFA. All have the default recipe but one call per update, so that two trainings
+share two cores; the same number of updates; and the learning rate that does best on the run's own
+held-out calls for seed 0 (the search is the same for every rung). A rung is trained with several
+seeds (first values and order of the data) and tested on 200 pictures of 110 prompts that neither
+calibration nor training uses: see `test_set.py` for what is measured. The calibrated models before
+training are there to compare.
 
 With --variants the last rung is trained again with one setting changed at a time, to see what each
 is worth.
@@ -25,46 +24,29 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from material import UNSEEN
-from safetensors.torch import load_file, save_file
+from material import UNSEEN, add_size_options, record_options, source_of
+from test_set import MAX_TESTS, TestSet
 
 from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import load_calibrated
-from msfp_cli.files import replace_file, write_text
+from msfp_cli.files import write_text
 from msfp_cli.finetuning.finetune import finetune_run
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.result import load_finetunings
-from msfp_cli.pipelines.denoiser import find_denoisers
-from msfp_cli.pipelines.loading import (
-    BUILT_IN,
-    BUILT_IN_GUIDANCE,
-    BUILT_IN_STEPS,
-    default_prompts,
-    load_pipeline,
-    quiet_libraries,
-)
-from msfp_cli.pipelines.sampling import call_pipeline
-from msfp_cli.pipelines.source import ModelSource, Sampling
-from msfp_cli.recording.compare import output_error
-from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
-from msfp_cli.recording.record import record_calls
-from msfp_cli.recording.result import Recording
+from msfp_cli.pipelines.loading import BUILT_IN, default_prompts, quiet_libraries
+from msfp_cli.pipelines.source import Pipeline
 from msfp_cli.run import Run
 
-SOURCE = ModelSource(model=BUILT_IN)
-NUM_TESTS, TEST_SEED = 200, 9_000_000
 KNOWN = tuple(prompt for prompt in default_prompts(BUILT_IN) if prompt not in UNSEEN)
-RECORD = RecordOptions(prompts=KNOWN, num_images=400)
-RATES = (4e-2, 2e-2)
 RUNGS = {
     "signed, LoRA": ("signed", {"hub_size": 1, "loss": "plain"}),
     "mixed, LoRA": ("mixed", {"hub_size": 1, "loss": "plain"}),
@@ -83,12 +65,13 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"loss_power": 1.0},
     {"timesteps": "uniform"},
 )
-FIGURES = ("output", "latents", "psnr")
+COLUMNS = "output error | final latents' error | PSNR, dB"
+DIGITS = {"output": 5, "latents": 5, "psnr": 2}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training: a rung (or a variant of its own), a learning rate, a seed."""
+    """One training: a rung (or a variant of it), a learning rate, a seed."""
 
     rung: str
     rate: float
@@ -97,220 +80,193 @@ class Job:
     settings: str = "{}"  # JSON of further fields of the recipe
 
     @property
+    def formats(self) -> str:
+        """The set of formats that the rung is calibrated with."""
+        return RUNGS[self.rung][0]
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What the variant changes."""
+        return dict(json.loads(self.settings))
+
+    @property
     def name(self) -> str:
         """A directory's name."""
-        more = "".join(
-            f"-{key}={value}" for key, value in sorted(json.loads(self.settings).items())
-        )
+        more = "".join(f"-{key}={value}" for key, value in sorted(self.changes.items()))
         return f"{self.rung.replace(', ', '-')}-{self.updates}-{self.rate:g}-{self.seed}{more}"
 
     def recipe(self) -> FinetuneRecipe:
         """Return what is trained."""
-        changes: dict[str, Any] = {**RUNGS[self.rung][1], **json.loads(self.settings)}
-        every = max(1, self.updates // 2)
-        changes |= {
+        settings: dict[str, Any] = {
+            **RUNGS[self.rung][1],
+            **self.changes,
             "steps": self.updates,
             "learning_rate": self.rate,
             "seed": self.seed,
-            "evaluate_every": every,
+            "evaluate_every": max(1, self.updates // 2),
         }
-        return replace(FinetuneRecipe(calls_per_update=1), **changes)
+        return replace(FinetuneRecipe(calls_per_update=1), **settings)
+
+    def task(self, action: str) -> list[str]:
+        """Return the options that make another process train or test it."""
+        return [f"--{action}", self.rung, *map(str, (self.rate, self.seed)), self.settings]
 
 
-def calibrated(work: Path, formats: str) -> Run:
+# What is measured.
+
+
+def test_set(arguments: argparse.Namespace) -> TestSet:
+    """Return what all models are tested on."""
+    return TestSet(
+        source=source_of(arguments),
+        directory=arguments.work / "tests",
+        num_tests=arguments.num_tests,
+        steps=arguments.steps,
+    )
+
+
+def calibrated(arguments: argparse.Namespace, formats: str) -> Run:
     """Calibrate with some formats, once; all from one recording."""
-    run = Run(work / f"calibrated-{formats}")
+    run = Run(arguments.work / f"calibrated-{formats}")
     if not run.calibration.exists():
-        if formats != "mixed":
-            share(calibrated(work, "mixed"), run, "recording", "held-out")
-        calibrate_run(run, SOURCE, RECORD, CalibrateRecipe(formats=formats), device="cpu")
+        share(Run(arguments.work / "recorded"), run, "recording", "held-out")
+        options = replace(record_options(arguments), prompts=KNOWN)
+        recipe = CalibrateRecipe(formats=formats)
+        calibrate_run(run, source_of(arguments), options, recipe, device="cpu")
     return run
 
 
 def share(base: Run, run: Run, *places: str) -> None:
-    """Let a run have what another one holds."""
+    """Let a run use what another run has or will have."""
     run.directory.mkdir(parents=True, exist_ok=True)
     for place in places:
+        target = (base.directory / place).resolve()
+        target.mkdir(parents=True, exist_ok=True)
         if not (run.directory / place).exists():
-            (run.directory / place).symlink_to((base.directory / place).resolve())
+            (run.directory / place).symlink_to(target)
 
 
-def references(work: Path) -> Recording:
-    """Record the full-precision trajectories of the tests, and keep their final latents and pictures, once."""
-    conditions = test_prompts()
-    recipe = RecordRecipe(
-        conditions=conditions,
-        num_inference_steps=BUILT_IN_STEPS,
-        guidance_scale=BUILT_IN_GUIDANCE,
-        seed=TEST_SEED,
-        batch_size=20,
-    )
-    pipe = load_pipeline(SOURCE, "cpu")
-    recording = record_calls(pipe, SOURCE, recipe, work / "tests")
-    if not (work / "full-precision.safetensors").exists():
-        latents, pictures = sample(pipe)
-        with replace_file(work / "full-precision.safetensors") as temporary:
-            save_file({"latents": latents, "pictures": pictures}, temporary)
-    return recording
+def trained(arguments: argparse.Namespace, job: Job) -> Run:
+    """Return the run directory of a job."""
+    return Run(arguments.work / "jobs" / job.name)
 
 
-def test_prompts() -> tuple[str, ...]:
-    """Return 200 prompts: those that calibration does not use, over again with other noise."""
-    return tuple(UNSEEN[i % len(UNSEEN)] for i in range(NUM_TESTS))
-
-
-@torch.no_grad()
-def sample(pipe: Any) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 (a diffusers pipeline)
-    """Return the final latents and the pictures (0..1) of all tests."""
-    prompts, latents, pictures = test_prompts(), [], []
-    sampling = Sampling(
-        num_inference_steps=BUILT_IN_STEPS, guidance_scale=BUILT_IN_GUIDANCE, seed=TEST_SEED
-    )
-    for first in range(0, NUM_TESTS, 20):
-        batch = call_pipeline(
-            pipe, prompts[first : first + 20], sampling, first=first, output_type="latent"
-        )
-        latents.append(batch)
-        decoded = pipe.vae.decode(batch / pipe.vae.config.scaling_factor).sample
-        pictures.append(pipe.image_processor.postprocess(decoded, output_type="pt"))
-    return torch.cat(latents), torch.cat(pictures)
-
-
-def measure(work: Path, pipe: Any) -> dict[str, float]:  # noqa: ANN401 (a diffusers pipeline)
-    """Return the test figures of a quantized pipeline."""
-    latents, pictures = sample(pipe)
-    wanted = load_file(work / "full-precision.safetensors")
-    error = (pictures - wanted["pictures"]).square().flatten(1).mean(dim=1)
-    return {
-        "output": output_error(
-            find_denoisers(pipe)["unet"], Recording(work / "tests").calls("unet")
-        ).relative(),
-        "latents": float(
-            (latents - wanted["latents"]).square().sum() / wanted["latents"].square().sum()
-        ),
-        "psnr": float((-10 * error.clamp_min(1e-10).log10()).mean()),
-    }
-
-
-def train(work: Path, job: Job) -> None:
+def train(arguments: argparse.Namespace, job: Job) -> None:
     """Train a job, or go on with it."""
-    base, run = calibrated(work, RUNGS[job.rung][0]), Run(work / "jobs" / job.name)
-    share(base, run, "recording", "held-out", "calibration")
+    run = trained(arguments, job)
+    share(calibrated(arguments, job.formats), run, "recording", "held-out", "calibration")
     finetune_run(run, job.recipe(), device="cpu")
 
 
-def held_out_error(work: Path, job: Job) -> float:
+def held_out_error(arguments: argparse.Namespace, job: Job) -> float:
     """Return the lowest error of a trained job on the run's own held-out calls."""
-    run = Run(work / "jobs" / job.name)
+    run = trained(arguments, job)
     return load_finetunings(run, Calibration.load(run.calibration))["unet"].best.error
 
 
-def test(work: Path, job: Job) -> None:
+def test(arguments: argparse.Namespace, job: Job) -> None:
     """Measure a trained job, once."""
-    result = work / "results" / f"{job.name}.json"
-    if result.exists():
-        return
-    run = Run(work / "jobs" / job.name)
+    run = trained(arguments, job)
     calibration = Calibration.load(run.calibration)
     pipe = load_calibrated(calibration, "cpu", load_finetunings(run, calibration))
-    write_text(result, json.dumps(measure(work, pipe)))
+    keep_result(arguments, job.name, pipe)
 
 
-def test_calibrated(work: Path, formats: str) -> None:
+def test_calibrated(arguments: argparse.Namespace, formats: str) -> None:
     """Measure a calibrated pipeline before training, once."""
-    result = work / "results" / f"calibrated-{formats}.json"
+    calibration = Calibration.load(calibrated(arguments, formats).calibration)
+    keep_result(arguments, f"calibrated-{formats}", load_calibrated(calibration, "cpu"))
+
+
+def keep_result(arguments: argparse.Namespace, name: str, pipe: Pipeline) -> None:
+    """Measure a pipeline and write its result, unless it is there."""
+    result = arguments.work / "results" / f"{name}.json"
     if not result.exists():
-        write_text(
-            result,
-            json.dumps(
-                measure(
-                    work,
-                    load_calibrated(Calibration.load(calibrated(work, formats).calibration), "cpu"),
-                )
-            ),
-        )
+        write_text(result, json.dumps(test_set(arguments).measure(pipe)))
 
 
-def in_processes(arguments: argparse.Namespace, tasks: Sequence[list[str]]) -> None:
+# The processes and the tables.
+
+
+def in_processes(arguments: argparse.Namespace, tasks: Iterable[list[str]]) -> None:
     """Run this script once per task, a few at a time, each with its share of the cores."""
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
     def run(task: list[str]) -> None:
-        command = [sys.executable, __file__, "--work", str(arguments.work), *task]
-        subprocess.run(command, env=environment, check=True)
+        subprocess.run([sys.executable, *sys.argv, *task], env=environment, check=True)
         print("done:", *task, file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(run, tasks))
 
 
-def task(action: str, job: Job) -> list[str]:
-    """Return the arguments that make another process do a job."""
-    return [f"--{action}", job.rung, f"{job.rate}", f"{job.seed}", f"{job.updates}", job.settings]
+def best_rate(arguments: argparse.Namespace, rung: str) -> float:
+    """Return the learning rate that did best for seed 0 on the held-out calls."""
+
+    def error(rate: float) -> float:
+        return held_out_error(arguments, Job(rung, rate, 0, arguments.updates))
+
+    return min(arguments.rates, key=error)
 
 
 def ladder(arguments: argparse.Namespace) -> str:
     """Search the learning rates, train all seeds, test, and return the table."""
-    work, updates = arguments.work, arguments.updates
-    for formats in ("signed", "mixed"):
-        calibrated(work, formats)
-    references(work)
-    grid = {rung: [Job(rung, rate, 0, updates) for rate in RATES] for rung in RUNGS}
-    in_processes(
-        arguments,
-        [task("train", job) for jobs in zip(*grid.values(), strict=True) for job in reversed(jobs)],
-    )
-    best = {
-        rung: min(jobs, key=lambda job: held_out_error(work, job)) for rung, jobs in grid.items()
-    }
-    seeded = {
-        rung: [replace(best[rung], seed=seed) for seed in range(arguments.seeds)] for rung in RUNGS
-    }
-    jobs = [job for same in zip(*seeded.values(), strict=True) for job in same]
-    in_processes(arguments, [task("train", job) for job in jobs])
-    befores = [["--test-calibrated", formats] for formats in ("signed", "mixed")]
-    in_processes(arguments, befores + [task("test", job) for job in jobs])
-    lines = [
-        "| | learning rate | output error | final latents' error | PSNR, dB |",
-        "|---|---|---|---|---|",
-    ]
-    for formats in ("signed", "mixed"):
-        lines.append(f"| {formats}, calibrated only | | {row(work, [f'calibrated-{formats}'])} |")
-    for rung in RUNGS:
-        lines.append(
-            f"| {rung} | {best[rung].rate:g} | {row(work, [job.name for job in seeded[rung]])} |"
-        )
+    updates = arguments.updates
+    rungs = [rung for rung in RUNGS if arguments.only in rung]
+    formats = dict.fromkeys(RUNGS[rung][0] for rung in rungs)
+    for name in formats:
+        calibrated(arguments, name)
+    test_set(arguments).prepare()
+    grid = [Job(rung, rate, 0, updates) for rate in arguments.rates for rung in rungs]
+    in_processes(arguments, [job.task("train") for job in grid])
+    rates = {rung: best_rate(arguments, rung) for rung in rungs}
+    seeds = range(arguments.seeds)
+    jobs = [Job(rung, rates[rung], seed, updates) for seed in seeds for rung in rungs]
+    in_processes(arguments, [job.task("train") for job in jobs if job not in grid])
+    in_processes(arguments, [["--test-calibrated", name] for name in formats])
+    in_processes(arguments, [job.task("test") for job in jobs])
+    lines = [f"| | learning rate | {COLUMNS} |", "|---" * 5 + "|"]
+    for name in formats:
+        lines.append(f"| {name}, calibrated only | | {row(arguments, [f'calibrated-{name}'])} |")
+    for rung in rungs:
+        names = [job.name for job in jobs if job.rung == rung]
+        lines.append(f"| {rung} | {rates[rung]:g} | {row(arguments, names)} |")
     return "\n".join(lines)
 
 
 def variants(arguments: argparse.Namespace) -> str:
     """Change one setting of the full recipe at a time, one seed each, and return the table."""
-    work = arguments.work
-    rate = min(RATES, key=lambda rate: held_out_error(work, Job(FULL, rate, 0, arguments.updates)))
+    rate = best_rate(arguments, FULL)
     jobs = [Job(FULL, rate, 0, arguments.updates, json.dumps(changes)) for changes in VARIANTS]
-    in_processes(arguments, [task("train", job) for job in jobs])
-    in_processes(arguments, [task("test", job) for job in jobs])
-    lines = ["| change | output error | final latents' error | PSNR, dB |", "|---|---|---|---|"]
-    for changes, job in zip(VARIANTS, jobs, strict=True):
-        text = ", ".join(f"{name} {value}" for name, value in changes.items()) or "none"
-        lines.append(f"| {text} | {row(work, [job.name])} |")
+    in_processes(arguments, [job.task("train") for job in jobs])
+    in_processes(arguments, [job.task("test") for job in jobs])
+    lines = [f"| change | {COLUMNS} |", "|---" * 4 + "|"]
+    for job in jobs:
+        text = ", ".join(f"{name} {value}" for name, value in job.changes.items()) or "none"
+        lines.append(f"| {text} | {row(arguments, [job.name])} |")
     return "\n".join(lines)
 
 
-def row(work: Path, names: Sequence[str]) -> str:
-    """Return the figures of some results: mean, and spread (standard deviation) where there are several."""
-    results = [json.loads((work / "results" / f"{name}.json").read_text()) for name in names]
+def row(arguments: argparse.Namespace, names: Sequence[str]) -> str:
+    """Return the figures of some results: their mean and, of several, the standard deviation."""
+    results = arguments.work / "results"
+    figures = [json.loads((results / f"{name}.json").read_text()) for name in names]
     cells = []
-    for figure in FIGURES:
-        values, digits = [result[figure] for result in results], 2 if figure == "psnr" else 5
+    for key, digits in DIGITS.items():
+        values = [result[key] for result in figures]
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
     return " | ".join(cells)
 
 
-def main() -> None:
-    """Do one job, or the whole ladder."""
+def numbers(text: str) -> list[float]:
+    """Return the numbers of a list that commas separate."""
+    return [float(number) for number in text.split(",")]
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -318,30 +274,44 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", type=numbers, default=[4e-2, 2e-2], help="learning rates to try")
+    parser.add_argument("--only", default="", help="rungs whose name contains this")
     parser.add_argument(
         "--variants", action="store_true", help="then change one setting of the last rung at a time"
     )
+    parser.add_argument("--num-tests", type=int, default=MAX_TESTS, help="pictures to test on")
     parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
+    add_size_options(parser, num_images=400)
     for action in ("--train", "--test"):
-        parser.add_argument(
-            action, nargs=5, metavar=("RUNG", "RATE", "SEED", "UPDATES", "SETTINGS")
-        )
-    parser.add_argument("--test-calibrated", metavar="FORMATS")
-    arguments = parser.parse_args()
+        parser.add_argument(action, nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--test-calibrated", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Do one task, or the whole ladder."""
+    arguments = parse()
     quiet_libraries()
     if arguments.test_calibrated:
-        return test_calibrated(arguments.work, arguments.test_calibrated)
-    if given := arguments.train or arguments.test:
-        job = Job(given[0], float(given[1]), int(given[2]), int(given[3]), given[4])
-        return train(arguments.work, job) if arguments.train else test(arguments.work, job)
+        test_calibrated(arguments, arguments.test_calibrated)
+    elif task := arguments.train or arguments.test:
+        rung, rate, seed, settings = task
+        job = Job(rung, float(rate), int(seed), arguments.updates, settings)
+        (train if arguments.train else test)(arguments, job)
+    else:
+        print_tables(arguments)
+
+
+def print_tables(arguments: argparse.Namespace) -> None:
+    """Make the ladder, and the variants where they are asked for."""
     table = ladder(arguments)
     if arguments.variants:
         table += f"\n\n{FULL}, one change at a time, seed 0:\n\n{variants(arguments)}"
     print(table)
     if arguments.markdown:
-        head = f"{arguments.updates} updates, {arguments.seeds} seeds, {NUM_TESTS} tests; torch {torch.__version__}, CPU."
-        arguments.markdown.write_text(f"{head}\n\n{table}\n")
-    return None
+        sizes = f"{arguments.updates} updates, {arguments.seeds} seeds, {arguments.num_tests} tests"
+        text = f"{sizes}; torch {torch.__version__}, CPU.\n\n{table}\n"
+        arguments.markdown.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Put what a script printed into a page, between two comments that bear its name; the text around it is people's."""
+"""Put what a script prints into a page, between two comments with its name.
+
+The text around these comments is written by hand and stays as it is.
+"""
 
 from pathlib import Path
 
@@ -6,16 +9,19 @@ from msfp_cli.files import write_text
 
 
 def put(page: Path, name: str, text: str) -> None:
-    """Replace the part of that name, or append it where the page has none; a page that is not there is begun.
+    """Replace the part of that name; append it to a page that has none, and make a missing page.
 
     Raises:
         SystemExit: the part begins but does not end.
     """
-    begin, end = f"<!-- {name} begins -->", f"<!-- {name} ends -->"
+    begin = f"<!-- {name} begins -->"
+    end = f"<!-- {name} ends -->"
     old = page.read_text("utf-8") if page.exists() else ""
     before, found, rest = old.partition(begin)
     _, closed, after = rest.partition(end)
     if found and not closed:
         raise SystemExit(f"{page} has {begin!r} without {end!r}; mend it")
-    before = before if found or not before else f"{before.rstrip()}\n\n"
-    write_text(page, f"{before}{begin}\n\n{text.strip()}\n\n{end}{after if found else chr(10)}")
+    if before and not found:
+        before = f"{before.rstrip()}\n\n"
+    after = after if found else "\n"
+    write_text(page, f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")

@@ -1,26 +1,23 @@
-"""The rows of `peers.py`: ways to quantize the built-in pipeline's UNet in place, the peers' and ours.
+"""The rows of `peers.py`: ways to quantize a pipeline's UNet in place, the peers' and ours.
 
-Each peer goes through its own documented interface, at the 4-bit setting that did best here. Two
-rules hold for all, unless a row says otherwise. What a peer cannot quantize stays in floating
-point, and so do the first and the last convolution and the time embedding (`DELICATE`), of which
-ours has the last at 8 bits: at 4 bits these 0.4 % of the weights would be most of the error.
+Each peer is called through its own documented interface, at the 4-bit setting that did best here.
+Unless a row says otherwise, two rules hold for all. What a peer cannot quantize stays in floating
+point. So do the first and the last convolution and the time embedding (`DELICATE`), because at 4
+bits these 0.4 % of the weights would be most of the error; ours has the time embedding at 8 bits.
 
-A peer is imported in its function only, because it is installed in the peers' environment alone.
+Each peer is imported only in its function, because it is installed only in the peers' environment.
 """
 
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import SOURCE
 from diffusers import DiffusionPipeline
-from material import RECORD
 from torch import nn
 
 from msfp_cli.calibration.calibrate import calibrate_
@@ -34,11 +31,12 @@ from msfp_cli.layers.replace import find_layers, store_layers_
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.denoiser import replay
 from msfp_cli.pipelines.loading import load_pipeline
+from msfp_cli.pipelines.source import ModelSource, Pipeline
+from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.recording.record import record_both
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 
-Pipe = Any  # a diffusers pipeline
 DELICATE = ("conv_in", "conv_out", "time_embedding")
 
 
@@ -47,19 +45,21 @@ class Material:
     """What a method may use beside the pipeline.
 
     Arguments:
+        source: the pipeline that is quantized.
         work: where the calibration's recordings are kept.
+        options: what to record.
         run: what the user fine-tuned, a run directory or an export.
     """
 
+    source: ModelSource
     work: Path
+    options: RecordOptions
     run: Path | None = None
 
-    @cached_property
-    def recordings(self) -> tuple[Recording, Recording]:
-        """The calls that all are calibrated on, and the held-out ones."""
-        return record_both(
-            load_pipeline(SOURCE, "cpu"), Run(self.work / "calibration"), SOURCE, RECORD
-        )
+    def record(self) -> tuple[Recording, Recording]:
+        """Return the calls that all are calibrated on, and the held-out ones; record them once."""
+        pipe = load_pipeline(self.source, "cpu")
+        return record_both(pipe, Run(self.work / "calibration"), self.source, self.options)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Method:
 
     name: str
     bits: str
-    quantize: Callable[..., Pipe]
+    quantize: Callable[..., Pipeline]
     options: Mapping[str, Any] = field(default_factory=dict)
     peer: str = ""
 
@@ -95,12 +95,12 @@ def replace_linear_(unet: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> 
             setattr(unet.get_submodule(parent), child, make(layer))
 
 
-def full_precision(pipe: Pipe, material: Material) -> Pipe:
+def full_precision(pipe: Pipeline, material: Material) -> Pipeline:
     """Leave the pipeline as it is."""
     return pipe
 
 
-def sdnq(pipe: Pipe, material: Material, **options: Any) -> Pipe:  # noqa: ANN401 (the peer's options)
+def sdnq(pipe: Pipeline, material: Material, **options: Any) -> Pipeline:  # noqa: ANN401 (the peer's options)
     """SDNQ, convolutions as well, not compiled: that takes a minute, and was not faster here."""
     os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")
     from sdnq import SDNQConfig, sdnq_post_load_quant
@@ -111,9 +111,9 @@ def sdnq(pipe: Pipe, material: Material, **options: Any) -> Pipe:  # noqa: ANN40
 
 
 def torchao_int4(
-    pipe: Pipe, material: Material, *, kinds: tuple[type, ...], group_size: int
-) -> Pipe:
-    """INT4 of torchao: on a CPU only `IntxWeightOnlyConfig` runs, whose tensors hold each 4-bit code in a byte."""
+    pipe: Pipeline, material: Material, *, kinds: tuple[type, ...], group_size: int
+) -> Pipeline:
+    """INT4 of torchao by `IntxWeightOnlyConfig`, which alone runs on a CPU; a code takes a byte."""
     from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup, quantize_
 
     config = IntxWeightOnlyConfig(
@@ -127,8 +127,11 @@ def torchao_int4(
     return pipe
 
 
-def torchao_nvfp4(pipe: Pipe, material: Material) -> Pipe:
-    """NVFP4 weights of torchao's prototypes: e2m1, a float8 scale for each 16; its 4-bit activations need a GPU."""
+def torchao_nvfp4(pipe: Pipeline, material: Material) -> Pipeline:
+    """NVFP4 weights of torchao's prototypes: e2m1, a float8 scale for each 16.
+
+    Its 4-bit activations need a GPU.
+    """
     from torchao.prototype.mx_formats import inference_workflow
     from torchao.quantization import quantize_
 
@@ -142,9 +145,9 @@ def torchao_nvfp4(pipe: Pipe, material: Material) -> Pipe:
 
 
 def quanto(
-    pipe: Pipe, material: Material, *, optimizer: str, activations: str | None = None
-) -> Pipe:
-    """Quanto, convolutions as well; activations are calibrated on every third of the calls that ours are (20 steps)."""
+    pipe: Pipeline, material: Material, *, optimizer: str, activations: str | None = None
+) -> Pipeline:
+    """Quanto, convolutions as well; its activations are calibrated on every third of our calls."""
     peer = import_module("optimum.quanto")
     exclude = [*DELICATE, *(f"{name}.*" for name in DELICATE)]
     chosen = getattr(peer, optimizer)()
@@ -154,14 +157,17 @@ def quanto(
     with torch.no_grad():
         if activations is not None:
             with peer.Calibration():
-                for call in islice(material.recordings[0].calls("unet"), 0, None, 3):
+                for call in islice(material.record()[0].calls("unet"), 0, None, 3):
                     replay(pipe.unet, call)
         peer.freeze(pipe.unet)
     return pipe
 
 
-def bitsandbytes(pipe: Pipe, material: Material, *, quant_type: str) -> Pipe:
-    """NF4 or FP4 in blocks of 64, scales not quantized again; diffusers itself refuses this peer without a GPU."""
+def bitsandbytes(pipe: Pipeline, material: Material, *, quant_type: str) -> Pipeline:
+    """NF4 or FP4 in blocks of 64, scales not quantized again.
+
+    Without a GPU diffusers refuses this peer, so its layers are put in place here.
+    """
     from bitsandbytes.nn import Linear4bit
 
     def make(layer: nn.Linear) -> nn.Module:
@@ -180,7 +186,7 @@ def bitsandbytes(pipe: Pipe, material: Material, *, quant_type: str) -> Pipe:
     return pipe
 
 
-def hqq(pipe: Pipe, material: Material, *, group_size: int) -> Pipe:
+def hqq(pipe: Pipeline, material: Material, *, group_size: int) -> Pipeline:
     """Half-quadratic quantization."""
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
@@ -191,19 +197,22 @@ def hqq(pipe: Pipe, material: Material, *, group_size: int) -> Pipe:
     return pipe
 
 
-def min_max(pipe: Pipe, material: Material) -> Pipe:
-    """Plain integers over the whole range: of the input as recorded, and of each output channel of the weight."""
-    recipe, recording = CalibrateRecipe(formats="integer"), material.recordings[0]
-    num_calls, generator = recording.num_calls("unet"), torch.Generator().manual_seed(0)
+def min_max(pipe: Pipeline, material: Material) -> Pipeline:
+    """Plain integers over the whole range, of the recorded input and of each output channel."""
+    recipe = CalibrateRecipe(formats="integer")
+    recording, _ = material.record()
+    generator = torch.Generator().manual_seed(0)
     seen = observe(
         pipe.unet,
         recording.calls("unet"),
-        num_calls,
+        recording.num_calls("unet"),
         max_samples=1,
         generator=generator,
         advance=lambda steps, note="": None,
     )
-    layers, table, scales = find_layers(pipe.unet), {}, {}
+    layers = find_layers(pipe.unet)
+    table = {}
+    scales = {}
     for name, observed in seen.items():
         kept, kept_bits = recipe.kept_bits(name)
         if kept and kept_bits is None:
@@ -219,13 +228,13 @@ def min_max(pipe: Pipe, material: Material) -> Pipe:
     return pipe
 
 
-def msfp(pipe: Pipe, material: Material, **changes: Any) -> Pipe:  # noqa: ANN401 (fields of the recipe)
+def msfp(pipe: Pipeline, material: Material, **changes: Any) -> Pipeline:  # noqa: ANN401 (fields of the recipe)
     """`msfp calibrate`."""
-    calibrate_(pipe, *material.recordings, CalibrateRecipe(**changes))
+    calibrate_(pipe, *material.record(), CalibrateRecipe(**changes))
     return pipe
 
 
-def msfp_linear(pipe: Pipe, material: Material, **changes: Any) -> Pipe:  # noqa: ANN401 (fields of the recipe)
+def msfp_linear(pipe: Pipeline, material: Material, **changes: Any) -> Pipeline:  # noqa: ANN401 (fields of the recipe)
     """`msfp calibrate` of just the layers that the peers without convolutions quantize."""
     names = [name for name, layer in find_layers(pipe.unet).items() if isinstance(layer, nn.Conv2d)]
     return msfp(
@@ -236,7 +245,7 @@ def msfp_linear(pipe: Pipe, material: Material, **changes: Any) -> Pipe:  # noqa
     )
 
 
-def msfp_finetuned(pipe: Pipe, material: Material) -> Pipe:
+def msfp_finetuned(pipe: Pipeline, material: Material) -> Pipeline:
     """Load what the user fine-tuned: a run directory, or its export."""
     if material.run is None:
         raise SystemExit("give --run, the directory that `msfp calibrate` and `msfp finetune` made")
@@ -245,18 +254,17 @@ def msfp_finetuned(pipe: Pipe, material: Material) -> Pipe:
     run = Run(material.run)
     calibration = Calibration.load(run.calibration)
     tuned = load_finetunings(run, calibration)
-    if calibration.source != SOURCE or not tuned:
+    if calibration.source != material.source or not tuned:
         raise SystemExit(
-            f"{material.run} is no fine-tuning of the built-in pipeline; run `msfp finetune`"
+            f"{material.run} is not a fine-tuning of {material.source.model}; run `msfp finetune`"
         )
     return load_calibrated(calibration, "cpu", tuned)
 
 
-LINEAR, BOTH = (nn.Linear,), (nn.Linear, nn.Conv2d)
-ALL = {
-    "minimum_allowed_numel": 1,
-    "modules_to_not_convert": list(DELICATE),
-}  # SDNQ skips small layers by default
+LINEAR = (nn.Linear,)
+BOTH = (nn.Linear, nn.Conv2d)
+# SDNQ skips small layers by default.
+ALL = {"minimum_allowed_numel": 1, "modules_to_not_convert": list(DELICATE)}
 UINT4 = {"weights_dtype": "uint4", "scale_dtype": "uint8"}
 FLOAT4 = {
     "weights_dtype": "float4_e2m1fn",
@@ -265,7 +273,8 @@ FLOAT4 = {
     "use_hadamard": True,
 }
 DYNAMIC = {"use_dynamic_quantization": True, "dynamic_loss_threshold": 5e-3}
-SVD_8, SVD_32 = {"use_svd": True, "svd_rank": 8}, {"use_svd": True, "svd_rank": 32}
+SVD_8 = {"use_svd": True, "svd_rank": 8}
+SVD_32 = {"use_svd": True, "svd_rank": 32}
 METHODS = (
     Method("full precision", "32/32", full_precision),
     Method("sdnq uint4, layers of 16384 weights or more", "4/16", sdnq, UINT4, "sdnq"),

@@ -1,22 +1,23 @@
-"""What each step is worth on a pipeline, from plain FP4 to fine-tuned, and at more bits: the tables of docs/results.md.
+"""What each step is worth on a pipeline, from plain FP4 to fine-tuned, and at more bits.
 
-    python benchmarks/results.py MODEL --work DIR [--updates 300] [--num-images 64] [--reference
-    NPZ] [--markdown FILE]
+    python benchmarks/results.py MODEL --work DIR [--updates 300] [--num-images 64]
+        [--reference NPZ] [--markdown FILE]
 
-MODEL is a pipeline's directory, or msfp:fashion for the built-in one. Every row is calibrated (and
-fine-tuned) from the same recording, exported, and evaluated as `msfp evaluate` does, on the same
-prompts and seeds, which neither calibration nor fine-tuning has seen. One seed of training. What
-was done is kept in --work, so the script resumes. Distances between sets of pictures are left out
-where the pictures are too few for them.
+It prints the tables of docs/results.md. MODEL is a pipeline's directory, or msfp:fashion for the
+built-in one. Every row is calibrated (and fine-tuned) from the same recording, exported, and
+evaluated as `msfp evaluate` does, on the same prompts and seeds, which neither calibration nor
+fine-tuning uses. Training has one seed. Everything is kept in --work, so the script resumes.
+Distances between sets of pictures are left out where the pictures are too few for them.
 """
 
 import argparse
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from material import FORMER, RECORD, UNSEEN
+from material import FORMER, NUM_IMAGES, UNSEEN
 from page import put
 from PIL import Image
 
@@ -31,6 +32,7 @@ from msfp_cli.finetuning.finetune import finetune_run
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.pipelines.loading import BUILT_IN, quiet_libraries
 from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.run import Run
 from msfp_cli.sample import contact_sheet
 
@@ -61,13 +63,16 @@ def calibrated(
 ) -> Run:
     """Calibrate with a recipe, once; all recipes share a recording."""
     names = (recipe.formats, recipe.weights, recipe.activations, recipe.lift)
-    run, shared = Run(work / "-".join(str(name) for name in names)), work / "recordings"
+    run = Run(work / "-".join(map(str, names)))
+    shared = work / "recordings"
     if not run.calibration.exists():
         run.directory.mkdir(parents=True, exist_ok=True)
         for place in (run.recording, run.held_out):
             (shared / place.name).mkdir(parents=True, exist_ok=True)
             link(place, shared / place.name)
-        options = replace(RECORD, num_inference_steps=arguments.steps)
+        options = RecordOptions(
+            num_images=arguments.num_recorded, num_inference_steps=arguments.steps
+        )
         calibrate_run(run, source, options, recipe, device=arguments.device)
     return run
 
@@ -105,8 +110,7 @@ def evaluated(
         (work / "full-precision" / part).mkdir(parents=True, exist_ok=True)
         (run.evaluation / "pictures").mkdir(parents=True, exist_ok=True)
         link(run.evaluation / part, work / "full-precision" / part)
-    # Without the prompts of the held-out calls as well: they choose which state of a fine-tuning is
-    # kept.
+    # The held-out prompts are left out, too: they choose which state of a fine-tuning is kept.
     prompts = UNSEEN if source.model == BUILT_IN else None
     options = EvaluateRecipe(
         prompts=prompts,
@@ -151,12 +155,17 @@ def table(evaluations: dict[str, Evaluation]) -> str:
 def head(evaluation: Evaluation, arguments: argparse.Namespace) -> str:
     """Say under which conditions the table holds."""
     record, machine = evaluation.settings["record"], evaluation.machine
-    return (
-        f"{len(record['conditions'])} pictures a row from the same prompts and seeds ({record['seed']} on), "
-        f"{record['num_inference_steps']} steps, guidance {record['guidance_scale']}; {arguments.updates} updates of "
-        f"fine-tuning, seed 0; output error over the first {evaluation.settings['num_trajectories']} pictures' calls; "
-        f"{machine['device']}, {torch.get_num_threads()} of {machine['cores']} cores, torch {machine['torch']}, "
-        f"diffusers {machine['diffusers']}."
+    num_trajectories = evaluation.settings["num_trajectories"]
+    pictures = f"{len(record['conditions'])} pictures a row"
+    return "; ".join(
+        (
+            f"{pictures} from the same prompts and seeds ({record['seed']} on), "
+            f"{record['num_inference_steps']} steps, guidance {record['guidance_scale']}",
+            f"{arguments.updates} updates of fine-tuning, seed 0",
+            f"output error over the first {num_trajectories} pictures' calls",
+            f"{machine['device']}, {torch.get_num_threads()} of {machine['cores']} cores, "
+            f"torch {machine['torch']}, diffusers {machine['diffusers']}.",
+        )
     )
 
 
@@ -184,10 +193,10 @@ def main() -> None:
     parser.add_argument(
         "--only",
         action="append",
-        default=[],
         metavar="TEXT",
-        help="just the rows whose name has it",
+        help="rows whose name contains this; repeatable",
     )
+    parser.add_argument("--num-recorded", type=int, default=NUM_IMAGES, help="pictures to record")
     parser.add_argument("--steps", type=int, default=20, help="of the sampler")
     parser.add_argument(
         "--reference", type=Path, help="real pictures, see `msfp evaluate --reference`"
@@ -204,14 +213,13 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_libraries()
     model = arguments.model if arguments.model == BUILT_IN else os.path.abspath(arguments.model)
-    source, evaluations = ModelSource(model=model), {}
-    for name in (
-        name for name in ROWS if not arguments.only or any(text in name for text in arguments.only)
-    ):
-        evaluations[name] = evaluated(arguments.work, source, name, arguments)
-        print(
-            line(name, evaluations[name].models[-1], [figure.key for figure in FIGURES]), flush=True
-        )
+    source = ModelSource(model=model)
+    only = arguments.only or [""]
+    evaluations = {}
+    for name in ROWS:
+        if any(text in name for text in only):
+            evaluations[name] = evaluated(arguments.work, source, name, arguments)
+            print(f"{name}: done", file=sys.stderr, flush=True)
     text = f"{head(next(iter(evaluations.values())), arguments)}\n\n{table(evaluations)}\n"
     print(text)
     if arguments.markdown:

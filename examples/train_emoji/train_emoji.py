@@ -1,4 +1,4 @@
-"""Train a small unconditional DDIMPipeline on the Noto emoji, from random weights to a saved directory.
+"""Train a small unconditional DDIMPipeline on the Noto emoji, from random weights.
 
 There is no autoencoder, no text encoder, no guidance. The UNet sees a 32x32 colour picture mixed
 with noise and predicts the velocity ``v = sqrt(a) noise - sqrt(1 - a) picture``, where ``a`` is the
@@ -67,14 +67,20 @@ class Plan:
 
 
 def load_pictures(path: Path) -> Tensor:
-    """Load the pictures, average each square of pixels to reach 32x32, scale to [-1, 1]: (count, 3, 32, 32)."""
+    """Load the pictures in [-1, 1], (count, 3, 32, 32); each pixel is the mean of a square.
+
+    Raises:
+        SystemExit: there is no such file.
+    """
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist; README.md beside this script says what it holds")
     with np.load(path, allow_pickle=False) as arrays:
         pictures = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).float()
     return functional.avg_pool2d(pictures, pictures.shape[-1] // PICTURE_SIZE) / 127.5 - 1
 
 
 def build_unet() -> UNet2DModel:
-    """Build the untrained UNet, noisy pictures (batch, 3, 32, 32) to velocities; attention at 8x8 and 4x4."""
+    """Build the untrained UNet, noisy pictures (batch, 3, 32, 32) to velocities."""
     return UNet2DModel(
         sample_size=PICTURE_SIZE,
         block_out_channels=(32, 64, 96, 128),
@@ -92,7 +98,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def compute_learning_rate(step: int, num_steps: int | None) -> float:
-    """Return the learning rate of one update: short warm-up, constant, linear to zero once the length is known."""
+    """Return an update's learning rate: warm-up, constant, linear to zero once the end is known."""
     left = math.inf if num_steps is None else (num_steps - step) / (DECAY_SHARE * num_steps)
     return LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS, left)
 
@@ -100,7 +106,7 @@ def compute_learning_rate(step: int, num_steps: int | None) -> float:
 def draw_loss(
     unet: UNet2DModel, scheduler: DDIMScheduler, pictures: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Flip half of the pictures, mix each with noise and return the squared error of the predicted velocity."""
+    """Return the squared error of the velocities of noisy pictures, half of them flipped."""
     flipped = torch.rand(len(pictures), 1, 1, 1, generator=generator) < 0.5
     pictures = torch.where(flipped, pictures.flip(-1), pictures)
     noise = torch.randn(pictures.shape, generator=generator)
@@ -135,21 +141,22 @@ def save_pipeline(average: EMAModel, pipeline: DDIMPipeline, out: Path) -> None:
 
 
 def train(pictures: Tensor, plan: Plan, out: Path) -> None:
-    """Train a UNet by the plan; save the average of its weights every few minutes and at the end."""
+    """Train a UNet by the plan; save the average of its weights now and then, and at the end."""
     # Modules draw their first weights from torch's global generator.
     torch.manual_seed(plan.seed)
     generator = torch.Generator().manual_seed(plan.seed)
-    unet, scheduler = build_unet().train(), build_scheduler()
+    unet = build_unet().train()
+    scheduler = build_scheduler()
     pipeline = DDIMPipeline(unet=copy.deepcopy(unet).half().eval(), scheduler=scheduler)
     parameters = list(unet.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
     average = EMAModel(parameters, decay=EMA_DECAY)
-    report(
-        f"{len(pictures)} pictures, {sum(parameter.numel() for parameter in parameters)} parameters",
-        0,
-    )
+    num_parameters = sum(parameter.numel() for parameter in parameters)
+    report(f"{len(pictures)} pictures, {num_parameters} parameters", 0)
     start = saved = time.monotonic()
-    num_steps, step, losses = plan.num_steps, 0, []
+    num_steps = plan.num_steps
+    step = 0
+    losses = []
     while num_steps is None or step < num_steps:
         for group in optimizer.param_groups:
             group["lr"] = compute_learning_rate(step, num_steps)
@@ -158,13 +165,12 @@ def train(pictures: Tensor, plan: Plan, out: Path) -> None:
         descend(loss, optimizer, parameters)
         average.step(parameters)
         losses.append(loss.item())
-        step, now = step + 1, time.monotonic()
+        step += 1
+        now = time.monotonic()
         if num_steps is None and now - start >= (1 - DECAY_SHARE) * plan.num_minutes * 60:
             num_steps = math.ceil(step / (1 - DECAY_SHARE))
-            report(
-                f"the learning rate falls from here on; --steps {num_steps} repeats this run",
-                now - start,
-            )
+            notice = f"the learning rate falls from here on; --steps {num_steps} repeats this run"
+            report(notice, now - start)
         if step % REPORT_STEPS == 0 or step == num_steps:
             report(f"update {step}: loss {np.mean(losses[-REPORT_STEPS:]):.4f}", now - start)
         if now - saved >= plan.save_minutes * 60 or step == num_steps:
@@ -172,22 +178,20 @@ def train(pictures: Tensor, plan: Plan, out: Path) -> None:
             saved = now
 
 
-def draw_sheet(directory: Path, seed: int) -> Image.Image:
+def draw_sheet(directory: Path, seed: int, num_inference_steps: int) -> Image.Image:
     """Sample a square sheet of pictures from the saved pipeline, reloaded as a user would."""
     pipeline = DDIMPipeline.from_pretrained(directory, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     pictures = pipeline(
-        SHEET_SIDE**2, generator=generator, num_inference_steps=NUM_INFERENCE_STEPS
+        SHEET_SIDE**2, generator=generator, num_inference_steps=num_inference_steps
     ).images
     return make_image_grid(pictures, SHEET_SIDE, SHEET_SIDE)
 
 
 @app.command()
 def main(
-    data: Annotated[
-        Path, typer.Option(help="The Noto emoji npz file.", exists=True, dir_okay=False)
-    ],
+    data: Annotated[Path, typer.Option(help="The Noto emoji npz file.")],
     out: Annotated[
         Path, typer.Option(help="The directory to write the pipeline to.", file_okay=False)
     ],
@@ -201,6 +205,9 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one update.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
     save_minutes: Annotated[float, typer.Option(min=0, help="Minutes between two saves.")] = 4,
+    sampler_steps: Annotated[
+        int, typer.Option(min=1, help="Steps of the sampler for samples.png.")
+    ] = NUM_INFERENCE_STEPS,
 ) -> None:
     """Train a small unconditional DDIMPipeline on the Noto emoji and save it."""
     if out.exists() and not overwrite:
@@ -217,7 +224,7 @@ def main(
         save_minutes=save_minutes,
     )
     train(load_pictures(data), plan, out)
-    draw_sheet(out, seed).save(out / "samples.png")
+    draw_sheet(out, seed, sampler_steps).save(out / "samples.png")
     typer.echo(f"pipeline and samples.png written to {out}")
 
 

@@ -1,7 +1,7 @@
-"""Compute the features of real pictures that the built-in pipeline's are compared with.
+r"""Compute the features of real pictures that the built-in pipeline's are compared with.
 
-    python examples/train_fashion/make_reference.py --test fashion_mnist_test.npz --out
-    fashion_reference.safetensors
+    python examples/train_fashion/make_reference.py --test fashion_mnist_test.npz \
+        --out fashion_reference.safetensors
 
 Fashion-MNIST's test pictures, tinted at random as for the pipeline, through the classifier that
 comes with msfp.
@@ -20,7 +20,7 @@ from msfp_cli.evaluation.features.extractors import load_extractor
 
 
 def main(
-    test: Annotated[Path, typer.Option(help="Fashion-MNIST's test pictures, npz.", exists=True)],
+    test: Annotated[Path, typer.Option(help="Fashion-MNIST's test pictures, npz.")],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
     pictures: Annotated[int, typer.Option(min=2, help="How many.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice and of the tints.")] = 0,

@@ -1,8 +1,7 @@
-"""Train the small classifier that tells whether a picture of the fashion pipeline shows what its prompt asked for.
+r"""Train the classifier that tells whether a fashion picture shows what its prompt says.
 
-    python examples/train_fashion/train_classifier.py --data fashion_mnist_train.npz --test
-    fashion_mnist_test.npz \
-        --out fashion_classifier.safetensors
+    python examples/train_fashion/train_classifier.py --data fashion_mnist_train.npz \
+        --test fashion_mnist_test.npz --out fashion_classifier.safetensors
 
 Fashion-MNIST, padded to 32x32 and tinted as for the pipeline, in 0..1. Pictures are flipped,
 shifted by up to two pixels, blurred a little (as the pipeline's autoencoder does) and given a
@@ -28,7 +27,7 @@ assert tuple(TINTS) == COLOURS
 def draw(
     clothing: Clothing, batch_size: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw tinted and disturbed pictures ``(batch, 3, 32, 32)`` in 0..1, their classes and their colours."""
+    """Draw tinted and disturbed pictures ``(batch, 3, 32, 32)`` in 0..1, classes and colours."""
     index = torch.randint(len(clothing.labels), (batch_size,), generator=generator)
     colours = torch.randint(len(TINTS), (batch_size,), generator=generator)
     pictures = tint(clothing.grey[index], colours)
@@ -37,14 +36,10 @@ def draw(
     shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
     pictures = pictures.roll(shift, dims=(-2, -1))
     if torch.rand((), generator=generator) < 0.5:
-        pictures = functional.avg_pool2d(
-            functional.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1
-        )
-    noise = (
-        torch.randn(pictures.shape, generator=generator)
-        * 0.05
-        * torch.rand((), generator=generator)
-    )
+        padded = functional.pad(pictures, (1, 1, 1, 1), mode="replicate")
+        pictures = functional.avg_pool2d(padded, 3, stride=1)
+    noise = torch.randn(pictures.shape, generator=generator)
+    noise = noise * 0.05 * torch.rand((), generator=generator)
     return (pictures + noise).clamp(0, 1), clothing.labels[index], colours
 
 
@@ -68,10 +63,8 @@ def accuracy(model: GarmentClassifier, clothing: Clothing, seed: int) -> tuple[f
 
 
 def main(
-    data: Annotated[
-        Path, typer.Option(help="Fashion-MNIST's training pictures, npz.", exists=True)
-    ],
-    test: Annotated[Path, typer.Option(help="Fashion-MNIST's test pictures, npz.", exists=True)],
+    data: Annotated[Path, typer.Option(help="Fashion-MNIST's training pictures, npz.")],
+    test: Annotated[Path, typer.Option(help="Fashion-MNIST's test pictures, npz.")],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
     steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 2500,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one update.")] = 128,
@@ -79,8 +72,10 @@ def main(
 ) -> None:
     """Train the classifier and save it."""
     torch.manual_seed(seed)
-    start, generator = time.monotonic(), torch.Generator().manual_seed(seed)
-    clothing, unseen = load_clothing(data, None, seed), load_clothing(test, None, seed)
+    start = time.monotonic()
+    generator = torch.Generator().manual_seed(seed)
+    clothing = load_clothing(data, None, seed)
+    unseen = load_clothing(test, None, seed)
     model = GarmentClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -89,9 +84,8 @@ def main(
     for step in range(1, steps + 1):
         pictures, labels, colours = draw(clothing, batch_size, generator)
         garment, colour = model(pictures)
-        loss = functional.cross_entropy(
-            garment, labels, label_smoothing=0.05
-        ) + functional.cross_entropy(colour, colours)
+        loss = functional.cross_entropy(garment, labels, label_smoothing=0.05)
+        loss = loss + functional.cross_entropy(colour, colours)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -100,9 +94,8 @@ def main(
             model.eval()
             shares = accuracy(model, unseen, seed)
             model.train()
-            typer.echo(
-                f"{step}: loss {loss:.3f}, test pictures {shares[0]:.3f} class, {shares[1]:.3f} colour"
-            )
+            right = f"{shares[0]:.3f} class, {shares[1]:.3f} colour"
+            typer.echo(f"{step}: loss {loss:.3f}, test pictures {right}")
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out)
     typer.echo(f"{out} written ({time.monotonic() - start:.0f} s)")
 

@@ -85,7 +85,7 @@ app = typer.Typer(add_completion=False, context_settings={"help_option_names": [
 
 @dataclass(frozen=True, kw_only=True)
 class Clothing:
-    """Hold grey uint8 pictures (num_pictures, 32, 32) and their classes (num_pictures,), and draw coloured batches."""
+    """Grey uint8 pictures (num_pictures, 32, 32), their classes, and coloured batches of them."""
 
     grey: Tensor
     labels: Tensor
@@ -101,7 +101,7 @@ class Clothing:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Say how a stage is trained: its number of updates, its batch size and the seed of all that it draws."""
+    """How a stage is trained: number of updates, batch size, and the seed of all that it draws."""
 
     num_steps: int
     batch_size: int
@@ -109,7 +109,13 @@ class Schedule:
 
 
 def load_clothing(path: Path, limit: int | None, seed: int) -> Clothing:
-    """Load the npz file, pad the pictures from 28x28 to 32x32 and keep `limit` of them."""
+    """Load the npz file, pad the pictures from 28x28 to 32x32 and keep `limit` of them.
+
+    Raises:
+        SystemExit: there is no such file.
+    """
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist; README.md beside this script says what it holds")
     with np.load(path) as arrays:
         images, labels = (
             torch.from_numpy(arrays["images"]),
@@ -202,7 +208,10 @@ def build_scheduler() -> DDIMScheduler:
 def optimise(
     label: str, parameters: list[nn.Parameter], num_steps: int, draw_loss: Callable[[], Tensor]
 ) -> float:
-    """Minimise `draw_loss`, leave the averaged weights in `parameters` and return the mean loss of the last tenth."""
+    """Minimise `draw_loss` and return the mean loss of the last tenth.
+
+    The averaged weights are left in `parameters`.
+    """
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
     decay = get_cosine_schedule_with_warmup(
         optimizer, math.ceil(WARMUP_SHARE * num_steps), num_steps
@@ -232,7 +241,7 @@ def optimise(
 
 
 def train_autoencoder(clothing: Clothing, schedule: Schedule) -> tuple[AutoencoderKL, float]:
-    """Train the autoencoder to copy pictures, with a small pull towards unit latents; return it and its loss."""
+    """Train the autoencoder to copy pictures, with a small pull towards unit latents."""
     autoencoder = build_autoencoder().train()
     generator = torch.Generator().manual_seed(schedule.seed)
 
@@ -252,7 +261,7 @@ def train_autoencoder(clothing: Clothing, schedule: Schedule) -> tuple[Autoencod
 def measure_autoencoder(
     autoencoder: AutoencoderKL, clothing: Clothing, seed: int
 ) -> tuple[float, float]:
-    """Measure the standard deviation of the latents and the round trip's peak signal-to-noise ratio in decibels."""
+    """Return the latents' standard deviation and the PSNR of encoding and decoding, in dB."""
     generator = torch.Generator().manual_seed(seed)
     pictures, _ = clothing.draw(NUM_MEASURED_PICTURES, generator)
     posterior = autoencoder.encode(pictures).latent_dist
@@ -283,7 +292,7 @@ def train_tokenizer() -> CLIPTokenizer:
 def train_denoiser(
     pipeline: StableDiffusionPipeline, clothing: Clothing, schedule: Schedule
 ) -> float:
-    """Train the pipeline's text encoder and UNet jointly to predict the noise in a latent; return the loss."""
+    """Train text encoder and UNet together to predict the noise in a latent; return the loss."""
     vae, text_encoder, unet, scheduler = (
         pipeline.vae,
         pipeline.text_encoder,
@@ -320,7 +329,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 
 def assemble_pipeline(autoencoder: AutoencoderKL) -> StableDiffusionPipeline:
-    """Put the trained autoencoder together with a tokenizer, an untrained text encoder and an untrained UNet."""
+    """Put the trained autoencoder together with a tokenizer and the untrained other parts."""
     tokenizer = train_tokenizer()
     return StableDiffusionPipeline(
         vae=autoencoder,
@@ -341,15 +350,15 @@ def save_half(pipeline: StableDiffusionPipeline, out: Path) -> None:
     pipeline.save_pretrained(out, safe_serialization=True)
 
 
-def draw_sheet(directory: Path, seed: int) -> Image.Image:
-    """Sample every class in every colour from the saved pipeline: a row for each class, a column for each colour."""
+def draw_sheet(directory: Path, seed: int, num_inference_steps: int) -> Image.Image:
+    """Sample every class (a row) in every colour (a column) from the saved pipeline."""
     pipeline = StableDiffusionPipeline.from_pretrained(directory, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pictures = pipeline(
         list_captions(["a {} {}"]),
         height=PICTURE_SIZE,
         width=PICTURE_SIZE,
-        num_inference_steps=NUM_INFERENCE_STEPS,
+        num_inference_steps=num_inference_steps,
         guidance_scale=GUIDANCE_SCALE,
         generator=torch.Generator().manual_seed(seed),
     ).images
@@ -364,9 +373,7 @@ def draw_sheet(directory: Path, seed: int) -> Image.Image:
 
 @app.command()
 def main(
-    data: Annotated[
-        Path, typer.Option(help="The Fashion-MNIST npz file.", exists=True, dir_okay=False)
-    ],
+    data: Annotated[Path, typer.Option(help="The Fashion-MNIST npz file.")],
     out: Annotated[
         Path, typer.Option(help="The directory to write the pipeline to.", file_okay=False)
     ],
@@ -384,6 +391,9 @@ def main(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use only this many pictures, for a trial.")
     ] = None,
+    sampler_steps: Annotated[
+        int, typer.Option(min=1, help="Steps of the sampler for samples.png.")
+    ] = NUM_INFERENCE_STEPS,
 ) -> None:
     """Train a small text-to-image StableDiffusionPipeline on tinted Fashion-MNIST and save it."""
     if out.exists() and not overwrite:
@@ -398,17 +408,15 @@ def main(
     autoencoder, loss = train_autoencoder(clothing, plan)
     latent_std, decibels = measure_autoencoder(autoencoder, clothing, seed + 2)
     autoencoder.register_to_config(scaling_factor=round(1 / latent_std, 5))
-    report(
-        f"autoencoder: loss {loss:.4f}, round trip {decibels:.1f} dB, latents' std {latent_std:.4f}",
-        start,
-    )
+    quality = f"round trip {decibels:.1f} dB, latents' std {latent_std:.4f}"
+    report(f"autoencoder: loss {loss:.4f}, {quality}", start)
     pipeline = assemble_pipeline(autoencoder)
     loss = train_denoiser(
         pipeline, clothing, Schedule(num_steps=steps, batch_size=batch_size, seed=seed + 3)
     )
     report(f"denoiser: loss {loss:.4f}", start)
     save_half(pipeline, out)
-    draw_sheet(out, seed).save(out / "samples.png")
+    draw_sheet(out, seed, sampler_steps).save(out / "samples.png")
     report(f"pipeline and samples.png written to {out}", start)
 
 

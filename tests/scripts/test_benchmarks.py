@@ -4,29 +4,19 @@ Each runs in a process of its own, as a user runs it. `gpu.py` needs a GPU; its 
 are tested in tests/layers/kernels/test_gpu_benchmark.py.
 """
 
-import os
-import subprocess
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-BENCHMARKS = ROOT / "benchmarks"
+from scripts.run_script import run_script
+
 TINY = "StableDiffusionPipeline"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
-
-
-def run(script: str, *arguments: object, code: int = 0) -> list[str]:
-    """Run a script of benchmarks/, and return the lines that it printed."""
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
-    return (done.stdout if code == 0 else done.stderr).strip().splitlines()
 
 
 def cells(line: str) -> list[str]:
@@ -39,7 +29,9 @@ def test_calibration_compares_formats_and_lists_the_layers_fed_by_silu(
 ) -> None:
     options = ("--num-images", 2, "--steps", 1, "--num-tests", 1, "--rows", "mixed")
     page = tmp_path / "page.md"
-    lines = run("calibration.py", "--model", tiny(TINY), *options, "--markdown", page)
+    lines = run_script(
+        "benchmarks/calibration.py", "--model", tiny(TINY), *options, "--markdown", page
+    )
     formats, plain, lifted = cells(lines[0])
     assert formats == "mixed"
     assert 0 < float(lifted) < float(plain)
@@ -48,7 +40,7 @@ def test_calibration_compares_formats_and_lists_the_layers_fed_by_silu(
 
 
 def test_search_finds_what_brute_force_finds() -> None:
-    lines = run("search.py", "--num-samples", 200, "--width", 32)
+    lines = run_script("benchmarks/search.py", "--num-samples", 200, "--width", 32)
     assert len([line for line in lines if line.startswith(("e", "ue"))]) == 7
     (worst,) = (line for line in lines if line.startswith("greatest"))
     assert float(worst.split(": ")[1].split()[0]) < 1e-9
@@ -58,10 +50,66 @@ def test_search_finds_what_brute_force_finds() -> None:
 @linux_only
 def test_execution_compares_kernels_with_float32(tmp_path: Path) -> None:
     options = ("--work", tmp_path, "--models", "tiny", "--calls", 1)
-    lines = run("execution.py", *options, "--only", "msfp reference")
+    lines = run_script("benchmarks/execution.py", *options, "--only", "msfp reference")
     float32, reference = (cells(line) for line in lines[-2:])
     assert float32[0] == "float32" and float(float32[4]) == 1
     assert reference[0] == "msfp reference" and float(reference[4]) < 0.25
-    peer = run("execution.py", *options, "--only", "quanto qint8")[-1]
+    peer = run_script("benchmarks/execution.py", *options, "--only", "quanto qint8")[-1]
     assert peer.startswith("| quanto qint8 | give --peers")
-    assert run("execution.py", *options, "--profile")[-1].startswith("| the whole call | ")
+    assert run_script("benchmarks/execution.py", *options, "--profile")[-1].startswith(
+        "| the whole call | "
+    )
+
+
+def test_ablation_climbs_a_rung(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    options = ("--work", tmp_path, "--model", tiny(TINY), "--jobs", 1, "--only", "mixed, LoRA")
+    sizes = ("--rates", 0.04, "--seeds", 1, "--updates", 1, "--num-images", 5, "--steps", 2)
+    lines = run_script("benchmarks/ablation.py", *options, *sizes, "--num-tests", 1)
+    assert cells(lines[0])[1:3] == ["learning rate", "output error"]
+    calibrated, tuned = (cells(line) for line in lines[-2:])
+    assert calibrated[:2] == ["mixed, calibrated only", ""]
+    assert tuned[:2] == ["mixed, LoRA", "0.04"]
+    assert 0 < float(tuned[2]) != float(calibrated[2]) > 0
+
+
+def test_peers_measures_ours_and_says_which_peer_is_missing(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = ["--work", tmp_path, "--model", tiny(TINY), "--num-images", 5, "--steps", 2]
+    for row in ("full precision", "INT4, min-max", "hqq"):
+        options += ["--only", row]
+    page = tmp_path / "page.md"
+    lines = run_script("benchmarks/peers.py", *options, "--num-tests", 1, "--markdown", page)
+    full, integers = (cells(line) for line in lines[4:6])
+    assert full[0] == "full precision" and full[5] == "0"
+    assert integers[0] == "INT4, min-max" and float(integers[5]) > 0
+    assert lines[-1].startswith("- hqq, Linear only: not installed: ")
+    assert page.read_text().startswith("<!-- peers.py begins -->")
+
+
+def test_results_puts_a_row_and_a_sheet_where_they_are_wanted(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    page = tmp_path / "page.md"
+    places = ("--work", tmp_path / "work", "--sheet", tmp_path / "sheet.png", "--markdown", page)
+    sizes = ("--only", "MSFP (lift", "--num-recorded", 2, "--num-images", 4, "--steps", 2)
+    lines = run_script("benchmarks/results.py", tiny(TINY), *places, *sizes)
+    assert lines[0].startswith("4 pictures a row from the same prompts and seeds")
+    full, calibrated = (cells(line) for line in lines[-2:])
+    assert full[:2] == ["full precision", ""]
+    assert calibrated[0] == "W4A4, MSFP (lift 5 %)" and float(calibrated[1]) > 0
+    assert lines[-1] in page.read_text()
+    assert (tmp_path / "sheet.png").exists()
+
+
+@linux_only
+def test_finetune_step_times_an_update(tiny: Callable[[str], Path]) -> None:
+    sizes = ("--num-images", 5, "--steps", 8, "--rounds", 1, "--updates", 1, "--threads", 1)
+    lines = run_script("benchmarks/finetune_step.py", "--model", tiny(TINY), *sizes)
+    rows = [cells(line) for line in lines[2:]]
+    (ours,) = (row for row in rows if row[0] == "msfp, W4A4, hub of two")
+    assert float(ours[1]) > 0 and float(ours[2]) > 100
+    if importlib.util.find_spec("peft") is None:
+        assert rows[-1][1] == "peft is not installed"
+        pytest.skip("peft is not installed: its half of the comparison did not run")
+    assert rows[-1][0] == "ratio"

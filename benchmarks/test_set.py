@@ -1,0 +1,106 @@
+"""Pictures to test a quantized pipeline on, which no calibration uses, and its error on them.
+
+Each error compares with full precision, from equal noise: that of the denoiser's output along the
+full-precision trajectories, of the final latents, and of the pictures.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from material import UNSEEN
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from msfp_cli.files import replace_file
+from msfp_cli.pipelines.denoiser import replay
+from msfp_cli.pipelines.loading import BUILT_IN_GUIDANCE, load_pipeline
+from msfp_cli.pipelines.sampling import call_pipeline
+from msfp_cli.pipelines.source import ModelSource, Pipeline, Sampling
+from msfp_cli.recording.compare import OutputError
+from msfp_cli.recording.recipe import RecordRecipe
+from msfp_cli.recording.record import record_calls
+from msfp_cli.recording.result import Recording
+
+TEST_SEED = 9_000_000
+MAX_TESTS = 200
+BATCH = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestSet:
+    """What to test on.
+
+    Arguments:
+        source: the full-precision pipeline.
+        directory: where its trajectories, final latents and pictures are kept.
+        num_tests: pictures.
+        steps: of the sampler.
+    """
+
+    source: ModelSource
+    directory: Path
+    num_tests: int
+    steps: int
+
+    def prompts(self) -> tuple[str, ...]:
+        """Return a prompt per picture; if there are too few, they are reused with new noise."""
+        return tuple(UNSEEN[i % len(UNSEEN)] for i in range(self.num_tests))
+
+    def sampling(self) -> Sampling:
+        """Return how each picture is drawn."""
+        return Sampling(
+            num_inference_steps=self.steps,
+            guidance_scale=BUILT_IN_GUIDANCE,
+            seed=TEST_SEED,
+            batch_size=BATCH,
+        )
+
+    @property
+    def _full_precision(self) -> Path:
+        return self.directory / "full-precision.safetensors"
+
+    def prepare(self) -> None:
+        """Record full precision's trajectories, and keep its latents and pictures, once."""
+        pipe = load_pipeline(self.source, "cpu")
+        recipe = RecordRecipe.of(self.prompts(), self.sampling())
+        record_calls(pipe, self.source, recipe, self.directory / "trajectories")
+        if not self._full_precision.exists():
+            latents, pictures = self.sample(pipe)
+            with replace_file(self._full_precision) as temporary:
+                save_file({"latents": latents, "pictures": pictures}, temporary)
+
+    @torch.no_grad()
+    def sample(self, pipe: Pipeline) -> tuple[Tensor, Tensor]:
+        """Return the final latents and the pictures (0..1) of a pipeline."""
+        latents = []
+        pictures = []
+        for first in range(0, self.num_tests, BATCH):
+            prompts = self.prompts()[first : first + BATCH]
+            batch = call_pipeline(pipe, prompts, self.sampling(), first=first, output_type="latent")
+            latents.append(batch)
+            decoded = pipe.vae.decode(batch / pipe.vae.config.scaling_factor).sample
+            pictures.append(pipe.image_processor.postprocess(decoded, output_type="pt"))
+        return torch.cat(latents), torch.cat(pictures)
+
+    def measure(self, pipe: Pipeline) -> dict[str, float]:
+        """Return a quantized pipeline's errors, and the median seconds of a denoiser call."""
+        latents, pictures = self.sample(pipe)
+        full = load_file(self._full_precision)
+        picture_error = (pictures - full["pictures"]).square().flatten(1).mean(dim=1)
+        latent_error = (latents - full["latents"]).square().sum() / full["latents"].square().sum()
+        output = OutputError()
+        seconds = []
+        for call in Recording(self.directory / "trajectories").calls("unet"):
+            began = time.perf_counter()
+            result = replay(pipe.unet, call)
+            seconds.append(time.perf_counter() - began)
+            output.add(call.timestep, result, call.output)
+        return {
+            "output": output.relative(),
+            "latents": float(latent_error),
+            "psnr": float((-10 * picture_error.clamp_min(1e-10).log10()).mean()),
+            "seconds": statistics.median(seconds),
+        }
