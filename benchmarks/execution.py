@@ -137,7 +137,8 @@ def make_quantized(name: str, source: Path, directory: Path) -> None:
     from msfp_cli.checkpoint.quantizer import MSFPConfig, mark_quantized_
     from msfp_cli.formats.search import SearchSpace
     from msfp_cli.layers.replace import find_layers, quantized_layers, store_layers_
-    from msfp_cli.pipelines.denoiser import DenoiserCall, watch_calls
+    from msfp_cli.pipelines.denoiser import DenoiserCall
+    from msfp_cli.pipelines.watch import watch_calls
 
     denoiser = CLASSES[name].from_pretrained(source)
     calls: list[DenoiserCall] = []

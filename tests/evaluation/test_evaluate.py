@@ -41,7 +41,6 @@ from msfp_cli.evaluation.measures import (
     MOST_PSNR,
     compare_pictures,
     distance_between,
-    relative_error,
 )
 from msfp_cli.evaluation.metrics import FIGURES
 from msfp_cli.evaluation.recipe import EvaluateRecipe
@@ -49,7 +48,7 @@ from msfp_cli.evaluation.reference import BUILT_IN_REFERENCE, built_in_reference
 from msfp_cli.evaluation.result import Evaluation, Measured
 from msfp_cli.pipelines.loading import BUILT_IN, default_prompts, load_pipeline
 from msfp_cli.pipelines.source import ModelSource, Sampling
-from msfp_cli.recording.compare import layer_errors, output_error
+from msfp_cli.recording.compare import layer_errors, output_error, relative_error
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 from tiny_pipelines import BUILDERS

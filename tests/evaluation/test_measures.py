@@ -21,7 +21,6 @@ from msfp_cli.evaluation.measures import (
     distance_between,
     input_histograms,
     prompt_agreement,
-    relative_error,
 )
 from msfp_cli.layers.replace import find_layers
 from msfp_cli.pipelines.denoiser import DenoiserCall
@@ -42,12 +41,6 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def shuffled(rows: Tensor, seed: int = 3) -> Tensor:
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
-
-
-def test_relative_error_is_the_share_of_the_signal() -> None:
-    assert relative_error(torch.tensor([1.0, 4.0]), torch.tensor([1.0, 2.0])) == 4 / 5
-    assert relative_error(normal(3, 4), normal(3, 4)) == 0
-    assert relative_error(torch.zeros(7), normal(7)) == 1
 
 
 def test_equal_pictures_are_as_good_as_it_gets() -> None:

@@ -8,10 +8,38 @@ from msfp_cli.layers.replace import find_layers
 from msfp_cli.pipelines.denoiser import replay
 from msfp_cli.pipelines.loading import load_pipeline
 from msfp_cli.pipelines.source import ModelSource
-from msfp_cli.recording.compare import OutputError, layer_errors, output_error
+from msfp_cli.recording.compare import (
+    OutputError,
+    SquaredError,
+    layer_errors,
+    output_error,
+    relative_error,
+)
 from msfp_cli.recording.result import Recording
 
 Recordings = tuple[Recording, Recording]
+
+
+def test_relative_error_is_the_share_of_the_signal() -> None:
+    values = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    assert relative_error(torch.tensor([1.0, 4.0]), torch.tensor([1.0, 2.0])) == 4 / 5
+    assert relative_error(values, values) == 0
+    assert relative_error(torch.zeros(3, 4), values) == 1
+    assert relative_error(torch.ones(2), torch.zeros(2)) == 0
+
+
+def test_sum_of_errors_is_the_error_of_both_together() -> None:
+    values, exact = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
+    parts = SquaredError.of(values[:3], exact[:3]) + SquaredError.of(values[3:], exact[3:])
+    assert abs(parts.relative - relative_error(values, exact)) < 1e-12
+
+
+def test_error_is_summed_in_double_precision() -> None:
+    exact = torch.tensor([1.0, 2.0**-40]).half()
+    assert (
+        SquaredError.of(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0**-40])).error == 2.0**-80
+    )
+    assert SquaredError.of(exact, exact) == SquaredError(0.0, 1.0)
 
 
 def test_errors_are_summed_before_they_are_divided() -> None:

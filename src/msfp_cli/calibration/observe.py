@@ -5,6 +5,7 @@ timesteps weigh alike; the true minimum and maximum; and the multiply-adds of on
 which the lift's budget is counted.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,12 +18,13 @@ from msfp_cli.layers.base import FloatLayer
 from msfp_cli.layers.quantized import kind_of
 from msfp_cli.layers.replace import find_layers
 from msfp_cli.pipelines.denoiser import DenoiserCall, replay
+from msfp_cli.pipelines.watch import watch_layers
 from msfp_cli.progress import Advance
 
 
 @dataclass
 class LayerObservation:
-    """What was seen at the input of one layer.
+    """The input of one layer, over all calls.
 
     Arguments:
         minimum, maximum: over all elements of all calls.
@@ -45,6 +47,52 @@ def count_multiply_adds(layer: FloatLayer, output: Tensor) -> int:
     return 0 if kind_of(layer).is_table else output.numel() * layer.weight[0].numel()
 
 
+@dataclass
+class _Observer:
+    """Notes the input of every layer that runs.
+
+    Arguments:
+        num_calls: how many calls of the denoiser there will be.
+        samples_per_call: elements kept of a layer's input at one run of the layer.
+        generator: draws them.
+        timestep: of the call that is being replayed, for the error.
+    """
+
+    num_calls: int
+    samples_per_call: int
+    generator: torch.Generator
+    timestep: float = 0.0
+    observations: dict[str, LayerObservation] = field(default_factory=dict)
+
+    def add(self, name: str, layer: FloatLayer, args: tuple[Any, ...], output: Tensor) -> None:
+        """Note one run of one layer."""
+        x = args[0].detach().reshape(-1)
+        low, high = self._bounds(name, x)
+        observation = self.observations.setdefault(name, LayerObservation())
+        observation.minimum = min(observation.minimum, low)
+        observation.maximum = max(observation.maximum, high)
+        observation.multiply_adds += count_multiply_adds(layer, output) / self.num_calls
+        if not isinstance(layer, nn.Embedding):
+            observation.samples.append(self._sample(x))
+
+    def _bounds(self, name: str, x: Tensor) -> tuple[float, float]:
+        """Return the least and the greatest element, and refuse what is not finite."""
+        low, high = (float(bound) for bound in torch.aminmax(x))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise CalibrationError(
+                f"the input of layer {name!r} holds a NaN or infinity at timestep "
+                f"{self.timestep:g}; the model overflows in this precision: "
+                "try --dtype float32, or --dtype bfloat16 on a GPU"
+            )
+        return low, high
+
+    def _sample(self, x: Tensor) -> Tensor:
+        """Draw elements, with replacement."""
+        count = min(self.samples_per_call, x.numel())
+        index = torch.randint(x.numel(), (count,), generator=self.generator)
+        return x[index.to(x.device)].float().cpu()
+
+
 def observe(
     denoiser: nn.Module,
     calls: Iterable[DenoiserCall],
@@ -54,7 +102,9 @@ def observe(
     generator: torch.Generator,
     advance: Advance,
 ) -> dict[str, LayerObservation]:
-    """Watch the input of every layer over the recorded calls; a table's are indices, of which none are kept.
+    """Watch the input of every layer over recorded calls.
+
+    The input of an embedding is indices, of which no sample is kept.
 
     Arguments:
         num_calls: how many calls there are, to share `max_samples` among them.
@@ -67,41 +117,14 @@ def observe(
         CalibrationError: an input holds a NaN or an infinity; the message names the layer and the
             timestep.
     """
-    per_call = max(1, max_samples // max(1, num_calls))
-    seen: dict[str, LayerObservation] = {}
-    timestep = 0.0
-
-    def hook(name: str, layer: FloatLayer, args: tuple[Any, ...], output: Tensor) -> None:
-        x = args[0].detach().reshape(-1)
-        low, high = (float(bound) for bound in torch.aminmax(x))
-        if not (abs(low) < float("inf") and abs(high) < float("inf")):
-            raise CalibrationError(
-                f"the input of layer {name!r} holds a NaN or infinity at timestep {timestep:g}; the model overflows "
-                "in this precision: try --dtype float32, or --dtype bfloat16 on a GPU"
-            )
-        observation = seen.setdefault(name, LayerObservation())
-        observation.minimum, observation.maximum = (
-            min(observation.minimum, low),
-            max(observation.maximum, high),
-        )
-        observation.multiply_adds += count_multiply_adds(layer, output) / num_calls
-        if kind_of(layer).is_table:
-            return
-        index = torch.randint(x.numel(), (min(per_call, x.numel()),), generator=generator)
-        observation.samples.append(x[index.to(x.device)].float().cpu())
-
-    handles = [
-        layer.register_forward_hook(
-            lambda layer, args, output, name=name: hook(name, layer, args, output)
-        )
-        for name, layer in find_layers(denoiser).items()
-    ]
-    try:
+    observer = _Observer(
+        num_calls=num_calls,
+        samples_per_call=max(1, max_samples // max(1, num_calls)),
+        generator=generator,
+    )
+    with watch_layers(find_layers(denoiser), observer.add):
         for call in calls:
-            timestep = call.timestep
+            observer.timestep = call.timestep
             replay(denoiser, call)
             advance(1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+    return observer.observations

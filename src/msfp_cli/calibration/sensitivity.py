@@ -1,9 +1,11 @@
 """How much each layer's quantization moves the denoiser's output, and which layers to lift because of it."""
 
+import functools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from msfp_cli.calibration.result import LayerChoice
 from msfp_cli.formats.rounding import Grid, fake_quantize, per_channel
@@ -35,18 +37,18 @@ def choose_lifted(layers: Mapping[str, LayerChoice], budget: float) -> list[str]
 @contextmanager
 def quantized_alone(layer: FloatLayer, scheme: LayerScheme, scale: Tensor | None) -> Iterator[None]:
     """Quantize one layer's weight (with its `scale` per output channel) and input while the context is open."""
-    weight, handle = layer.weight.data, None
-    if scheme.weight is not None and scale is not None:
-        rows = per_channel(scale, weight.ndim).to(weight.device)
-        layer.weight.data = fake_quantize(weight, Grid(scheme.weight, rows))
-    if scheme.input is not None:
-        grid = scheme.input
-        handle = layer.register_forward_pre_hook(
-            lambda _, args: (fake_quantize(args[0], grid), *args[1:])
-        )
-    try:
+    weight = layer.weight.data
+    with ExitStack() as undo:
+        undo.callback(setattr, layer.weight, "data", weight)
+        if scheme.weight is not None and scale is not None:
+            rows = per_channel(scale, weight.ndim).to(weight.device)
+            layer.weight.data = fake_quantize(weight, Grid(scheme.weight, rows))
+        if scheme.input is not None:
+            hook = functools.partial(_quantize_input, scheme.input)
+            undo.callback(layer.register_forward_pre_hook(hook).remove)
         yield
-    finally:
-        layer.weight.data = weight
-        if handle is not None:
-            handle.remove()
+
+
+def _quantize_input(grid: Grid, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Quantize the first argument of a layer; a forward pre-hook of torch."""
+    return fake_quantize(args[0], grid), *args[1:]

@@ -10,7 +10,7 @@ is there whole or not at all, and an interrupted gallery goes on with the first 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from torch import Tensor
 from msfp_cli.errors import ModelError, RunError
 from msfp_cli.files import open_tensors, read_json, replace_file, write_json
 from msfp_cli.pipelines.sampling import call_pipeline
+from msfp_cli.pipelines.source import Pipeline
+from msfp_cli.pipelines.watch import watch_scheduler
 from msfp_cli.processes import ALONE, Processes
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordRecipe
@@ -73,7 +75,7 @@ class Gallery:
 
     def fill(
         self,
-        pipe: Any,  # noqa: ANN401 (the user's pipeline)
+        pipe: Pipeline,
         *,
         title: str,
         share: Processes = ALONE,
@@ -124,8 +126,8 @@ class Gallery:
 
 
 @contextlib.contextmanager
-def watch_samples(pipe: Any) -> Iterator[list[Tensor]]:  # noqa: ANN401 (the user's pipeline)
-    """Keep the last sample that the scheduler made while the context is open, the final latents of a run.
+def watch_samples(pipe: Pipeline) -> Iterator[list[Tensor]]:
+    """Keep the last sample that the scheduler made while the context is open: the final latents.
 
     Raises:
         ModelError: the pipeline has no scheduler.
@@ -135,15 +137,10 @@ def watch_samples(pipe: Any) -> Iterator[list[Tensor]]:  # noqa: ANN401 (the use
         raise ModelError(
             f"{type(pipe).__name__} has no scheduler, so its final latents are not known"
         )
-    step, kept = scheduler.step, list[Tensor]()
+    samples: list[Tensor] = []
 
-    def watched(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the scheduler's own signature)
-        result = step(*args, **kwargs)
-        kept[:] = [result[0] if isinstance(result, tuple) else result.prev_sample]
-        return result
+    def keep(model_output: Tensor, result: Sequence[Tensor]) -> None:
+        samples[:] = [result[0]]
 
-    scheduler.step = watched
-    try:
-        yield kept
-    finally:
-        del scheduler.step
+    with watch_scheduler(scheduler, keep):
+        yield samples

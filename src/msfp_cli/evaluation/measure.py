@@ -14,7 +14,6 @@ from msfp_cli.evaluation.measures import (
     distance_between,
     input_histograms,
     prompt_agreement,
-    relative_error,
 )
 from msfp_cli.evaluation.models import Subject, denoiser_bytes
 from msfp_cli.evaluation.recipe import EvaluateRecipe
@@ -28,7 +27,12 @@ from msfp_cli.pipelines.loading import choose_device
 from msfp_cli.pipelines.source import ModelSource
 from msfp_cli.processes import Processes
 from msfp_cli.progress import Progress
-from msfp_cli.recording.compare import layer_errors, output_error, spread_calls
+from msfp_cli.recording.compare import (
+    layer_errors,
+    output_error,
+    relative_error,
+    spread_calls,
+)
 from msfp_cli.recording.recipe import RecordRecipe
 from msfp_cli.recording.result import Recording
 

@@ -25,12 +25,6 @@ _BATCH, _NEIGHBOURS = 32, 3
 _BINS, _SAMPLES = 64, 20_000
 
 
-def relative_error(values: Tensor, reference: Tensor) -> float:
-    """Return ``sum (values - reference)^2 / sum reference^2``."""
-    wanted = reference.double()
-    return float((values.double() - wanted).square().sum() / wanted.square().sum())
-
-
 def compare_pictures(pictures: Tensor, reference: Tensor) -> dict[str, tuple[float, ...]]:
     """Return ``psnr``, ``ssim`` and ``deep`` of each picture against the same one by full precision.
 

@@ -31,6 +31,7 @@ from msfp_cli.pipelines.denoising_factor import loss_weights
 from msfp_cli.pipelines.loading import choose_device, load_pipeline
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recipe import options_of
+from msfp_cli.recording.compare import relative_error
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 
@@ -234,9 +235,8 @@ def _refuse_unlike_answer(denoiser: nn.Module, component: str, batches: Batches)
     row's prompt.
     """
     for call in batches.batch(0, 0):
-        recorded = call.output.float()
-        answer = call_with(denoiser, call.arguments, recorded).float().cpu()
-        error = (answer - recorded).square().sum() / recorded.square().sum()
+        answer = call_with(denoiser, call.arguments, call.output)
+        error = relative_error(answer, call.output)
         if error > _UNLIKE:
             raise RunError(
                 f"{component} does not answer recorded rows, taken from several calls, as it did before (relative "

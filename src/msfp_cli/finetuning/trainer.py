@@ -24,7 +24,7 @@ from msfp_cli.finetuning.student import Student
 from msfp_cli.pipelines.denoiser import DenoiserCall
 from msfp_cli.pipelines.rows import JoinedCall
 from msfp_cli.progress import SILENT, Progress
-from msfp_cli.recording.compare import OutputError
+from msfp_cli.recording.compare import OutputError, SquaredError
 
 _CLIP = 1.0  # of the gradient's norm, for each kind of parameter
 _FLOAT16_SCALE = (
@@ -245,13 +245,11 @@ class Trainer:
         if count == 1:
             return measured
         timesteps = sorted({call.timestep for call in self.held_out})
-        own = torch.tensor(
-            [measured.sums.get(timestep, (0.0, 0.0)) for timestep in timesteps], dtype=torch.float64
-        )
+        sums = [measured.sums.get(timestep, SquaredError()) for timestep in timesteps]
+        own = torch.tensor([(each.error, each.signal) for each in sums], dtype=torch.float64)
         total: Tensor = self.accelerator.reduce(own.to(self.accelerator.device), reduction="sum")
-        return OutputError(
-            {timestep: (e, s) for timestep, (e, s) in zip(timesteps, total.tolist(), strict=True)}
-        )
+        totals = [SquaredError(error, signal) for error, signal in total.tolist()]
+        return OutputError(dict(zip(timesteps, totals, strict=True)))
 
     def _begin(self, measured: OutputError) -> None:
         """Share out the rows among the timesteps, and the timesteps among the members of the hubs.

@@ -1,14 +1,13 @@
-"""Find the denoiser of a pipeline, watch its calls, and replay them.
+"""Find the denoiser of a pipeline, and replay its calls.
 
 A pipeline is never re-implemented here. Its denoiser is found by looking at its components, a hook
-on the denoiser's own ``forward`` sees each call, and `replay` repeats one. So classifier-free
-guidance, added conditions, guidance vectors and any scheduler come along without a line about them.
+on the denoiser's own ``forward`` sees each call (`watch.watch_calls`), and `replay` repeats one. So
+classifier-free guidance, added conditions, guidance vectors and any scheduler come along without a
+line about them.
 """
 
-import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from msfp_cli.errors import ModelError
 from msfp_cli.files import digest
+from msfp_cli.pipelines.source import Pipeline
 
 # The attribute names under which diffusers' pipelines keep the network that is called once per
 # timestep.
@@ -40,30 +40,40 @@ class DenoiserCall:
     arguments: dict[str, Any]
     output: Tensor
 
+    @classmethod
+    def of(cls, component: str, arguments: dict[str, Any], output: Any) -> "DenoiserCall":  # noqa: ANN401 (a tuple, or an output class of diffusers)
+        """Describe a call by its arguments and by what it returned, however that is wrapped."""
+        return cls(
+            component=component,
+            timestep=_as_timestep(arguments["timestep"]),
+            arguments=arguments,
+            output=_first(output),
+        )
 
-def find_denoisers(pipe: Any) -> dict[str, nn.Module]:  # noqa: ANN401 (a pipeline's class is the user's)
+
+def find_denoisers(pipe: Pipeline) -> dict[str, nn.Module]:
     """Return the pipeline's denoisers by component name, usually one.
 
     Raises:
         ModelError: there is none.
     """
     components = pipe.components
-    found = {
-        role: components[role]
-        for role in _ROLES
-        if isinstance(components.get(role), nn.Module)
-        and "timestep" in inspect.signature(components[role].forward).parameters
-    }
-    if not found:
-        names = (
-            ", ".join(sorted(name for name, part in components.items() if part is not None))
-            or "nothing"
-        )
+    denoisers = {role: components[role] for role in _ROLES if _is_denoiser(components.get(role))}
+    if not denoisers:
+        names = sorted(name for name, part in components.items() if part is not None)
         raise ModelError(
-            f"{type(pipe).__name__} has no denoiser (looked for {', '.join(_ROLES)}; it has {names}); "
+            f"{type(pipe).__name__} has no denoiser (looked for {', '.join(_ROLES)}; "
+            f"it has {', '.join(names) or 'nothing'}); "
             "msfp quantizes pipelines whose UNet or transformer is called once per timestep"
         )
-    return found
+    return denoisers
+
+
+def _is_denoiser(component: object) -> bool:
+    """Whether a component of a pipeline is a network that is called with a timestep."""
+    if not isinstance(component, nn.Module):
+        return False
+    return "timestep" in inspect.signature(component.forward).parameters
 
 
 _SAMPLES = 256  # elements of each parameter that a fingerprint reads
@@ -91,69 +101,6 @@ def _as_timestep(value: Any) -> float:  # noqa: ANN401 (tensor or number, as the
 def _first(output: Any) -> Tensor:  # noqa: ANN401 (tuple or diffusers' output class)
     """Return the tensor a denoiser returned."""
     return output[0] if not isinstance(output, Tensor) else output
-
-
-@contextmanager
-def watch_calls(
-    denoisers: dict[str, nn.Module], seen: Callable[[DenoiserCall], None]
-) -> Iterator[None]:
-    """Give every call of the denoisers to `seen` while the context is open."""
-    handles = []
-    for component, module in denoisers.items():
-        signature = inspect.signature(module.forward)
-
-        def hook(
-            module: nn.Module,
-            args: tuple[Any, ...],
-            kwargs: dict[str, Any],
-            output: Any,  # noqa: ANN401
-            component: str = component,
-            signature: inspect.Signature = signature,
-        ) -> None:
-            arguments = dict(signature.bind(*args, **kwargs).arguments)
-            arguments.pop("return_dict", None)
-            seen(
-                DenoiserCall(
-                    component=component,
-                    timestep=_as_timestep(arguments["timestep"]),
-                    arguments=arguments,
-                    output=_first(output),
-                )
-            )
-
-        handles.append(module.register_forward_hook(hook, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def watch_steps(scheduler: Any, seen: Callable[[Tensor], None]) -> Iterator[None]:  # noqa: ANN401 (any diffusers scheduler)
-    """Give every model output that the pipeline passes to its scheduler's ``step`` to `seen` while the context is open.
-
-    A scheduler without ``step``, or none at all, is left alone.
-    """
-    step = getattr(scheduler, "step", None)
-    if step is None:
-        yield
-        return
-
-    @functools.wraps(step)  # pipelines look at its signature
-    def watched(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (as each scheduler has it)
-        seen(args[0] if args else kwargs["model_output"])
-        return step(*args, **kwargs)
-
-    before = vars(scheduler).get("step")
-    scheduler.step = watched
-    try:
-        yield
-    finally:
-        if before is None:
-            del scheduler.step
-        else:
-            scheduler.step = before
 
 
 def call_with(denoiser: nn.Module, arguments: Mapping[str, Any], recorded: Tensor) -> Tensor:

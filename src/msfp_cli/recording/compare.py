@@ -1,7 +1,14 @@
-"""How far a quantized denoiser is from the full-precision one: its output by timestep, and each layer's output."""
+"""How far a quantized denoiser is from the full-precision one, by timestep and by layer.
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+Everything in msfp that says "error" of a tensor means the squared error relative to the signal,
+
+    sum |values - reference|^2 / sum |reference|^2,
+
+summed in float64. `SquaredError` keeps numerator and denominator apart, because sums over calls,
+timesteps and processes are added before they are divided.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,37 +17,67 @@ from torch import Tensor, nn
 
 from msfp_cli.pipelines.denoiser import DenoiserCall, replay
 from msfp_cli.pipelines.rows import take_rows
+from msfp_cli.pipelines.watch import watch_layers
 from msfp_cli.recording.result import Recording
+
+
+@dataclass(frozen=True)
+class SquaredError:
+    """A squared error and the signal it is relative to; sums of them are sums of both.
+
+    Arguments:
+        error: ``sum |values - reference|^2``.
+        signal: ``sum |reference|^2``.
+    """
+
+    error: float = 0.0
+    signal: float = 0.0
+
+    @classmethod
+    def of(cls, values: Tensor, reference: Tensor) -> "SquaredError":
+        """Compare two tensors of one shape."""
+        exact = reference.cpu().double()
+        error = (values.cpu().double() - exact).square().sum()
+        return cls(float(error), float(exact.square().sum()))
+
+    def __add__(self, other: "SquaredError") -> "SquaredError":
+        """Return the error over what both were measured on."""
+        return SquaredError(self.error + other.error, self.signal + other.signal)
+
+    @property
+    def relative(self) -> float:
+        """The error as a share of the signal; 0 if there is no signal."""
+        return self.error / self.signal if self.signal else 0.0
+
+
+def relative_error(values: Tensor, reference: Tensor) -> float:
+    """Return the squared error of `values` as a share of the signal in `reference`."""
+    return SquaredError.of(values, reference).relative
 
 
 @dataclass
 class OutputError:
-    """Squared error of a denoiser's output and of the signal, summed by timestep."""
+    """The error of a denoiser's output, summed by timestep."""
 
-    sums: dict[float, tuple[float, float]] = field(default_factory=dict)
+    sums: dict[float, SquaredError] = field(default_factory=dict)
 
     def add(self, timestep: float, output: Tensor, recorded: Tensor) -> None:
         """Count one call."""
-        wanted = recorded.double()
-        error, signal = self.sums.get(timestep, (0.0, 0.0))
-        error += float((output.cpu().double() - wanted).square().sum())
-        self.sums[timestep] = (error, signal + float(wanted.square().sum()))
+        before = self.sums.get(timestep, SquaredError())
+        self.sums[timestep] = before + SquaredError.of(output, recorded)
 
     def relative(self) -> float:
-        """Return ``sum |output - recorded|^2 / sum |recorded|^2`` over all calls; 0 if there is no signal."""
-        signal = sum(signal for _, signal in self.sums.values())
-        return sum(error for error, _ in self.sums.values()) / signal if signal else 0.0
+        """Return the relative error over all calls."""
+        return sum(self.sums.values(), SquaredError()).relative
 
     def absolute(self) -> dict[float, float]:
         """Return the squared error by timestep."""
-        return {timestep: error for timestep, (error, _) in self.sums.items()}
+        return {timestep: total.error for timestep, total in self.sums.items()}
 
     def by_timestep(self) -> list[tuple[float, float]]:
         """Return (timestep, relative error) from noisy to clean."""
-        ordered = sorted(self.sums.items(), reverse=True)
-        return [
-            (timestep, error / signal if signal else 0.0) for timestep, (error, signal) in ordered
-        ]
+        ordered = sorted(self.sums, reverse=True)
+        return [(timestep, self.sums[timestep].relative) for timestep in ordered]
 
 
 def output_error(denoiser: nn.Module, calls: Iterable[DenoiserCall]) -> OutputError:
@@ -54,7 +91,9 @@ def output_error(denoiser: nn.Module, calls: Iterable[DenoiserCall]) -> OutputEr
 def layer_errors(
     denoiser: nn.Module, reference: nn.Module, layers: Iterable[str], calls: Iterable[DenoiserCall]
 ) -> dict[str, float]:
-    """Measure each layer's output where both denoisers run as a whole: what reaches it is already in error, too.
+    """Measure each layer's output where both denoisers run as a whole.
+
+    What reaches a layer is already in error, too.
 
     Arguments:
         denoiser: the quantized one.
@@ -64,33 +103,28 @@ def layer_errors(
     Returns:
         Relative squared error by layer, 0 for a layer that did not run or has no signal.
     """
-    names = tuple(layers)
-    sums = dict.fromkeys(names, (0.0, 0.0))
+    errors = dict.fromkeys(layers, SquaredError())
     for call in calls:
-        wanted, got = (_outputs(module, names, call) for module in (reference, denoiser))
-        for name in wanted.keys() & got.keys():
-            for exact, other in zip(wanted[name], got[name], strict=True):
-                error, signal = sums[name]
-                error += float((other.double() - exact.double()).square().sum())
-                sums[name] = (error, signal + float(exact.double().square().sum()))
-    return {name: error / signal if signal else 0.0 for name, (error, signal) in sums.items()}
+        expected = _layer_outputs(reference, errors, call)
+        outputs = _layer_outputs(denoiser, errors, call)
+        for name in expected.keys() & outputs.keys():
+            for output, exact in zip(outputs[name], expected[name], strict=True):
+                errors[name] += SquaredError.of(output, exact)
+    return {name: error.relative for name, error in errors.items()}
 
 
-def _outputs(
+def _layer_outputs(
     denoiser: nn.Module, names: Iterable[str], call: DenoiserCall
-) -> Mapping[str, list[Tensor]]:
+) -> dict[str, list[Tensor]]:
     """Return what each named layer gives during one call, every time that it runs."""
-    seen: dict[str, list[Tensor]] = {}
-    with ExitStack() as hooks:
-        for name in names:
+    outputs: dict[str, list[Tensor]] = {}
 
-            def keep(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:  # noqa: ANN401
-                seen.setdefault(name, []).append(output.detach().cpu())
+    def keep(name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        outputs.setdefault(name, []).append(output.detach().cpu())
 
-            hooks.callback(denoiser.get_submodule(name).register_forward_hook(keep).remove)
-        with torch.no_grad():
-            replay(denoiser, call)
-    return seen
+    with watch_layers({name: denoiser.get_submodule(name) for name in names}, keep):
+        replay(denoiser, call)
+    return outputs
 
 
 MAX_ROWS = 4  # of each call: enough to rank layers, and a quarter of the time of a default batch
@@ -98,20 +132,15 @@ MAX_ROWS = 4  # of each call: enough to rank layers, and a quarter of the time o
 
 def spread_calls(recording: Recording, component: str, count: int) -> list[DenoiserCall]:
     """Pick calls spread over the timesteps and over the pipeline runs, a few rows of each."""
-    shards = [
-        i
-        for i in range(recording.num_shards)
-        if any(t is not None for t in recording.timesteps(i, component))
-    ]
-    picked = []
+    shards = [i for i in range(recording.num_shards) if recording.num_calls(component, [i])]
+    calls = []
     for i in range(count if shards else 0):
-        calls = [
-            call for call in recording.shard(shards[i % len(shards)]) if call.component == component
-        ]
-        call = calls[(2 * i + 1) * len(calls) // (2 * count)]
-        batch = call.output.shape[0]
-        rows = torch.linspace(
-            0, batch - 1, min(MAX_ROWS, batch)
-        ).long()  # both halves of a guided batch
-        picked.append(take_rows(call, rows))
-    return picked
+        run = list(recording.calls(component, [shards[i % len(shards)]]))
+        call = run[(2 * i + 1) * len(run) // (2 * count)]
+        calls.append(take_rows(call, _spread_rows(len(call.output))))
+    return calls
+
+
+def _spread_rows(batch: int) -> Tensor:
+    """Return the indices of a few rows, from both halves of a guided batch."""
+    return torch.linspace(0, batch - 1, min(MAX_ROWS, batch)).long()

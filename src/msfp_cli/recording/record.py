@@ -16,13 +16,12 @@ from msfp_cli.pipelines.denoiser import (
     DenoiserCall,
     find_denoisers,
     fingerprint,
-    watch_calls,
-    watch_steps,
 )
 from msfp_cli.pipelines.denoising_factor import denoising_factors
 from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE
 from msfp_cli.pipelines.sampling import call_pipeline
 from msfp_cli.pipelines.source import ModelSource, Pipeline
+from msfp_cli.pipelines.watch import watch_calls, watch_scheduler
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import (
     DEFAULT_MAX_BYTES,
@@ -54,7 +53,8 @@ class _Watcher:
         self.channels: set[int] = set()  # of what reached the scheduler
         self.checked = False
 
-    def __call__(self, call: DenoiserCall) -> None:
+    def add_call(self, call: DenoiserCall) -> None:
+        """Keep a call."""
         if not torch.isfinite(call.output).all():
             raise CalibrationError(
                 f"the denoiser's output holds a NaN or infinity at timestep {call.timestep:g} before any quantization; "
@@ -65,7 +65,7 @@ class _Watcher:
             self.checked = True
             self._check_size(call)
 
-    def see_used(self, model_output: Tensor) -> None:
+    def add_step(self, model_output: Tensor, result: object) -> None:
         """Note how many channels reach the scheduler."""
         self.channels.add(model_output.shape[1])
 
@@ -149,8 +149,8 @@ def record_calls(
             first = index * recipe.batch_size
             conditions = recipe.conditions[first : first + recipe.batch_size]
             with (
-                watch_calls(denoisers, watcher),
-                watch_steps(getattr(pipe, "scheduler", None), watcher.see_used),
+                watch_calls(denoisers, watcher.add_call),
+                watch_scheduler(getattr(pipe, "scheduler", None), watcher.add_step),
             ):
                 call_pipeline(pipe, conditions, recipe, first=first, output_type="latent")
             recording.write_shard(index, watcher.used_calls(), _factors(pipe))

@@ -1,0 +1,90 @@
+"""Watch a pipeline at work: calls of its denoisers, layers inside of them, steps of its scheduler.
+
+Each function is a context manager. It reports to a function of the caller, changes nothing of what
+passes by, and takes its hooks away when the context closes, also after an error.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from msfp_cli.pipelines.denoiser import DenoiserCall
+from msfp_cli.pipelines.source import Scheduler
+
+# A layer's name, the layer, its positional arguments, and its output.
+LayerReport: TypeAlias = Callable[[str, nn.Module, tuple[Any, ...], Tensor], None]
+
+
+@contextmanager
+def watch_layers(layers: Mapping[str, nn.Module], report: LayerReport) -> Iterator[None]:
+    """Report every run of some layers while the context is open."""
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            handle = layer.register_forward_hook(functools.partial(report, name))
+            hooks.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def watch_calls(
+    denoisers: Mapping[str, nn.Module], report: Callable[[DenoiserCall], None]
+) -> Iterator[None]:
+    """Report every call of some denoisers, by component name, while the context is open."""
+    with ExitStack() as hooks:
+        for component, denoiser in denoisers.items():
+            signature = inspect.signature(denoiser.forward)
+            hook = functools.partial(_report_call, component, signature, report)
+            handle = denoiser.register_forward_hook(hook, with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield
+
+
+def _report_call(
+    component: str,
+    signature: inspect.Signature,
+    report: Callable[[DenoiserCall], None],
+    denoiser: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,  # noqa: ANN401 (a tuple, or an output class of diffusers)
+) -> None:
+    """Report one call; the last four arguments are those of torch's forward hooks."""
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    arguments.pop("return_dict", None)
+    report(DenoiserCall.of(component, arguments, output))
+
+
+@contextmanager
+def watch_scheduler(scheduler: Scheduler, report: Callable[[Tensor, Any], None]) -> Iterator[None]:
+    """Report every step of a scheduler while the context is open.
+
+    A scheduler without ``step``, or None, is left alone.
+
+    Arguments:
+        report: is given the model output that the pipeline passed to ``step``, and what ``step``
+            returned, whose first item is the new sample.
+    """
+    step = getattr(scheduler, "step", None)
+    if step is None:
+        yield
+        return
+
+    @functools.wraps(step)  # pipelines look at its signature
+    def watched(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (as each scheduler has it)
+        result = step(*args, **kwargs)
+        report(args[0] if args else kwargs["model_output"], result)
+        return result
+
+    own = vars(scheduler).get("step")  # None: it is the class's
+    scheduler.step = watched
+    try:
+        yield
+    finally:
+        if own is None:
+            del scheduler.step
+        else:
+            scheduler.step = own
