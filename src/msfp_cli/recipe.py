@@ -79,11 +79,12 @@ class Option:
             yield f"at most {self.at_most:g}"
 
 
-def option(default: Any, help: str, **details: Any) -> Any:  # noqa: ANN401 (as dataclasses.field)
+def option(default: Json, help: str, **details: Json) -> Any:  # noqa: ANN401 (as dataclasses.field)
     """Return a recipe's field with its option; the details are those of `Option`."""
     return field(default=default, metadata={"option": Option(help=help, **details)})
 
 
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A frozen dataclass that survives JSON; unknown and missing keys are errors."""
 
@@ -93,7 +94,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Json]:
         """Return plain JSON values."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}  # type: ignore[call-overload]
+        values = asdict(self)
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
     @classmethod
     def from_json(cls: type[T], data: dict[str, Json]) -> T:
@@ -105,7 +107,7 @@ class Recipe:
         """
         renamed = {each.formerly: name for name, each in options_of(cls).items()}
         values = {renamed.get(key, key): value for key, value in data.items()}
-        if odd := sorted(values.keys() ^ {each.name for each in fields(cls)}):  # type: ignore[arg-type]
+        if odd := sorted(values.keys() ^ {each.name for each in fields(cls)}):
             raise ValueError(f"settings do not fit this version of msfp: key {odd[0]!r}")
         return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
 
@@ -120,7 +122,10 @@ class Recipe:
 
 
 def options_of(recipe: type[Recipe]) -> dict[str, Option]:
-    """Return the options of a recipe by field; a subclass that changes a default keeps the option."""
+    """Return the options of a recipe by field.
+
+    A subclass that gives a field another default keeps its option.
+    """
     options = dict[str, Option]()
     for base in reversed(recipe.__mro__):
         for name, each in vars(base).get("__dataclass_fields__", {}).items():
@@ -131,7 +136,7 @@ def options_of(recipe: type[Recipe]) -> dict[str, Option]:
 
 def default_of(recipe: type[Recipe], name: str) -> Json:
     """Return the default of a field, `dataclasses.MISSING` if it has none."""
-    return next((each.default for each in fields(recipe) if each.name == name), MISSING)  # type: ignore[arg-type]
+    return next((each.default for each in fields(recipe) if each.name == name), MISSING)
 
 
 def _named(each: Option, field_name: str) -> Option:
@@ -148,5 +153,7 @@ def _words(each: Option, value: Json) -> list[str]:
     if isinstance(value, bool):
         on, _, off = each.name.partition("/")
         return [on if value else off]
-    items = value if isinstance(value, tuple) and each.read is None else [value]
-    return [word for item in items for word in (each.name, each.write(item))]
+    words = list[str]()
+    for item in value if isinstance(value, tuple) and each.read is None else [value]:
+        words += [each.name, each.write(item)]
+    return words

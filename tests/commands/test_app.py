@@ -349,7 +349,7 @@ _EXPORTED, _CALIBRATED = "sample", "export"
         (
             None,
             "calibrate {classes} --prompts prompts.txt",
-            "'a red dress' is no class label of this pipeline",
+            "'a red dress' is not a class label of this pipeline",
             2,
         ),
         (None, "export", "no run directory msfp-run here; `msfp calibrate` makes one", 1),

@@ -129,7 +129,7 @@ class CalibrateRecipe(Recipe):
         return tuple(fmt for fmt in named if fmt.bits == bits) or sets["mixed"]
 
     def weight_formats(self, bits: int) -> tuple[FloatFormat, ...]:
-        """Return the candidates for a weight: signed ones; with ``integer`` only the uniform one."""
+        """Return the candidates for a weight: signed ones, of ``integer`` only the uniform one."""
         signed = formats_within(bits, WEIGHT_INTEGER_BITS, signed=True)
         if self.formats == "integer":
             return tuple(fmt for fmt in signed if fmt.is_uniform)

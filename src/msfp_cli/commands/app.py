@@ -23,7 +23,7 @@ app = typer.Typer(
     name="msfp",
     help="Quantize diffusers pipelines to 4-bit floating point, weights and activations.\n\n"
     "The chain: msfp calibrate MODEL, msfp finetune, msfp export, msfp sample --prompt '...'. "
-    "Each command finds what the one before it left in the run directory (msfp-run, or --run).",
+    "Each command reads the results of those before it from the run directory (--run).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -31,19 +31,19 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_set: bool) -> None:
+    if is_set:
         print(f"msfp {__version__}")
         raise typer.Exit()
 
 
 @app.callback()
 def _root(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:

@@ -1,6 +1,7 @@
 """`msfp calibrate`: record a pipeline's denoiser and choose a format for every layer."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,7 +34,9 @@ Examples:
 
     msfp calibrate
 
-    msfp calibrate stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.txt --keep '*attn2*:8'
+    msfp calibrate stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.txt
+
+    msfp calibrate my-model --weights 4 --activations 6 --keep '*attn2*:8'
 """
 ModelArgument = Annotated[
     str | None,
@@ -98,20 +101,21 @@ def summary(calibration: "Calibration") -> dict[str, Any]:
     }
 
 
-def _count_inputs(layers: Any) -> Counter[str]:  # noqa: ANN401 (an iterable of LayerChoice)
+def _count_inputs(layers: Iterable["LayerChoice"]) -> Counter[str]:
     return Counter(
         layer.scheme.input.format.name if layer.scheme.input else "float" for layer in layers
     )
 
 
-def _count_weights(layers: Any) -> Counter[str]:  # noqa: ANN401
+def _count_weights(layers: Iterable["LayerChoice"]) -> Counter[str]:
     return Counter(layer.scheme.weight.name if layer.scheme.weight else "float" for layer in layers)
 
 
 def show(calibration: "Calibration", component: str) -> None:
-    """Print which formats were chosen, the most sensitive layers, and what to expect of size and error."""
+    """Print the chosen formats, the most sensitive layers, the size and the error."""
     layers = calibration.layers[component]
-    inputs, weights = _count_inputs(layers.values()), _count_weights(layers.values())
+    inputs = _count_inputs(layers.values())
+    weights = _count_weights(layers.values())
     rows = [
         [name, str(inputs[name] or ""), str(weights[name] or "")]
         for name in sorted(inputs.keys() | weights.keys())
@@ -143,7 +147,8 @@ def show(calibration: "Calibration", component: str) -> None:
     )
     if unused := calibration.unused.get(component):
         console.note(
-            f"{component}: {len(unused)} layers never ran and stay in floating point, {unused[0]} among them"
+            f"{component}: {len(unused)} layers never ran and stay in floating point, "
+            f"{unused[0]} among them"
         )
 
 

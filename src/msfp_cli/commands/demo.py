@@ -9,10 +9,10 @@ import typer
 from msfp_cli.commands import console
 from msfp_cli.commands.options import DeviceOption, JsonOption
 
-_HELP = """Walk the whole chain on the built-in pipeline; no network, a few minutes on two cores.
+_HELP = """Run the whole chain on the built-in pipeline: no network, a few minutes on two cores.
 
-It ends with a report (one HTML page) and a picture of four rows, same seeds: full precision, plain signed FP4, MSFP as
-calibrated, and shortly fine-tuned.
+It ends with a report (one HTML page) and a picture with four rows of the same seeds: full
+precision, plain signed FP4, MSFP after calibration, and MSFP after a short fine-tuning.
 
 Examples:
 
@@ -24,7 +24,7 @@ Examples:
 
 def demo(
     out: Annotated[
-        Path, typer.Option(help="Run directory of the demo; replaced if it exists.")
+        Path, typer.Option(help="Run directory of the demo; it is replaced if it exists.")
     ] = Path("msfp-demo"),
     device: DeviceOption = None,
     json_: JsonOption = False,

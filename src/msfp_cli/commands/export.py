@@ -9,9 +9,9 @@ from msfp_cli.commands import console
 from msfp_cli.commands.options import DeviceOption, JsonOption, OverwriteOption, RunOption
 from msfp_cli.run import DEFAULT_RUN, Run
 
-_HELP = """Write the calibrated (and fine-tuned) pipeline as a diffusers directory with packed 4-bit weights.
+_HELP = """Write the calibrated and fine-tuned pipeline as a diffusers directory of 4-bit weights.
 
-It reloads with `import msfp_cli; DiffusionPipeline.from_pretrained(DIR)`.
+To load it in Python: `import msfp_cli; DiffusionPipeline.from_pretrained(DIR)`.
 
 Examples:
 
@@ -24,10 +24,13 @@ Examples:
 def export(
     run: RunOption = DEFAULT_RUN,
     out: Annotated[
-        Path | None, typer.Option(help="Where to write; the run's own export directory by default.")
+        Path | None, typer.Option(help="Directory to write. Default: export in the run directory.")
     ] = None,
     calibrated: Annotated[
-        bool, typer.Option("--calibrated", help="Leave the run's fine-tuning out.")
+        bool,
+        typer.Option(
+            "--calibrated", help="Export the calibrated model, without the run's fine-tuning."
+        ),
     ] = False,
     device: DeviceOption = None,
     overwrite: OverwriteOption = False,

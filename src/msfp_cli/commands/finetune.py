@@ -137,17 +137,20 @@ def _show(run: Run, reports: "list[FinetuneReport]", *, done: bool, as_json: boo
     for report in reports:
         if not report.finished:
             console.note(
-                f"{report.component}: stopped after {report.step} of {report.steps} updates; all is kept"
+                f"{report.component}: stopped after {report.step} of {report.steps} updates; all "
+                "is kept"
             )
         elif report.best_step == 0:
             console.note(
-                f"{report.component}: training did not lower the held-out error of {report.before:.5f}; the calibrated "
-                "state is kept. Try a lower --learning-rate with --restart"
+                f"{report.component}: training did not lower the held-out error of "
+                f"{report.before:.5f}; the calibrated state is kept. Try a lower --learning-rate "
+                "with --restart"
             )
         else:
             console.note(
                 f"{report.component}: held-out error {report.before:.5f} -> {report.after:.5f} "
-                f"({report.after / report.before:.2f} of the calibrated), best after {report.best_step} updates"
+                f"({report.after / report.before:.2f} of the calibrated), best after "
+                f"{report.best_step} updates"
             )
     console.result(
         str(run.directory / "finetune"),

@@ -1,4 +1,4 @@
-"""`msfp inspect`: show what fine-tuning learned, timestep by timestep, and how the layers of an export run."""
+"""`msfp inspect`: show what fine-tuning learned, or how the layers of an export run."""
 
 import fnmatch
 from collections import Counter
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 _HELP = """Show what fine-tuning learned: the error at each timestep before and after, and the hubs.
 
-The map says which member of its hub serves each layer when: columns are timesteps from noisy to clean, a digit is the
-member that serves most layers of the row.
+A hub is the few LoRAs of a layer, its members; the router uses one of them at each timestep. The
+map has a row for each block of layers and a column for each timestep, from noisy to clean. A digit
+is the member that most layers of the block use there.
 
 Examples:
 
@@ -33,13 +34,16 @@ _DEPTH = 2  # parts of a layer's name that make a row of the map
 def inspect(
     run: RunOption = DEFAULT_RUN,
     layers: Annotated[
-        str | None, typer.Option(help="Pattern of layers to show one by one.")
+        str | None,
+        typer.Option(
+            help="Pattern of names of layers to show one by one. Default: rows are blocks."
+        ),
     ] = None,
     kernels: Annotated[
         bool,
         typer.Option(
             "--kernels",
-            help="Show which kernel runs each layer of the latest export here, and why.",
+            help="Show instead which kernel computes each layer of the latest export, and why.",
         ),
     ] = False,
     device: DeviceOption = None,
@@ -79,7 +83,7 @@ def inspect(
 
 
 def _show_kernels(run: Path, pattern: str | None, device: str | None, *, as_json: bool) -> None:
-    """Print which kernel runs which layers of the latest export, and why others were passed over."""
+    """Print which kernel runs each layer of the latest export, and why not the others."""
     from msfp_cli.checkpoint.pipeline import MSFPPipeline
     from msfp_cli.errors import UsageError
     from msfp_cli.layers.prepare import prepare_
@@ -98,7 +102,8 @@ def _show_kernels(run: Path, pattern: str | None, device: str | None, *, as_json
         }
         if not shown:
             raise UsageError(
-                f"no layer matches {pattern!r}; the first of {len(chosen)} is {next(iter(chosen))!r}"
+                f"no layer matches {pattern!r}; the first of {len(chosen)} is "
+                f"{next(iter(chosen))!r}"
             )
         result[component] = {
             name: {"kernel": kernel, "why": why} for name, (kernel, why) in shown.items()

@@ -15,9 +15,7 @@ import typer
 
 from msfp_cli.commands import console
 
-ProcessesOption = Annotated[
-    int, typer.Option(min=1, help="Processes that share the work on this machine.")
-]
+ProcessesOption = Annotated[int, typer.Option(min=1, help="Local processes that share the work.")]
 _GRACE_SECONDS = 5
 _THREADS = "OMP_NUM_THREADS"
 _LAUNCHED = "MSFP_LAUNCHED"  # set for processes that another msfp has started

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional, TypeVar, get_origin
 
 import typer
 
+from msfp_cli.files import Json
 from msfp_cli.pipelines.source import ModelSource
 from msfp_cli.recipe import Option, Recipe, options_of
 
@@ -41,7 +42,7 @@ class Options:
 
     values: Mapping[str, Any]
 
-    def recipe(self, kind: type[R], **rest: Any) -> R:  # noqa: ANN401 (fields of any type)
+    def recipe(self, kind: type[R], **rest: Json) -> R:
         """Return a recipe of what was typed, and the defaults.
 
         Arguments:
@@ -51,7 +52,7 @@ class Options:
 
     def over(self, recipe: R) -> R:
         """Return a recipe with what was typed in place of its own settings."""
-        return replace(recipe, **self._of(type(recipe)))  # type: ignore[type-var]
+        return replace(recipe, **self._of(type(recipe)))
 
     def _of(self, kind: type[Recipe]) -> dict[str, Any]:
         return {key: self.values[key] for key in options_of(kind).keys() & self.values.keys()}
@@ -66,7 +67,7 @@ def with_options(*recipes: type[Recipe]) -> Callable[[Command], Command]:
     options = dict[str, Option]()
     parameters = list[inspect.Parameter]()
     for recipe in recipes:
-        for each in fields(recipe):  # type: ignore[arg-type]
+        for each in fields(recipe):
             described = options_of(recipe).get(each.name)
             if described is not None and described.is_typed and each.name not in options:
                 options[each.name] = described
@@ -74,7 +75,7 @@ def with_options(*recipes: type[Recipe]) -> Callable[[Command], Command]:
 
     def decorate(command: Command) -> Command:
         @wraps(command)
-        def wrapper(**arguments: Any) -> None:  # noqa: ANN401 (options of any type)
+        def wrapper(**arguments: Json) -> None:
             values = dict[str, Any]()
             for name, each in options.items():
                 value = arguments.pop(name)
@@ -105,8 +106,8 @@ def _parameter(each: "Field[Any]", described: Option) -> inspect.Parameter:
     return inspect.Parameter(each.name, _KEYWORD, default=None, annotation=annotation)
 
 
-def _setting(each: Option, value: Any) -> Any:  # noqa: ANN401 (what Typer read, a field's value)
-    """Return the value of a field for what was typed."""
+def _setting(each: Option, value: Json) -> Json:
+    """Return the value of a field for what Typer read."""
     if each.read is not None:
         return each.read(value)
     return tuple(value) if isinstance(value, list) else value

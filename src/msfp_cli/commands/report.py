@@ -11,8 +11,9 @@ from msfp_cli.run import DEFAULT_RUN, Run
 
 _HELP = """Write the run's evaluation as one self-contained HTML page, with PNG plots beside it.
 
-Pictures of the same seeds side by side, error by timestep, every layer with the formats it could have had, which hub
-member serves when, size and speed, and all settings. The page needs no network.
+It shows pictures of the same seeds side by side, the error at each timestep, the formats of every
+layer with their errors, the hub member that is used at each timestep, size and speed, and all
+settings. The page loads nothing from the network.
 
 Examples:
 
@@ -24,12 +25,13 @@ Examples:
 
 def report(
     evaluation: Annotated[
-        Path | None, typer.Argument(help="Evaluation directory; the run's own by default.")
+        Path | None,
+        typer.Argument(help="Evaluation directory. Default: evaluation in the run directory."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where to write; the run's report directory by default.")
+        Path | None, typer.Option(help="Directory to write. Default: report in the run directory.")
     ] = None,
-    pictures: Annotated[int, typer.Option(min=1, help="Prompts to show.")] = 8,
+    pictures: Annotated[int, typer.Option(min=1, help="Prompts whose pictures are shown.")] = 8,
     run: RunOption = DEFAULT_RUN,
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
@@ -41,9 +43,9 @@ def report(
     state = Run(run)
     if evaluation is None:
         state.require()
-    found = Evaluation.load(evaluation or state.evaluation)
+    result = Evaluation.load(evaluation or state.evaluation)
     written = write_report(
-        state, found, out or state.report, pictures=pictures, overwrite=overwrite
+        state, result, out or state.report, pictures=pictures, overwrite=overwrite
     )
     for line in written.notes:
         console.note(f"note: {line}")

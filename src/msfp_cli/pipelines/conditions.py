@@ -1,4 +1,4 @@
-"""What a pipeline is conditioned on, and the conditions it is given: prompts, class labels, or nothing."""
+"""What a pipeline is conditioned on: prompts, class labels, or nothing."""
 
 import inspect
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from typing import Any
 
 from msfp_cli.errors import UsageError
 from msfp_cli.pipelines.loading import default_prompts
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.source import ModelSource, Pipeline
 
 
-def conditioning_of(pipe: Any) -> str:  # noqa: ANN401 (a pipeline's class is the user's)
+def conditioning_of(pipe: Pipeline) -> str:
     """Say what a pipeline is conditioned on: ``prompt``, ``class_labels`` or ``none``."""
     parameters = inspect.signature(pipe.__call__).parameters
     return next((kind for kind in ("prompt", "class_labels") if kind in parameters), "none")
@@ -32,9 +32,8 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     try:
         lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"cannot read prompts from {path}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot read prompts from {path}: {reason}") from None
     prompts = tuple(line for line in lines if line)
     if not prompts:
         raise UsageError(f"{path} holds no prompts; write one a line")
@@ -42,7 +41,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def conditions_for(
-    pipe: Any,  # noqa: ANN401 (a pipeline's class is the user's)
+    pipe: Pipeline,
     source: ModelSource,
     prompts: tuple[str, ...] | None,
     num_images: int,
@@ -83,30 +82,31 @@ def expand_conditions(prompts: Sequence[str], num_images: int, kind: str) -> tup
         return (None,) * num_images
     if not prompts:
         raise UsageError('no prompt; give at least one, for instance --prompt "a red dress"')
-    return tuple(prompt for prompt in prompts for _ in range(num_images))
+    return tuple(prompts[i // num_images] for i in range(len(prompts) * num_images))
 
 
-def arguments_of(pipe: Any, conditions: Sequence[str | None]) -> dict[str, Any]:  # noqa: ANN401
+def arguments_of(pipe: Pipeline, conditions: Sequence[str | None]) -> dict[str, Any]:
     """Return the arguments that pass one condition per image."""
     kind = conditioning_of(pipe)
     if kind == "none":
         return {"batch_size": len(conditions)}
     if any(condition is None for condition in conditions):
         raise UsageError(
-            f"{type(pipe).__name__} needs a prompt for every picture; give --prompt or --prompts FILE"
+            f"{type(pipe).__name__} needs a prompt for every picture; give --prompt or "
+            "--prompts FILE"
         )
     if kind == "prompt":
         return {"prompt": list(conditions)}
     return {"class_labels": [_class_label(pipe, str(condition)) for condition in conditions]}
 
 
-def _class_label(pipe: Any, text: str) -> int:  # noqa: ANN401
+def _class_label(pipe: Pipeline, text: str) -> int:
     """Read a class label: its number, or its name where the pipeline knows names."""
     if text.strip().isdigit():
         return int(text)
     labels = getattr(pipe, "labels", None) or {}
     if text not in labels:
         raise UsageError(
-            f"{text!r} is no class label of this pipeline; give a number or one of its label names"
+            f"{text!r} is not a class label of this pipeline; give a number or one of its names"
         )
     return int(labels[text])

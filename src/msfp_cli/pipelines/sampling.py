@@ -33,7 +33,7 @@ def call_pipeline(
         output_type: ``pil``, or ``latent`` to skip the decoder.
     """
     parameters = inspect.signature(pipe.__call__).parameters
-    wanted: dict[str, Any] = {
+    options: dict[str, Any] = {
         "generator": [
             torch.Generator().manual_seed(sampling.seed + first + i) for i in range(len(conditions))
         ],
@@ -41,7 +41,7 @@ def call_pipeline(
         **sampling.arguments(),
     }
     arguments = {
-        key: value for key, value in wanted.items() if key in parameters and value is not None
+        key: value for key, value in options.items() if key in parameters and value is not None
     }
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
@@ -51,6 +51,7 @@ def call_pipeline(
         if "ScalarType" not in str(error):
             raise
         raise ModelError(
-            f"{type(pipe).__name__} cannot turn this type into pictures ({error}); use --dtype float32"
+            f"{type(pipe).__name__} cannot turn this type into pictures ({error}); "
+            "use --dtype float32"
         ) from None
     return result.images if hasattr(result, "images") else result[0]

@@ -1,4 +1,4 @@
-"""What is recorded: conditions, sampler, and which pictures are held out; nothing here needs torch."""
+"""What is recorded and which pictures are held out; nothing here needs torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ class RecordOptions(Sampling):
 def recorded_conditions(
     conditions: Sequence[str | None], num_images: int
 ) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
-    """Share so many pictures out: conditions that are not held out come again, with other noise, if there are too few.
+    """Assign a condition to each picture; if there are too few, they are reused with new noise.
 
     Returns:
         The condition of each picture to calibrate on, and of each that is held out.
@@ -90,7 +90,7 @@ def recorded_conditions(
 def split_held_out(
     conditions: Sequence[str | None],
 ) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
-    """Set every fifth condition aside, of many only some 24 in all; a lone one serves for both (with other seeds).
+    """Set every fifth condition aside, about 24 at most; a single one is in both parts.
 
     Returns:
         The conditions to calibrate on, and those held out to measure on.
@@ -99,4 +99,5 @@ def split_held_out(
         return tuple(conditions[:-1] or conditions), tuple(conditions[-1:])
     every = max(5, len(conditions) // _HELD_OUT)
     held_out = tuple(c for i, c in enumerate(conditions) if i % every == every - 1)
-    return tuple(c for i, c in enumerate(conditions) if i % every != every - 1), held_out
+    chosen = tuple(c for i, c in enumerate(conditions) if i % every != every - 1)
+    return chosen, held_out
