@@ -108,8 +108,8 @@ def quantize_(denoiser: nn.Module) -> None:
     """Quantize a denoiser by rule of thumb, where it is."""
     from msfp_cli.formats.float_format import FloatFormat
     from msfp_cli.formats.rounding import Grid
-    from msfp_cli.layers.quantized import LayerScheme
     from msfp_cli.layers.replace import find_layers, store_layers_
+    from msfp_cli.layers.scheme import LayerScheme
 
     grids = [("e2m1", 4.0, 0.0), ("ue2m2", 4.0, -0.25), ("e2m5", 4.0, 0.0)]
     signed, unsigned, wide = (

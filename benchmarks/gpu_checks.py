@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import Grid, quantize
 from msfp_cli.layers.kernels import cuda
-from msfp_cli.layers.kernels.cuda import Cuda, CudaFp8
-from msfp_cli.layers.quantized import LayerScheme, QuantConv2d, QuantLinear
+from msfp_cli.layers.kernels.cuda import Cuda
+from msfp_cli.layers.kernels.cuda_fp8 import CudaFp8
+from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
 from msfp_cli.layers.routing import Route
+from msfp_cli.layers.scheme import LayerScheme
 
 FORMATS = ("e1m2", "e2m1", "e3m0", "ue1m3", "ue2m2", "ue3m1", "ue4m0", "e2m5", "ue3m5", "ue1m7")
 LAYERS: dict[str, tuple[tuple[int, ...], dict[str, Any], tuple[int, ...]]] = {
@@ -128,7 +130,8 @@ def error_of(check: Check, device: str) -> float:
     layer.to(device)
     kind = CudaFp8 if check.path == "float8" else Cuda
     layer.kernel = kind(layer, keep_packed=check.path == "packed")
-    layer.kernel.fused = layer.kernel.fused and check.path != "torch"
+    on_bytes = layer.kernel.cuda if check.path == "float8" else layer.kernel
+    on_bytes.fused = on_bytes.fused and check.path != "torch"
     if layer.kernel.holds_weight:
         del layer._buffers["weight_codes"]
     layer.route = Route[Any]()
@@ -199,22 +202,21 @@ def print_tiles() -> None:
         "| product | " + " | ".join("x".join(map(str, tile)) for tile in ops.TILES) + " | chosen |"
     )
     print("|---" * (len(ops.TILES) + 2) + "|")
-    for batch, height, width, channels, outs, kernel in SHAPES:
-        plain = nn.Conv2d(channels, outs, kernel, padding=kernel // 2, device="cuda")
+    for batch, height, width, channels, outs, taps in SHAPES:
+        plain = nn.Conv2d(channels, outs, taps, padding=taps // 2, device="cuda")
         grid = Grid(FloatFormat.parse("ue2m2"), 0.125, -0.25)
         layer = QuantConv2d(plain, LayerScheme(weight=FloatFormat.parse("e2m1"), input=grid))
         layer.store_(plain.weight, torch.full((outs,), 0.01, device="cuda"))
-        held = Cuda(layer, keep_packed=False)  # type: ignore[arg-type]
-        planes = held.round(
-            torch.randn(batch, channels, height, width, device="cuda"), held.members
-        )
+        kernel = Cuda(layer, keep_packed=False)
+        x = torch.randn(batch, channels, height, width, device="cuda")
+        planes = kernel.round(x, kernel.members)
         y = torch.empty(batch, outs, height, width, device="cuda", dtype=torch.bfloat16)
         cells = []
         for tile in ops.TILES:
-            given = (y, planes, held.held, held.members, held.geometry, 0, tile)
-            cells.append(f"{do_bench(lambda given=given: ops.multiply_(*given)):.3f}")
+            arguments = (y, planes, kernel.tensors, kernel.members, kernel.geometry, 0, tile)
+            cells.append(f"{do_bench(lambda arguments=arguments: ops.multiply_(*arguments)):.3f}")
         chosen = ops.choose_tile(batch * height * width, outs, processors)
-        shape = f"{batch}x{height}x{width}x{channels} to {outs}, {kernel}x{kernel}"
+        shape = f"{batch}x{height}x{width}x{channels} to {outs}, {taps}x{taps}"
         print(
             f"| {shape} | " + " | ".join(cells) + f" | {'x'.join(map(str, chosen))} |", flush=True
         )

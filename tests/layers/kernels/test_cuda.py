@@ -34,7 +34,8 @@ from msfp_cli.errors import UsageError
 from msfp_cli.formats.float_format import FloatFormat, formats_of_width
 from msfp_cli.formats.rounding import Grid, quantize
 from msfp_cli.layers.kernels import cuda, int8
-from msfp_cli.layers.kernels.cuda import Cuda, CudaFp8, e4m3_exponent
+from msfp_cli.layers.kernels.cuda import Cuda
+from msfp_cli.layers.kernels.cuda_fp8 import CudaFp8, e4m3_exponent
 from msfp_cli.layers.kernels.geometry import num_window_kinds, taps_of_kinds, window_kinds
 from msfp_cli.layers.kernels.registry import AUTO, KERNELS, choose_kernel
 from msfp_cli.layers.prepare import prepare_
@@ -60,13 +61,31 @@ FORMATS = ["e1m2", "e2m1", "e3m0", "ue1m3", "ue2m2", "ue3m1", "ue4m0", "e2m5", "
 every_path = pytest.mark.parametrize("path", PATHS)
 
 
-def prepare(layer: Any, path: str, kind: type[Cuda] = Cuda, *, keep_packed: bool = False) -> Any:  # noqa: ANN401
+def bytes_of(kernel: Cuda | CudaFp8) -> Cuda:
+    """The kernel on bytes: this one, or the one that it holds."""
+    return kernel.cuda if isinstance(kernel, CudaFp8) else kernel
+
+
+def weights_of(kernel: Cuda | CudaFp8) -> Tensor:
+    """The weights that a kernel holds."""
+    is_float8 = isinstance(kernel, CudaFp8) and kernel.product is not None
+    return kernel.product.weights if is_float8 else bytes_of(kernel).tensors.weights
+
+
+def prepare(
+    layer: Any,  # noqa: ANN401
+    path: str,
+    kind: type[Cuda | CudaFp8] = Cuda,
+    *,
+    keep_packed: bool = False,
+) -> Any:  # noqa: ANN401
     """Give a layer the kernel, whatever device it is on."""
     if path == "gpu":
         layer.cuda()
     layer.kernel = kind(layer, keep_packed=keep_packed)
-    layer.kernel.fused = layer.kernel.fused and path != "torch"
-    assert layer.kernel.fused == (path != "torch")
+    kernel = bytes_of(layer.kernel)
+    kernel.fused = kernel.fused and path != "torch"
+    assert kernel.fused == (path != "torch")
     if layer.kernel.holds_weight:
         del layer._buffers["weight_codes"]
     return layer
@@ -79,7 +98,7 @@ def run(layer: Any, x: Tensor) -> Tensor:  # noqa: ANN401
     return y.cpu()
 
 
-def check(layer: Any, x: Tensor, path: str, kind: type[Cuda] = Cuda) -> None:  # noqa: ANN401
+def check(layer: Any, x: Tensor, path: str, kind: type[Cuda | CudaFp8] = Cuda) -> None:  # noqa: ANN401
     expected = in_float64(layer, x)
     close(run(prepare(layer, path, kind), x), expected)
 
@@ -227,7 +246,7 @@ def test_output_has_the_type_of_the_input(fmt: str, dtype: torch.dtype, path: st
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("kind", [Cuda, CudaFp8])
 def test_hub_runs_the_member_that_its_route_names(
-    kind: type[Cuda], as_tensor: bool, keep_packed: bool, path: str
+    kind: type[Cuda | CudaFp8], as_tensor: bool, keep_packed: bool, path: str
 ) -> None:
     first, second = grid_of(INPUTS["ue2m2"]), Grid(INPUTS["ue2m2"], 0.05, 0.0)
     x, outputs = draw(2, 4, 5, 5), []
@@ -248,7 +267,7 @@ def test_hub_runs_the_member_that_its_route_names(
 @pytest.mark.parametrize("kind", [Cuda, CudaFp8])
 @pytest.mark.parametrize("make", [linear, conv])
 def test_weight_is_held_once_and_comes_back(
-    make: Callable[..., Any], kind: type[Cuda], keep_packed: bool, path: str
+    make: Callable[..., Any], kind: type[Cuda | CudaFp8], keep_packed: bool, path: str
 ) -> None:
     layer = make(grid=grid_of(INPUTS["ue2m2"]))
     weight, state = (
@@ -259,7 +278,7 @@ def test_weight_is_held_once_and_comes_back(
     assert (
         ("weight_codes" in dict(layer.named_buffers()))
         == keep_packed
-        == (layer.kernel.weights.numel() == 0)
+        == (weights_of(layer.kernel).numel() == 0)
     )
     torch.testing.assert_close(layer.weight.cpu(), weight, rtol=0, atol=0)
     assert all(
@@ -330,14 +349,14 @@ def test_float8_equals_the_formula_where_sums_are_small(fmt: str, weight: str, p
     layer = layer_of(nn.Linear, 23, 9, weight=WEIGHTS[weight], grid=grid_of(INPUTS[fmt]))
     check(layer, draw(5, 3, 23), path, CudaFp8)
     wanted = e4m3_exponent(INPUTS[fmt]) is not None and e4m3_exponent(WEIGHTS[weight]) is not None
-    assert (layer.kernel.weights.dtype == torch.float8_e4m3fn) == wanted
+    assert (weights_of(layer.kernel).dtype == torch.float8_e4m3fn) == wanted
 
 
 @every_path
 def test_float8_leaves_convolutions_in_bytes(path: str) -> None:
     layer = conv(grid=grid_of(INPUTS["ue2m2"]), padding=1)
     check(layer, draw(2, 4, 5, 5), path, CudaFp8)
-    assert layer.kernel.weights.dtype == torch.int8
+    assert weights_of(layer.kernel).dtype == torch.int8
 
 
 # the kinds of window
@@ -488,7 +507,9 @@ def test_kernels_import_without_triton() -> None:
 @every_path
 @pytest.mark.parametrize("hub", [1, 2])
 @pytest.mark.parametrize("kind", [Cuda, CudaFp8])
-def test_denoiser_compiles_without_a_graph_break(kind: type[Cuda], hub: int, path: str) -> None:
+def test_denoiser_compiles_without_a_graph_break(
+    kind: type[Cuda | CudaFp8], hub: int, path: str
+) -> None:
     denoiser = unet(hub)
     prepare_(denoiser, "reference")
     timesteps = (10, 900)
@@ -520,7 +541,7 @@ def test_operator_keeps_the_contract_of_torch(make: Any, fmt: str, path: str) ->
     for channels_last in (False, True):
         arguments = (
             planes,
-            *kernel.held,
+            *kernel.tensors,
             kernel.members[:1],
             shift,
             kernel.geometry.flat(),
@@ -546,7 +567,7 @@ def test_every_tile_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     planes = kernel.round(x.to(device), kernel.members)
     for tile in ops.TILES:
         y = torch.full((2, 40, 9, 8), float("nan"), device=device)
-        ops.multiply_(y, planes, kernel.held, kernel.members, kernel.geometry, 128, tile)
+        ops.multiply_(y, planes, kernel.tensors, kernel.members, kernel.geometry, 128, tile)
         close(y.cpu(), expected)
 
 

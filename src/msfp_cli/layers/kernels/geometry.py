@@ -75,6 +75,10 @@ class Geometry(NamedTuple):
         reach = self.dilation[dim] * (self.kernel[dim] - 1)
         return (size + 2 * self.padding[dim] - reach - 1) // self.stride[dim] + 1
 
+    def along(self, dim: int) -> tuple[int, int, int, int]:
+        """Return kernel, stride, padding and dilation of one dimension."""
+        return self.kernel[dim], self.stride[dim], self.padding[dim], self.dilation[dim]
+
 
 def _pair(numbers: Sequence[int]) -> tuple[int, int]:
     vertical, horizontal = numbers
@@ -112,9 +116,8 @@ def subtract_frame_(y: Tensor, taps: Tensor, geometry: Geometry, height: int, wi
         y: ``(batch, out, rows, columns)``.
         taps: ``(out, kernel height, kernel width)``, the share of each tap.
     """
-    (rows, top, bottom), (columns, left, right) = (
-        _inside(size, *(pair[i] for pair in geometry[:4])) for i, size in enumerate((height, width))
-    )
+    rows, top, bottom = _inside(height, *geometry.along(0))
+    columns, left, right = _inside(width, *geometry.along(1))
     total = taps.sum(dim=(1, 2))[:, None, None]
     for strip in (slice(0, top), slice(bottom, None)):
         if len(rows[strip]):
@@ -151,14 +154,14 @@ def window_kinds(
         positions: int64, any shape.
         size: the picture's height or width.
     """
-    start = padding - positions * stride
-    first = (
-        (start.clamp(min=0) + dilation - 1).div(dilation, rounding_mode="floor").clamp(max=kernel)
-    )
-    last = (
-        ((start + size).clamp(min=0) + dilation - 1)
-        .div(dilation, rounding_mode="floor")
-        .clamp(max=kernel)
-    )
+    start = padding - positions * stride  # of the picture, counted from the window's first tap
+    first = _taps_before(start, kernel, dilation)
+    last = _taps_before(start + size, kernel, dilation)
     kind = first * kernel - first * (first - 1) // 2 + last - first
     return torch.where(first < last, kind, 0)
+
+
+def _taps_before(place: Tensor, kernel: int, dilation: int) -> Tensor:
+    """Count a window's taps that lie before a place, counted from the window's first tap."""
+    taps = (place.clamp(min=0) + dilation - 1).div(dilation, rounding_mode="floor")
+    return taps.clamp(max=kernel)

@@ -34,16 +34,58 @@ from msfp_cli.layers.kernels.geometry import (
 ROW_MULTIPLE = 16  # rows of weights are filled up to this, for `_int_mm` and for loads of 16 bytes
 WIDEST = 127 * 256 + 127  # the largest integer of two signed bytes
 POINT = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
-_FEWEST_ROWS, _INT_MM_MULTIPLE = 17, 8
+_FEWEST_ROWS = 17
+_INT_MM_MULTIPLE = 8
 
 
-class Held(NamedTuple):
-    """What a kernel holds of a layer; the first dimension of each is the set of weights, or 1."""
+class Int8Layer(NamedTuple):
+    """A layer as products of bytes need it; the first dimension is the member of its hub, or 1.
 
-    weights: Tensor  # int8 (sets, out, row): tap by tap, a group's channels each, then zeros
-    factors: Tensor  # float32 (sets, out): the input's scale times the weight's
-    constants: Tensor  # float32 (sets, kinds of window, out): bias and the zero point's share
-    offsets: Tensor  # int32 (sets, out): what the shift of the input took from the sum
+    Arguments:
+        weights: int8 ``(members, out, row)``: tap by tap, a group's channels each, then zeros.
+        factors: float32 ``(members, out)``: the input's scale times the weight's.
+        constants: float32 ``(members, kinds of window, out)``: bias and the zero point's share.
+        offsets: int32 ``(members, out)``: what the shift of the input took from the sum.
+    """
+
+    weights: Tensor
+    factors: Tensor
+    constants: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        integers: list[Tensor],
+        grids: list[Grid],
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+    ) -> "Int8Layer":
+        """Lay a layer's weights out, and fold its scales, zero point and bias.
+
+        Arguments:
+            integers: int8, shape of the layer's weight, one per member.
+            grids: of the input, one per member.
+            weight_scale: float32, ``(out,)``.
+        """
+        sums = [tap_sums(weight) for weight in integers]
+        scale = weight_scale.double()
+        added = 0.0 if bias is None else bias.detach().double()
+        shares = [
+            taps * (scale * grid.zero_point).view(-1, 1, 1)
+            for taps, grid in zip(sums, grids, strict=True)
+        ]
+        constants = [constants_of(share, added, geometry) for share in shares]
+        kinds = max(len(constant) for constant in constants)
+        shift = shift_of(grids[0].format)
+        offsets = [(taps.sum(dim=(1, 2)) * shift).to(torch.int32) for taps in sums]
+        return cls(
+            weights=torch.stack([lay_out(weight) for weight in integers]),
+            factors=torch.stack([(scale * grid.scale).float() for grid in grids]),
+            constants=torch.stack([constant.expand(kinds, -1) for constant in constants]),
+            offsets=torch.stack(offsets),
+        )
 
 
 def is_wide(fmt: FloatFormat) -> bool:
@@ -57,10 +99,9 @@ def shift_of(fmt: FloatFormat) -> int:
 
 
 def lay_out(integers: Tensor) -> Tensor:
-    """Write a weight as `Held` has it, for one set: int8, ``(out, row)``."""
-    rows = (integers.permute(0, 2, 3, 1) if integers.ndim == 4 else integers).reshape(
-        integers.shape[0], -1
-    )
+    """Write a member's weight as `Int8Layer` has it: int8, ``(out, row)``."""
+    taps_first = integers.permute(0, 2, 3, 1) if integers.ndim == 4 else integers
+    rows = taps_first.reshape(len(integers), -1)
     return functional.pad(rows, (0, -rows.shape[1] % ROW_MULTIPLE))
 
 
@@ -87,41 +128,9 @@ def constants_of(share: Tensor, bias: Tensor | float, geometry: Geometry) -> Ten
     """
     if not any(geometry.padding) or not bool(share.any()):
         return (share.sum(dim=(1, 2)) + bias).float()[None]
-    vertical, horizontal = (taps_of_kinds(taps).to(share.device) for taps in geometry.kernel)
+    vertical, horizontal = [taps_of_kinds(taps).to(share.device) for taps in geometry.kernel]
     by_kind = torch.einsum("oij,ri,cj->rco", share, vertical, horizontal)
     return (by_kind.flatten(0, 1) + bias).float()
-
-
-def hold(
-    integers: list[Tensor],
-    grids: list[Grid],
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-) -> Held:
-    """Prepare a layer.
-
-    Arguments:
-        integers: int8, shape of the layer's weight, one per set of weights.
-        grids: of the input, one per set.
-        weight_scale: float32, ``(out,)``.
-    """
-    sums = [tap_sums(weight) for weight in integers]
-    scale = weight_scale.double()
-    added = 0.0 if bias is None else bias.detach().double()
-    shares = [
-        taps * (scale * grid.zero_point).view(-1, 1, 1)
-        for taps, grid in zip(sums, grids, strict=True)
-    ]
-    constants = [constants_of(share, added, geometry) for share in shares]
-    kinds = max(len(constant) for constant in constants)
-    shift = shift_of(grids[0].format)
-    return Held(
-        torch.stack([lay_out(weight) for weight in integers]),
-        torch.stack([(scale * grid.scale).float() for grid in grids]),
-        torch.stack([constant.expand(kinds, -1) for constant in constants]),
-        torch.stack([(taps.sum(dim=(1, 2)) * shift).to(torch.int32) for taps in sums]),
-    )
 
 
 def round_to_bytes(
@@ -143,39 +152,41 @@ def round_to_bytes(
         return [(rounded * 2.0**exponent).to(torch.float8_e4m3fn).contiguous()]
     if not is_wide(fmt):
         return [(rounded - shift_of(fmt)).to(torch.int8).contiguous()]
-    whole = rounded.to(torch.int32)
-    low = (whole + 128).bitwise_and(255) - 128
-    return [
-        plane.to(torch.int8).contiguous() for plane in (low, (whole - low).bitwise_right_shift(8))
-    ]
+    return [plane.to(torch.int8).contiguous() for plane in signed_planes(rounded.to(torch.int32))]
+
+
+def signed_planes(integers: Tensor) -> list[Tensor]:
+    """Part int32 integers into two planes of signed bytes, the low one first: ``low + 256 high``."""
+    low = (integers + 128).bitwise_and(255) - 128
+    return [low, (integers - low).bitwise_right_shift(8)]
 
 
 def multiply(
-    planes: list[Tensor], held: Held, member: int, geometry: Geometry, shift: int
+    planes: list[Tensor], layer: Int8Layer, member: int, geometry: Geometry, shift: int
 ) -> Tensor:
-    """Convolve bytes with bytes, and return the layer's output in float32: ``(batch, rows, columns, out)``."""
-    y = (
-        integer_sums(planes[0], held.weights[member], geometry, -shift)
-        .add_(held.offsets[member])
-        .float()
-    )
-    for plane in planes[1:]:
-        y.add_(integer_sums(plane, held.weights[member], geometry, 0).float(), alpha=256)
-    return y.mul_(held.factors[member]).add_(
-        _constants_at(planes[0], y, held.constants[member], geometry)
-    )
+    """Convolve bytes with bytes, and return the layer's output in float32.
+
+    Returns:
+        ``(batch, rows, columns, out)``.
+    """
+    low, *further = planes
+    weight = layer.weights[member]
+    sums = integer_sums(low, weight, geometry, -shift).add_(layer.offsets[member])
+    y = sums.float()
+    for plane in further:
+        y.add_(integer_sums(plane, weight, geometry, 0).float(), alpha=256)
+    constants = _constants_at(low, y, layer.constants[member], geometry)
+    return y.mul_(layer.factors[member]).add_(constants)
 
 
 def _constants_at(codes: Tensor, y: Tensor, constants: Tensor, geometry: Geometry) -> Tensor:
     """Pick the constant of each window; ``(rows, columns, out)``, or ``(1, out)`` where all are alike."""
     if len(constants) == 1:
         return constants
-    vertical, horizontal = (
-        window_kinds(
-            torch.arange(count, device=y.device), size, *(pair[i] for pair in geometry[:4])
-        )
-        for i, (count, size) in enumerate(zip(y.shape[1:3], codes.shape[1:3], strict=True))
-    )
+    rows = torch.arange(y.shape[1], device=y.device)
+    columns = torch.arange(y.shape[2], device=y.device)
+    vertical = window_kinds(rows, codes.shape[1], *geometry.along(0))
+    horizontal = window_kinds(columns, codes.shape[2], *geometry.along(1))
     return constants[vertical[:, None] * num_window_kinds(geometry.kernel[1]) + horizontal]
 
 
@@ -184,19 +195,15 @@ def integer_sums(codes: Tensor, weight: Tensor, geometry: Geometry, outside: int
 
     Arguments:
         codes: int8 ``(batch, height, width, channels)``.
-        weight: int8 ``(out, row)``, see `Held`.
+        weight: int8 ``(out, row)``, see `Int8Layer`.
         outside: the byte that windows see beyond the edge.
     """
     windows = _windows(codes, geometry, outside)
-    groups = geometry.groups
-    channels = codes.shape[3] // groups
-    sums = [
-        _int_mm(
-            windows[..., i * channels : (i + 1) * channels].reshape(windows.shape[:3].numel(), -1),
-            rows,
-        )
-        for i, rows in enumerate(weight.chunk(groups))
-    ]
+    count = windows.shape[:3].numel()
+    of_groups = zip(
+        windows.chunk(geometry.groups, dim=5), weight.chunk(geometry.groups), strict=True
+    )
+    sums = [_int_mm(group.reshape(count, -1), rows) for group, rows in of_groups]
     return torch.cat(sums, dim=1).view(*windows.shape[:3], -1)
 
 
@@ -220,8 +227,11 @@ def _windows(codes: Tensor, geometry: Geometry, outside: int) -> Tensor:
 
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:
     """Multiply the rows of two int8 matrices, ``(m, k)`` and ``(n, k or more)`` with 0 beyond k; int32, ``(m, n)``."""
-    (m, k), n = a.shape, len(b)
-    depth, rows, columns = b.shape[1] - k, max(_FEWEST_ROWS - m, 0), -n % _INT_MM_MULTIPLE
+    m, k = a.shape
+    n = len(b)
+    depth = b.shape[1] - k
+    rows = max(_FEWEST_ROWS - m, 0)
+    columns = -n % _INT_MM_MULTIPLE
     left = functional.pad(a, (0, depth, 0, rows)) if depth or rows else a
     right = functional.pad(b, (0, 0, 0, columns)) if columns else b
     product: Tensor = torch._int_mm(left, right.t())

@@ -9,7 +9,7 @@ time; it moves half of what a copy of a 16-bit picture would. Its arithmetic is
 windows times output channels, walks over taps and channels, and loads for every window the piece of
 the picture that lies under the tap. A Linear layer is a picture one pixel wide. Sums stay in int32
 registers; the shift, the scales, the constant for the kind of window, and the conversion to the
-output's type happen on the way out. Which set of weights runs is read from the GPU's memory, so a
+output's type happen on the way out. Which member runs is read from the GPU's memory, so a
 hub costs no copy and no synchronisation, and CUDA graphs may record it.
 
 The tile is chosen from `TILES` by size: the largest of which there are three for every two
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.layers.kernels.geometry import Geometry, num_window_kinds
-from msfp_cli.layers.kernels.int8 import Held, is_wide, shift_of
+from msfp_cli.layers.kernels.int8 import Int8Layer, is_wide, shift_of
 
 _EXPONENT = tl.constexpr(0x7F800000)  # the bits of a float32's exponent
 _BAND = tl.constexpr(8)  # so many rows of tiles run side by side, which keeps weights in the cache
@@ -202,11 +202,11 @@ def _device_of(x: Tensor) -> AbstractContextManager[Any]:
 def round_to_bytes(
     x: Tensor, numbers: Tensor, member: Tensor, fmt: FloatFormat, exponent: int | None = None
 ) -> list[Tensor]:
-    """Do as `int8.round_to_bytes`, with the numbers of all sets of weights and the one that runs.
+    """Do as `int8.round_to_bytes`, with the numbers of all members and the one that runs.
 
     Arguments:
         x: ``(batch, channels, height, width)``, in any order.
-        numbers: float32 ``(sets, 2)``.
+        numbers: float32 ``(members, 2)``.
         member: int64 ``(1,)``.
     """
     batch, channels, height, width = x.shape
@@ -231,7 +231,7 @@ def round_to_bytes(
 def multiply_(
     y: Tensor,
     planes: list[Tensor],
-    held: Held,
+    layer: Int8Layer,
     member: Tensor,
     geometry: Geometry,
     shift: int,
@@ -242,7 +242,7 @@ def multiply_(
     Arguments:
         y: ``(batch, out, rows, columns)``, rows and columns in line; float32 where there are two
             planes.
-        member: int64 ``(1,)``, which set of weights.
+        member: int64 ``(1,)``.
         tile: instead of `choose_tile`'s.
     """
     batch, outs, rows, columns = y.shape
@@ -254,12 +254,12 @@ def multiply_(
     with _device_of(y):
         for i, plane in enumerate(planes):
             multiply_kernel[grid](
-                plane, *held[:1], member, *held[1:], y,
-                height, width, channels, rows, columns, windows, outs, held.weights.shape[2],
+                plane, *layer[:1], member, *layer[1:], y,
+                height, width, channels, rows, columns, windows, outs, layer.weights.shape[2],
                 groups, *geometry.stride, *geometry.padding, *geometry.dilation,
                 y.stride(0), y.stride(1), y.stride(3) if columns > 1 else y.stride(2),
                 DOWN=geometry.kernel[0], ACROSS=geometry.kernel[1],
-                KINDS=held.constants.shape[1], KINDS_ACROSS=num_window_kinds(geometry.kernel[1]),
+                KINDS=layer.constants.shape[1], KINDS_ACROSS=num_window_kinds(geometry.kernel[1]),
                 OUTSIDE=-shift, PLANE=i, WINDOWS=tile.windows, OUTS=tile.outs, DEPTH=depth,
                 num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
             )  # fmt: skip
