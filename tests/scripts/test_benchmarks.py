@@ -5,6 +5,7 @@ are tested in tests/layers/kernels/test_gpu_benchmark.py.
 """
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -113,3 +114,32 @@ def test_finetune_step_times_an_update(tiny: Callable[[str], Path]) -> None:
         assert rows[-1][1] == "peft is not installed"
         pytest.skip("peft is not installed: its half of the comparison did not run")
     assert rows[-1][0] == "ratio"
+
+
+def test_cpu_kernel_compares_the_pictures_of_kernels(tiny: Callable[[str], Path]) -> None:
+    sizes = ("--num-images", 2, "--steps", 2)
+    lines = run_script(
+        "benchmarks/cpu_kernel.py", "--only", "pictures", "--model", tiny(TINY), *sizes
+    )
+    cpu, reference, simulated, in_float64 = (cells(line) for line in lines[-4:])
+    assert cpu[0] == "kernel `cpu`" and in_float64[0] == "the same, sums in float64"
+    assert reference[2] == simulated[3] == "0.00, 0"
+
+
+def test_cpu_kernel_compares_candidates(tiny: Callable[[str], Path]) -> None:
+    sizes = ("--num-images", 2, "--steps", 1, "--widths", 2)
+    lines = run_script(
+        "benchmarks/cpu_kernel.py", "--only", "candidates", "--model", tiny(TINY), *sizes
+    )
+    rows = [cells(line) for line in lines[-4:]]
+    assert [row[0] for row in rows] == ["8", "16 (default)", "any", "16"]
+    assert all(float(row[2]) > 0 for row in rows)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+def test_cpu_kernel_times_rounding() -> None:
+    sizes = ("--side", 8, "--formats", "e2m1")
+    lines = run_script("benchmarks/cpu_kernel.py", "--only", "rounding", *sizes)
+    row = cells(lines[-1])
+    assert row[:2] == ["e2m1", "1"]
+    assert all(float(cell) >= 0 for cell in row[2:])
