@@ -130,7 +130,7 @@ def train(run: Run, recipe: FinetuneRecipe = FEW_UPDATES, **options: object) -> 
 def record_few(
     model: Path, directory: Path, **options: int
 ) -> tuple[DiffusionPipeline, nn.Module, list[DenoiserCall]]:
-    """Record two steps of a pipeline that has one denoiser; return it, the denoiser and its calls."""
+    """Record two steps of a pipeline; return it, its one denoiser and the calls."""
     source = ModelSource(model=str(model))
     pipe = load_pipeline(source, "cpu")
     recording, _ = record_both(
@@ -141,7 +141,7 @@ def record_few(
 
 
 def settle(tuned: FinetuneState, num_layers: int = 5) -> FinetuneState:
-    """Return a state whose router has settled on one member (which differs) for each of the first layers."""
+    """Return a state whose router takes one member, not the same, for each of the first layers."""
     best = tuned.state("best")
     bias = best["router.logits.bias"].clone().view(-1, tuned.recipe.hub_size)
     for layer in range(num_layers):
@@ -169,7 +169,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 
 def only_error(result: Result, exit_code: int) -> str:
-    """Return the one error on stderr, after what was reported until then, of a command that failed as it should."""
+    """Return the one error on stderr of a command that failed as it should, its last line."""
     assert (result.exit_code, result.stdout) == (exit_code, ""), result.stderr
     *before, last = result.stderr.splitlines()
     assert last.startswith("error: "), result.stderr
@@ -237,7 +237,7 @@ def prompted_chained(
 def calibrated(
     tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Run]:
-    """Return a function that gives a run, calibrated in a moment, of a tiny pipeline. Not to be changed."""
+    """Return a function that gives a calibrated run of a tiny pipeline. Not to be changed."""
     root = tmp_path_factory.mktemp("calibrated")
 
     def run_of(name: str) -> Run:
@@ -302,7 +302,7 @@ def fashion_chained(
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that copies a directory (to a name of its own) where a test may change it."""
+    """Return a function that copies a directory where a test may change it."""
 
     def copy(directory: Path, name: str = "copy") -> Path:
         return Path(shutil.copytree(directory, tmp_path / name))

@@ -94,7 +94,7 @@ class _Repository:
 
 @dataclass(frozen=True)
 class HubServer:
-    """A running server: its address, what it was asked ("GET /path?query") and the commit of each repository."""
+    """A running server: its address, its requests ("GET /path?query"), each repository's commit."""
 
     url: str
     commits: dict[str, str]
@@ -127,7 +127,7 @@ class _HubHandler(BaseHTTPRequestHandler):
         gated: Collection[str],
         requests: list[str],
     ) -> None:
-        """Take the repositories and the record of requests before the base class answers the connection."""
+        """Take repositories and requests before the base class answers the connection."""
         self.repositories = repositories
         self.gated = gated
         self.requests = requests

@@ -142,7 +142,7 @@ def _t5_encoder(tokenizer: T5Tokenizer, width: int = TEXT_WIDTH) -> T5EncoderMod
 
 
 def _vae(levels: int = 2, **changes: object) -> AutoencoderKL:
-    """Make a variational autoencoder that halves the picture once for each level after the first."""
+    """Make a variational autoencoder; every level after the first halves the picture."""
     settings: dict[str, Any] = {
         "block_out_channels": (8,) * (levels - 1) + (16,),
         "down_block_types": ("DownEncoderBlock2D",) * levels,
@@ -156,7 +156,7 @@ def _vae(levels: int = 2, **changes: object) -> AutoencoderKL:
 
 
 def _flow_vae() -> AutoencoderKL:
-    """Make the autoencoder of the flow-matching pipelines, which shifts latents and has no quantization convs."""
+    """Make a flow-matching pipeline's autoencoder: shifted latents, no quantization convs."""
     return _vae(
         use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=0.36
     )
@@ -207,7 +207,7 @@ def _latent_ddim_scheduler() -> DDIMScheduler:
 
 
 def _replace_zero_weights(model: nn.Module) -> None:
-    """Give small random values to weights that are all zeros, behind which a layer would have no effect."""
+    """Give small random values to weights that are all zeros: they would hide a layer's effect."""
     for parameter in model.parameters():
         if parameter.ndim >= 2 and not parameter.any():
             nn.init.normal_(parameter, std=ZERO_REPLACEMENT_STD)
@@ -248,7 +248,7 @@ def build_ldm() -> DiffusionPipeline:
 
 
 def build_ldm_text_to_image() -> DiffusionPipeline:
-    """Build a text-conditional latent pipeline with the BERT encoder of the original latent diffusion."""
+    """Build a text-conditional pipeline with the BERT encoder of the original latent diffusion."""
     tokenizer = _bert_tokenizer()
     config = LDMBertConfig(
         vocab_size=len(tokenizer),
@@ -322,7 +322,7 @@ def build_stable_diffusion_xl() -> DiffusionPipeline:
 
 
 def build_stable_diffusion_3() -> DiffusionPipeline:
-    """Build an SD3 pipeline with joint attention, dual attention in its first block and three text encoders."""
+    """Build an SD3 pipeline: joint and, in its first block, dual attention; three text encoders."""
     tokenizer = _clip_tokenizer()
     tokenizer_2 = _clip_tokenizer()
     # A saved pipeline without the third encoder does not load by itself: its class does not list it

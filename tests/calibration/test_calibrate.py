@@ -45,7 +45,7 @@ def assert_same_calibration(left: Calibration, right: Calibration) -> None:
 
 @pytest.fixture(scope="module")
 def fashion_errors(fashion_recordings: Recordings) -> dict[str, float]:
-    """Calibrate the built-in model with each set of formats, lifting nothing; return the held-out errors."""
+    """Return the held-out errors of the built-in model with each set of formats and no lift."""
     errors = {}
     for formats in ("mixed", "signed", "integer"):
         pipe = load_pipeline(ModelSource(model=BUILT_IN), "cpu")
@@ -271,7 +271,8 @@ def test_activation_that_is_not_finite_is_named_with_its_timestep(
     tiny_pipe.unet.mid_block.resnets[0].conv1.register_forward_hook(overflow_in_the_second_call)
     # The layer that reads the value is the one with a bad input: between the two is a norm, which
     # spreads a NaN.
-    message = rf"the input of layer 'mid_block\.resnets\.0\.conv2' .* at timestep {timesteps[1]:g}; .*--dtype float32"
+    layer = r"'mid_block\.resnets\.0\.conv2'"
+    message = rf"the input of layer {layer} .* at timestep {timesteps[1]:g}; .*--dtype float32"
     with pytest.raises(CalibrationError, match=message):
         calibrate_(tiny_pipe, recording, held_out, QUICK)
 

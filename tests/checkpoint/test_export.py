@@ -49,7 +49,8 @@ assert "msfp_cli" not in sys.modules
 import msfp_cli
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
 pipe.set_progress_bar_config(disable=True)
-picture = pipe("a red dress", num_inference_steps=2, generator=torch.Generator().manual_seed(3), output_type="np")
+generator = torch.Generator().manual_seed(3)
+picture = pipe("a red dress", num_inference_steps=2, generator=generator, output_type="np")
 print(hashlib.sha256(numpy.ascontiguousarray(picture.images).tobytes()).hexdigest())
 """
 
@@ -363,7 +364,7 @@ def test_hub_that_training_has_not_touched_costs_nothing(
 
 
 def untouched(tuned: FinetuneState) -> dict[str, torch.Tensor]:
-    """Return the best state as it was before the first update: all members alike, B and shifts at zero."""
+    """Return the best state before any update: all members alike, B and shifts at zero."""
     best = {n: t for n, t in tuned.tensors.items() if n.startswith("best/")}
     for name in best:
         kind = name.rpartition(".")[0]

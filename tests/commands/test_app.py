@@ -574,7 +574,8 @@ def test_help_answers_within_half_a_second() -> None:
 def test_help_loads_neither_torch_nor_diffusers() -> None:
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom msfp_cli.commands.app import app\n"
-        f"for command in {COMMANDS}: assert CliRunner().invoke(app, [command, '-h']).exit_code == 0\n"
+        f"for command in {COMMANDS}:\n"
+        "    assert CliRunner().invoke(app, [command, '-h']).exit_code == 0\n"
         "print(*sorted({name.split('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -86,7 +86,8 @@ def test_process_that_is_killed_is_a_failure_that_is_explained(
     rank: int, other: str, run: Script, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(f"[ $RANK = {rank} ] && kill -9 $$; {other}") == 1
-    line = "error: a process was killed, probably because memory ran out; --num-processes 1 needs less\n"
+    reason = "a process was killed, probably because memory ran out"
+    line = f"error: {reason}; --num-processes 1 needs less\n"
     assert capfd.readouterr() == ("", line)
 
 
@@ -139,7 +140,8 @@ def test_processes_that_end_by_a_polite_kill_were_stopped(
 
 @pytest.mark.parametrize(("launched", "ends"), [("1", True), (None, False)])
 def test_launched_process_ends_when_its_input_does(launched: str | None, ends: bool) -> None:
-    code = "import time; from msfp_cli.commands.launch import end_with_launcher as begin; begin(); print(flush=True)"
+    begin = "from msfp_cli.commands.launch import end_with_launcher as begin; begin()"
+    code = f"import time; {begin}; print(flush=True)"
     code += "; time.sleep(60)"
     environment = {**os.environ, "MSFP_LAUNCHED": launched} if launched else dict(os.environ)
     with subprocess.Popen(
@@ -173,8 +175,16 @@ def test_input_of_launched_processes_ends_when_the_launcher_is_killed(tmp_path: 
 
 def launching(directory: Path) -> str:
     """Return a program that runs a script of this directory as two processes."""
-    start = f"import sys; from msfp_cli.commands.app import launch; sys.executable = '{directory}/python'; import typer"
-    return f"{start}\ntry:\n    launch.share_out(2)\nexcept typer.Exit as ended:\n    sys.exit(ended.exit_code)"
+    return (
+        "import sys\n"
+        "import typer\n"
+        "from msfp_cli.commands.app import launch\n"
+        f"sys.executable = '{directory}/python'\n"
+        "try:\n"
+        "    launch.share_out(2)\n"
+        "except typer.Exit as ended:\n"
+        "    sys.exit(ended.exit_code)\n"
+    )
 
 
 def outside() -> dict[str, str]:

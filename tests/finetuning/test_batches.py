@@ -36,7 +36,7 @@ def call(shard: int, timestep: float, component: str = "unet") -> DenoiserCall:
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
-    """Six shards of five timesteps; the last timestep is missing in all but two, and a second denoiser is called."""
+    """Six shards of five timesteps, the last one only in two; a second denoiser is called, too."""
     made = Recording.create(
         tmp_path_factory.mktemp("batches") / "recording", {"source": "x"}, NUM_SHARDS
     )
@@ -254,7 +254,7 @@ def test_more_rows_than_a_shard_has_come_again(recording: Recording) -> None:
 
 
 def test_rows_that_cannot_be_one_call_are_several(tmp_path: Path) -> None:
-    """As where a pipeline calls its denoiser for the prompt and for the negative prompt, of other lengths."""
+    """As if the denoiser were called for prompt and negative prompt, of different lengths."""
     calls = [
         replace(call(0, t), arguments=call(0, t).arguments | {"scale": t}) for t in (801.0, 1.0)
     ]

@@ -502,7 +502,8 @@ def test_too_little_memory_names_the_options_that_help(
     monkeypatch.setattr(Trainer, "_backward", fail)
     message = only_error(msfp("finetune", *OPTIONS), 1)
     assert message == (
-        "out of memory; give --gradient-checkpointing, or --restart with half --batch-size and twice "
+        "out of memory; give --gradient-checkpointing, "
+        "or --restart with half --batch-size and twice "
         "--calls-per-update"
     )
 
@@ -590,8 +591,8 @@ def test_interrupted_process_keeps_its_state(fresh_run: FreshRun, tmp_path: Path
     assert (process.returncode, output) == (1, "msfp-run/finetune\n"), errors
     assert 1 <= step < 100000
     assert (
-        errors
-        == f"transformer: stopped after {step} of 100000 updates; all is kept\nnext: msfp finetune\n"
+        errors == f"transformer: stopped after {step} of 100000 updates; all is kept\n"
+        "next: msfp finetune\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""The saved state: that it comes back whole or is refused, and what becomes of it in a quantized denoiser."""
+"""The saved state comes back whole or is refused, and becomes a quantized denoiser."""
 
 import json
 from collections.abc import Callable
@@ -133,7 +133,9 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     lose_history: "damaged",
     lose_document: "damaged",
     odd_history: "damaged",
-    odd_recipe: "damaged .unknown --loss 'mse'; choose one of dfa, plain.; run `msfp finetune --restart`",
+    odd_recipe: (
+        "damaged .unknown --loss 'mse'; choose one of dfa, plain.; run `msfp finetune --restart`"
+    ),
     unknown_setting: r"damaged .*'momentum'.*; run `msfp finetune --restart`",
     newer: "written by a newer msfp; upgrade msfp, or run `msfp finetune --restart`",
 }

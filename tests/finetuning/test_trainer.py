@@ -1,4 +1,4 @@
-"""A run of updates: how it stops and goes on, how processes share it, and that every setting counts."""
+"""A run of updates: how it stops and resumes, how processes share it; every setting counts."""
 
 import itertools
 import math

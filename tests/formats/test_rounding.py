@@ -52,7 +52,7 @@ def grid_of(fmt: FloatFormat, max_value: float = 3.3, offset: float = 0.0) -> Gr
 
 
 def awkward_values(grid: Grid) -> Tensor:
-    """Float32 values in, around and far outside a grid, with zeros of both signs, infinities and subnormals."""
+    """Float32 values in and far outside a grid, with both zeros, infinities and subnormals."""
     generator = torch.Generator().manual_seed(0)
     inside = torch.randn(400, generator=generator) * float(grid.max_value)
     near_zero = torch.randn(100, generator=generator) * float(grid.scale)

@@ -306,7 +306,7 @@ each_hub_layer = pytest.mark.parametrize(
 def hub_layer(
     make: Callable[..., nn.Linear | nn.Conv2d], fmt: FloatFormat = E2M1, *grids: Grid
 ) -> tuple[QuantLinear | QuantConv2d, list[Tensor], Tensor]:
-    """A layer of three members, stored out of order, their float weights, and the scale that they share."""
+    """A layer of three members out of order, their float weights, and the scale that they share."""
     weights = [make(seed=seed).weight.detach() for seed in range(HUB)]
     first, *further = grids or (None,)
     scheme = LayerScheme(

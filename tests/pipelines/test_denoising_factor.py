@@ -1,4 +1,4 @@
-"""The denoising factor: closed forms, agreement between samplers, and what `scheduler.step` itself does."""
+"""The denoising factor: closed forms, agreement of samplers, and what `scheduler.step` does."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def powers(scheduler: Any) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
 
 
 def step_coefficient(scheduler: Any, timestep: torch.Tensor, **arguments: Any) -> float:  # noqa: ANN401
-    """Probe the scheduler's own step with two outputs; its noise is the same for both and cancels."""
+    """Probe the scheduler's own step with two outputs; their noise is equal and cancels."""
     sample = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
     previous = [
         scheduler.step(

@@ -39,7 +39,8 @@ with serve_hub(served, gated=["tiny/gated"]) as hub:
     from msfp_cli.commands.app import app
 
     def calibrate(name, *arguments):
-        command = ["calibrate", *arguments, "--run", name, "--num-images", "2", "--steps", "1", "--lift", "0"]
+        sizes = ("--num-images", "2", "--steps", "1", "--lift", "0")
+        command = ["calibrate", *arguments, "--run", name, *sizes]
         result = CliRunner().invoke(app, command, prog_name="msfp")
         results[name] = [result.exit_code, result.stdout, result.stderr]
 
@@ -94,7 +95,8 @@ def test_hub_model_is_downloaded_and_calibrated(hub: dict[str, Said]) -> None:
 def test_removed_hub_model_is_replaced_by_its_successor_with_one_line(hub: dict[str, Said]) -> None:
     assert hub["removed"].exit_code == 0, hub["removed"].stderr
     assert [line for line in hub["removed"].stderr.splitlines() if "hub" in line] == [
-        f"runwayml/stable-diffusion-v1-5 has left the hub; using its maintained successor {SUCCESSOR}"
+        "runwayml/stable-diffusion-v1-5 has left the hub; "
+        f"using its maintained successor {SUCCESSOR}"
     ]
 
 

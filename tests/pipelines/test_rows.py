@@ -26,7 +26,7 @@ def denoise(
     encoder_hidden_states: Tensor | None = None,
     strength: float = 1.0,
 ) -> Tensor:
-    """Has arguments of every kind that diffusers' denoisers take, and works on each row for itself."""
+    """Takes every kind of argument that diffusers' denoisers take; rows do not mix."""
     moment = torch.as_tensor(timestep)
     output = sample * (moment if moment.ndim > 1 else moment.reshape(-1, 1)) * strength
     for extra in (text, (added or {}).get("text"), *(residuals or [])):

@@ -28,7 +28,7 @@ OPTIONS = EvaluateRecipe(num_images=2, num_trajectories=1, batch_size=2, cost=Fa
 
 @pytest.fixture(scope="module")
 def evaluated(tiny_tuned: Finetuned, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
-    """Evaluate the smallest model's fine-tuned export beside all that led to it. Not to be changed."""
+    """Evaluate the smallest model's fine-tuned export and its precursors. Not to be changed."""
     place = tmp_path_factory.mktemp("reported") / "evaluation"
     return evaluate_run(tiny_tuned.run, tiny_tuned.export, OPTIONS, directory=place, device="cpu")
 

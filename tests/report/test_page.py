@@ -327,7 +327,8 @@ def test_pictures_flip_and_slide(browser: "Chrome", tmp_path: Path) -> None:
     find(browser, "#mode-slider")[0].click()
     assert shown() == ["full", "export"] * 3
     browser.execute_script(
-        "const slider = document.getElementById('slider'); slider.value = 80; slider.dispatchEvent(new Event('input'))"
+        "const slider = document.getElementById('slider');"
+        "slider.value = 80; slider.dispatchEvent(new Event('input'))"
     )
     assert "80%" in find(browser, "#pictures img[data-key=export]")[0].get_attribute("style")
     find(browser, "#mode-side")[0].click()

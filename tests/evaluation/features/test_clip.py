@@ -53,7 +53,7 @@ def pictures() -> Tensor:
 
 @torch.no_grad()
 def cosines(directory: Path, pictures: Tensor, prompts: tuple[str, ...]) -> list[float]:
-    """Return the cosine of each picture and its prompt, by the two towers of the model, one at a time."""
+    """Return the cosine of each picture and its prompt, by the model's towers, one at a time."""
     model, tokenizer = CLIPModel.from_pretrained(directory).eval(), _clip_tokenizer()
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)

@@ -28,7 +28,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def plain_maps(pictures: Tensor) -> list[Tensor]:
-    """SqueezeNet 1.1 written down as its paper and its Caffe model have it: layer by layer, names from the file."""
+    """SqueezeNet 1.1 layer by layer, as in its paper and Caffe model; names as in the file."""
     weights = {name: weight.float() for name, weight in load_file(WEIGHTS).items()}
 
     def conv(x: Tensor, name: str, **options: int) -> Tensor:

@@ -115,7 +115,7 @@ def in_float64(layer: Any, x: Tensor, member: int = 0) -> Tensor:  # noqa: ANN40
 
 
 def close(got: Tensor, expected: Tensor) -> None:
-    """Within 1e-5 of the largest output: single outputs may cancel, to 0 where a window sees only padding."""
+    """Within 1e-5 of the largest output: single ones may cancel, or see only padding."""
     assert got.shape == expected.shape
     bound = 1e-5 * float(expected.abs().max()) if expected.numel() else 0.0
     bound = max(bound, 1e-6)
