@@ -131,7 +131,7 @@ def make_float(name: str, directory: Path) -> None:
 @torch.no_grad()
 def make_quantized(name: str, source: Path, directory: Path) -> None:
     """Choose W4A4 formats on one call, as by default but without lift, and write the denoiser."""
-    from msfp_cli.calibration.calibrate import search_layer
+    from msfp_cli.calibration.layer_search import search_layer
     from msfp_cli.calibration.observe import observe
     from msfp_cli.calibration.recipe import CalibrateRecipe
     from msfp_cli.checkpoint.quantizer import MSFPConfig, mark_quantized_

@@ -1,5 +1,5 @@
 """Formats for every layer: `recipe`, `calibrate` (the verb), `result` (on disk).
 
-`keep` reads the rules on bits, `observe` samples the inputs, `sensitivity` measures one layer
-alone.
+`denoiser_search` chooses for all layers of a denoiser, `layer_search` for one. `keep` reads the
+rules on bits, `observe` samples the inputs, `sensitivity` quantizes one layer alone.
 """

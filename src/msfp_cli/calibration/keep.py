@@ -20,25 +20,22 @@ _OUTERMOST = (
     "proj_out_2",
 )
 _EMBEDDINGS = (
-    *(
-        "context_embedder",
-        "norm_out.*",
-        "proj_out_1",
-        "caption_projection.*",
-        "time_embedding.*",
-        "add_embedding.*",
-    ),
-    *(
-        "class_embedding.*",
-        "time_text_embed.*",
-        "time_embed.*",
-        "adaln_single.*",
-        "condition_embedder.*",
-    ),
+    "context_embedder",
+    "norm_out.*",
+    "proj_out_1",
+    "caption_projection.*",
+    "time_embedding.*",
+    "add_embedding.*",
+    "class_embedding.*",
+    "time_text_embed.*",
+    "time_embed.*",
+    "adaln_single.*",
+    "condition_embedder.*",
     "*timestep_embedder.*",
 )
-DEFAULT_KEEP = tuple(f"{name}:none" for name in _OUTERMOST) + tuple(
-    f"{name}:8" for name in _EMBEDDINGS
+DEFAULT_KEEP = (
+    *(f"{name}:none" for name in _OUTERMOST),
+    *(f"{name}:8" for name in _EMBEDDINGS),
 )
 
 
@@ -59,7 +56,8 @@ class KeepRule:
         pattern, colon, bits = text.rpartition(":")
         if not colon or not pattern:
             raise UsageError(
-                f"cannot read --keep {text!r}; write PATTERN:BITS, for instance 'conv_in:8' or '*attn2*:none'"
+                f"cannot read --keep {text!r}; write PATTERN:BITS, "
+                "for instance 'conv_in:8' or '*attn2*:none'"
             )
         return cls(pattern, parse_bits(bits, "--keep"))
 

@@ -1,4 +1,4 @@
-"""Replay recorded calls through the float denoiser and keep what calibration needs of each layer's input.
+"""Replay recorded calls through the float denoiser and observe the input of every layer.
 
 Kept per layer: a bounded random sample, the same number of elements from every call so that all
 timesteps weigh alike; the true minimum and maximum; and the multiply-adds of one call, the unit in
@@ -43,7 +43,7 @@ class LayerObservation:
 
 
 def count_multiply_adds(layer: FloatLayer, output: Tensor) -> int:
-    """Return the multiply-adds that produced `output`: its elements times the inputs that each one sums."""
+    """Return the multiply-adds of an output: its elements times the inputs that each one sums."""
     return 0 if kind_of(layer).is_table else output.numel() * layer.weight[0].numel()
 
 

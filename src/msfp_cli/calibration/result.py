@@ -9,7 +9,7 @@ Layout of a calibration directory::
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,9 @@ _REDO = "run `msfp calibrate --overwrite`"
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What one format can do for a tensor: its best maximum, zero point and squared error relative to the signal.
+    """What one format can do for a tensor: its best maximum and zero point, and their error.
 
+    The error is the squared error of the rounded tensor relative to the signal.
     `max_value` is None for weights, which have one maximum per output channel.
     """
 
@@ -92,19 +93,6 @@ class LayerChoice:
         """Relative squared error of the rounded input."""
         grid = self.scheme.input
         return self._chosen(self.input_scores, None if grid is None else grid.format.name)
-
-    @property
-    def runner_up(self) -> Score | None:
-        """The best input format that was not chosen."""
-        grid = self.scheme.input
-        return next(
-            (
-                score
-                for score in self.input_scores
-                if grid is None or score.format != grid.format.name
-            ),
-            None,
-        )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; files call the scheme ``parameters``."""
@@ -161,15 +149,11 @@ class Calibration:
         )
 
     def identity(self) -> str:
-        """Return a digest of all that fine-tuning begins with: recording, layers' schemes and weight scales."""
-        tables = {
-            component: {n: p.to_json() for n, p in self.table(component).items()}
-            for component in self.layers
-        }
-        text = json.dumps(
-            [self.source.to_json(), self.record.to_json(), tables], sort_keys=True
-        ).encode()
-        return hashlib.sha256(text + digest(_flatten(self.scales)).encode()).hexdigest()
+        """Return a digest of all that fine-tuning begins with: recording, schemes and scales."""
+        schemes = {component: _to_json(self.table(component)) for component in self.layers}
+        settings = [self.source.to_json(), self.record.to_json(), schemes]
+        text = json.dumps(settings, sort_keys=True) + digest(_flatten(self.scales))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def save(self, directory: Path, *, overwrite: bool = False) -> None:
         """Write the calibration; the directory appears whole or not at all.
@@ -187,10 +171,7 @@ class Calibration:
             "options": self.options,
             "held_out_error": dict(self.held_out_error),
             "unused": {component: list(names) for component, names in self.unused.items()},
-            "layers": {
-                component: {name: layer.to_json() for name, layer in layers.items()}
-                for component, layers in self.layers.items()
-            },
+            "layers": {component: _to_json(layers) for component, layers in self.layers.items()},
         }
         with replace_directory(directory, overwrite=overwrite) as temporary:
             (temporary / _DOCUMENT).write_text(json.dumps(document, indent=1))
@@ -234,30 +215,32 @@ def _layers_from_json(entries: Json) -> dict[str, LayerChoice]:
     return {name: LayerChoice.from_json(entry) for name, entry in entries.items()}
 
 
+def _to_json(layers: Mapping[str, LayerChoice] | Mapping[str, LayerScheme]) -> dict[str, Json]:
+    return {name: layer.to_json() for name, layer in layers.items()}
+
+
 def _flatten(components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Name each tensor ``component/layer``."""
-    return {
-        f"{component}/{name}": tensor
-        for component, named in components.items()
-        for name, tensor in named.items()
-    }
+    flat = {}
+    for component, layers in components.items():
+        for name, tensor in layers.items():
+            flat[f"{component}/{name}"] = tensor
+    return flat
 
 
 def _unflatten(
-    flat: Mapping[str, Tensor], components: Mapping[str, Any]
+    flat: Mapping[str, Tensor], components: Iterable[str]
 ) -> dict[str, dict[str, Tensor]]:
     """Sort ``component/layer`` tensors by component."""
-    return {
-        component: {
-            name.split("/", 1)[1]: t
-            for name, t in flat.items()
-            if name.split("/", 1)[0] == component
-        }
-        for component in components
-    }
+    tensors: dict[str, dict[str, Tensor]] = {component: {} for component in components}
+    for path, tensor in flat.items():
+        component, _, name = path.partition("/")
+        if component in tensors:
+            tensors[component][name] = tensor
+    return tensors
 
 
 def quantize_(denoiser: nn.Module, calibration: Calibration, component: str) -> nn.Module:
-    """Replace the denoiser's layers by quantized ones; the float weights are let go layer by layer."""
+    """Replace the denoiser's layers by quantized ones, one after another, to save memory."""
     store_layers_(denoiser, calibration.table(component), calibration.scales[component])
     return denoiser

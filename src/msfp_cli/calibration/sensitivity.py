@@ -1,4 +1,4 @@
-"""How much each layer's quantization moves the denoiser's output, and which layers to lift because of it."""
+"""Quantize one layer alone, to see how much that moves the output, and choose which to lift."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from msfp_cli.layers.scheme import LayerScheme
 
 
 def choose_lifted(layers: Mapping[str, LayerChoice], budget: float) -> list[str]:
-    """Choose the layers to lift: greatest sensitivity per multiply-add first, while the budget lasts.
+    """Choose the layers to lift: greatest sensitivity per multiply-add first, within the budget.
 
     Arguments:
         layers: those with a sensitivity are candidates.
@@ -36,7 +36,11 @@ def choose_lifted(layers: Mapping[str, LayerChoice], budget: float) -> list[str]
 
 @contextmanager
 def quantized_alone(layer: FloatLayer, scheme: LayerScheme, scale: Tensor | None) -> Iterator[None]:
-    """Quantize one layer's weight (with its `scale` per output channel) and input while the context is open."""
+    """Quantize one layer's weight and input while the context is open.
+
+    Arguments:
+        scale: of the weight, ``(out_features,)``.
+    """
     weight = layer.weight.data
     with ExitStack() as undo:
         undo.callback(setattr, layer.weight, "data", weight)

@@ -86,11 +86,6 @@ class SearchResult:
     winner: FormatScore
     scores: tuple[FormatScore, ...]
 
-    @property
-    def runner_up(self) -> FormatScore | None:
-        """The best format that was not chosen, if there was more than one."""
-        return next((score for score in self.scores if score is not self.winner), None)
-
 
 class SortedRows:
     """Samples sorted row by row with their cumulative sums, ready to score any grid."""
