@@ -65,26 +65,27 @@ def with_options(*recipes: type[Recipe]) -> Callable[[Command], Command]:
     its default may depend on what the command finds.
     """
     options = dict[str, Option]()
-    parameters = list[inspect.Parameter]()
+    parameters = dict[str, inspect.Parameter]()
     for recipe in recipes:
+        described = options_of(recipe)
         for each in fields(recipe):
-            described = options_of(recipe).get(each.name)
-            if described is not None and described.is_typed and each.name not in options:
-                options[each.name] = described
-                parameters.append(_parameter(each, described))
+            if each.name in described and described[each.name].is_typed:
+                options.setdefault(each.name, described[each.name])
+                parameters.setdefault(each.name, _parameter(each, described[each.name]))
 
     def decorate(command: Command) -> Command:
         @wraps(command)
         def wrapper(**arguments: Json) -> None:
-            values = dict[str, Any]()
-            for name, each in options.items():
-                value = arguments.pop(name)
-                if value is not None and value != []:
-                    values[name] = _setting(each, value)
+            typed = {name: arguments.pop(name) for name in options}
+            values = {
+                name: _setting(options[name], value)
+                for name, value in typed.items()
+                if value is not None and value != []
+            }
             command(Options(values), **arguments)
 
         _, *own = inspect.signature(command).parameters.values()
-        everything = [*parameters, *(each.replace(kind=_KEYWORD) for each in own)]
+        everything = [*parameters.values(), *(each.replace(kind=_KEYWORD) for each in own)]
         wrapper.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
         return wrapper
 

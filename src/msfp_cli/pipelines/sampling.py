@@ -32,14 +32,12 @@ def call_pipeline(
         first: index of the first image of the batch, which fixes the seeds.
         output_type: ``pil``, or ``latent`` to skip the decoder.
     """
-    parameters = inspect.signature(pipe.__call__).parameters
-    options: dict[str, Any] = {
-        "generator": [
-            torch.Generator().manual_seed(sampling.seed + first + i) for i in range(len(conditions))
-        ],
+    options = {
+        "generator": _generators(sampling.seed + first, len(conditions)),
         "output_type": output_type,
         **sampling.arguments(),
     }
+    parameters = inspect.signature(pipe.__call__).parameters
     arguments = {
         key: value for key, value in options.items() if key in parameters and value is not None
     }
@@ -55,3 +53,8 @@ def call_pipeline(
             "use --dtype float32"
         ) from None
     return result.images if hasattr(result, "images") else result[0]
+
+
+def _generators(seed: int, count: int) -> list[torch.Generator]:
+    """Return a generator for each image of a batch."""
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
