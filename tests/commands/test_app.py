@@ -363,7 +363,7 @@ _EXPORTED, _CALIBRATED = "sample", "export"
         (
             None,
             "sample nowhere --prompt cat",
-            "nowhere is no exported pipeline: it has no model_index.json",
+            "nowhere is not an exported pipeline: it has no model_index.json",
             1,
         ),
         (

@@ -813,7 +813,9 @@ def test_directory_that_is_no_export_is_named(
     Path("empty").mkdir()
     for place in ("empty", "nowhere"):
         message = only_line(msfp("evaluate", place, *QUICKLY), 1)
-        assert message.startswith(f"{place} is no exported pipeline: it has no model_index.json")
+        assert message.startswith(
+            f"{place} is not an exported pipeline: it has no model_index.json"
+        )
     message = only_line(msfp("evaluate", tiny_chained.calibration.source.model, *QUICKLY), 1)
     assert "not one that msfp exported" in message
     assert not Path("msfp-run/evaluation").exists()

@@ -129,11 +129,14 @@ def test_hub_failure_is_one_helpful_line(hub: dict[str, Said], name: str, parts:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("empty", "is no diffusers pipeline: it has no model_index.json"),
+        ("empty", "is not a diffusers pipeline: it has no model_index.json"),
         ("a/b/c", "'a/b/c' is neither a directory nor a hub id (owner/name)"),
-        ("nowhere", "'nowhere' is no local directory"),
+        ("nowhere", "'nowhere' is not a local directory"),
         ("./nowhere", "'./nowhere' is neither a directory nor a hub id (owner/name)"),
-        ("owner/name", "model 'owner/name' is no local directory, and the hub cannot be reached"),
+        (
+            "owner/name",
+            "model 'owner/name' is not a local directory, and the hub cannot be reached",
+        ),
     ],
 )
 def test_model_that_is_not_there_is_one_helpful_line(

@@ -1,4 +1,4 @@
-"""An exported pipeline: `export` writes it, `quantizer` is how diffusers reads it, `pipeline` wraps it.
+"""An exported pipeline: `export` writes it, diffusers reads it by `quantizer`, `pipeline` wraps it.
 
 `registration` makes diffusers know the format as soon as it is imported.
 """

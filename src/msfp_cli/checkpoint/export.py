@@ -1,4 +1,4 @@
-"""Write a calibrated (and fine-tuned) pipeline as a diffusers directory that stock ``from_pretrained`` reloads."""
+"""Write a calibrated (and fine-tuned) pipeline so that stock ``from_pretrained`` loads it."""
 
 import json
 import struct
@@ -17,6 +17,7 @@ from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import TABLE_SIZE
 from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import load_pipeline
+from msfp_cli.pipelines.source import Pipeline
 from msfp_cli.run import Run
 from msfp_cli.version import __version__
 
@@ -56,7 +57,7 @@ def load_calibrated(
     calibration: Calibration,
     device: str | None = None,
     tuned: Mapping[str, FinetuneState] | None = None,
-) -> Any:  # noqa: ANN401 (the user's pipeline)
+) -> Pipeline:
     """Load the calibrated model and quantize its denoisers: the in-memory twin of an export.
 
     Arguments:
@@ -152,13 +153,13 @@ def export_run(
 
 
 def _half_precision_bytes(calibration: Calibration, component: str, denoiser: nn.Module) -> int:
-    """Return what a denoiser takes in 16 bits: the weights that became codes, and the parameters that stayed."""
+    """Return what a denoiser takes in 16 bits: weights that became codes, and other parameters."""
     layers = calibration.layers.get(component, {}).values()
     codes = sum(layer.num_weights for layer in layers if layer.scheme.weight is not None)
     return 2 * (codes + sum(parameter.numel() for parameter in denoiser.parameters()))
 
 
-def save_pipeline(pipe: Any, directory: Path, *, overwrite: bool = False) -> None:  # noqa: ANN401 (the user's pipeline)
+def save_pipeline(pipe: Pipeline, directory: Path, *, overwrite: bool = False) -> None:
     """Write a pipeline with stock ``save_pretrained``, byte for byte the same each time.
 
     Raises:
@@ -174,14 +175,14 @@ def save_pipeline(pipe: Any, directory: Path, *, overwrite: bool = False) -> Non
 
 
 def _forget_origin_(path: Path) -> None:
-    """Take the directory that a component was loaded from out of its config: it names a place on this machine."""
+    """Take out of a config the directory it was loaded from, which is a place on this machine."""
     config = json.loads(path.read_text("utf-8"))
     if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _sort_header_(path: Path) -> None:
-    """Rewrite a safetensors header with its metadata in order; safetensors writes them in a random one."""
+    """Sort the metadata in a safetensors header, which safetensors writes in a random order."""
     with path.open("r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))

@@ -13,7 +13,7 @@ from msfp_cli.layers.kernels.registry import AUTO
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.pipelines.loading import load_pipeline
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.source import ModelSource, Pipeline
 
 
 def read_configs(directory: Path) -> dict[str, MSFPConfig]:
@@ -25,7 +25,8 @@ def read_configs(directory: Path) -> dict[str, MSFPConfig]:
     """
     if not (directory / "model_index.json").exists():
         raise ModelError(
-            f"{directory} is no exported pipeline: it has no model_index.json; `msfp export` makes one"
+            f"{directory} is not an exported pipeline: it has no model_index.json; "
+            "`msfp export` makes one"
         )
     configs = {}
     for path in sorted(directory.glob("*/config.json")):
@@ -62,9 +63,10 @@ class MSFPPipeline:
     the same directory gives ``.pipe`` itself.
     """
 
-    def __init__(self, pipe: Any, configs: dict[str, MSFPConfig]) -> None:  # noqa: ANN401 (a pipeline's class is the user's)
+    def __init__(self, pipe: Pipeline, configs: dict[str, MSFPConfig]) -> None:
         """Wrap a loaded pipeline; use `from_pretrained`."""
-        self.pipe, self.configs = pipe, configs
+        self.pipe = pipe
+        self.configs = configs
 
     @classmethod
     def from_pretrained(
@@ -123,9 +125,11 @@ class MSFPPipeline:
             weights = sorted({str(p.weight) for p in table if p.weight})
             inputs = sorted({str(p.input.format) for p in table if p.input})
             unsigned = sum(p.input is not None and not p.input.format.signed for p in table)
+            model = config.source.get("model", "unknown")
             lines.append(
-                f"{component}: {len(table)} quantized layers of {config.source.get('model', 'unknown')}; "
-                f"weights {' '.join(weights)}; inputs {' '.join(inputs)}, {unsigned} of them unsigned; "
+                f"{component}: {len(table)} quantized layers of {model}; "
+                f"weights {' '.join(weights)}; "
+                f"inputs {' '.join(inputs)}, {unsigned} of them unsigned; "
                 f"run by {self._kernels(component)}"
             )
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""How diffusers reads and writes our models: a quantization config and a quantizer for its registry.
+"""How diffusers reads and writes our models: a config and a quantizer for its registry.
 
 With these two registered, ``DiffusionPipeline.from_pretrained(export)`` returns the stock pipeline
 with quantized layers, and ``save_pretrained`` writes it again. The float weights never exist:
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -24,6 +24,8 @@ from msfp_cli.errors import CheckpointError, MsfpError
 from msfp_cli.files import Json, digest, open_tensors, refuse_altered
 from msfp_cli.layers.replace import replace_layers_
 from msfp_cli.layers.scheme import LayerScheme
+
+DiffusersModel: TypeAlias = Any  # diffusers is untyped
 
 SCHEMA_VERSION = 1
 METHOD = "msfp"
@@ -68,7 +70,8 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
         self.quant_method = _Method.MSFP
         if not isinstance(self.schema_version, int) or self.schema_version > SCHEMA_VERSION:
             raise CheckpointError(
-                f"the export has layout {self.schema_version}, this msfp reads up to {SCHEMA_VERSION}; "
+                f"the export has layout {self.schema_version}, "
+                f"this msfp reads up to {SCHEMA_VERSION}; "
                 "upgrade with `pip install -U msfp`"
             )
 
@@ -122,12 +125,13 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
     use_keep_in_fp32_modules = True
     requires_calibration = False  # we refuse float models ourselves, and say what to do
 
-    def __init__(self, quantization_config: MSFPConfig, **kwargs: Any) -> None:  # noqa: ANN401 (diffusers' signature)
+    def __init__(self, quantization_config: MSFPConfig, **kwargs: Json) -> None:
         """Take the config that diffusers read; float models cannot be quantized while they load."""
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
             raise CheckpointError(
-                "MSFPConfig loads exported models only; make one with `msfp calibrate` and `msfp export`"
+                "MSFPConfig loads exported models only; "
+                "make one with `msfp calibrate` and `msfp export`"
             )
 
     def maybe_update_loaded_keys(
@@ -147,9 +151,9 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
 
     def _process_model_before_weight_loading(
         self,
-        model: Any,  # noqa: ANN401 (a diffusers model)
+        model: DiffusersModel,
         keep_in_fp32_modules: list[str] | None = None,
-        **kwargs: Any,  # noqa: ANN401 (diffusers' signature)
+        **kwargs: Json,
     ) -> None:
         config: MSFPConfig = self.quantization_config
         replace_layers_(model, config.table(), timestep_unit=config.timestep_unit)
@@ -157,13 +161,13 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
             keep_in_fp32_modules.append("weight_scale")
         model.register_to_config(quantization_config=config)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:  # noqa: ANN401
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Json) -> nn.Module:
         return model
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return what goes into the safetensors header: the whole config, and the digest of the tensors."""
+        """Return the tensors, and for their header the config and the digest."""
         header = {_CONFIG: _to_text(self.quantization_config), _DIGEST: digest(state_dict)}
         return state_dict, header
 
@@ -174,7 +178,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
 
     @property
     def is_trainable(self) -> bool:
-        """Whether adapters can be trained on top: the codes are frozen, and gradients pass through the layers."""
+        """Whether adapters can be trained on top: codes are frozen, but gradients pass through."""
         return True
 
     @property
@@ -183,8 +187,8 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
         return True
 
 
-def mark_quantized_(denoiser: Any, config: MSFPConfig) -> None:  # noqa: ANN401 (a diffusers model)
-    """Tell diffusers that an in-memory denoiser is quantized, so that ``save_pretrained`` writes it as such."""
+def mark_quantized_(denoiser: DiffusersModel, config: MSFPConfig) -> None:
+    """Mark an in-memory denoiser as quantized, so that ``save_pretrained`` writes it as such."""
     denoiser.hf_quantizer = MSFPQuantizer(config, pre_quantized=True)
     denoiser.is_quantized = True
     denoiser.register_to_config(quantization_config=config)

@@ -41,7 +41,7 @@ class DenoiserCall:
     output: Tensor
 
     @classmethod
-    def of(cls, component: str, arguments: dict[str, Any], output: Any) -> "DenoiserCall":  # noqa: ANN401 (a tuple, or an output class of diffusers)
+    def of(cls, component: str, arguments: dict[str, Any], output: object) -> "DenoiserCall":
         """Describe a call by its arguments and by what it returned, however that is wrapped."""
         return cls(
             component=component,
@@ -98,7 +98,7 @@ def _as_timestep(value: Any) -> float:  # noqa: ANN401 (tensor or number, as the
     return float(value.reshape(-1)[0]) if isinstance(value, Tensor) else float(value)
 
 
-def _first(output: Any) -> Tensor:  # noqa: ANN401 (tuple or diffusers' output class)
+def _first(output: Any) -> Tensor:  # noqa: ANN401 (a tuple, or an output class of diffusers)
     """Return the tensor a denoiser returned."""
     return output[0] if not isinstance(output, Tensor) else output
 

@@ -1,4 +1,4 @@
-"""The denoising factor: how much an error of the denoiser's output at a timestep moves the next sample.
+"""The denoising factor: how much an error of the denoiser's output moves the next sample.
 
 A sampler's update is linear in the denoiser's output, and gamma_t is the absolute value of that
 coefficient (denoising factor of Zhao et al. 2025, arXiv:2505.21591). With ``abar`` the cumulative
@@ -17,15 +17,14 @@ the sample rescaled to unit variance is comparable. Multi-step schedulers mix in
 the first-order factor is the one that speaks of this timestep alone.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from msfp_cli.errors import ModelError
+from msfp_cli.pipelines.source import Scheduler
 
 
-def denoising_factors(scheduler: Any, *, eta: float | None = None) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+def denoising_factors(scheduler: Scheduler, *, eta: float | None = None) -> tuple[Tensor, Tensor]:
     """Return the timesteps of a scheduler and the denoising factor at each.
 
     Arguments:
@@ -42,9 +41,8 @@ def denoising_factors(scheduler: Any, *, eta: float | None = None) -> tuple[Tens
     timesteps = _distinct(scheduler.timesteps)
     if _is_flow_matching(scheduler):
         sigmas = _distinct(scheduler.sigmas)
-        if len(sigmas) == len(
-            timesteps
-        ):  # a schedule that ends above zero: the last step still goes to clean
+        if len(sigmas) == len(timesteps):
+            # The schedule ends above zero: its last step still goes to the clean sample.
             sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
         return timesteps, sigmas.diff().abs()[: len(timesteps)]
     table = getattr(scheduler, "alphas_cumprod", None)
@@ -66,10 +64,10 @@ def denoising_factors(scheduler: Any, *, eta: float | None = None) -> tuple[Tens
 
 
 def loss_weights(factors: Tensor, *, power: float = 1.0) -> Tensor:
-    """Return weights of mean 1 proportional to ``factors ** power``, so that learning rates keep their meaning.
+    """Return weights of mean 1 proportional to ``factors ** power``.
 
-    A step whose factor is 0 or not finite gets the smallest proper one: it is seldom what a user
-    wants unlearned.
+    A mean of 1 leaves learning rates their meaning. A step whose factor is 0 or not finite gets the
+    smallest proper one, because few users want it unlearned.
     """
     proper = factors.isfinite() & (factors > 0)
     if not proper.any():
@@ -84,7 +82,7 @@ def _distinct(values: Tensor) -> Tensor:
     return distinct
 
 
-def _is_flow_matching(scheduler: Any) -> bool:  # noqa: ANN401
+def _is_flow_matching(scheduler: Scheduler) -> bool:
     """Whether the scheduler interpolates between noise and data on a straight line."""
     config = scheduler.config
     return (
@@ -95,7 +93,7 @@ def _is_flow_matching(scheduler: Any) -> bool:  # noqa: ANN401
 
 
 def _signal_power(table: Tensor, timesteps: Tensor) -> Tensor:
-    """Look up ``abar`` at timesteps, whole or fractional: sigma is linear between entries, as in Euler's scheduler."""
+    """Look up ``abar`` at timesteps; between entries sigma is linear, as in Euler's scheduler."""
     sigmas = ((1 - table.double()) / table.double()).sqrt().cpu()
     low = timesteps.floor().long().clamp(0, len(table) - 1)
     high = (low + 1).clamp_max(len(table) - 1)

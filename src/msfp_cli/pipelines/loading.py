@@ -1,15 +1,14 @@
-"""Load the user's pipeline with plain ``from_pretrained``, and say in one line what went wrong if it does."""
+"""Load the user's pipeline with plain ``from_pretrained``, and say in one line why it fails."""
 
 import contextlib
 import logging
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from msfp_cli.errors import ModelError, MsfpError
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.source import ModelSource, Pipeline
 
 BUILT_IN = "msfp:fashion"
 BUILT_IN_STEPS, BUILT_IN_GUIDANCE = 20, 3.0
@@ -70,7 +69,7 @@ def choose_device(device: str | None) -> str:
 
 
 def choose_dtype(dtype: str | None, device: str) -> torch.dtype:
-    """Return the type asked for, else float32 on a CPU and bfloat16 elsewhere: one type for every component."""
+    """Return the type of every component: by default float32 on a CPU and bfloat16 elsewhere."""
     if dtype is not None:
         chosen: torch.dtype = getattr(torch, dtype)
         return chosen
@@ -78,7 +77,7 @@ def choose_dtype(dtype: str | None, device: str) -> torch.dtype:
 
 
 def quiet_libraries() -> None:
-    """Silence the notices and bars of diffusers and transformers; our own progress tells what is going on."""
+    """Silence the notices and bars of diffusers and transformers; msfp has its own progress."""
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 
@@ -88,7 +87,7 @@ def quiet_libraries() -> None:
     logging.getLogger("diffusers").setLevel(logging.CRITICAL)
 
 
-def load_pipeline(source: ModelSource, device: str | None = None) -> Any:  # noqa: ANN401 (a pipeline's class is the user's)
+def load_pipeline(source: ModelSource, device: str | None = None) -> Pipeline:
     """Load a stock pipeline, all components in one type, ready to be called.
 
     Raises:
@@ -99,7 +98,7 @@ def load_pipeline(source: ModelSource, device: str | None = None) -> Any:  # noq
     place = choose_device(device)
     model = str(built_in_directory()) if source.model == BUILT_IN else source.model
     if Path(model).is_dir() and not (Path(model) / "model_index.json").exists():
-        raise ModelError(f"{model} is no diffusers pipeline: it has no model_index.json")
+        raise ModelError(f"{model} is not a diffusers pipeline: it has no model_index.json")
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise ModelError(f"{model!r} is neither a directory nor a hub id (owner/name)")
     options = {"revision": source.revision, "variant": source.variant}
@@ -131,8 +130,8 @@ def _explain(source: ModelSource, error: Exception) -> str:
         return f"{model} has no revision {source.revision!r}; leave --revision out for the newest"
     if any(isinstance(c, hub.RepositoryNotFoundError) for c in causes):
         return (
-            f"model {model!r} was not found on the hub: the id may be misspelt or removed, or the model may be private "
-            "(then run `hf auth login`); a local directory works too"
+            f"model {model!r} was not found on the hub: the id may be misspelt or removed, or the "
+            "model may be private (then run `hf auth login`); a local directory works too"
         )
     if any(
         isinstance(c, hub.OfflineModeIsEnabled | hub.LocalEntryNotFoundError) for c in causes
@@ -140,7 +139,10 @@ def _explain(source: ModelSource, error: Exception) -> str:
         "Connect" in type(c).__name__ or isinstance(c, ConnectionError | TimeoutError)
         for c in causes
     ):
-        return f"model {model!r} is no local directory, and the hub cannot be reached: check the name or the network"
+        return (
+            f"model {model!r} is not a local directory, and the hub cannot be reached: "
+            "check the name or the network"
+        )
     if not Path(model).exists() and model.count("/") != 1 and source.model != BUILT_IN:
         return f"{model!r} is neither a directory nor a hub id (owner/name)"
     reason = str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__]

@@ -1,4 +1,4 @@
-"""Rows of recorded calls: take some, and join those of several calls, at several timesteps, to one call."""
+"""Rows of recorded calls: take some, or join those of several calls, at several timesteps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

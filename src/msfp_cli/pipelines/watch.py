@@ -50,7 +50,7 @@ def _report_call(
     denoiser: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    output: Any,  # noqa: ANN401 (a tuple, or an output class of diffusers)
+    output: object,
 ) -> None:
     """Report one call; the last four arguments are those of torch's forward hooks."""
     arguments = dict(signature.bind(*args, **kwargs).arguments)

@@ -1,4 +1,4 @@
-"""Denoiser calls, recorded while the stock pipeline runs: `recipe`, `record` (the verb), `result` (on disk).
+"""Denoiser calls, recorded while the pipeline runs: `recipe`, `record` (the verb), `result`.
 
 `compare` measures a denoiser against its recording, by timestep and by layer.
 """

@@ -40,40 +40,37 @@ _HELD_OUT_SEED = 1_000_003  # far from any calibration image's seed
 
 
 class _Watcher:
-    """Collects the calls of one pipeline run; checks the first against the bound before anything is written."""
+    """Collects the calls of one pipeline run, and checks at the first how much all would take."""
 
-    def __init__(self, pipe: Any, recording: Recording, num_runs: int, max_bytes: int) -> None:  # noqa: ANN401
-        self.pipe, self.recording, self.num_runs, self.max_bytes = (
-            pipe,
-            recording,
-            num_runs,
-            max_bytes,
-        )
+    def __init__(self, pipe: Pipeline, recording: Recording, num_runs: int, max_bytes: int) -> None:
+        self.pipe = pipe
+        self.recording = recording
+        self.num_runs = num_runs
+        self.max_bytes = max_bytes
         self.calls: list[DenoiserCall] = []
         self.channels: set[int] = set()  # of what reached the scheduler
-        self.checked = False
 
     def add_call(self, call: DenoiserCall) -> None:
         """Keep a call."""
         if not torch.isfinite(call.output).all():
             raise CalibrationError(
-                f"the denoiser's output holds a NaN or infinity at timestep {call.timestep:g} before any quantization; "
-                "the model overflows in this precision: try --dtype float32"
+                f"the denoiser's output holds a NaN or infinity at timestep {call.timestep:g} "
+                "before any quantization; the model overflows in this precision: "
+                "try --dtype float32"
             )
-        self.calls.append(call)
-        if not self.checked:
-            self.checked = True
+        if not self.calls:
             self._check_size(call)
+        self.calls.append(call)
 
     def add_step(self, model_output: Tensor, result: object) -> None:
         """Note how many channels reach the scheduler."""
         self.channels.add(model_output.shape[1])
 
     def used_calls(self) -> list[DenoiserCall]:
-        """Return the calls without what the pipeline threw away: the variance that DiT, for one, predicts as well.
+        """Return the calls without output channels that the pipeline did not use.
 
-        Such a denoiser returns twice the channels that reach the scheduler, and the pipelines keep
-        the first half.
+        DiT, for one, predicts a variance as well. Such a denoiser returns twice the channels that
+        reach the scheduler, and the pipelines keep the first half.
         """
         if len(self.channels) != 1:
             return self.calls
@@ -86,15 +83,19 @@ class _Watcher:
         ]
 
     def _check_size(self, call: DenoiserCall) -> None:
-        """Estimate the whole recording from its first call: what changes at each step is the sample and the output."""
+        """Refuse a recording that is too large, by its first call.
+
+        What changes from step to step is the sample and the output.
+        """
         per_step = call.output.nbytes * 2
         estimate = self.num_runs * (size_bytes([call]) + per_step * (self.num_steps() - 1))
         free = shutil.disk_usage(self.recording.directory).free
         bound = min(self.max_bytes, free)
         if estimate > bound:
+            limit = "the bound" if bound == self.max_bytes else "the disk has free"
             raise RunError(
-                f"the recording would take about {estimate / 2**30:.1f} GiB, more than "
-                f"{'the bound' if bound == self.max_bytes else 'the disk has free'} ({bound / 2**30:.1f} GiB); "
+                f"the recording would take about {estimate / 2**30:.1f} GiB, "
+                f"more than {limit} ({bound / 2**30:.1f} GiB); "
                 "give fewer --num-images or --steps, or raise --max-recording-gib"
             )
 
@@ -104,8 +105,8 @@ class _Watcher:
         return 1 if timesteps is None else len(timesteps)
 
 
-def _factors(pipe: Any) -> list[tuple[float, float]] | None:  # noqa: ANN401 (a pipeline's class is the user's)
-    """Return the denoising factors of the sampler as the pipeline has just used it, None where they are not known."""
+def _factors(pipe: Pipeline) -> list[tuple[float, float]] | None:
+    """Return the denoising factors of the sampler as it was just used; None: they are not known."""
     try:
         timesteps, factors = denoising_factors(pipe.scheduler)
     except (ModelError, AttributeError):
@@ -113,14 +114,14 @@ def _factors(pipe: Any) -> list[tuple[float, float]] | None:  # noqa: ANN401 (a 
     return list(zip(timesteps.tolist(), factors.tolist(), strict=True))
 
 
-def asked_for(pipe: Any, source: ModelSource, recipe: RecordRecipe) -> dict[str, Any]:  # noqa: ANN401
-    """Return what a recording's manifest says it is a recording of; another model of the same name differs."""
+def _settings_of(pipe: Pipeline, source: ModelSource, recipe: RecordRecipe) -> dict[str, Any]:
+    """Return the settings that a recording's manifest holds; the fingerprint tells models apart."""
     prints = {component: fingerprint(module) for component, module in find_denoisers(pipe).items()}
     return {"source": source.to_json(), "record": recipe.to_json(), "fingerprint": prints}
 
 
 def record_calls(
-    pipe: Any,  # noqa: ANN401 (a pipeline's class is the user's)
+    pipe: Pipeline,
     source: ModelSource,
     recipe: RecordRecipe,
     directory: Path,
@@ -129,7 +130,7 @@ def record_calls(
     progress: Progress = SILENT,
     description: str = "Recording",
 ) -> Recording:
-    """Run the pipeline for every condition and store what its denoiser was called with and returned.
+    """Run the pipeline for every condition and store the calls of its denoiser.
 
     An interrupted recording goes on with the first shard that is missing.
 
@@ -139,8 +140,8 @@ def record_calls(
         CalibrationError: the full-precision model itself gives a NaN or an infinity.
     """
     denoisers = find_denoisers(pipe)
-    asked = asked_for(pipe, source, recipe)
-    recording = Recording.create(directory, asked, recipe.num_shards)
+    settings = _settings_of(pipe, source, recipe)
+    recording = Recording.create(directory, settings, recipe.num_shards)
     missing = recording.missing_shards()
     with progress.task(description, len(recipe.conditions)) as advance:
         advance(min((recipe.num_shards - len(missing)) * recipe.batch_size, len(recipe.conditions)))
@@ -186,7 +187,8 @@ def _usual_guidance(pipe: Pipeline, source: ModelSource) -> float | None:
     return cast("float | None", parameter.default)
 
 
-def _usual_num_images(pipe: Any) -> int:  # noqa: ANN401
+def _usual_num_images(pipe: Pipeline) -> int:
+    """Return how many pictures are recorded where nobody says how many."""
     size = sum(
         parameter.numel()
         for module in find_denoisers(pipe).values()
@@ -196,7 +198,7 @@ def _usual_num_images(pipe: Any) -> int:  # noqa: ANN401
 
 
 def record_both(
-    pipe: Any,  # noqa: ANN401 (a pipeline's class is the user's)
+    pipe: Pipeline,
     run: Run,
     source: ModelSource,
     options: RecordOptions,
@@ -204,14 +206,18 @@ def record_both(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> tuple[Recording, Recording]:
-    """Record the calibration calls and the held-out calls, or reuse those that the run has from the same settings."""
+    """Record the calibration calls and the held-out calls.
+
+    Recordings that the run has with the same settings are reused, and completed if they were
+    interrupted; with `overwrite`, others are replaced.
+    """
     recordings = []
     recipes = record_recipes(pipe, source, options)
     for recipe, directory, title in zip(
         recipes, (run.recording, run.held_out), ("Recording", "Recording held-out"), strict=True
     ):
         if overwrite and is_ours(directory):
-            if not _is_of(directory, asked_for(pipe, source, recipe)):
+            if not _is_of(directory, _settings_of(pipe, source, recipe)):
                 shutil.rmtree(directory)
         recordings.append(
             record_calls(
@@ -227,9 +233,9 @@ def record_both(
     return recordings[0], recordings[1]
 
 
-def _is_of(directory: Path, asked: dict[str, Any]) -> bool:
+def _is_of(directory: Path, settings: dict[str, Any]) -> bool:
     """Whether a directory holds the recording of just these settings."""
     try:
-        return Recording(directory).recipe == asked
+        return Recording(directory).recipe == settings
     except MsfpError:  # damaged in whatever way: it is replaced, which is what --overwrite asks for
         return False

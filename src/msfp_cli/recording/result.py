@@ -155,7 +155,8 @@ class Recording:
                 return recording
             if len(recording.missing_shards()) < recording.num_shards:
                 raise RunError(
-                    f"{directory} was recorded with other settings; use --overwrite, or another --run"
+                    f"{directory} was recorded with other settings; "
+                    "use --overwrite, or another --run"
                 )
         manifest = {"schema": _SCHEMA, "recipe": recipe, "num_shards": num_shards}
         write_json(directory / _MANIFEST, manifest)
@@ -175,7 +176,7 @@ class Recording:
         calls: list[DenoiserCall],
         factors: list[tuple[float, float]] | None = None,
     ) -> None:
-        """Store the calls of one pipeline run; tensors that an earlier shard holds are not stored again.
+        """Store the calls of one pipeline run, without tensors that an earlier shard holds.
 
         Arguments:
             factors: the sampler's (timestep, denoising factor) pairs, None where they are not
@@ -255,7 +256,7 @@ class Recording:
     def calls(
         self, component: str | None = None, shards: Iterable[int] | None = None
     ) -> Iterator[DenoiserCall]:
-        """Yield calls in order (of one component, of some shards), one shard in memory at a time."""
+        """Yield calls in order (of a component, of some shards), one shard in memory at a time."""
         for index in range(self.num_shards) if shards is None else shards:
             for call in self.shard(index):
                 if component is None or call.component == component:
@@ -280,7 +281,7 @@ class Recording:
         return sum(self._read_header(index, count) for index in indices)
 
     def factors(self) -> list[tuple[float, float]] | None:
-        """Return the sampler's (timestep, denoising factor) pairs, None where they are not known."""
+        """Return the sampler's (timestep, denoising factor) pairs; None: they are not known."""
 
         def parse(document: Json) -> list[tuple[float, float]] | None:
             pairs = document["factors"]
