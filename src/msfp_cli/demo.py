@@ -17,7 +17,7 @@ from msfp_cli.pipelines.loading import BUILT_IN
 from msfp_cli.pipelines.source import ModelSource
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordOptions
-from msfp_cli.report.document import write_report
+from msfp_cli.report.document import report_run
 from msfp_cli.run import Run
 from msfp_cli.sample import contact_sheet
 
@@ -76,7 +76,7 @@ def run_demo(
     evaluation = evaluate_run(
         run, run.export, options, device=device, overwrite=True, progress=progress
     )
-    written = write_report(run, evaluation, run.report, pictures=len(_PROMPTS), overwrite=True)
+    written = report_run(run, pictures=len(_PROMPTS), overwrite=True)
     return DemoReport(
         page=str(written.page),
         picture=str(_sheet(evaluation, directory / "demo.png")),

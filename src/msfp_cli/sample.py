@@ -1,17 +1,23 @@
-"""Make pictures with an export, and beside them those of the full-precision model from the same seeds."""
+"""Make pictures with an export, and beside them those of the full-precision model."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from msfp_cli.files import replace_directory
+from msfp_cli.checkpoint.pipeline import MSFPPipeline, read_configs
+from msfp_cli.files import Json, refuse_existing, replace_directory
+from msfp_cli.pipelines.conditions import conditioning_of, expand_conditions
+from msfp_cli.pipelines.loading import load_pipeline
 from msfp_cli.pipelines.sampling import call_pipeline
-from msfp_cli.pipelines.source import Sampling
+from msfp_cli.pipelines.source import ModelSource, Pipeline, Sampling
 from msfp_cli.progress import SILENT, Progress
+from msfp_cli.run import Run
+
+_TITLE_HEIGHT = 24  # pixels above a row of a contact sheet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +28,81 @@ class Sheet:
     pictures: Sequence[Image.Image]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """What `sample_run` wrote.
+
+    Arguments:
+        sheet: the contact sheet; the pictures lie beside it.
+        num_pictures: of each model.
+    """
+
+    sheet: Path
+    num_pictures: int
+
+    def to_json(self) -> Json:
+        """Return plain JSON values."""
+        return {"sheet": str(self.sheet), "pictures": self.num_pictures}
+
+
+def sample_run(
+    run: Run,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    export: Path | None = None,
+    num_images: int = 1,
+    compare: bool = False,
+    kernel: str = "auto",
+    keep_packed: bool = False,
+    directory: Path | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Samples:
+    """Make pictures with the latest export of a run, and write them.
+
+    Arguments:
+        prompts: or class labels; empty for an unconditional pipeline.
+        sampling: what is None in it is as it was calibrated.
+        export: another export than the run's latest.
+        num_images: pictures of each prompt.
+        compare: make the full-precision pictures of the same seeds, too.
+        kernel, keep_packed: see `MSFPPipeline.from_pretrained`.
+        directory: where to write; None for a new one in the run directory.
+        dtype: a name in `DTYPES`; None for float32 on a CPU and bfloat16 elsewhere.
+
+    Raises:
+        RunError: there is no export, or the directory exists and `overwrite` is not set.
+        UsageError: a prompt is missing, or no layer can be run by the kernel.
+    """
+    export = export or run.latest_export()
+    config = next(iter(read_configs(export).values()))
+    directory = directory or run.next_samples()
+    refuse_existing(directory, overwrite=overwrite)
+    sampling = sampling.or_else(config.sampling)
+    pipe = MSFPPipeline.from_pretrained(
+        export,
+        dtype=None if dtype is None else getattr(torch, dtype),
+        device=device,
+        kernel=kernel,
+        keep_packed=keep_packed,
+    ).pipe
+    conditions = expand_conditions(prompts, num_images, conditioning_of(pipe))
+    sheets = [make_pictures(pipe, conditions, sampling, title="MSFP", progress=progress)]
+    if compare:
+        source = ModelSource(**config.source)
+        full = load_pipeline(replace(source, dtype=dtype or source.dtype), device)
+        title = "full precision"
+        sheet = make_pictures(full, conditions, sampling, title=title, progress=progress)
+        sheets.insert(0, sheet)
+    path = save_pictures(sheets, conditions, sampling, directory, overwrite=overwrite)
+    return Samples(sheet=path, num_pictures=len(conditions))
+
+
 def make_pictures(
-    pipe: Any,  # noqa: ANN401 (a pipeline's class is the user's)
+    pipe: Pipeline,
     conditions: Sequence[str | None],
     sampling: Sampling,
     *,
@@ -48,22 +127,25 @@ def save_pictures(
     *,
     overwrite: bool,
 ) -> Path:
-    """Write every picture as PNG, and a contact sheet with one row per model; return the contact sheet's path.
+    """Write every picture as PNG, and a contact sheet with one row per model.
+
+    Returns:
+        The path of the contact sheet.
 
     Raises:
         RunError: the directory exists and `overwrite` is not set.
     """
+    several = len(sheets) > 1
     with replace_directory(directory, overwrite=overwrite) as temporary:
         for sheet in sheets:
+            suffix = f"-{_slug(sheet.title)}" if several else ""
             for i, picture in enumerate(sheet.pictures):
-                picture.save(
-                    temporary
-                    / f"{i:03d}-{_slug(conditions[i])}seed{sampling.seed + i}{_suffix(sheet, sheets)}.png"
-                )
-        titles = [sheet.title for sheet in sheets] if len(sheets) > 1 else []
-        contact_sheet([sheet.pictures for sheet in sheets], titles=titles).save(
-            temporary / "sheet.png"
-        )
+                condition = conditions[i]
+                prompt = "" if condition is None else f"{_slug(condition)[:40]}-"
+                picture.save(temporary / f"{i:03d}-{prompt}seed{sampling.seed + i}{suffix}.png")
+        titles = [sheet.title for sheet in sheets] if several else []
+        contact = contact_sheet([sheet.pictures for sheet in sheets], titles=titles)
+        contact.save(temporary / "sheet.png")
     return directory / "sheet.png"
 
 
@@ -74,42 +156,33 @@ def contact_sheet(
     min_side: int = 128,
     gap: int = 4,
 ) -> Image.Image:
-    """Lay pictures out row by row; small ones are enlarged without smoothing so that pixels can be seen.
+    """Lay pictures out row by row; small ones are enlarged without smoothing, pixel by pixel.
 
     Arguments:
         rows: pictures of one size.
         titles: one line above each row, or none.
+        min_side: pixels that the longer side of a picture has at least.
+        gap: pixels between pictures.
     """
-    width, height = rows[0][0].size
-    factor = max(1, min_side // max(width, height))
-    width, height, head = width * factor, height * factor, 24 if titles else 0
+    first = rows[0][0]
+    factor = max(1, min_side // max(first.size))
+    width = first.width * factor
+    height = first.height * factor
+    head = _TITLE_HEIGHT if titles else 0
     columns = max(len(row) for row in rows)
-    sheet = Image.new(
-        "RGB", (columns * (width + gap) + gap, len(rows) * (head + height + gap) + gap), "white"
-    )
+    size = (columns * (width + gap) + gap, len(rows) * (head + height + gap) + gap)
+    sheet = Image.new("RGB", size, "white")
     for y, row in enumerate(rows):
         top = gap + y * (head + height + gap)
         if titles:
-            ImageDraw.Draw(sheet).text(
-                (gap, top + 4), titles[y], fill="black", font=ImageFont.load_default(14)
-            )
+            font = ImageFont.load_default(14)
+            ImageDraw.Draw(sheet).text((gap, top + 4), titles[y], fill="black", font=font)
         for x, picture in enumerate(row):
             enlarged = picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (gap + x * (width + gap), top + head))
     return sheet
 
 
-def _slug(condition: str | None) -> str:
-    """Turn a prompt into a piece of a file name."""
-    return (
-        ""
-        if condition is None
-        else re.sub(r"[^a-z0-9]+", "-", condition.lower()).strip("-")[:40] + "-"
-    )
-
-
-def _suffix(sheet: Sheet, sheets: Sequence[Sheet]) -> str:
-    """Name the model in the file name where there are several."""
-    return (
-        "" if len(sheets) == 1 else "-" + re.sub(r"[^a-z0-9]+", "-", sheet.title.lower()).strip("-")
-    )
+def _slug(text: str) -> str:
+    """Turn a prompt or a title into a piece of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

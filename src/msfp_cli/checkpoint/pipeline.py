@@ -11,7 +11,7 @@ from msfp_cli.errors import ModelError
 from msfp_cli.files import Json, open_tensors, read_json
 from msfp_cli.layers.kernels.registry import AUTO
 from msfp_cli.layers.prepare import prepare_
-from msfp_cli.layers.replace import quantized_layers
+from msfp_cli.layers.replace import quantized_layers, select_layers
 from msfp_cli.pipelines.loading import load_pipeline
 from msfp_cli.pipelines.source import ModelSource, Pipeline
 
@@ -53,6 +53,28 @@ def _refuse_truncated(directory: Path) -> None:
     for path in sorted(directory.glob("*.safetensors")):
         with open_tensors(path, redo=REDO):
             pass
+
+
+def kernels_of(
+    export: Path, pattern: str | None = None, *, device: str | None = None
+) -> dict[str, dict[str, tuple[str, str]]]:
+    """Return how each layer of an export runs on this machine.
+
+    Arguments:
+        pattern: of layers; None takes all.
+
+    Returns:
+        By component and layer: the kernel's name, and why others were passed over.
+
+    Raises:
+        UsageError: no layer matches the pattern.
+    """
+    pipe = MSFPPipeline.from_pretrained(export, device=device)
+    kernels = {}
+    for component in pipe.configs:
+        choices = prepare_(getattr(pipe, component))
+        kernels[component] = {name: choices[name] for name in select_layers(choices, pattern)}
+    return kernels
 
 
 class MSFPPipeline:

@@ -19,6 +19,9 @@ from msfp_cli.commands import (
 )
 from msfp_cli.version import __version__
 
+# Each module has a function of its own name, and its help as `HELP`; this is the order of `--help`.
+COMMANDS = (calibrate, finetune, inspect, export, sample, evaluate, report, status, demo)
+
 app = typer.Typer(
     name="msfp",
     help="Quantize diffusers pipelines to 4-bit floating point, weights and activations.\n\n"
@@ -53,5 +56,6 @@ def _root(
         console.show_tracebacks()
 
 
-for _module in (calibrate, finetune, inspect, export, sample, evaluate, report, status, demo):
-    _module.add_to(app)
+for _module in COMMANDS:
+    _name = _module.__name__.rpartition(".")[2]
+    app.command(_name, help=_module.HELP)(console.guarded(getattr(_module, _name)))

@@ -24,7 +24,7 @@ from msfp_cli.run import DEFAULT_RUN, Run
 if TYPE_CHECKING:
     from msfp_cli.calibration.result import Calibration, LayerChoice
 
-_HELP = """Choose a floating-point format for every layer of MODEL.
+HELP = """Choose a floating-point format for every layer of MODEL.
 
 The stock pipeline draws pictures of some prompts, and the calls of its denoiser are recorded. Then
 the format, maximum and zero point of every layer are searched, and the error of the quantized
@@ -156,8 +156,3 @@ def _row(name: str, layer: "LayerChoice") -> list[str]:
     chosen = layer.scheme
     formats = f"{chosen.weight or 'float'} x {chosen.input.format if chosen.input else 'float'}"
     return [name, f"{layer.sensitivity or 0:.5f}", formats, layer.reason]
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("calibrate", help=_HELP)(console.guarded(calibrate))

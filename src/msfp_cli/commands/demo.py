@@ -9,7 +9,7 @@ import typer
 from msfp_cli.commands import console
 from msfp_cli.commands.options import DeviceOption, JsonOption
 
-_HELP = """Run the whole chain on the built-in pipeline: no network, a few minutes on two cores.
+HELP = """Run the whole chain on the built-in pipeline: no network, a few minutes on two cores.
 
 It ends with a report (one HTML page) and a picture with four rows of the same seeds: full
 precision, plain signed FP4, MSFP after calibration, and MSFP after a short fine-tuning.
@@ -42,8 +42,3 @@ def demo(
         f"pictures: {report.picture}"
     )
     console.result(report.page, asdict(report), as_json=json_)
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("demo", help=_HELP)(console.guarded(demo))

@@ -24,7 +24,7 @@ from msfp_cli.run import DEFAULT_RUN, Run
 if TYPE_CHECKING:
     from msfp_cli.evaluation.result import Evaluation
 
-_HELP = """Measure the latest export, or any exported directory, against full precision.
+HELP = """Measure the latest export, or any exported directory, against full precision.
 
 Both draw pictures from the same prompts and seeds. Measured are the error of the denoiser's output
 and of the final latents; PSNR, SSIM and a distance of deep features of each picture; distances
@@ -122,8 +122,3 @@ def show(evaluation: "Evaluation") -> None:
     console.table(title, ["", *(model.title for model in models)], rows)
     for line in evaluation.notes:
         console.note(f"note: {line}")
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("evaluate", help=_HELP)(console.guarded(evaluate))

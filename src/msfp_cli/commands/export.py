@@ -9,7 +9,7 @@ from msfp_cli.commands import console
 from msfp_cli.commands.options import DeviceOption, JsonOption, OverwriteOption, RunOption
 from msfp_cli.run import DEFAULT_RUN, Run
 
-_HELP = """Write the calibrated and fine-tuned pipeline as a diffusers directory of 4-bit weights.
+HELP = """Write the calibrated and fine-tuned pipeline as a diffusers directory of 4-bit weights.
 
 To load it in Python: `import msfp_cli; DiffusionPipeline.from_pretrained(DIR)`.
 
@@ -59,8 +59,3 @@ def export(
         )
     console.result(report.directory, report.to_json(), as_json=json_)
     console.note(f"next: {next_command(Run(run))}")
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("export", help=_HELP)(console.guarded(export))

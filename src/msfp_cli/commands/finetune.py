@@ -17,7 +17,7 @@ from msfp_cli.run import DEFAULT_RUN, Run
 if TYPE_CHECKING:
     from msfp_cli.finetuning.finetune import FinetuneReport
 
-_HELP = """Win back quality: train low-rank updates (LoRAs) of the quantized weights.
+HELP = """Win back quality: train low-rank updates (LoRAs) of the quantized weights.
 
 Each layer has a few LoRAs (a hub), and a router chooses one of them by the timestep. The outputs of
 the full-precision model are in the run's recording, so no data and no second model are needed. The
@@ -158,8 +158,3 @@ def _show(run: Run, reports: "list[FinetuneReport]", *, done: bool, as_json: boo
         as_json=as_json,
     )
     console.note(f"next: {next_command(run)}")
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("finetune", help=_HELP)(console.guarded(finetune))

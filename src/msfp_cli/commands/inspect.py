@@ -1,9 +1,8 @@
 """`msfp inspect`: show what fine-tuning learned, or how the layers of an export run."""
 
-import fnmatch
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,9 +11,9 @@ from msfp_cli.commands.options import DeviceOption, JsonOption, RunOption
 from msfp_cli.run import DEFAULT_RUN, Run
 
 if TYPE_CHECKING:
-    from msfp_cli.finetuning.result import FinetuneState
+    from msfp_cli.finetuning.inspect import Inspection
 
-_HELP = """Show what fine-tuning learned: the error at each timestep before and after, and the hubs.
+HELP = """Show what fine-tuning learned: the error at each timestep before and after, and the hubs.
 
 A hub is the few LoRAs of a layer, its members; the router uses one of them at each timestep. The
 map has a row for each block of layers and a column for each timestep, from noisy to clean. A digit
@@ -51,118 +50,78 @@ def inspect(
 ) -> None:
     """Show what fine-tuning learned, or how an export runs."""
     if kernels:
-        _show_kernels(run, layers, device, as_json=json_)
-        return
-    from msfp_cli.calibration.result import Calibration
-    from msfp_cli.errors import RunError, UsageError
-    from msfp_cli.finetuning.lora import tuned_names
-    from msfp_cli.finetuning.result import load_finetunings, member_by_timestep
-
-    state = Run(run)
-    state.require()
-    calibration = Calibration.load(state.calibration)
-    found = load_finetunings(state, calibration)
-    if not found:
-        raise RunError(f"{run} holds no fine-tuning yet; run `msfp finetune` first")
-    result = {}
-    for component, tuned in found.items():
-        names = tuned_names(calibration.table(component))
-        shown = [name for name in names if layers is None or fnmatch.fnmatchcase(name, layers)]
-        if not shown:
-            raise UsageError(
-                f"no tuned layer matches {layers!r}; the first of {len(names)} is {names[0]!r}"
-            )
-        members = member_by_timestep(tuned, names)
-        result[component] = {
-            "errors": _errors(tuned),
-            "members": {name: members[name] for name in shown},
-        }
-        _show_errors(component, tuned)
-        _show_map(component, {name: members[name] for name in shown}, one_by_one=layers is not None)
-    console.result(str(state.directory / "finetune"), result, as_json=json_)
+        _inspect_kernels(Run(run).latest_export(), layers, device, as_json=json_)
+    else:
+        _inspect_hubs(Run(run), layers, as_json=json_)
 
 
-def _show_kernels(run: Path, pattern: str | None, device: str | None, *, as_json: bool) -> None:
-    """Print which kernel runs each layer of the latest export, and why not the others."""
-    from msfp_cli.checkpoint.pipeline import MSFPPipeline
-    from msfp_cli.errors import UsageError
-    from msfp_cli.layers.prepare import prepare_
+def _inspect_hubs(run: Run, pattern: str | None, *, as_json: bool) -> None:
+    """Print what fine-tuning learned: errors by timestep, and which members serve when."""
+    from msfp_cli.finetuning.inspect import inspect_run
+
+    inspections = inspect_run(run, pattern)
+    for component, inspection in inspections.items():
+        _show_errors(component, inspection)
+        _show_map(component, inspection.members, one_by_one=pattern is not None)
+    data = {component: inspection.to_json() for component, inspection in inspections.items()}
+    console.result(str(run.directory / "finetune"), data, as_json=as_json)
+
+
+def _inspect_kernels(
+    export: Path, pattern: str | None, device: str | None, *, as_json: bool
+) -> None:
+    """Print which kernel runs which layers of an export, and why others were passed over."""
+    from msfp_cli.checkpoint.pipeline import kernels_of
     from msfp_cli.pipelines.loading import quiet_libraries
 
-    export = Run(run).latest_export()
     quiet_libraries()
-    pipe = MSFPPipeline.from_pretrained(export, device=device)
-    result: dict[str, dict[str, dict[str, str]]] = {}
-    for component in pipe.configs:
-        chosen = prepare_(getattr(pipe, component))
-        shown = {
-            name: how
-            for name, how in chosen.items()
-            if pattern is None or fnmatch.fnmatchcase(name, pattern)
+    kernels = kernels_of(export, pattern, device=device)
+    data = {}
+    for component, layers in kernels.items():
+        _show_kernels(component, layers, one_by_one=pattern is not None)
+        data[component] = {
+            name: {"kernel": kernel, "why": reason} for name, (kernel, reason) in layers.items()
         }
-        if not shown:
-            raise UsageError(
-                f"no layer matches {pattern!r}; the first of {len(chosen)} is "
-                f"{next(iter(chosen))!r}"
-            )
-        result[component] = {
-            name: {"kernel": kernel, "why": why} for name, (kernel, why) in shown.items()
-        }
-        if pattern is not None:
-            rows = [[name, kernel, why] for name, (kernel, why) in shown.items()]
-            console.table(f"{component}: kernels", ["layer", "kernel", "why no other"], rows)
-        else:
-            rows = [
-                [kernel, why, str(count)]
-                for (kernel, why), count in Counter(shown.values()).most_common()
-            ]
-            console.table(f"{component}: kernels", ["kernel", "why no other", "layers"], rows)
-    console.result(str(export), result, as_json=as_json)
+    console.result(str(export), data, as_json=as_json)
 
 
-def _errors(tuned: "FinetuneState") -> list[dict[str, float]]:
-    """Return the error at each timestep, before and after."""
-    after = dict(tuned.best.by_timestep)
-    return [
-        {"timestep": t, "before": error, "after": after[t]}
-        for t, error in tuned.history[0].by_timestep
-    ]
+def _show_kernels(component: str, layers: dict[str, tuple[str, str]], *, one_by_one: bool) -> None:
+    """Print one row per layer, or one per kernel and reason."""
+    title = f"{component}: kernels"
+    if one_by_one:
+        rows = [[name, kernel, reason] for name, (kernel, reason) in layers.items()]
+        console.table(title, ["layer", "kernel", "why not another"], rows)
+        return
+    counts = Counter(layers.values()).most_common()
+    rows = [[kernel, reason, str(count)] for (kernel, reason), count in counts]
+    console.table(title, ["kernel", "why not another", "layers"], rows)
 
 
-def _show_errors(component: str, tuned: "FinetuneState") -> None:
-    rows = [
-        [
-            f"{e['timestep']:g}",
-            f"{e['before']:.5f}",
-            f"{e['after']:.5f}",
-            f"{e['after'] / (e['before'] or 1.0):.2f}",
-        ]
-        for e in _errors(tuned)
-    ]
-    before, after = tuned.history[0].error, tuned.best.error
-    rows.append(["all", f"{before:.5f}", f"{after:.5f}", f"{after / (before or 1.0):.2f}"])
-    title = f"{component}: held-out error, best after {tuned.best.step} of {tuned.step} updates"
+def _show_errors(component: str, inspection: "Inspection") -> None:
+    """Print the held-out error at each timestep and of all, before and after fine-tuning."""
+    state = inspection.state
+    rows = [_error_row(f"{timestep:g}", *errors) for timestep, *errors in inspection.errors()]
+    rows.append(_error_row("all", state.history[0].error, state.best.error))
+    title = f"{component}: held-out error, best after {state.best.step} of {state.step} updates"
     console.table(title, ["timestep", "before", "after", "ratio"], rows)
+
+
+def _error_row(title: str, before: float, after: float) -> list[str]:
+    return [title, f"{before:.5f}", f"{after:.5f}", f"{after / (before or 1.0):.2f}"]
 
 
 def _show_map(component: str, members: dict[str, list[int]], *, one_by_one: bool) -> None:
     """Print one row per layer, or per block of layers."""
     blocks: dict[str, list[list[int]]] = {}
     for name, row in members.items():
-        blocks.setdefault(name if one_by_one else ".".join(name.split(".")[:_DEPTH]), []).append(
-            row
-        )
-    rows: list[list[Any]] = []
-    for block, several in blocks.items():
-        commonest = [Counter(column).most_common(1)[0][0] for column in zip(*several, strict=True)]
-        switching = sum(len(set(row)) > 1 for row in several)
-        rows.append(
-            [
-                block,
-                "".join(_digit(member) for member in commonest),
-                f"{switching} of {len(several)}",
-            ]
-        )
+        block = name if one_by_one else ".".join(name.split(".")[:_DEPTH])
+        blocks.setdefault(block, []).append(row)
+    rows = []
+    for block, layers in blocks.items():
+        commonest = [Counter(column).most_common(1)[0][0] for column in zip(*layers, strict=True)]
+        digits = "".join(map(_digit, commonest))
+        switching = sum(len(set(row)) > 1 for row in layers)
+        rows.append([block, digits, f"{switching} of {len(layers)}"])
     console.table(
         f"{component}: hub member by timestep, noisy to clean",
         ["layers", "member", "switching"],
@@ -173,8 +132,3 @@ def _show_map(component: str, members: dict[str, list[int]], *, one_by_one: bool
 def _digit(member: int) -> str:
     """Return one character for a member."""
     return "0123456789abcdefghijklmnopqrstuvwxyz"[member] if member < 36 else "+"
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("inspect", help=_HELP)(console.guarded(inspect))

@@ -9,7 +9,7 @@ from msfp_cli.commands import console
 from msfp_cli.commands.options import JsonOption, OverwriteOption, RunOption
 from msfp_cli.run import DEFAULT_RUN, Run
 
-_HELP = """Write the run's evaluation as one self-contained HTML page, with PNG plots beside it.
+HELP = """Write the run's evaluation as one self-contained HTML page, with PNG plots beside it.
 
 It shows pictures of the same seeds side by side, the error at each timestep, the formats of every
 layer with their errors, the hub member that is used at each timestep, size and speed, and all
@@ -37,22 +37,9 @@ def report(
     json_: JsonOption = False,
 ) -> None:
     """Write the evaluation as a page."""
-    from msfp_cli.evaluation.result import Evaluation
-    from msfp_cli.report.document import write_report
+    from msfp_cli.report.document import report_run
 
-    state = Run(run)
-    if evaluation is None:
-        state.require()
-    result = Evaluation.load(evaluation or state.evaluation)
-    written = write_report(
-        state, result, out or state.report, pictures=pictures, overwrite=overwrite
-    )
+    written = report_run(Run(run), evaluation, out, pictures=pictures, overwrite=overwrite)
     for line in written.notes:
         console.note(f"note: {line}")
-    data = {"page": str(written.page), "plots": [str(plot) for plot in written.plots]}
-    console.result(str(written.page), data, as_json=json_)
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("report", help=_HELP)(console.guarded(report))
+    console.result(str(written.page), written.to_json(), as_json=json_)

@@ -18,7 +18,7 @@ from msfp_cli.commands.options import (
 from msfp_cli.pipelines.source import ModelSource, Sampling
 from msfp_cli.run import DEFAULT_RUN, Run
 
-_HELP = """Make pictures with the latest export, or with any exported directory.
+HELP = """Make pictures with the latest export, or with any exported directory.
 
 Examples:
 
@@ -81,40 +81,24 @@ def sample(
     ModelSource(model="", dtype=dtype)  # what is wrong is refused before torch is loaded
     sampling = options.recipe(Sampling)
 
-    import torch
+    from msfp_cli.pipelines.conditions import read_prompts
+    from msfp_cli.pipelines.loading import quiet_libraries
+    from msfp_cli.sample import sample_run
 
-    from msfp_cli.checkpoint.pipeline import MSFPPipeline, read_configs
-    from msfp_cli.files import refuse_existing
-    from msfp_cli.pipelines.conditions import conditioning_of, expand_conditions, read_prompts
-    from msfp_cli.pipelines.loading import load_pipeline, quiet_libraries
-    from msfp_cli.sample import make_pictures, save_pictures
-
-    asked = list(prompt or []) + list(read_prompts(prompts) if prompts else [])
-    directory = export or Run(run).latest_export()
-    config = next(iter(read_configs(directory).values()))
-    out = out or Run(run).next_samples()
-    refuse_existing(out, overwrite=overwrite)
-    sampling = sampling.or_else(config.sampling)
     quiet_libraries()
-    progress = console.ConsoleProgress()
-    dtype_ = None if dtype is None else getattr(torch, dtype)
-    quantized = MSFPPipeline.from_pretrained(
-        directory, dtype=dtype_, device=device, kernel=kernel, keep_packed=keep_packed
+    samples = sample_run(
+        Run(run),
+        [*(prompt or ()), *(read_prompts(prompts) if prompts else ())],
+        sampling,
+        export=export,
+        num_images=num_images,
+        compare=compare,
+        kernel=kernel,
+        keep_packed=keep_packed,
+        directory=out,
+        dtype=dtype,
+        device=device,
+        overwrite=overwrite,
+        progress=console.ConsoleProgress(),
     )
-    pipe = quantized.pipe
-    conditions = expand_conditions(asked, num_images, conditioning_of(pipe))
-    sheets = [make_pictures(pipe, conditions, sampling, title="MSFP", progress=progress)]
-    if compare:
-        full = load_pipeline(
-            ModelSource(**{**config.source, "dtype": dtype or config.source.get("dtype")}), device
-        )
-        sheets.insert(
-            0, make_pictures(full, conditions, sampling, title="full precision", progress=progress)
-        )
-    sheet = save_pictures(sheets, conditions, sampling, out, overwrite=overwrite)
-    console.result(str(sheet), {"sheet": str(sheet), "pictures": len(conditions)}, as_json=json_)
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("sample", help=_HELP)(console.guarded(sample))
+    console.result(str(samples.sheet), samples.to_json(), as_json=json_)

@@ -1,12 +1,10 @@
 """`msfp status`: say what the run directory holds and what to type next."""
 
-import typer
-
 from msfp_cli.commands import console
 from msfp_cli.commands.options import JsonOption, RunOption
 from msfp_cli.run import DEFAULT_RUN, Run
 
-_HELP = """Say what the run directory holds and what to type next.
+HELP = """Say what the run directory holds and what to type next.
 
 Examples:
 
@@ -24,8 +22,3 @@ def status(run: RunOption = DEFAULT_RUN, json_: JsonOption = False) -> None:
     text = "\n".join(f"{stage:12} {state}" for stage, state in current.stages.items())
     console.result(text, current.to_json(), as_json=json_)
     console.note(f"next: {current.next_command}")
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command("status", help=_HELP)(console.guarded(status))

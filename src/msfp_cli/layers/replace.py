@@ -1,11 +1,12 @@
 """Find and replace layers of a denoiser by name. A table of embeddings counts as a layer."""
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from msfp_cli.errors import CheckpointError
+from msfp_cli.errors import CheckpointError, UsageError
 from msfp_cli.layers.base import FloatLayer
 from msfp_cli.layers.quantized import Quantized, find_kind, kind_of
 from msfp_cli.layers.routing import RouterTable
@@ -22,6 +23,19 @@ def quantized_layers(denoiser: nn.Module) -> dict[str, Quantized]:
     """Return every quantized layer by qualified name, in the order of definition."""
     modules = denoiser.named_modules()
     return {name: module for name, module in modules if isinstance(module, Quantized)}
+
+
+def select_layers(names: Iterable[str], pattern: str | None) -> list[str]:
+    """Return the names that match a shell pattern; None selects all.
+
+    Raises:
+        UsageError: none matches.
+    """
+    every = list(names)
+    selected = [name for name in every if pattern is None or fnmatch.fnmatchcase(name, pattern)]
+    if not selected:
+        raise UsageError(f"no layer matches {pattern!r}; the first of {len(every)} is {every[0]!r}")
+    return selected
 
 
 def replace_module_(denoiser: nn.Module, name: str, new: nn.Module) -> None:

@@ -17,7 +17,7 @@ from msfp_cli.errors import UsageError
 from msfp_cli.evaluation.metrics import DISTANCES, FIGURES
 from msfp_cli.evaluation.models import calibration_of
 from msfp_cli.evaluation.result import Evaluation, Measured, OutputNoise
-from msfp_cli.files import refuse_existing, replace_directory
+from msfp_cli.files import Json, refuse_existing, replace_directory
 from msfp_cli.finetuning.lora import tuned_names
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings, member_by_timestep
 from msfp_cli.layers.scheme import LayerScheme
@@ -44,6 +44,36 @@ class Report:
     page: Path
     plots: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+
+    def to_json(self) -> Json:
+        """Return plain JSON values."""
+        return {"page": str(self.page), "plots": [str(plot) for plot in self.plots]}
+
+
+def report_run(
+    run: Run,
+    evaluation: Path | None = None,
+    directory: Path | None = None,
+    *,
+    pictures: int = 8,
+    overwrite: bool = False,
+) -> Report:
+    """Write the report of an evaluation.
+
+    Arguments:
+        evaluation: its directory; None for the run's own.
+        directory: where to write; None for the run's own report directory.
+        pictures: prompts to show.
+
+    Raises:
+        RunError: there is no evaluation, or the directory exists and `overwrite` is not set.
+    """
+    if evaluation is None:
+        run.require()
+    result = Evaluation.load(evaluation or run.evaluation)
+    return write_report(
+        run, result, directory or run.report, pictures=pictures, overwrite=overwrite
+    )
 
 
 def write_report(
