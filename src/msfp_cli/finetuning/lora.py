@@ -1,4 +1,4 @@
-"""Timestep-aware LoRA (TALoRA): a hub of low-rank updates per layer, and one router that picks one by timestep.
+"""Timestep-aware LoRA (TALoRA): a hub of low-rank updates per layer, picked by one router.
 
 Early timesteps draw outlines and late ones details, so one low-rank update cannot serve them all
 (Zhao et al. 2025, arXiv:2505.21591). Each quantized layer has a hub of h updates *inside* its
@@ -16,14 +16,13 @@ The choice is hard in the forward pass and soft in the backward pass (straight-t
 learning rate fits all layers. For a convolution A is its k x k part and B the 1 x 1 that follows:
 as matrices, ``(rank, in * k * k)`` and ``(out, rank)``.
 
-Because the update lies inside the quantizer, an export holds h sets of 4-bit weights and no
+Because the update lies inside the quantizer, an export holds h 4-bit weights per layer and no
 floating-point side branch.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +32,13 @@ from msfp_cli.errors import MsfpError
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.router import Choice
 from msfp_cli.formats.float_format import FloatFormat
-from msfp_cli.formats.rounding import Grid, fake_quantize, fake_quantize_learned, round_steps
+from msfp_cli.formats.rounding import (
+    Context,
+    Grid,
+    fake_quantize,
+    fake_quantize_learned,
+    round_steps,
+)
 from msfp_cli.layers.base import FloatLayer
 from msfp_cli.layers.quantized import kind_of
 from msfp_cli.layers.replace import replace_module_
@@ -51,7 +56,7 @@ class _RoundedWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401 (torch does not name this type)
+        ctx: Context,
         weight: Tensor,
         scale: Tensor,
         fmt: FloatFormat,
@@ -63,54 +68,68 @@ class _RoundedWeight(torch.autograd.Function):
         return round_steps(steps, fmt).mul_(scale[:, None])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor, Tensor]:  # noqa: ANN401
+    def backward(ctx: Context, grad: Tensor) -> tuple[None, None, None, Tensor, Tensor]:
         inside, scale, a, b = ctx.saved_tensors
         grad = (grad * scale[:, None]).mul_(inside)
         return None, None, None, b.t() @ grad, grad @ a.t()
 
 
 class _TellRouter(torch.autograd.Function):
-    """A layer's output as it is; its gradient also goes to the members' weights, for every row its own.
+    """Return a layer's output as it is, and give the router a gradient for its choice.
 
-    The straight-through gradient of a choice is that of the mixture ``sum_k weights[row, k] *
-    changes_k(x)[row]`` in its place. Backward computes it from the input, which is kept anyway, so
-    it costs no memory.
+    Backward takes the mixture ``sum_k weights[row, k] * changes_k(x)[row]`` for what was added to
+    the output: the straight-through gradient of a choice. Say a row has output gradient ``[1, 2]``,
+    and member 0 would add ``[3, 0]`` to its output, member 1 ``[0, -1]``::
+
+        gradient of weights[row, 0] = 1 * 3 + 2 * 0 = 3        (member 0 makes the loss larger)
+        gradient of weights[row, 1] = 1 * 0 + 2 * (-1) = -2    (member 1 makes it smaller)
+
+    so the router learns to prefer member 1 for this row's timestep. The changes are computed from
+    the input, which is kept anyway, so this costs no memory.
+
+    Arguments:
+        y: the layer's output, the one member's that serves.
+        weights: the router's, ``(rows, members)``.
+        x: the layer's input; its first dimension is a multiple of the rows.
+        changes: yields for each member what it adds to the output.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Context,
         y: Tensor,
         weights: Tensor,
         x: Tensor,
         changes: Callable[[Tensor], Iterator[Tensor]],
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.changes, ctx.num_rows = changes, len(weights)
+        ctx.changes = changes
+        ctx.num_rows = len(weights)
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # noqa: ANN401
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        told = [
-            (grad * change).reshape(ctx.num_rows, -1).float().sum(dim=1)
-            for change in ctx.changes(x)
-        ]
-        return grad, torch.stack(told, dim=1), None, None
+        of_members = []
+        for change in ctx.changes(x):
+            by_row = (grad * change).reshape(ctx.num_rows, -1)
+            of_members.append(by_row.float().sum(dim=1))
+        return grad, torch.stack(of_members, dim=1), None, None
 
 
 def updated_steps(weight: Tensor, scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return ``W / s + B A``, the updated weight in steps of its grid, float32 ``(out, in * k * k)``.
+    """Return ``W / s + B A``, the updated weight in steps of its grid.
 
     Arguments:
         weight: ``(out, ...)``.
         scale: float32, ``(out,)``.
         a: ``(rank, in * k * k)``.
         b: ``(out, rank)``.
+
+    Returns:
+        float32 ``(out, in * k * k)``, whatever the autocast: half a step is all the difference.
     """
-    with torch.autocast(
-        weight.device.type, enabled=False
-    ):  # half a step is all the difference here
+    with torch.autocast(weight.device.type, enabled=False):
         return torch.addmm(weight.detach().float().flatten(1) / scale[:, None], b, a)
 
 
@@ -161,7 +180,8 @@ class TunedLayer(nn.Module):
         self.route = route
         self.slot = slot
         assert scheme.weight is not None
-        self.input, self.weight_format = scheme.input, scheme.weight
+        self.input = scheme.input
+        self.weight_format = scheme.weight
         self.register_buffer("scale", scale.to(layer.weight.device).float(), persistent=False)
         a, b = self._beginning(recipe, generator)
         self.lora_a = nn.ParameterList(a.clone() for _ in range(recipe.hub_size))
@@ -176,19 +196,22 @@ class TunedLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the first A and B of every member."""
         weight = self.layer.weight
-        out, inner = weight.shape[0], weight[0].numel()
+        out = weight.shape[0]
+        inner = weight[0].numel()
         rank = min(recipe.rank, out, inner)
         if recipe.init == "svd":
-            steps = weight.float().flatten(1) / self.get_buffer("scale")[:, None]
-            u, s, v = torch.linalg.svd(
-                steps - round_steps(steps, self.weight_format), full_matrices=False
-            )
-            return (s[:rank, None].sqrt() * v[:rank]).contiguous(), (
-                u[:, :rank] * s[:rank].sqrt()
-            ).contiguous()
+            return self._svd_of_rounding_error(rank)
         bound = math.sqrt(3 / inner)
         a = torch.empty(rank, inner).uniform_(-bound, bound, generator=generator)
         return a.to(weight.device), torch.zeros(out, rank, device=weight.device)
+
+    def _svd_of_rounding_error(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return the A and B whose product is nearest to what rounding takes from the weight."""
+        steps = self.layer.weight.float().flatten(1) / self.get_buffer("scale")[:, None]
+        error = steps - round_steps(steps, self.weight_format)
+        u, s, v = torch.linalg.svd(error, full_matrices=False)
+        root = s[:rank].sqrt()
+        return (root[:, None] * v[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
 
     def rounded_weight(self, member: int) -> Tensor:
         """Return the weight of a member, rounded; float32, shape of the weight."""
@@ -207,13 +230,10 @@ class TunedLayer(nn.Module):
             return x
         if self.input_shift is None:
             return fake_quantize(x, self.input)
-        shift, unit = (
-            self.input_shift[choice.member],
-            float(self.input.scale) * (not self.input.format.signed),
-        )
-        return fake_quantize_learned(
-            x, choice.input or moved_input(self.input, *shift.tolist()), shift, unit
-        )
+        shift = self.input_shift[choice.member]
+        grid = choice.input or moved_input(self.input, *shift.tolist())
+        unit = float(self.input.scale) * (not self.input.format.signed)
+        return fake_quantize_learned(x, grid, shift, unit)
 
     def forward(self, x: Tensor) -> Tensor:
         """Give each chosen member its rows, and put what they return in order again.
@@ -228,20 +248,19 @@ class TunedLayer(nn.Module):
         order = torch.tensor([row for choice in choices for row in choice.rows], device=x.device)
         if len(x) % len(order):
             raise MsfpError(
-                f"a layer's input of shape {tuple(x.shape)} does not begin with the {len(order)} rows of the call, so "
-                "they cannot be given to the members of its hub; give --hub-size 1"
+                f"a layer's input of shape {tuple(x.shape)} does not begin with the {len(order)} "
+                "rows of the call, so they cannot be given to the members of its hub; "
+                "give --hub-size 1"
             )
-        rows = x.reshape(len(order), -1, *x.shape[1:])
-        parts = torch.split(rows.index_select(0, order), [len(choice.rows) for choice in choices])
-        y = torch.cat(
-            [
-                self._with_member(part.flatten(0, 1), c)
-                for part, c in zip(parts, choices, strict=True)
-            ]
-        )
-        return (
-            y.reshape(len(order), -1, *y.shape[1:]).index_select(0, order.argsort()).flatten(0, 1)
-        )
+        rows = x.reshape(len(order), -1, *x.shape[1:]).index_select(0, order)
+        parts = torch.split(rows, [len(choice.rows) for choice in choices])
+        outputs = [
+            self._with_member(part.flatten(0, 1), choice)
+            for part, choice in zip(parts, choices, strict=True)
+        ]
+        y = torch.cat(outputs)
+        ordered = y.reshape(len(order), -1, *y.shape[1:]).index_select(0, order.argsort())
+        return ordered.flatten(0, 1)
 
     def _with_member(self, x: Tensor, choice: Choice) -> Tensor:
         """Round the input and the updated weight, and run the layer."""
@@ -249,18 +268,22 @@ class TunedLayer(nn.Module):
         y = self._run(x, self.rounded_weight(choice.member), self.layer.bias)
         if choice.weights is None:
             return y
-        told: Tensor = _TellRouter.apply(
-            y, choice.weights, x, partial(self._changes, choice.member)
-        )  # type: ignore[no-untyped-call]
-        return told
+        changes = partial(self._changes, choice.member)
+        y_with_gradient: Tensor = _TellRouter.apply(  # type: ignore[no-untyped-call]
+            y, choice.weights, x, changes
+        )
+        return y_with_gradient
 
     @torch.no_grad()
-    def _changes(self, now: int, x: Tensor) -> Iterator[Tensor]:
-        """Return what each member adds to the output, where the update of the one that serves `now` is not clipped."""
-        weight, scale, a, b = self.layer.weight, self.get_buffer("scale"), self.lora_a, self.lora_b
-        inside = updated_steps(weight, scale, a[now], b[now]).abs() <= self.weight_format.largest
-        for k in range(len(a)):
-            yield self._run(x, (scale[:, None] * (b[k] @ a[k]) * inside).view(weight.shape), None)
+    def _changes(self, serving: int, x: Tensor) -> Iterator[Tensor]:
+        """Yield what each member adds to the output, where the serving one's update is not clipped."""
+        weight = self.layer.weight
+        scale = self.get_buffer("scale")
+        steps = updated_steps(weight, scale, self.lora_a[serving], self.lora_b[serving])
+        inside = steps.abs() <= self.weight_format.largest
+        for a, b in zip(self.lora_a, self.lora_b, strict=True):
+            update = scale[:, None] * (b @ a) * inside
+            yield self._run(x, update.view(weight.shape), None)
 
     def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(x.dtype)
@@ -290,5 +313,8 @@ def tune_layers_(
 
 
 def tuned_names(table: Mapping[str, LayerScheme]) -> list[str]:
-    """List the layers that have a hub, in the order of the router's rows: those that multiply by a quantized weight."""
+    """List the layers that have a hub, in the order of the router's rows.
+
+    They are the layers that multiply by a quantized weight.
+    """
     return [name for name, scheme in table.items() if scheme.tunable]

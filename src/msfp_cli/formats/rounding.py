@@ -12,13 +12,15 @@ arXiv:1308.3432). Infinities saturate. A NaN has no code: `quantize` gives it an
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from msfp_cli.formats.float_format import FloatFormat
+
+Context: TypeAlias = Any  # what torch passes to an autograd function, and does not name
 
 
 @dataclass(frozen=True)
@@ -172,14 +174,14 @@ class _StraightThrough(torch.autograd.Function):
     """Round in the forward pass; let the gradient through inside ``[low, high]`` in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:  # noqa: ANN401 (torch does not name this type)
+    def forward(ctx: Context, x: Tensor, grid: Grid) -> Tensor:
         low = grid.zero_point - grid.max_value * grid.format.signed
         exact = x.float()  # a 16-bit comparison would round the bounds, too
         ctx.save_for_backward((exact >= low) & (exact <= grid.zero_point + grid.max_value))
         return _round(x, grid).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
         (inside,) = ctx.saved_tensors
         return grad * inside, None
 
@@ -201,14 +203,14 @@ class _LearnedGrid(torch.autograd.Function):
     """Round in the forward pass; the gradient is straight through to the values, exact to what moves the grid."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: Grid, shift: Tensor, unit: float) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Context, x: Tensor, grid: Grid, shift: Tensor, unit: float) -> Tensor:
         y = _round(x, grid)
         ctx.grid, ctx.unit = grid, unit
         ctx.save_for_backward(x, y)
         return y.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
         (x, y), grid = ctx.saved_tensors, ctx.grid
         high = grid.zero_point + grid.max_value
         low = grid.zero_point - grid.max_value * grid.format.signed
