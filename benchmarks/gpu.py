@@ -1,4 +1,4 @@
-"""Check the kernels for NVIDIA GPUs, and time denoisers with them: one command, under 8 minutes, one table.
+"""Check the kernels for NVIDIA GPUs, and time denoisers with them, in under 8 minutes.
 
     python benchmarks/gpu.py [--models a,b] [--rows a,b] [--budget SECONDS] [--calls N] [--markdown
     FILE] [--tiles]
@@ -156,7 +156,10 @@ def time_calls(called: Callable[..., Any], arguments: dict[str, Any], calls: int
 def rows_in_time(
     rows: Sequence[str], seconds: float, clock: Callable[[], float]
 ) -> Iterator[tuple[str, bool]]:
-    """Yield each row, and whether there is time for it: as much as the longest one of its kind took is to be left."""
+    """Yield each row, and whether there is time for it.
+
+    As much as the longest row of its kind took has to be left.
+    """
     started, longest = clock(), {True: 0.0, False: 0.0}
     for row in rows:
         compiled, begun = row.endswith("compiled"), clock()
@@ -203,13 +206,13 @@ def measure(name: str, options: argparse.Namespace) -> None:
 
 
 def seconds_for(name: str, left: float, waiting: Sequence[str]) -> float:
-    """Return the seconds that the next part may take, of those that are left to it and the parts that wait."""
+    """Return the seconds that the next part may take of those left to it and later parts."""
     shares = {CHECKS: CHECKS_SHARE, **{key: model.share for key, model in MODELS.items()}}
     return left * shares[name] / sum(shares[part] for part in (name, *waiting))
 
 
 def run_part(name: str, seconds: float, options: argparse.Namespace) -> list[Figures]:
-    """Run a part in a process of its own, and return what it printed before it ended, or the time did."""
+    """Run a part in a process of its own, and return what it printed within its time."""
     command = [sys.executable, __file__, "--measure", name, "--seconds", str(seconds)]
     command += ["--rows", options.rows, "--calls", str(options.calls), "--mode", options.mode]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -261,7 +264,8 @@ def check_lines(found: list[Figures]) -> tuple[list[str], bool]:
             well = False
         elif "path" in figures:
             lines.append(
-                f"{figures['path']}: {figures['count']} layers, largest error {figures['largest']:.1e}"
+                f"{figures['path']}: {figures['count']} layers, "
+                f"largest error {figures['largest']:.1e}"
             )
         else:
             lines.append(f"WRONG: {figures['wrong']}")
@@ -309,7 +313,8 @@ def main() -> int:
         return 0
     end, well = time.perf_counter() + options.budget, True
     lines = [
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, medians of {options.calls} calls",
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, "
+        f"medians of {options.calls} calls",
         "",
     ]
     waiting = ([] if options.no_checks else [CHECKS]) + options.models.split(",")

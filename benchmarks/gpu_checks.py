@@ -58,7 +58,7 @@ class Check(NamedTuple):
 
 
 def checks() -> Iterator[Check]:
-    """Yield all checks, few enough variants of the kernels to compile them within a minute or two."""
+    """Yield all checks; they need few enough variants of the kernels to compile in two minutes."""
     for fmt in FORMATS:
         for path in ("Triton", "torch", "float8"):
             yield Check(path, "odd linear", fmt)
@@ -149,7 +149,7 @@ def error_of(check: Check, device: str) -> float:
 
 
 def print_checks(device: str = "cuda", limited_to: int | None = None) -> None:
-    """Run the checks, and print what they found as lines of JSON: one for each path, and one for each that fails."""
+    """Run the checks, and print lines of JSON: one for each path, and one for each that fails."""
     errors: dict[str, list[float]] = {}
     for check in itertools.islice(checks(), limited_to):
         if (
@@ -166,8 +166,9 @@ def print_checks(device: str = "cuda", limited_to: int | None = None) -> None:
             error, why = float("inf"), f", {type(raised).__name__}: {raised}".splitlines()[0][:200]
         errors.setdefault(check.path, []).append(error)
         if not error <= check.limit():
-            told = f"{check.path}, {check.layer}, {check.format}, {check.dtype}, {check.hub} sets: {error:.1e}{why}"
-            print(json.dumps({"wrong": told}), flush=True)
+            description = f"{check.path}, {check.layer}, {check.format}, {check.dtype}"
+            failure = f"{description}, hub of {check.hub}: {error:.1e}{why}"
+            print(json.dumps({"wrong": failure}), flush=True)
     for path, found in errors.items():
         print(json.dumps({"path": path, "count": len(found), "largest": max(found)}), flush=True)
 

@@ -127,7 +127,7 @@ def test_tables_that_change_their_rows_are_left_alone() -> None:
 
 @pytest.mark.parametrize("change", [{"hub": 2}, {"input": Grid(E3M4, 1.0)}])
 def test_tables_have_no_hub_and_no_input(change: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="a table has one set of weights"):
+    with pytest.raises(ValueError, match="a table has neither a hub"):
         LayerScheme(**({"weight": E3M4, "lookup": True} | change))  # type: ignore[arg-type]
 
 

@@ -276,7 +276,7 @@ class TunedLayer(nn.Module):
 
     @torch.no_grad()
     def _changes(self, serving: int, x: Tensor) -> Iterator[Tensor]:
-        """Yield what each member adds to the output, where the serving one's update is not clipped."""
+        """Yield what each member adds to the output, where the serving member's is not clipped."""
         weight = self.layer.weight
         scale = self.get_buffer("scale")
         steps = updated_steps(weight, scale, self.lora_a[serving], self.lora_b[serving])

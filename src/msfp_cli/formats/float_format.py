@@ -21,11 +21,10 @@ from functools import cached_property
 
 from msfp_cli.errors import UsageError
 
-MIN_BITS, MAX_BITS = 2, 8
-WEIGHT_INTEGER_BITS, INPUT_INTEGER_BITS = (
-    8,
-    16,
-)  # what 8-bit units take: one byte; two, one after the other
+MIN_BITS = 2
+MAX_BITS = 8
+WEIGHT_INTEGER_BITS = 8  # what 8-bit units take: one byte
+INPUT_INTEGER_BITS = 16  # two bytes, one after the other
 MAX_EXPONENT_BITS = 5  # 31 octaves; more would leave float32's own range
 _NAME = re.compile(r"(u?)e(\d)m(\d)")
 
@@ -91,15 +90,13 @@ class FloatFormat:
 
     @cached_property
     def magnitudes(self) -> tuple[int, ...]:
-        """Magnitudes in units of the smallest step, ascending; the index is the code without its sign bit."""
+        """Magnitudes in smallest steps, ascending; the index is the code without its sign bit."""
         lead = 1 << self.mantissa_bits
         subnormal = tuple(range(lead))
-        normal = tuple(
-            (lead + mantissa) << (exponent - 1)
-            for exponent in range(1, 1 << self.exponent_bits)
-            for mantissa in range(lead)
-        )
-        return subnormal + normal
+        normal: list[int] = []
+        for exponent in range(1, 1 << self.exponent_bits):
+            normal.extend(mantissa << (exponent - 1) for mantissa in range(lead, 2 * lead))
+        return subnormal + tuple(normal)
 
     @property
     def largest(self) -> int:
@@ -113,7 +110,7 @@ class FloatFormat:
 
     @cached_property
     def code_book(self) -> tuple[int, ...]:
-        """The integer that each code 0 .. 2^bits - 1 stands for (signed: sign and magnitude, so 0 appears twice)."""
+        """The integer that each code stands for; a signed format has a second code for 0."""
         return (
             self.magnitudes + tuple(-m for m in self.magnitudes) if self.signed else self.magnitudes
         )
@@ -125,7 +122,7 @@ class FloatFormat:
 
     @property
     def integer_bits(self) -> int:
-        """Bits of the integers that the code book holds, the sign's among them: 5 for e2m1's -12..12."""
+        """Bits of the code book's integers with their sign: 5 for e2m1's -12..12."""
         return self.largest.bit_length() + int(self.signed)
 
     @property
@@ -135,7 +132,9 @@ class FloatFormat:
 
 
 def formats_of_width(bits: int, *, signed: bool) -> tuple[FloatFormat, ...]:
-    """List every distinct grid of a bit width, uniform first (``E = 0`` is left out: it equals ``E = 1``).
+    """List every distinct grid of a bit width, uniform first.
+
+    ``E = 0`` is left out, because it equals ``E = 1``.
 
     Raises:
         UsageError: `bits` is not in 2..8.

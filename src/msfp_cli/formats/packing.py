@@ -1,4 +1,4 @@
-"""Codes to bytes and back: two 4-bit codes a byte, four 6-bit codes in three bytes, and every width from 1 to 8 alike.
+"""Codes to bytes and back: two 4-bit codes a byte, four 6-bit codes in three bytes, and so on.
 
 Codes are one stream of bits, lowest bit first: code ``i`` holds bits ``i * bits .. (i + 1) * bits -
 1``. For 4 bits the first code of a pair is therefore the low nibble. A stream ends on a whole byte;

@@ -44,7 +44,9 @@ class Grid:
     def with_maximum(
         cls, fmt: FloatFormat, max_value: Tensor, zero_point: float | None = None
     ) -> "Grid":
-        """Place a format so that its largest magnitude is `max_value` above the zero point; all in float32.
+        """Place a format so that its largest magnitude is `max_value` above the zero point.
+
+        All is computed in float32.
 
         Arguments:
             max_value: float32, ``()`` for one scale, or the shape of the scales.
@@ -60,7 +62,7 @@ class Grid:
 
 
 def per_channel(scale: Tensor, num_dims: int) -> Tensor:
-    """Shape one scale per output channel so that it broadcasts against a weight: ``(out, 1, 1, ...)``.
+    """Shape one scale per output channel so that it broadcasts against a weight: ``(out, 1, ...)``.
 
     Arguments:
         scale: ``(out,)``.
@@ -71,7 +73,7 @@ def per_channel(scale: Tensor, num_dims: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _borders(fmt: FloatFormat, device: torch.device) -> Tensor:
-    """Return the borders between neighbouring magnitudes such that ``magnitude > border`` means "the upper code".
+    """Return borders such that ``magnitude > border`` means the upper of two neighbouring codes.
 
     A border is the midpoint; where the upper code is the even one it is lowered by one float32
     step, so that the tie itself goes up.
@@ -90,7 +92,7 @@ _cached_code_book = lru_cache(maxsize=256)(_make_code_book)
 
 
 def code_book(fmt: FloatFormat, device: torch.device) -> Tensor:
-    """Return the code book as float32, ``(2**bits,)``; a constant of the graph while it is compiled."""
+    """Return the code book as float32, ``(2**bits,)``; a constant of a compiled graph."""
     return (_make_code_book if torch.compiler.is_compiling() else _cached_code_book)(fmt, device)
 
 
@@ -114,16 +116,16 @@ def quantize(x: Tensor, grid: Grid) -> Tensor:
 
 
 def dequantize(codes: Tensor, grid: Grid) -> Tensor:
-    """Turn codes into the reals they stand for, ``scale * code_book[code] + zero_point`` in float32."""
+    """Turn codes into reals, ``scale * code_book[code] + zero_point`` in float32."""
     book = code_book(grid.format, codes.device)
-    return (
-        book.index_select(0, codes.reshape(-1).int()).view(codes.shape) * grid.scale
-        + grid.zero_point
-    )
+    levels = book.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+    return levels * grid.scale + grid.zero_point
 
 
 def _round_to_octaves(steps: Tensor, fmt: FloatFormat) -> Tensor:
-    """Round multiples of the smallest step to the format's magnitudes, signs kept, in place; ties to the even code.
+    """Round multiples of the smallest step to the format's magnitudes, in place.
+
+    Signs are kept, and ties go to the even code.
 
     Masking a float32 down to its exponent gives the power of two below it, hence the step of its
     octave, once clamped to the subnormals' step. Adding and subtracting ``1.5 * 2^23`` such steps
@@ -141,9 +143,10 @@ def _round_to_octaves(steps: Tensor, fmt: FloatFormat) -> Tensor:
 
 
 def _round_to_powers(steps: Tensor) -> Tensor:
-    """Round to 0, 1, 2, 4 ..., signs kept: what is left of a float32 without mantissa, rounded half to even exponents.
+    """Round to 0, 1, 2, 4 ..., signs kept; a tie goes to the even exponent.
 
-    The exponent field is 127 where the code is 1, so even codes have even fields.
+    The result is a float32 whose mantissa was rounded away. The exponent field is 127 where the
+    code is 1, so even codes have even fields.
     """
     bits = steps.abs().view(torch.int32)
     carried = bits.bitwise_right_shift(23).bitwise_and_(1).add_(bits).add_(0x3FFFFF)
@@ -165,13 +168,12 @@ def _round(x: Tensor, grid: Grid) -> Tensor:
     """Return ``dequantize(quantize(x, grid), grid)``, with NaN kept."""
     exact = x.detach().float()
     steps = exact / grid.scale if grid.format.signed else (exact - grid.zero_point).div_(grid.scale)
-    return (
-        round_steps(steps, grid.format).mul_(grid.scale).add_(grid.zero_point)
-    )  # adding 0 makes a -0 a 0
+    rounded = round_steps(steps, grid.format).mul_(grid.scale)
+    return rounded.add_(grid.zero_point)  # adding 0 makes a -0 a 0
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Round in the forward pass; let the gradient through inside ``[low, high]`` in the backward pass."""
+    """Round; the gradient passes straight through inside ``[low, high]``."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, grid: Grid) -> Tensor:
@@ -187,7 +189,9 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
-    """Round reals to the grid and stay in reals; the gradient passes straight through inside the grid's range.
+    """Round reals to the grid and stay in reals.
+
+    The gradient passes straight through inside the grid's range.
 
     Returns:
         The type and shape of `x`; equal to ``dequantize(quantize(x, grid), grid)`` rounded to that
@@ -200,32 +204,35 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
 
 
 class _LearnedGrid(torch.autograd.Function):
-    """Round in the forward pass; the gradient is straight through to the values, exact to what moves the grid."""
+    """Round; the gradient is straight through for the values, exact for what moves the grid."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, grid: Grid, shift: Tensor, unit: float) -> Tensor:
         y = _round(x, grid)
-        ctx.grid, ctx.unit = grid, unit
+        ctx.grid = grid
+        ctx.unit = unit
         ctx.save_for_backward(x, y)
         return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
-        (x, y), grid = ctx.saved_tensors, ctx.grid
+        x, y = ctx.saved_tensors
+        grid = ctx.grid
         high = grid.zero_point + grid.max_value
         low = grid.zero_point - grid.max_value * grid.format.signed
-        exact, wanted = x.float(), grad.float()  # sums in 16 bits would be noise
-        # In one pass what `wanted * ((exact >= low) & (exact <= high))` takes four for; its bounds
+        exact = x.float()  # sums in 16 bits would be noise
+        slope = grad.float()
+        # In one pass what `slope * ((exact >= low) & (exact <= high))` takes four for; its bounds
         # are exclusive.
         passed = torch.ops.aten.hardtanh_backward(
-            wanted, exact, _next(low, -math.inf), _next(high, math.inf)
+            slope, exact, _next(low, -math.inf), _next(high, math.inf)
         )
         # y = zero_point + scale * q: inside, q follows x and log(scale) is left with y - x;
         # outside, q stands still.
-        along = _dot(wanted, y) - _dot(passed, exact)
+        along = _dot(slope, y) - _dot(passed, exact)
         if not ctx.unit:  # no zero point
             return passed.to(grad.dtype), None, torch.stack([along, along * 0]), None
-        clipped = wanted.sum() - passed.sum()
+        clipped = slope.sum() - passed.sum()
         moved = torch.stack([along - grid.zero_point * clipped, clipped * ctx.unit])
         return passed.to(grad.dtype), None, moved, None
 

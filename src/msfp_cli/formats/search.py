@@ -52,7 +52,7 @@ class SearchSpace:
     margin: float = 0.1
 
     def for_bits(self, bits: int) -> "SearchSpace":
-        """Return a coarser space for wide formats: a bit more doubles the cost and halves what is at stake."""
+        """Return a coarser space for wide formats: a bit doubles the cost and halves the gain."""
         if bits <= 4:
             return self
         return replace(
@@ -118,14 +118,15 @@ class SortedRows:
             float64, ``(rows, candidates)``, sums over the row's samples.
         """
         unit = torch.tensor(levels, dtype=torch.float64, device=self.values.device) / levels[-1]
-        step, square_step = unit.diff(), unit.square().diff()
+        step = unit.diff()
+        square_step = unit.square().diff()
         borders = max_values[..., None] * ((unit[1:] + unit[:-1]) / 2)
-        top, zero = (
-            max_values * unit[-1],
-            torch.zeros_like(max_values) if zero_points is None else zero_points,
-        )
+        top = max_values * unit[-1]
+        zero = torch.zeros_like(max_values)
         if zero_points is not None:
-            borders, top = borders + zero[..., None], top + zero
+            zero = zero_points
+            borders = borders + zero[..., None]
+            top = top + zero
         above = torch.searchsorted(self.values, _round_up(borders).view(self.num_rows, -1))
         sums = self.sums.gather(1, above).view(borders.shape)
         counts = above.view(borders.shape).double()
@@ -137,18 +138,20 @@ class SortedRows:
 
 
 def _round_up(borders: Tensor) -> Tensor:
-    """Return the smallest float32 not below each border: it parts float32 samples as the float64 border does."""
+    """Return the smallest float32 not below each border.
+
+    It parts float32 samples as the float64 border does.
+    """
     nearest = borders.float()
     below = (nearest.double() < borders).int()
     bits = nearest.view(torch.int32)
-    towards = (
-        bits >> 31
-    ) | 1  # the next float up is the next integer up for a positive one, down for a negative one
+    # The next float up is the next integer up for a positive float, down for a negative one.
+    towards = (bits >> 31) | 1
     return (bits + below * towards).view(torch.float32)
 
 
 def _sort(rows: Tensor) -> Tensor:
-    """Sort each row ascending; numpy's vectorised sort is three times as fast as torch's on a CPU."""
+    """Sort each row ascending; on a CPU numpy's sort is three times as fast as torch's."""
     rows = rows.detach().float()
     if rows.device.type == "cpu":
         return torch.from_numpy(np.sort(rows.contiguous().numpy(), axis=1))
@@ -156,7 +159,10 @@ def _sort(rows: Tensor) -> Tensor:
 
 
 def _fractions(space: SearchSpace, device: torch.device) -> Tensor:
-    """Return the coarse maxima as fractions of the data's own; 1 is among them, so absmax is never beaten by it."""
+    """Return the coarse maxima as fractions of the data's own.
+
+    1 is among them, so the result is never worse than absmax.
+    """
     even = torch.linspace(
         space.low, space.high, space.num_maxima, dtype=torch.float64, device=device
     )
@@ -172,44 +178,51 @@ def _around(best: Tensor, step: Tensor, num: int = 9) -> Tensor:
 def _best_maximum(
     rows: SortedRows, levels: Sequence[int], space: SearchSpace
 ) -> tuple[Tensor, Tensor]:
-    """Search a maximum per row without zero point; return (errors, maxima), both ``(rows,)`` float64."""
+    """Search a maximum per row, without zero point; return errors and maxima, float64 (rows,)."""
     largest = torch.maximum(rows.values[:, -1].abs(), rows.values[:, 0].abs()).double()
     # A row of zeros is exact on every grid; the 1 keeps its scale positive.
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
     fractions = _fractions(space, largest.device)
-    maxima, step = largest[:, None] * fractions, largest * (fractions[1] - fractions[0])
+    maxima = largest[:, None] * fractions
+    step = largest * (fractions[1] - fractions[0])
     floor = largest[:, None] * space.low / 2  # keeps a scale positive, however small the data
     for _ in range(space.num_refinements + 1):
         errors, index = rows.error(levels, maxima).min(dim=1)
         best = maxima.gather(1, index[:, None])[:, 0]
-        maxima, step = _around(best, step).maximum(floor), step / 4
+        maxima = _around(best, step).maximum(floor)
+        step = step / 4
     return errors.clamp_min(0), best
 
 
 def _best_offset_grid(
     rows: SortedRows, levels: Sequence[int], space: SearchSpace
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Search maximum and zero point together; return (errors, maxima, zero points), each ``(rows,)`` float64."""
+    """Search maximum and zero point together.
+
+    Returns:
+        Errors, maxima and zero points, each float64 ``(rows,)``.
+    """
     device = rows.values.device
-    low, high = rows.values[:, 0].double(), rows.values[:, -1].double()
+    low = rows.values[:, 0].double()
+    high = rows.values[:, -1].double()
     zero_fractions = torch.linspace(0, 1, space.num_zero_points, dtype=torch.float64, device=device)
     max_fractions = _fractions(space, device)
-    zeros, zero_step = low[:, None] * zero_fractions, low.abs() * zero_fractions[1]
+    zeros = low[:, None] * zero_fractions
+    zero_step = low.abs() * zero_fractions[1]
     spread = torch.where(high > low.clamp_max(0), high - low.clamp_max(0), torch.ones_like(high))
-    maxima, max_step = (
-        spread[:, None] * max_fractions,
-        spread * (max_fractions[1] - max_fractions[0]),
-    )
+    maxima = spread[:, None] * max_fractions
+    max_step = spread * (max_fractions[1] - max_fractions[0])
     floor = spread[:, None] * space.low / 2
     for _ in range(space.num_refinements + 1):
         pairs_max = maxima.repeat_interleave(zeros.shape[1], dim=1)
         pairs_zero = zeros.repeat(1, maxima.shape[1])
         errors, index = rows.error(levels, pairs_max, pairs_zero).min(dim=1)
-        best_max, best_zero = (
-            pairs.gather(1, index[:, None])[:, 0] for pairs in (pairs_max, pairs_zero)
-        )
-        maxima, max_step = _around(best_max, max_step).maximum(floor), max_step / 4
-        zeros, zero_step = _around(best_zero, zero_step), zero_step / 4
+        best_max = pairs_max.gather(1, index[:, None])[:, 0]
+        best_zero = pairs_zero.gather(1, index[:, None])[:, 0]
+        maxima = _around(best_max, max_step).maximum(floor)
+        zeros = _around(best_zero, zero_step)
+        max_step = max_step / 4
+        zero_step = zero_step / 4
     return errors.clamp_min(0), best_max, best_zero
 
 
@@ -223,7 +236,9 @@ def search_tensor(
         formats: candidates, signed or not.
         space: how finely to search.
     """
-    rows, magnitudes = SortedRows(samples.reshape(1, -1)), SortedRows(samples.reshape(1, -1).abs())
+    row = samples.reshape(1, -1)
+    rows = SortedRows(row)
+    magnitudes = SortedRows(row.abs())
     total = float(rows.sum_of_squares) or 1.0
     scores = []
     for fmt in formats:
@@ -280,7 +295,7 @@ def _row_chunks(rows: Tensor) -> Iterator[Tensor]:
 
 
 def _choose(scores: Sequence[FormatScore], margin: float) -> SearchResult:
-    """Pick the lowest error, but a signed format unless an unsigned one beats it by more than `margin`."""
+    """Pick the lowest error; unsigned formats have to beat the signed ones by `margin`."""
     ranked = tuple(sorted(scores, key=lambda score: score.error))
     signed = next((score for score in ranked if score.format.signed), None)
     winner = ranked[0]

@@ -29,7 +29,7 @@ class PackedLayer(QuantizedLayer):
         self.register_buffer("weight_scale", scale)
 
     def restore_(self) -> None:
-        """Let go of the kernel, and take back the codes if it holds them; the next call chooses again."""
+        """Let go of the kernel, and take back the codes; the next call chooses again."""
         if self._weight_holder is not None:
             self._buffers["weight_codes"] = self.packed_codes()
         self.kernel = None
@@ -60,7 +60,7 @@ class PackedLayer(QuantizedLayer):
         return unpack(self._packed_row(member), self.weight_format().bits, self.weight_shape)
 
     def integers(self, member: int | Tensor = 0) -> Tensor:
-        """Return the integers of a member's weight, int8, shape of the float weight; the format has to fit."""
+        """Return the integers of a member's weight, int8, shape of the float weight."""
         if self._weight_holder is not None:
             return self._weight_holder.integers(member)
         return unpack_integers(self._packed_row(member), self.weight_format(), self.weight_shape)

@@ -17,7 +17,7 @@ def prepare_(
     unprepared ones are simulated.
 
     Arguments:
-        kernel: a name in `kernels.KERNELS`, or ``auto``; a layer that it refuses is simulated.
+        kernel: a name in `registry.KERNELS`, or ``auto``; a layer that it refuses is simulated.
         keep_packed: keep weights in 4 bits in memory, too, and unpack each at every call.
 
     Returns:
@@ -36,11 +36,11 @@ def prepare_(
         assert layer.kernel is not None, "it was prepared"
         chosen[name] = (layer.kernel.name, reason)
     if chosen and kernel != AUTO and all(name != kernel for name, _ in chosen.values()):
-        name, (_, reason) = max(
-            chosen.items(), key=lambda entry: bool(entry[1][1])
-        )  # tables have no reason
+        # Tables have no reason, so a layer that has one is named.
+        name, (_, reason) = max(chosen.items(), key=lambda entry: bool(entry[1][1]))
         raise UsageError(
-            f"kernel {kernel!r} can run none of the {len(chosen)} layers; {name}: {reason}; choose {AUTO!r}"
+            f"kernel {kernel!r} can run none of the {len(chosen)} layers; {name}: {reason}; "
+            f"choose {AUTO!r}"
         )
     return chosen
 
@@ -57,6 +57,5 @@ def _leave_file_(denoiser: nn.Module) -> None:
                 parameter.data = parameter.data.clone()
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type == "cpu":
-                module._buffers[name] = (
-                    buffer.clone()
-                )  # loaded buffers are views, and would keep what they view
+                # Loaded buffers are views, and would keep what they view.
+                module._buffers[name] = buffer.clone()

@@ -73,7 +73,7 @@ class Quantized(PackedLayer):
             self._make_room(scheme.hub, scheme.weight.bits, layer.weight.device)
 
     def _copy_settings(self, layer: FloatLayer) -> None:
-        """Become an empty module with the float layer's attributes, but without its tensors and hooks."""
+        """Become an empty module with the float layer's attributes, but not its tensors."""
         nn.Module.__init__(self)
         not_settings = {"weight", "bias"} | self.__dict__.keys()
         for name, value in layer.__dict__.items():
@@ -115,7 +115,7 @@ class Quantized(PackedLayer):
         return simulate(self, x) if self.kernel is None else self.kernel(self, x)
 
     def member(self) -> int | Tensor:
-        """Return which member serves the timestep that the denoiser is at; a tensor while it is compiled."""
+        """Return which member serves the current timestep; a tensor while the call is compiled."""
         return 0 if self.route is None else self.route.of(self.slot)
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class Quantized(PackedLayer):
     # moved, saved, loaded, copied
 
     def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:  # noqa: ANN401 (torch's signature)
-        """Move or convert the layer, but keep its scales in float32: float16 would turn small ones to 0."""
+        """Move or convert the layer, but not its scales: float16 would turn small ones to 0."""
         scale = self._buffers.get("weight_scale")
         if scale is not None and fn(scale[:0]).device != scale.device:
             self.restore_()
@@ -153,7 +153,7 @@ class Quantized(PackedLayer):
         super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy needs: codes rather than a kernel, whose own form of the weight cannot be copied."""
+        """Return what a copy needs: codes, because a kernel's weight cannot be copied."""
         state = self.__dict__.copy()
         if self._weight_holder is not None:
             state["_buffers"] = {**self._buffers, "weight_codes": self.packed_codes()}
@@ -211,19 +211,19 @@ class LayerKind:
 
 
 class QuantLinear(Quantized, nn.Linear):  # type: ignore[misc, override]  # weight is a property
-    """A Linear layer with quantized weight and input: ``(..., in_features) -> (..., out_features)``."""
+    """A quantized Linear layer: ``(..., in_features)`` to ``(..., out_features)``."""
 
     kind: ClassVar[str] = "linear"
 
 
 class QuantConv2d(Quantized, nn.Conv2d):  # type: ignore[misc, override]  # weight is a property
-    """A Conv2d layer with quantized weight and input: ``(batch, in_channels, height, width)`` to the layer's output."""
+    """A quantized Conv2d layer: ``(batch, in_channels, height, width)`` to the output of Conv2d."""
 
     kind: ClassVar[str] = "conv2d"
 
 
 class QuantEmbedding(Quantized, nn.Embedding):  # type: ignore[misc, override]  # weight is a property
-    """A table of quantized rows: indices ``(...)`` to ``(..., embedding_dim)`` in the type of the float table."""
+    """A quantized table: indices ``(...)`` to ``(..., embedding_dim)``, in the model's type."""
 
     kind: ClassVar[str] = "embedding"
 

@@ -49,8 +49,8 @@ def replace_layers_(
 ) -> dict[str, Quantized]:
     """Put an empty quantized layer in the place of each float layer that `table` names.
 
-    Layers with several sets of weights get a router, the denoiser's module `routing.ROUTER`, in the
-    order of their names.
+    Layers whose hub has several members get a router, in the order of their names: the denoiser's
+    module `routing.ROUTER`.
 
     Arguments:
         timestep_unit: what brings the denoiser's timesteps to 0..1000, for the router.
@@ -66,8 +66,8 @@ def replace_layers_(
     unknown = sorted(table.keys() - layers.keys())
     if unknown:
         raise CheckpointError(
-            f"{type(denoiser).__name__} has no layer {unknown[0]!r} ({len(unknown)} unknown in all); "
-            "was this made from another model?"
+            f"{type(denoiser).__name__} has no layer {unknown[0]!r} "
+            f"({len(unknown)} unknown in all); was this made from another model?"
         )
     replaced = {name: _quantize_empty(name, layers[name], table[name]) for name in table}
     for name, new in replaced.items():
@@ -80,7 +80,9 @@ def replace_layers_(
 def store_layers_(
     denoiser: nn.Module, table: Mapping[str, LayerScheme], scales: Mapping[str, Tensor]
 ) -> None:
-    """Replace each layer that `table` names, and store its weight, rounded, on the way: one float weight at a time.
+    """Replace each layer that `table` names, and store its weight, rounded.
+
+    One float weight at a time is let go of.
 
     Arguments:
         scales: float32 weight scales, ``(out,)``, of the layers with a quantized weight.
@@ -100,13 +102,14 @@ def _quantize_empty(name: str, layer: FloatLayer, scheme: LayerScheme) -> Quanti
     kind = kind_of(layer)
     if kind.is_table != scheme.lookup:
         raise CheckpointError(
-            f"layer {name!r} is of another kind, {type(layer).__name__}; was this made from another model?"
+            f"layer {name!r} is of another kind, {type(layer).__name__}; "
+            "was this made from another model?"
         )
     return kind.quantized_class(layer, scheme)
 
 
 def _attach_router_(denoiser: nn.Module, layers: Mapping[str, Quantized], unit: float) -> None:
-    """Give the layers with several sets of weights a common router, if there are any."""
+    """Give the layers whose hub has several members a common router, if there are any."""
     switching = [layers[name] for name in sorted(layers) if layers[name].scheme.hub > 1]
     if not switching:
         return
@@ -114,5 +117,6 @@ def _attach_router_(denoiser: nn.Module, layers: Mapping[str, Quantized], unit: 
         len(switching), unit, device=switching[0].get_buffer("weight_scale").device
     )
     for slot, layer in enumerate(switching):
-        layer.route, layer.slot = router.route, slot
+        layer.route = router.route
+        layer.slot = slot
     router.attach_(denoiser)

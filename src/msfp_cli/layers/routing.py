@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Route(Generic[T]):
-    """The choice of every layer during one call of the denoiser; outside of a call there is none."""
+    """The choice of every layer during one call of the denoiser, and none outside of a call."""
 
     def __init__(self) -> None:
         self._choices: Sequence[T] | None = None
@@ -44,7 +44,8 @@ class Route(Generic[T]):
         """
         if self._choices is None:
             raise MsfpError(
-                "a layer with a LoRA hub ran outside its denoiser; call the denoiser, which knows the timestep"
+                "a layer with a LoRA hub ran outside its denoiser; "
+                "call the denoiser, which knows the timestep"
             )
         return self._choices[slot]
 
@@ -53,13 +54,16 @@ def table_index(timestep: float, unit: float) -> int:
     """Return the row of the table that serves a timestep.
 
     Arguments:
-        unit: what brings the denoiser's timesteps to 0..1000, see `timestep_unit`.
+        unit: the factor that brings timesteps to 0..1000, see `timestep_unit`.
     """
     return min(max(round(timestep * unit), 0), TABLE_SIZE - 1)
 
 
 def timestep_unit(timesteps: Sequence[float]) -> float:
-    """Return what brings a sampler's timesteps to 0..1000: flows that count from 1 to 0 need a thousand."""
+    """Return the factor that brings timesteps to 0..1000.
+
+    It is 1000 for flow models, whose time runs from 1 to 0, and otherwise 1.
+    """
     return 1000.0 if max(timesteps) <= 1.0 else 1.0
 
 
@@ -74,7 +78,8 @@ def shared_timestep(value: Any) -> float:  # noqa: ANN401 (tensor or number, as 
     values = value.detach().reshape(-1).cpu().double()
     if (values != values[0]).any():
         raise MsfpError(
-            "the denoiser was called with several timesteps at once; a router needs one for the whole batch"
+            "the denoiser was called with several timesteps at once; "
+            "a router needs one for the whole batch"
         )
     return float(values[0])
 
@@ -91,7 +96,8 @@ class RouterTable(nn.Module):
 
     def __init__(self, num_layers: int, unit: float, device: torch.device | None = None) -> None:
         super().__init__()
-        self.unit, self.route = unit, Route[int | Tensor]()
+        self.unit = unit
+        self.route = Route[int | Tensor]()
         self.register_buffer(
             "table", torch.zeros(TABLE_SIZE, num_layers, dtype=torch.uint8, device=device)
         )

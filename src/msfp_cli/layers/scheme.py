@@ -1,4 +1,4 @@
-"""What one quantized layer needs besides its tensors: formats and input grids, as plain values and as JSON."""
+"""The scheme of one quantized layer: its formats and grids, as plain values and as JSON."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +15,10 @@ class LayerScheme:
         weight: format of the weight, one scale per output channel; None leaves the weight in
             floating point.
         input: grid of the input, one for the whole tensor; None leaves the input in floating point.
-        hub: sets of weights, of which the denoiser's router picks one by timestep.
-        further_inputs: grids of the input for the second set of weights and those after it; empty
-            if they share one.
+        hub: members of the layer's hub, each with a weight of its own; the denoiser's router
+            picks one by timestep.
+        further_inputs: grids of the input for the second member and those after it; empty if they
+            share one.
         lookup: whether this is a table, whose rows are looked up: one scale per row, no input to
             round, no hub.
     """
@@ -31,10 +32,10 @@ class LayerScheme:
     def __post_init__(self) -> None:
         if self.hub < 1 or len(self.further_inputs) not in (0, self.hub - 1):
             raise ValueError(
-                f"{len(self.further_inputs)} further inputs do not fit {self.hub} sets of weights"
+                f"{len(self.further_inputs)} further inputs do not fit a hub of {self.hub}"
             )
         if self.lookup and (self.input is not None or self.hub > 1):
-            raise ValueError("a table has one set of weights, and no input to round")
+            raise ValueError("a table has neither a hub nor an input to round")
 
     @property
     def tunable(self) -> bool:
@@ -59,7 +60,8 @@ class LayerScheme:
             UsageError: a format is unknown.
             KeyError, TypeError: a field is missing or of the wrong kind.
         """
-        weight, grid = data["weight"], data["input"]
+        weight = data["weight"]
+        grid = data["input"]
         return cls(
             weight=None if weight is None else FloatFormat.parse(weight),
             input=None if grid is None else _grid_from_json(grid),
@@ -71,11 +73,11 @@ class LayerScheme:
         )
 
     def input_of(self, member: int) -> Grid | None:
-        """Return the grid of the input that goes with a set of weights."""
+        """Return the grid of a member's input."""
         return self.further_inputs[member - 1] if member and self.further_inputs else self.input
 
     def inputs(self) -> tuple[Grid | None, ...]:
-        """Return the grid of the input for each set of weights."""
+        """Return the grid of the input for each member."""
         return tuple(self.input_of(member) for member in range(self.hub))
 
 

@@ -1,4 +1,7 @@
-"""The GPU's kernel against the formula in float64: torch's operators on a CPU, Triton interpreted, and on a GPU."""
+"""The GPU's kernel against the formula in float64.
+
+It runs as torch's operators on a CPU, as interpreted Triton, and on a GPU.
+"""
 
 import copy
 import json
@@ -123,7 +126,8 @@ pair = st.tuples(st.integers(1, 4), st.integers(1, 3))
 @every_path
 @given(
     pair, pair, st.tuples(st.integers(0, 5), st.integers(0, 3)), pair,
-    st.sampled_from([1, 2, 4]), st.tuples(st.integers(1, 9), st.integers(1, 9)), st.sampled_from(["ue2m2", "ue3m1"]),
+    st.sampled_from([1, 2, 4]), st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    st.sampled_from(["ue2m2", "ue3m1"]),
 )  # fmt: skip
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_any_convolution_equals_the_formula(
@@ -311,7 +315,7 @@ def test_convolution_takes_what_the_float_layer_takes(shape: tuple[int, ...]) ->
 
 
 def test_four_bits_are_exact_in_float8() -> None:
-    """Every code of every 4-bit grid, times the power of two that we choose, survives the trip through e4m3."""
+    """Every code of every 4-bit grid, times our power of two, survives the trip through e4m3."""
     for signed in (True, False):
         for fmt in formats_of_width(4, signed=signed):
             exponent = e4m3_exponent(fmt)
@@ -494,7 +498,10 @@ def test_gpus_before_ampere_are_not_given_triton(monkeypatch: pytest.MonkeyPatch
 
 
 def test_kernels_import_without_triton() -> None:
-    code = "import sys; sys.modules['triton'] = None; import msfp_cli.layers.kernels.registry; print('cuda' in msfp_cli.layers.kernels.registry.KERNELS)"
+    code = (
+        "import sys; sys.modules['triton'] = None; "
+        "from msfp_cli.layers.kernels.registry import KERNELS; print('cuda' in KERNELS)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for GPUs that are not here, and print what each build takes as lines of JSON.
+"""Compile the Triton kernels for GPUs that are not here, and print each build as JSON.
 
 Triton's interpreter accepts more than its compiler does, so passing there is not enough. A process
 of its own, because one that interprets cannot compile.
@@ -71,7 +71,7 @@ ROUNDINGS: dict[str, dict[str, Any]] = {
 
 
 def build(kernel: Any, capability: int, constants: dict[str, Any], **options: Any) -> Any:  # noqa: ANN401
-    """Compile a kernel for a GPU; every argument that is no constant and no pointer is an integer."""
+    """Compile a kernel for a GPU; all arguments but constants and pointers are integers."""
     names = list(inspect.signature(kernel.fn).parameters)
     pointers = POINTERS | ({"low": "*fp8e4nv", "high": "*fp8e4nv"} if constants.get("GAIN") else {})
     signature = {

@@ -1,1 +1,4 @@
-"""Ways to execute a quantized layer: one file each; `registry` lists them and picks, `kernel` says what one is."""
+"""Ways to execute a quantized layer: a file each.
+
+`kernel` says what a kernel is, `registry` lists them and chooses one for a layer.
+"""

@@ -32,7 +32,7 @@ KINDS_IN_INTEGERS = frozenset({"linear", "conv2d"})
 
 
 class Arithmetic(NamedTuple):
-    """What an output is computed from besides the sums; each tensor has a row per member of the hub.
+    """What an output is computed from besides the sums; a tensor has a row per member of the hub.
 
     Arguments:
         shift: what makes the integers of a signed input unsigned.
@@ -104,7 +104,8 @@ def unsigned_planes(integers: Tensor, largest: int) -> list[Tensor]:
 
 def refusal_of_integers(layer: QuantizedLayer) -> str | None:
     """Say why a layer cannot be computed in integers, or nothing."""
-    weight, grid = layer.scheme.weight, layer.scheme.input
+    weight = layer.scheme.weight
+    grid = layer.scheme.input
     if weight is None or grid is None:
         return f"the {'weight' if weight is None else 'input'} is in floating point"
     for fmt, integer_bits in ((weight, WEIGHT_INTEGER_BITS), (grid.format, INPUT_INTEGER_BITS)):

@@ -87,7 +87,7 @@ class Cpu(Kernel):
     def _operands(
         self, layer: QuantizedLayer, planes: Sequence[Tensor], member: int | Tensor
     ) -> "Operands":
-        """Gather what is multiplied; a weight that is kept packed is unpacked here, and is alone."""
+        """Gather what is multiplied; of weights that are kept packed, one is unpacked here."""
         geometry = self.arithmetic.geometry
         factor, constant, frame = self.arithmetic.of_member(member)
         return Operands(
@@ -119,7 +119,8 @@ def _refusal_here(layer: QuantizedLayer) -> str | None:
 
 def _refusal_of_sums(layer: QuantizedLayer) -> str | None:
     """Say where the sums of a layer could overflow, or nothing."""
-    weight, grid = layer.weight_format(), layer.scheme.input
+    weight = layer.weight_format()
+    grid = layer.scheme.input
     assert grid is not None, "refused before"
     largest_byte = min(grid.format.largest * (1 + grid.format.signed), BYTE)
     product = largest_byte * weight.largest
@@ -244,8 +245,9 @@ class Operands(NamedTuple):
         return y
 
     def output(self) -> Tensor:
-        """Return a tensor like that of `multiply`, of which torch.compile reads shape and layout."""
-        geometry, low = Geometry.from_flat(self.geometry), self.planes[0]
+        """Return a tensor with the shape and layout of what `multiply` returns."""
+        geometry = Geometry.from_flat(self.geometry)
+        low = self.planes[0]
         if geometry is None:
             return low.new_empty((*low.shape[:-1], len(self.factor)), dtype=torch.float32)
         size = geometry.output_size(low.shape[2], low.shape[3])

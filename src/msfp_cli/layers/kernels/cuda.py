@@ -51,13 +51,14 @@ class Cuda(Kernel):
     @staticmethod
     def refusal(layer: QuantizedLayer) -> str | None:
         """Say why the layer cannot run here, or nothing."""
-        weight, grid = layer.scheme.weight, layer.scheme.input
+        weight = layer.scheme.weight
+        grid = layer.scheme.input
         if weight is None or grid is None:
             return f"the {'weight' if weight is None else 'input'} is in floating point"
         return refusal_of_device(layer, _TURING) or _refusal_of_numbers(layer, weight, grid.format)
 
     def __init__(self, layer: QuantizedLayer, *, keep_packed: bool) -> None:
-        """Lay out the weights, and fold zero point and bias into one constant per output channel."""
+        """Lay out the weights, and fold scales, zero point and bias."""
         grids = [grid for grid in layer.scheme.inputs() if grid is not None]
         members = range(len(grids))
         scale = layer.get_buffer("weight_scale")
@@ -95,7 +96,7 @@ class Cuda(Kernel):
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1) if self.is_linear else y
 
     def simulates(self, x: Tensor) -> bool:
-        """Whether an input is not for this kernel: it needs gradients, is empty or beyond 2^31 elements."""
+        """Whether an input needs gradients, is empty, or goes beyond 2^31 elements."""
         if torch.is_grad_enabled() and x.requires_grad:
             return True
         return not (self._fits_rows(x) if self.is_linear else self._fits_picture(x))
@@ -112,7 +113,11 @@ class Cuda(Kernel):
         return rows > 0 and columns > 0 and max(x.numel(), output) <= _INT32
 
     def _operands(self, layer: QuantizedLayer, x: Tensor, at: Tensor) -> "Operands":
-        """Gather what is multiplied with the weight of a member, int64 ``(1,)`` on the layer's device."""
+        """Gather what is multiplied.
+
+        Arguments:
+            at: the member that runs, int64 ``(1,)`` on the layer's device.
+        """
         planes = self.round(x, at)
         tensors = self.tensors
         if not self.holds_weight:  # unpack one, and pick what goes with it
@@ -163,8 +168,12 @@ def refusal_of_device(layer: QuantizedLayer, least: tuple[int, int]) -> str | No
         return "the GPU is not NVIDIA's"
     capability = torch.cuda.get_device_capability(device)
     if capability < least:
-        return f"the GPU has compute capability {'.'.join(map(str, capability))}, below {'.'.join(map(str, least))}"
+        return f"the GPU has compute capability {_dotted(capability)}, below {_dotted(least)}"
     return None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
 
 
 def _refusal_of_numbers(layer: QuantizedLayer, weight: FloatFormat, fmt: FloatFormat) -> str | None:
@@ -184,14 +193,14 @@ def _refusal_of_numbers(layer: QuantizedLayer, weight: FloatFormat, fmt: FloatFo
 
 
 def keep_in_place(*tensors: Tensor) -> None:
-    """Let CUDA graphs read tensors where they are rather than copy them first; another tensor is compiled anew."""
+    """Let CUDA graphs read tensors where they are, without a copy; they must not be replaced."""
     for tensor in tensors:
         if tensor.is_cuda:
             torch._dynamo.mark_static_address(tensor)  # type: ignore[attr-defined, no-untyped-call]
 
 
 def triton_ops(device: torch.device) -> ModuleType | None:
-    """Return the Triton kernels where they run on a device: on GPUs from Ampere on, and where they are interpreted."""
+    """Return the Triton kernels, if they run on a device: a GPU from Ampere on, or interpreted."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= _AMPERE:
         return _import_triton_ops()
     return _import_triton_ops() if os.environ.get("TRITON_INTERPRET") == "1" else None
@@ -236,7 +245,9 @@ class Operands(NamedTuple):
 
     def multiply(self) -> Tensor:
         """Convolve bytes with bytes: ``(batch, out, rows, columns)``."""
-        y, planes, geometry = self.output(), list(self.planes), self._geometry()
+        y = self.output()
+        planes = list(self.planes)
+        geometry = self._geometry()
         layer = int8.Int8Layer(self.weights, self.factors, self.constants, self.offsets)
         ops = triton_ops(y.device) if self.fused else None
         if ops is None:

@@ -27,7 +27,7 @@ _E4M3_BITS = 4
 
 
 class CudaFp8(Kernel):
-    """Runs Linear layers whose hub has one member as float8 times float8, and every other layer as `Cuda` does."""
+    """Runs Linear layers without a hub as float8 times float8, and others as `Cuda` does."""
 
     name: ClassVar[str] = "cuda-fp8"
     kinds: ClassVar[frozenset[str] | None] = KINDS_IN_INTEGERS
@@ -118,14 +118,13 @@ class Float8Product(NamedTuple):
 
 
 def e4m3_exponent(fmt: FloatFormat) -> int | None:
-    """Return a power of two that brings a format's integers into float8 e4m3, all of them exact, or None."""
+    """Return a power of two that makes a format's integers exact in float8 e4m3, or None."""
     exponent = min(0, _E4M3_LARGEST.bit_length() - fmt.largest.bit_length())
     if fmt.largest * 2.0**exponent > _E4M3_LARGEST:
         exponent -= 1
     for magnitude in fmt.magnitudes[1:]:
         power = (magnitude & -magnitude).bit_length() - 1  # of its lowest bit
-        if (
-            magnitude >> power
-        ).bit_length() > _E4M3_BITS or power + exponent < _E4M3_SMALLEST_POWER:
+        too_long = (magnitude >> power).bit_length() > _E4M3_BITS
+        if too_long or power + exponent < _E4M3_SMALLEST_POWER:
             return None
     return exponent

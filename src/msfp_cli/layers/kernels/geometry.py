@@ -86,7 +86,11 @@ def _pair(numbers: Sequence[int]) -> tuple[int, int]:
 
 
 def tap_sums(integers: Tensor) -> Tensor:
-    """Sum a weight's integers over its input channels: float64, ``(out, kernel height, kernel width)``."""
+    """Sum a weight's integers over its input channels.
+
+    Returns:
+        float64 ``(out, kernel height, kernel width)``.
+    """
     sums = integers.sum(dim=1, dtype=torch.int64).double()
     return sums if sums.ndim == 3 else sums.view(-1, 1, 1)
 
@@ -130,12 +134,16 @@ def subtract_frame_(y: Tensor, taps: Tensor, geometry: Geometry, height: int, wi
 
 
 def num_window_kinds(taps: int) -> int:
-    """Return how many sets of neighbouring taps there are, the empty one among them."""
+    """Return how many runs of neighbouring taps there are, the empty one among them."""
     return taps * (taps + 1) // 2 + 1
 
 
 def taps_of_kinds(taps: int) -> Tensor:
-    """Say which taps each kind of window has inside of the picture: 0 or 1, float64, ``(kinds, taps)``."""
+    """Say which taps each kind of window has inside of the picture.
+
+    Returns:
+        0 or 1, float64 ``(kinds, taps)``.
+    """
     kinds = torch.zeros(num_window_kinds(taps), taps, dtype=torch.float64)
     row = 0
     for first in range(taps):
@@ -148,7 +156,9 @@ def taps_of_kinds(taps: int) -> Tensor:
 def window_kinds(
     positions: Tensor, size: int, kernel: int, stride: int, padding: int, dilation: int
 ) -> Tensor:
-    """Return the kind of the window at each output position of one dimension, a row of `taps_of_kinds`.
+    """Return the kind of the window at each output position of one dimension.
+
+    A kind is a row of `taps_of_kinds`.
 
     Arguments:
         positions: int64, any shape.

@@ -1,4 +1,4 @@
-"""Exact products of signed bytes in torch's own operators: what `cuda.py` does where Triton is missing.
+"""Exact products of signed bytes in torch's own operators, for GPUs where Triton is missing.
 
 GPUs multiply signed bytes, so the integers of an input have to become such. Most fit as they are.
 Unsigned ones up to 255 (``ue3m1``) are shifted down by 128, and the sum is put right by ``128
@@ -156,7 +156,7 @@ def round_to_bytes(
 
 
 def signed_planes(integers: Tensor) -> list[Tensor]:
-    """Part int32 integers into two planes of signed bytes, the low one first: ``low + 256 high``."""
+    """Part int32 integers into two planes of signed bytes, ``low + 256 high``."""
     low = (integers + 128).bitwise_and(255) - 128
     return [low, (integers - low).bitwise_right_shift(8)]
 
@@ -180,7 +180,11 @@ def multiply(
 
 
 def _constants_at(codes: Tensor, y: Tensor, constants: Tensor, geometry: Geometry) -> Tensor:
-    """Pick the constant of each window; ``(rows, columns, out)``, or ``(1, out)`` where all are alike."""
+    """Pick the constant of each window.
+
+    Returns:
+        ``(rows, columns, out)``, or ``(1, out)`` where all windows are alike.
+    """
     if len(constants) == 1:
         return constants
     rows = torch.arange(y.shape[1], device=y.device)
@@ -208,7 +212,11 @@ def integer_sums(codes: Tensor, weight: Tensor, geometry: Geometry, outside: int
 
 
 def _windows(codes: Tensor, geometry: Geometry, outside: int) -> Tensor:
-    """View a picture as its windows: ``(batch, rows, columns, kernel height, kernel width, channels)``."""
+    """View a picture as its windows.
+
+    Returns:
+        ``(batch, rows, columns, kernel height, kernel width, channels)``.
+    """
     kernel, stride, (up, left), dilation, _ = geometry
     rows, columns = geometry.output_size(codes.shape[1], codes.shape[2])
     if up or left:
@@ -226,7 +234,15 @@ def _windows(codes: Tensor, geometry: Geometry, outside: int) -> Tensor:
 
 
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply the rows of two int8 matrices, ``(m, k)`` and ``(n, k or more)`` with 0 beyond k; int32, ``(m, n)``."""
+    """Multiply the rows of two int8 matrices.
+
+    Arguments:
+        a: ``(m, k)``.
+        b: ``(n, k or more)``, 0 beyond k.
+
+    Returns:
+        int32 ``(m, n)``.
+    """
     m, k = a.shape
     n = len(b)
     depth = b.shape[1] - k

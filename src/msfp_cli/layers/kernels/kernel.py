@@ -45,5 +45,5 @@ class Kernel(ABC):
         """Run the layer on its input, in the input's type."""
 
     def integers(self, member: int | Tensor) -> Tensor:
-        """Return the integers of a member's weight, int8, shape of the float weight, if the kernel holds it."""
+        """Return the integers of a weight that it holds, int8, shape of the float weight."""
         raise NotImplementedError(f"kernel {self.name!r} does not hold a weight")

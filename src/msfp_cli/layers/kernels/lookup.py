@@ -1,4 +1,4 @@
-"""Look rows of a quantized table up: what an ``nn.Embedding`` does, with the codes of the rows that are asked for.
+"""Look rows of a quantized table up: what an ``nn.Embedding`` does, but the rows are codes.
 
 There is nothing to multiply and no input to round, so this is exact, runs everywhere, and is the
 only way for a table.
@@ -23,7 +23,9 @@ def look_up(table: QuantizedLayer, index: Tensor) -> Tensor:
     Returns:
         ``(*index.shape, embedding_dim)``, in the type of the table's `like`.
     """
-    fmt, flat, (count, width) = table.weight_grid().format, index.reshape(-1), table.weight_shape
+    fmt = table.weight_format()
+    flat = index.reshape(-1)
+    count, width = table.weight_shape
     if width * fmt.bits % 8:  # rows do not begin on whole bytes
         codes = table.codes().index_select(0, flat)
     else:

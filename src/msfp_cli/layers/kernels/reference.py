@@ -1,4 +1,4 @@
-"""Compute a layer as `arithmetic` says, with products in floating point that are exact: the reference of kernels.
+"""The reference of kernels: compute a layer as `arithmetic` says, with exact float products.
 
 Integers, and sums of their products, are exact in float32 up to 2^24 and in float64 up to 2^53, in
 whatever order they are added. So this kernel has the very bits of one on 8-bit units, needs none,
@@ -51,7 +51,9 @@ class Reference(Kernel):
 
 
 def run_reference(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> Tensor:
-    """Run `layer` on `x`; what needs gradients, or is compiled, is simulated: compilers keep no last digits.
+    """Run `layer` on `x`; what needs gradients or is compiled is simulated.
+
+    Compilers do not keep the last digits.
 
     Arguments:
         arithmetic: of this layer.
@@ -76,7 +78,7 @@ def run_reference(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> T
 
 
 def _planes(x: Tensor, grid: Grid, shift: int) -> list[Tensor]:
-    """Round an input as a kernel on bytes does, and take the shift's bytes from the planes again."""
+    """Round an input as a kernel on bytes does; planes lose the bytes of the shift again."""
     steps = torch.sub(x, grid.zero_point).div_(grid.scale)
     integers = round_steps(steps, grid.format)
     planes = unsigned_planes(integers.add_(shift), grid.format.largest + shift)

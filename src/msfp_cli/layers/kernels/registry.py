@@ -61,6 +61,6 @@ def _candidates(layer: QuantizedLayer) -> list[type[Kernel]]:
 
 
 def _device_type(layer: QuantizedLayer) -> str:
-    """Return the type of device that a layer is on; a quantized weight itself would have to be computed."""
+    """Return the type of device that a layer is on, without computing a quantized weight."""
     tensor = layer.weight if layer.scheme.weight is None else layer.get_buffer("weight_scale")
     return tensor.device.type

@@ -25,7 +25,7 @@ def simulate(layer: QuantizedLayer, x: Tensor) -> Tensor:
 
 
 class Simulated(Kernel):
-    """Runs any layer on any device; slower than the float layer, whose work it does after its own."""
+    """Runs any layer on any device; slower than the float layer, as it rounds before it runs."""
 
     name: ClassVar[str] = "simulated"
     kinds: ClassVar[frozenset[str] | None] = None
@@ -44,7 +44,7 @@ class Simulated(Kernel):
 
 
 def input_grid(layer: QuantizedLayer, member: int | Tensor) -> Grid:
-    """Return the grid of the input that goes with a member; its numbers are tensors where the member is one."""
+    """Return the grid of a member's input; its numbers are tensors where `member` is one."""
     scheme = layer.scheme
     grids = [scheme.input_of(member)] if isinstance(member, int) else scheme.inputs()
     first = grids[0]

@@ -61,7 +61,7 @@ TILES = (
 
 
 def choose_tile(windows: int, outs: int, processors: int) -> Tile:
-    """Return the largest tile of which there are 1.5 per processor of the GPU; the smallest that fits, failing that."""
+    """Return the largest tile of which there are 1.5 per processor, else the smallest that fits."""
     fitting = [tile for tile in TILES if tile.windows < 2 * windows and tile.outs < 2 * outs] or [
         TILES[-1]
     ]
@@ -73,7 +73,7 @@ def choose_tile(windows: int, outs: int, processors: int) -> Tile:
 
 @triton.jit
 def _round(steps, largest, SIGNED: tl.constexpr, MANTISSA: tl.constexpr):
-    """Round multiples of the smallest step to the format's integers, as `rounding.round_steps` does; int32."""
+    """Round as `rounding.round_steps` does, to int32."""
     if SIGNED:
         size = tl.minimum(tl.abs(steps), largest)
     else:
@@ -98,10 +98,10 @@ def _round(steps, largest, SIGNED: tl.constexpr, MANTISSA: tl.constexpr):
 def round_kernel(
     x, numbers, member, low, high, pixels, channels,
     per_picture, per_channel, per_pixel, largest,
-    SIGNED: tl.constexpr, MANTISSA: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr, GAIN: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    SIGNED: tl.constexpr, MANTISSA: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr,
+    GAIN: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: on
-    """Round a tile of pixels times channels of one picture, and write it as one or two planes of bytes."""
+    """Round a tile of pixels times channels of one picture, and write its bytes."""
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     picture = tl.program_id(2)
@@ -110,7 +110,8 @@ def round_kernel(
     scale, zero_point = tl.load(numbers + 2 * at), tl.load(numbers + 2 * at + 1)
     places = picture * per_picture + pixel[:, None] * per_pixel + channel[None, :] * per_channel
     values = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
-    whole = _round(tl.div_rn(values - zero_point, tl.broadcast_to(scale, values.shape)), largest, SIGNED, MANTISSA)
+    steps = tl.div_rn(values - zero_point, tl.broadcast_to(scale, values.shape))
+    whole = _round(steps, largest, SIGNED, MANTISSA)
     places = (picture * pixels + pixel)[:, None] * channels + channel[None, :]
     if GAIN != 0.0:
         tl.store(low + places, (whole.to(tl.float32) * GAIN).to(tl.float8e4nv), mask=mask)
@@ -148,9 +149,10 @@ def multiply_kernel(
     groups, stride_down, stride_across, pad_down, pad_across,
     dilation_down, dilation_across, per_picture, per_out, per_pixel,
     DOWN: tl.constexpr, ACROSS: tl.constexpr, KINDS: tl.constexpr, KINDS_ACROSS: tl.constexpr,
-    OUTSIDE: tl.constexpr, PLANE: tl.constexpr, WINDOWS: tl.constexpr, OUTS: tl.constexpr, DEPTH: tl.constexpr,
+    OUTSIDE: tl.constexpr, PLANE: tl.constexpr,
+    WINDOWS: tl.constexpr, OUTS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: on
-    """Convolve a tile of windows with a tile of output channels, and write it or, for a high plane, add to it."""
+    """Convolve a tile of windows with a tile of output channels; write it, or add a high plane."""
     group, group_outs, group_channels = tl.program_id(1), outs // groups, channels // groups
     down, across = _tile_of(tl.program_id(0), tl.cdiv(windows, WINDOWS), tl.cdiv(group_outs, OUTS))
     window = down * WINDOWS + tl.arange(0, WINDOWS)
@@ -167,16 +169,18 @@ def multiply_kernel(
         tap, channel = step // chunks, step % chunks * DEPTH + depth
         line, dot = top + tap // ACROSS * dilation_down, left + tap % ACROSS * dilation_across
         inside = (line >= 0) & (line < height) & (dot >= 0) & (dot < width) & (window < windows)
-        places = ((picture * height + line) * width + dot)[:, None] * channels + group * group_channels
+        places = ((picture * height + line) * width + dot)[:, None] * channels
+        places += group * group_channels
         is_channel = channel < group_channels
-        seen = tl.load(
-            codes + places + channel[None, :], mask=inside[:, None] & is_channel[None, :], other=OUTSIDE
+        code = tl.load(
+            codes + places + channel[None, :],
+            mask=inside[:, None] & is_channel[None, :], other=OUTSIDE,
         )
         weight = tl.load(
             weights + out[None, :] * row + (tap * group_channels + channel)[:, None],
             mask=is_out[None, :] & is_channel[:, None], other=0,
         )
-        sums = tl.dot(seen, weight, sums, out_dtype=tl.int32)
+        sums = tl.dot(code, weight, sums, out_dtype=tl.int32)
     mask = (window < windows)[:, None] & is_out[None, :]
     places = (picture * per_picture + pixel * per_pixel)[:, None] + (out * per_out)[None, :]
     factor = tl.load(factors + at * outs + out, mask=is_out, other=0.0)[None, :]
@@ -187,7 +191,8 @@ def multiply_kernel(
         else:
             kind = _kind(i, height, stride_down, pad_down, dilation_down, DOWN) * KINDS_ACROSS
             kind += _kind(j, width, stride_across, pad_across, dilation_across, ACROSS)
-            constant = tl.load(constants + (at * KINDS + kind)[:, None] * outs + out[None, :], mask=mask, other=0.0)
+            row = constants + (at * KINDS + kind)[:, None] * outs
+            constant = tl.load(row + out[None, :], mask=mask, other=0.0)
         values = sums.to(tl.float32) * factor + constant
     else:
         values = sums.to(tl.float32) * (factor * 256) + tl.load(y + places, mask=mask, other=0.0)
