@@ -369,7 +369,7 @@ _EXPORTED, _CALIBRATED = "sample", "export"
         (
             None,
             "sample {unconditional}",
-            "not one that msfp exported; run `msfp calibrate` and `msfp export`",
+            "but msfp did not export it; run `msfp calibrate` and `msfp export`",
             1,
         ),
         (

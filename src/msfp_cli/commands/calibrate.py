@@ -36,7 +36,7 @@ Examples:
 
     msfp calibrate stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.txt
 
-    msfp calibrate my-model --weights 4 --activations 6 --keep '*attn2*:8'
+    msfp calibrate --weights 4 --activations 6 --keep '*attn2*:8'
 """
 ModelArgument = Annotated[
     str | None,
