@@ -1,4 +1,7 @@
-"""The whole chain on the built-in pipeline, ending in a report and a picture: full precision, FP4, MSFP, fine-tuned."""
+"""The whole chain on the built-in pipeline, ending in a report and a sheet of pictures.
+
+The models side by side are full precision, plain signed FP4, MSFP, and MSFP fine-tuned.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -14,10 +14,14 @@ class Advance(Protocol):
 
 
 class Progress(Protocol):
-    """Something that can show a task that advances towards a total; the console gives one, a library caller may."""
+    """Shows tasks that advance towards a total, as the console does; a caller may pass its own."""
 
     def task(self, description: str, total: int | None) -> AbstractContextManager[Advance]:
-        """Open a task of `total` steps (None: not yet known); call what it yields with the steps done."""
+        """Open a task; what it yields is called with the number of steps done.
+
+        Arguments:
+            total: steps of the task; None if it is not known yet.
+        """
         ...
 
     def log(self, line: str) -> None:

@@ -29,11 +29,12 @@ from msfp_cli.errors import MsfpError
 from msfp_cli.progress import Advance
 
 _DEBUG = "MSFP_DEBUG"
-LEFT_ALONE = 75  # exit code of a process that lost another one, which it shared the work with
+# Exit code of a process that failed only because another process of the same command was gone. The
+# launcher then shows the message of the one that was first.
+LEFT_ALONE = 75
 STOPPED = "stopped; what was finished is kept, run the same command to go on"
-_GONE = re.compile(
-    "Connection (closed|reset) by peer|remote process exited"
-)  # as gloo says it, and NCCL
+# gloo and NCCL have no exception of their own for a process that is gone, only these words.
+_GONE = re.compile("Connection (closed|reset) by peer|remote process exited")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -123,7 +124,7 @@ def guarded(command: F) -> F:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether the user asked to stop (Ctrl-C, or a polite kill) while the context is open.
+    """Yield a function that says whether the user asked to stop, by Ctrl-C or a polite kill.
 
     The first time it is only remembered, so that work in hand can be finished and saved; the second
     time it interrupts, except where other processes take part, who pass such signals on and would
@@ -163,7 +164,5 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, MemoryError) or "out of memory" in str(error):
         return "out of memory; give a smaller --batch-size", 1
     first = (str(error).strip().splitlines() or ["no message"])[0]
-    return (
-        f"{type(error).__name__}: {first} (run `msfp --debug ...` for the traceback, and please report it)",
-        1,
-    )
+    advice = "run `msfp --debug ...` for the traceback, and please report it"
+    return f"{type(error).__name__}: {first} ({advice})", 1

@@ -1,4 +1,11 @@
-"""Run a command in several processes of this machine that share its work."""
+"""Run a command in several processes of this machine that share its work.
+
+`torch.distributed.run` starts processes, too, and an own launcher is kept for three reasons. A
+polite kill (SIGTERM) is passed on and waited for, so that each process saves its work; torch's
+launcher kills after a fixed time. The first process alone writes to the terminal, and an error that
+several meet is shown once. On a CPU the cores are divided between the processes. `accelerate
+launch` and torchrun work as well: whoever sets ``WORLD_SIZE`` has already started the processes.
+"""
 
 import os
 import signal
@@ -27,13 +34,13 @@ def is_main() -> bool:
 
 
 def share_out(num_processes: int) -> None:
-    """Where several processes are asked for, let them run this very command line, and end this one as they ended."""
+    """Run this command line in several processes if several are requested, and exit as they do."""
     if num_processes > 1 and "WORLD_SIZE" not in os.environ:
         raise typer.Exit(_launch(num_processes))
 
 
 def end_with_launcher() -> None:
-    """Let a process that another msfp has started end when that one does, however that came: a kill, too."""
+    """Exit when the msfp process that started this one is gone, even if it was killed."""
     if _LAUNCHED in os.environ:
         threading.Thread(target=_wait_for_the_end_of_input, daemon=True).start()
 
@@ -66,11 +73,10 @@ def _cores() -> int:
 
 
 def _launch(num_processes: int) -> int:
-    """Run this very command line in several processes that know of each other, and return the exit code.
+    """Run this command line in several processes that know each other; return the exit code.
 
-    The first one speaks for all; what another one says is shown only if the first had nothing to
-    complain about, or no more than that another was gone. A polite kill is passed on, so that each
-    saves what it has.
+    Only the first process writes to the terminal. What the others wrote to stderr is shown if the
+    first one ended well, was killed, or failed only because another process was gone.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -121,7 +127,10 @@ def _pass_on(number: int, processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _wait_for_all(processes: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Wait until all have ended; one that failed takes the others, who would wait for it, along after a while."""
+    """Wait for all processes; if one fails, kill the rest after a grace period.
+
+    They would wait for it forever.
+    """
     while any(process.poll() is None for process in processes):
         if any(process.poll() for process in processes):
             time.sleep(_GRACE_SECONDS)
