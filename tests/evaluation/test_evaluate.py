@@ -817,7 +817,7 @@ def test_directory_that_is_no_export_is_named(
             f"{place} is not an exported pipeline: it has no model_index.json"
         )
     message = only_line(msfp("evaluate", tiny_chained.calibration.source.model, *QUICKLY), 1)
-    assert "not one that msfp exported" in message
+    assert "msfp did not export it" in message
     assert not Path("msfp-run/evaluation").exists()
 
 

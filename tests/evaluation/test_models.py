@@ -156,7 +156,7 @@ def test_another_full_precision_model_can_be_given(tiny_chained: Chained, copied
 def test_directory_that_is_no_export_is_refused(tiny_chained: Chained, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is not an exported pipeline: it has no model_index.json"):
         subjects_of(tiny_chained.run, tmp_path)
-    with pytest.raises(ModelError, match="not one that msfp exported"):
+    with pytest.raises(ModelError, match="msfp did not export it"):
         subjects_of(tiny_chained.run, Path(tiny_chained.calibration.source.model))
 
 
