@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from conftest import QUICK, Chained, Invoke
-from msfp_cli.calibration.calibrate import calibrate_, held_out_error
-from msfp_cli.calibration.denoiser_search import observed_shards
+from msfp_cli.calibration.calibrate import calibrate_
+from msfp_cli.calibration.denoiser_search import held_out_error, observed_shards
 from msfp_cli.calibration.layer_search import LIFTED_BITS
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration, LayerChoice, quantize_

@@ -4,23 +4,21 @@ The denoiser's calls are recorded, `search_denoiser` chooses a format, maximum a
 every layer, and the whole is quantized and measured on held-out calls.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from msfp_cli.calibration.denoiser_search import search_denoiser
+from msfp_cli.calibration.denoiser_search import held_out_error, search_denoiser, unused_layers
 from msfp_cli.calibration.layer_search import CalibratedLayer
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration, LayerChoice, quantize_
 from msfp_cli.files import refuse_existing
-from msfp_cli.layers.replace import find_layers
 from msfp_cli.pipelines.conditions import prompts_of
-from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers
+from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import load_pipeline
 from msfp_cli.pipelines.source import ModelSource, Pipeline
 from msfp_cli.progress import SILENT, Progress
-from msfp_cli.recording.compare import output_error
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
 from msfp_cli.recording.record import record_both
 from msfp_cli.recording.result import Recording
@@ -57,7 +55,7 @@ def calibrate_(
         layers={component: _choices(layers) for component, layers in results.items()},
         scales={component: _scales(layers) for component, layers in results.items()},
         unused={
-            component: _unused(denoisers[component], layers)
+            component: unused_layers(denoisers[component], layers)
             for component, layers in results.items()
         },
     )
@@ -74,27 +72,6 @@ def _choices(layers: Mapping[str, CalibratedLayer]) -> dict[str, LayerChoice]:
 
 def _scales(layers: Mapping[str, CalibratedLayer]) -> dict[str, Tensor]:
     return {name: layer.scale for name, layer in layers.items() if layer.scale is not None}
-
-
-def _unused(denoiser: nn.Module, layers: Mapping[str, CalibratedLayer]) -> tuple[str, ...]:
-    """List the layers that never ran."""
-    return tuple(name for name in find_layers(denoiser) if name not in layers)
-
-
-def held_out_error(
-    denoiser: nn.Module, recording: Recording, component: str, progress: Progress = SILENT
-) -> float:
-    """Return the relative error of a denoiser's output over a full-precision recording."""
-
-    def counted() -> Iterator[DenoiserCall]:
-        for call in recording.calls(component):
-            yield call
-            advance(1)
-
-    with progress.task(
-        f"Checking {component} on held-out calls", recording.num_calls(component)
-    ) as advance:
-        return output_error(denoiser, counted()).relative()
 
 
 def calibrate_run(

@@ -10,7 +10,7 @@
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -22,7 +22,8 @@ from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.sensitivity import choose_lifted, quantized_alone
 from msfp_cli.errors import CalibrationError
 from msfp_cli.layers.replace import find_layers
-from msfp_cli.progress import Progress
+from msfp_cli.pipelines.denoiser import DenoiserCall
+from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.compare import output_error, spread_calls
 from msfp_cli.recording.result import Recording
 
@@ -125,3 +126,24 @@ def _measure_sensitivity(
             measured[name] = replace(result, choice=replace(result.choice, sensitivity=error))
             advance(1)
     return measured
+
+
+def unused_layers(denoiser: nn.Module, layers: Mapping[str, CalibratedLayer]) -> tuple[str, ...]:
+    """List the layers that never ran."""
+    return tuple(name for name in find_layers(denoiser) if name not in layers)
+
+
+def held_out_error(
+    denoiser: nn.Module, recording: Recording, component: str, progress: Progress = SILENT
+) -> float:
+    """Return the relative error of a denoiser's output over a full-precision recording."""
+
+    def counted() -> Iterator[DenoiserCall]:
+        for call in recording.calls(component):
+            yield call
+            advance(1)
+
+    with progress.task(
+        f"Checking {component} on held-out calls", recording.num_calls(component)
+    ) as advance:
+        return output_error(denoiser, counted()).relative()
