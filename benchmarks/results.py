@@ -13,6 +13,7 @@ Distances between sets of pictures are left out where the pictures are too few f
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,9 +26,9 @@ from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.checkpoint.export import export_run
 from msfp_cli.evaluation.evaluate import evaluate_run
-from msfp_cli.evaluation.metrics import DISTANCES, FIGURES
+from msfp_cli.evaluation.metrics.table import Metric, metrics_for
 from msfp_cli.evaluation.recipe import EvaluateRecipe
-from msfp_cli.evaluation.result import Evaluation, Measured
+from msfp_cli.evaluation.result import Evaluation, Measurements
 from msfp_cli.finetuning.finetune import finetune_run
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.pipelines.loading import BUILT_IN, quiet_libraries
@@ -124,31 +125,28 @@ def evaluated(
     return evaluate_run(run, export, options, device=arguments.device)
 
 
-def line(title: str, model: Measured, shown: list[str]) -> str:
+def line(title: str, model: Measurements, shown: Sequence[Metric]) -> str:
     """Return a row of the table."""
-    values = [(figure, figure.value(model)) for figure in FIGURES if figure.key in shown]
-    cells = ["" if value is None else figure.text(value) for figure, value in values]
+    cells = [metric.text(model.value(metric.key)) for metric in shown]
     return f"| {title} | {' | '.join(cells)} |"
 
 
 def table(evaluations: dict[str, Evaluation]) -> str:
-    """Return all rows, full precision first, with the figures that some row has."""
+    """Return all rows, full precision first, with the metrics that some row has."""
     models = [model for evaluation in evaluations.values() for model in evaluation.models]
-    few = any(model.to_full is not None and model.to_full.few for model in models)
-    left_out = _LEFT_OUT + (DISTANCES if few else ())
+    few = any("full" in model.sets and model.sets["full"].few for model in models)
     shown = [
-        f
-        for f in FIGURES
-        if f.key not in left_out and any(f.value(model) is not None for model in models)
+        metric
+        for metric in metrics_for(models)
+        if metric.key not in _LEFT_OUT and not (few and metric.kind == "sets")
     ]
-    keys = [figure.key for figure in shown]
     full = next(iter(evaluations.values())).models[0]
     lines = [
-        f"| | {' | '.join(figure.title for figure in shown)} |",
+        f"| | {' | '.join(metric.title for metric in shown)} |",
         "|---" * (len(shown) + 1) + "|",
     ]
-    lines.append(line(full.title, full, keys))
-    lines += [line(name, evaluation.models[-1], keys) for name, evaluation in evaluations.items()]
+    lines.append(line(full.title, full, shown))
+    lines += [line(name, evaluation.models[-1], shown) for name, evaluation in evaluations.items()]
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ import typer
 
 from msfp_cli.calibration.recipe import FORMAT_SETS
 from msfp_cli.commands.app import app
-from msfp_cli.evaluation.metrics import FIGURES
+from msfp_cli.evaluation.metrics.table import METRICS
 from msfp_cli.layers.kernels.registry import KERNELS
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
@@ -64,10 +64,11 @@ def page() -> str:
     parts.append(f"## Kernels\n\n{table(('--kernel', 'what it is'), kernels)}")
     sets = [(name, FORMATS[name]) for name in FORMAT_SETS]
     parts.append(f"## Sets of formats\n\n{table(('--formats', 'what it allows'), sets)}")
-    figures = [
-        (each.key, f"{each.title}; {each.better or 'neither'} is better") for each in FIGURES
+    metrics = [
+        (each.key, f"{each.help} {(each.better or 'neither').capitalize()} is better.")
+        for each in METRICS
     ]
-    parts.append(f"## Figures of an evaluation\n\n{table(('key', 'what it is'), figures)}")
+    parts.append(f"## Metrics of an evaluation\n\n{table(('key', 'what it is'), metrics)}")
     return "\n".join(parts)
 
 

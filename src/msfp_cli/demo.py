@@ -85,9 +85,9 @@ def run_demo(
         picture=str(_sheet(evaluation, directory / "demo.png")),
         export=report,
         errors={
-            model.title: noise.error
+            model.title: error
             for model in evaluation.models
-            for noise in model.noise.values()
+            if (error := model.value("output")) is not None
         },
     )
 

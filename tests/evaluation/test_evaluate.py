@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -32,23 +31,20 @@ from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import export_, load_calibrated
 from msfp_cli.errors import RunError, UsageError
 from msfp_cli.evaluation.cost import Cost
-from msfp_cli.evaluation.distances import frechet_distance, kernel_distance
 from msfp_cli.evaluation.evaluate import evaluate_run
 from msfp_cli.evaluation.features.extractors import load_extractor
 from msfp_cli.evaluation.features.fashion import agreement, load_classifier
 from msfp_cli.evaluation.features.squeezenet import deep_distance, load_squeezenet
-from msfp_cli.evaluation.measures import (
-    MOST_PSNR,
-    compare_pictures,
-    distance_between,
-)
-from msfp_cli.evaluation.metrics import FIGURES
+from msfp_cli.evaluation.metrics.compute import MOST_PSNR
+from msfp_cli.evaluation.metrics.distances import frechet_distance, kernel_distance
+from msfp_cli.evaluation.metrics.evidence import Evidence, PictureSet
+from msfp_cli.evaluation.metrics.table import METRICS, compute_metrics
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.reference import BUILT_IN_REFERENCE, built_in_reference, load_reference
-from msfp_cli.evaluation.result import Evaluation, Measured
+from msfp_cli.evaluation.result import Evaluation, Measurements, SetSizes
 from msfp_cli.pipelines.loading import BUILT_IN, default_prompts, load_pipeline
 from msfp_cli.pipelines.source import ModelSource, Sampling
-from msfp_cli.recording.compare import layer_errors, output_error, relative_error
+from msfp_cli.recording.compare import layer_errors, output_error
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 from tiny_pipelines import BUILDERS
@@ -89,23 +85,19 @@ def result_of(directory: Path) -> bytes:
 def test_models_stand_side_by_side_with_full_precision_first(evaluated: Evaluation) -> None:
     assert [model.key for model in evaluated.models] == ["full", "signed", "export"]
     full, *quantized = evaluated.models
-    assert (full.noise, full.latents, full.psnr, full.ssim, full.deep, full.to_full) == (
-        {},
-        None,
-        (),
-        (),
-        (),
-        None,
-    )
+    assert full.values.keys() == {"size"}
+    assert (full.per_picture, full.sets, full.denoisers) == ({}, {}, {})
     for model in quantized:
-        assert {len(values) for values in (model.psnr, model.ssim, model.deep)} == {3}
-        assert set(model.noise) == {"unet"} and model.to_full is not None
-    assert all(
-        model.to_reference is model.clip is model.cost is model.garment is None
-        for model in evaluated.models
-    )
+        assert {key: len(values) for key, values in model.per_picture.items()} == {
+            "psnr": 3,
+            "ssim": 3,
+            "deep": 3,
+        }
+        assert model.values.keys() == {"output", "latents", "frechet_full", "kernel_full", "size"}
+        assert model.denoisers.keys() == {"unet"} and model.sets.keys() == {"full"}
+    assert all(model.cost is None for model in evaluated.models)
     signed, export = quantized
-    assert export.noise["unet"].error < signed.noise["unet"].error
+    assert export.denoisers["unet"].error < signed.denoisers["unet"].error
     assert full.denoiser_bytes is not None and export.denoiser_bytes is not None
     assert export.denoiser_bytes < full.denoiser_bytes
 
@@ -180,16 +172,15 @@ def test_seed_steps_guidance_extractor_and_reference_are_those_of_the_options(
     pictures = found.gallery("full").pictures()
     assert not torch.equal(pictures[0], pictures[2])  # the same prompt from another seed
     assert (
-        len(found.models[-1].noise["unet"].by_timestep) == 1
-        and found.models[-1].noise["unet"].layers == {}
+        len(found.models[-1].denoisers["unet"].by_timestep) == 1
+        and found.models[-1].denoisers["unet"].layers == {}
     )
     reference = load_reference(tmp_path, load_extractor("fashion"), (32, 32))
     for model in found.models:
         features = load_extractor("fashion").features(found.gallery(model.key).pictures())
-        assert model.to_reference is not None
-        assert model.to_reference.num_pictures == (3, 2)
-        assert model.to_reference.frechet == frechet_distance(features, reference.features)
-        assert model.to_reference.kernel == kernel_distance(features, reference.features)
+        assert model.sets["reference"].num_pictures == (3, 2)
+        assert model.values["frechet"] == frechet_distance(features, reference.features)
+        assert model.values["kernel"] == kernel_distance(features, reference.features)
 
 
 def test_pictures_are_measured_one_by_one(evaluated: Evaluation) -> None:
@@ -201,13 +192,15 @@ def test_pictures_are_measured_one_by_one(evaluated: Evaluation) -> None:
             _, everywhere = structural_similarity_index_measure(
                 *pair, data_range=1.0, return_full_image=True
             )
-            assert model.psnr[i] == pytest.approx(
+            assert model.per_picture["psnr"][i] == pytest.approx(
                 float(peak_signal_noise_ratio(*pair, data_range=1.0)), abs=1e-4
             )
-            assert model.ssim[i] == pytest.approx(
+            assert model.per_picture["ssim"][i] == pytest.approx(
                 float(everywhere[..., 5:-5, 5:-5].mean()), abs=1e-4
             )
-            assert model.deep[i] == pytest.approx(float(deep_distance(network, *pair)), rel=1e-4)
+            assert model.per_picture["deep"][i] == pytest.approx(
+                float(deep_distance(network, *pair)), rel=1e-4
+            )
 
 
 def test_latents_and_distances_are_those_of_the_galleries(evaluated: Evaluation) -> None:
@@ -217,17 +210,15 @@ def test_latents_and_distances_are_those_of_the_galleries(evaluated: Evaluation)
         gallery = evaluated.gallery(model.key)
         wanted = full.latents().double()
         error = (gallery.latents().double() - wanted).square().sum() / wanted.square().sum()
-        assert model.latents == pytest.approx(float(error), rel=1e-9)
-        assert (
-            model.to_full is not None and model.to_full.num_pictures == (3, 3) and model.to_full.few
-        )
+        assert model.values["latents"] == pytest.approx(float(error), rel=1e-9)
+        assert model.sets == {"full": SetSizes(num_pictures=(3, 3), few=True)}
         features = extractor.features(gallery.pictures())
-        assert model.to_full.frechet == frechet_distance(features, reference)
-        assert model.to_full.kernel == kernel_distance(features, reference)
-        assert model.to_full.precision is model.to_full.recall is None
+        assert model.values["frechet_full"] == frechet_distance(features, reference)
+        assert model.values["kernel_full"] == kernel_distance(features, reference)
+        assert not {"precision_full", "recall_full"} & model.values.keys()
 
 
-def test_noise_is_that_of_replayed_trajectories(
+def test_output_error_is_that_of_replayed_trajectories(
     evaluated: Evaluation, tiny_chained: Chained
 ) -> None:
     recording = Recording(evaluated.directory / "trajectories")
@@ -235,26 +226,35 @@ def test_noise_is_that_of_replayed_trajectories(
     assert sum(len(call.output) for call in calls) == 2 * 2  # pictures times steps
     quantized = load_calibrated(tiny_chained.calibration, "cpu").unet
     full = load_pipeline(tiny_chained.calibration.source, "cpu").unet
-    noise, error = evaluated.models[-1].noise["unet"], output_error(quantized, calls)
-    assert (noise.error, list(noise.by_timestep)) == (error.relative(), error.by_timestep())
+    measured = evaluated.models[-1].denoisers["unet"]
+    error = output_error(quantized, calls)
+    assert (measured.error, list(measured.by_timestep)) == (error.relative(), error.by_timestep())
     layers = layer_errors(quantized, full, tiny_chained.calibration.table("unet"), calls)
-    assert noise.layers == pytest.approx(layers, rel=1e-9)
-    assert noise.inputs.keys() == noise.layers.keys()
-    assert not evaluated.models[1].noise["unet"].layers  # of the export alone
+    assert measured.layers == pytest.approx(layers, rel=1e-9)
+    assert measured.inputs.keys() == measured.layers.keys()
+    assert not evaluated.models[1].denoisers["unet"].layers  # of the export alone
 
 
 def test_full_precision_is_perfect_beside_itself(
     evaluated: Evaluation, tiny_chained: Chained
 ) -> None:
     gallery, extractor = evaluated.gallery("full"), load_extractor("squeezenet")
-    found = compare_pictures(gallery.pictures(), gallery.pictures())
-    assert found["psnr"] == (MOST_PSNR,) * 3 and found["deep"] == (0.0,) * 3
-    assert found["ssim"] == pytest.approx((1.0,) * 3, abs=1e-9)
-    assert relative_error(gallery.latents(), gallery.latents()) == 0
-    features = extractor.features(gallery.pictures())
-    distance = distance_between(features, features.flip(0))
-    assert distance is not None and evaluated.models[1].to_full is not None
-    assert distance.frechet < 1e-4 * evaluated.models[1].to_full.frechet
+    drawn = PictureSet(pictures=gallery.pictures(), latents=gallery.latents())
+    features = extractor.features(drawn.pictures)
+    values, per_picture = compute_metrics(
+        Evidence(
+            own=drawn,
+            full=drawn,
+            features=features,
+            feature_sets={"full": features.flip(0)},
+            extractor="squeezenet",
+            denoiser_bytes=1,
+        )
+    )
+    assert per_picture["psnr"] == (MOST_PSNR,) * 3 and per_picture["deep"] == (0.0,) * 3
+    assert per_picture["ssim"] == pytest.approx((1.0,) * 3, abs=1e-9)
+    assert values["latents"] == 0
+    assert values["frechet_full"] < 1e-4 * evaluated.models[1].values["frechet_full"]
     calls = Recording(evaluated.directory / "trajectories").calls("unet")
     assert (
         output_error(load_pipeline(tiny_chained.calibration.source, "cpu").unet, calls).relative()
@@ -271,7 +271,8 @@ def test_single_picture_has_no_distance_and_needs_no_note(
     tiny_chained: Chained, tmp_path: Path
 ) -> None:
     found = again(tiny_chained, tmp_path / "one", replace(THREE, num_images=1, compare=()))
-    assert found.models[-1].to_full is None and len(found.models[-1].psnr) == 1
+    assert found.models[-1].sets == {} and "frechet_full" not in found.models[-1].values
+    assert len(found.models[-1].per_picture["psnr"]) == 1
     assert found.notes == ()
     assert Evaluation.load(found.directory) == found
 
@@ -301,13 +302,17 @@ def test_every_kind_of_pipeline_is_evaluated(
         == (2, 3, 32, 32)
     )
     for model in found.models[1:]:
-        noise = model.noise[component]
-        assert noise.error > 0 and all(math.isfinite(error) for _, error in noise.by_timestep)
-        assert model.latents is not None and 0 < model.latents < 10
-        assert len(model.psnr) == len(model.ssim) == len(model.deep) == 2
-        assert 0 < min(model.psnr) and max(model.psnr) < 100 and 0 < min(model.deep)
-        assert -1 < min(model.ssim) and max(model.ssim) < 1
-    assert found.models[-1].noise[component].layers.keys() == calibration.table(component).keys()
+        denoiser = model.denoisers[component]
+        assert denoiser.error > 0
+        assert all(math.isfinite(error) for _, error in denoiser.by_timestep)
+        assert 0 < model.values["latents"] < 10
+        psnr, ssim, deep = (model.per_picture[key] for key in ("psnr", "ssim", "deep"))
+        assert len(psnr) == len(ssim) == len(deep) == 2
+        assert 0 < min(psnr) and max(psnr) < 100 and 0 < min(deep)
+        assert -1 < min(ssim) and max(ssim) < 1
+    assert (
+        found.models[-1].denoisers[component].layers.keys() == calibration.table(component).keys()
+    )
     recorded = calibration.record.conditions
     fresh = [prompt for prompt in default_prompts(name) if prompt not in recorded]
     wanted = ["0", "500"] if name == "DiTPipeline" else fresh[:2]
@@ -329,7 +334,7 @@ def test_fine_tuned_export_is_measured_beside_what_it_began_from(
     calls = list(Recording(found.directory / "trajectories").calls("unet"))
     before = output_error(load_calibrated(tiny_tuned.calibration, "cpu").unet, calls).relative()
     after = load_pipeline(ModelSource(model=str(tiny_tuned.export)), "cpu").unet
-    errors = [model.noise["unet"].error for model in found.models[2:]]
+    errors = [model.denoisers["unet"].error for model in found.models[2:]]
     assert errors == [before, output_error(after, calls).relative()]
 
 
@@ -353,15 +358,16 @@ def test_built_in_pipeline_is_compared_with_real_pictures_and_asked_prompts(
     classifier = load_classifier()
     for measured in found.models:
         pictures = found.gallery(measured.key).pictures()
-        assert (measured.garment, measured.colour) == agreement(classifier, pictures / 255, prompts)
+        shares = agreement(classifier, pictures / 255, prompts)
+        assert [measured.values["garment"], measured.values["colour"]] == [
+            100 * share for share in shares if share is not None
+        ]
         features = classifier.embed(pictures / 255)
-        assert measured.to_reference is not None and measured.to_reference.num_pictures == (5, 2000)
-        assert measured.to_reference.frechet == frechet_distance(
+        assert measured.sets["reference"].num_pictures == (5, 2000)
+        assert measured.values["frechet"] == frechet_distance(
             features, built_in_reference().features
         )
-        assert (
-            measured.to_reference.precision is not None and measured.to_reference.recall is not None
-        )
+        assert {"precision", "recall"} <= measured.values.keys()
 
 
 # That it repeats and goes on
@@ -376,11 +382,16 @@ def test_two_evaluations_agree_to_the_last_digit(
     assert result_of(found.directory) == result_of(evaluated.directory)
 
 
-def test_another_seed_gives_other_figures(
+def test_another_seed_gives_other_values(
     evaluated: Evaluation, tiny_chained: Chained, tmp_path: Path
 ) -> None:
     found = again(tiny_chained, tmp_path / "other", replace(THREE, seed=1, compare=()))
-    assert found.models[-1].psnr != evaluated.models[-1].psnr
+    assert found.models[-1].per_picture != evaluated.models[-1].per_picture
+
+
+def without_cost(model: Measurements) -> Measurements:
+    values = {key: value for key, value in model.values.items() if key not in ("seconds", "memory")}
+    return replace(model, values=values, cost=None)
 
 
 def test_cost_alone_differs_between_evaluations(
@@ -396,7 +407,7 @@ def test_cost_alone_differs_between_evaluations(
 
     monkeypatch.setattr("msfp_cli.evaluation.measure.measure_cost", measure)
     found = again(tiny_chained, tmp_path / "cost", replace(THREE, cost=True))
-    assert [replace(model, cost=None) for model in found.models] == list(evaluated.models)
+    assert [without_cost(model) for model in found.models] == list(evaluated.models)
     rest = ((None, None), {"num_inference_steps": 2, "guidance_scale": None}, "cpu")
     assert calls == [
         (tiny_chained.calibration.source.model, *rest),
@@ -478,7 +489,7 @@ def test_finished_evaluation_is_read_and_not_drawn_again(
     for name in (
         "msfp_cli.evaluation.gallery.call_pipeline",
         "msfp_cli.recording.record.call_pipeline",
-        "msfp_cli.evaluation.measure.output_error",
+        "msfp_cli.evaluation.metrics.denoisers.output_error",
     ):
         monkeypatch.setattr(name, lambda *args, **kwargs: pytest.fail("it was done again"))
     assert again(tiny_chained, place).models == evaluated.models
@@ -545,7 +556,7 @@ def here(msfp: Invoke, tiny_chained: Chained, copied: Copied) -> Path:
     return copied(tiny_chained.run.directory, "msfp-run")
 
 
-def test_command_prints_figures_and_what_is_next(here: Path, msfp: Invoke) -> None:
+def test_command_prints_metrics_and_what_is_next(here: Path, msfp: Invoke) -> None:
     result = msfp("evaluate", *QUICKLY)
     assert (result.exit_code, result.stdout) == (0, "msfp-run/evaluation/evaluation.json\n"), (
         result.stderr
@@ -559,10 +570,10 @@ def test_command_prints_figures_and_what_is_next(here: Path, msfp: Invoke) -> No
         for line in result.stderr.splitlines()
     ]
     shown = {row[0]: row[1:] for row in rows if row and row[0]}
-    for figure in FIGURES:
-        values = [figure.value(model) for model in found.models]
-        wanted = ["" if value is None else figure.text(value) for value in values]
-        assert shown.get(figure.title) == (wanted if any(wanted) else None)
+    for metric in METRICS:
+        texts = [metric.text(model.value(metric.key)) for model in found.models]
+        is_shown = any(texts) and not metric.json_only
+        assert shown.get(metric.title) == (texts if is_shown else None)
     assert f"note: {found.notes[0]}" in result.stderr
     assert result.stderr.splitlines()[-1] == "next: msfp report"
 
@@ -626,7 +637,7 @@ def test_prompts_file_and_clip_score(
         seen.append(arguments)
         return 20.0 + len(seen)
 
-    monkeypatch.setattr("msfp_cli.evaluation.measure.clip_score", score)
+    monkeypatch.setattr("msfp_cli.evaluation.metrics.compute.clip_score", score)
     result = msfp("evaluate", *ALONE, "--prompts", "prompts.txt", "--clip", "some/clip")
     assert result.exit_code == 0, result.stderr
     found = Evaluation.load(Path("msfp-run/evaluation"))
@@ -634,9 +645,9 @@ def test_prompts_file_and_clip_score(
         found.settings["record"]["conditions"] == ["a cat", "a dog"]
         and found.settings["clip"] == "some/clip"
     )
-    assert [model.clip for model in found.models] == [21.0, 22.0]
+    assert [model.values["clip"] for model in found.models] == [21.0, 22.0]
     for (model, pictures, prompts, device), key in zip(seen, ("full", "export"), strict=True):
-        assert (model, prompts, device) == ("some/clip", ["a cat", "a dog"], "cpu")
+        assert (model, prompts, device) == ("some/clip", ("a cat", "a dog"), "cpu")
         assert torch.equal(pictures, found.gallery(key).pictures())
 
 
@@ -654,8 +665,8 @@ def test_extractor_of_the_users_own_is_used(
     features = [
         (found.gallery(key).pictures() / 255).mean(dim=(2, 3)) for key in ("export", "full")
     ]
-    assert found.models[-1].to_full is not None
-    assert found.models[-1].to_full.frechet == pytest.approx(frechet_distance(*features), abs=1e-9)
+    distance = frechet_distance(*features)
+    assert found.models[-1].values["frechet_full"] == pytest.approx(distance, abs=1e-9)
 
 
 @pytest.mark.slow
@@ -904,7 +915,7 @@ def test_other_settings_are_refused_by_name(
     asked["record"] = asked["record"] | {"conditions": [None, None], "batch_size": 8}
     (here / "evaluation/asked.json").write_text(json.dumps(asked))
     monkeypatch.setattr(
-        "msfp_cli.evaluation.evaluate.load_extractor",
+        "msfp_cli.evaluation.plan.load_extractor",
         lambda name: replace(load_extractor("squeezenet"), name=name),
     )
     before = files_of(here)
@@ -970,7 +981,7 @@ def test_interrupted_command_says_how_to_go_on(
         def stop(*args: object, **kwargs: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("msfp_cli.evaluation.measure.compare_pictures", stop)
+        patch.setattr("msfp_cli.evaluation.measure.compute_metrics", stop)
         message = only_error(msfp("evaluate", *ALONE), 1)
     assert message == "stopped; what was finished is kept, run the same command to go on"
     assert msfp("evaluate", *ALONE).exit_code == 0
@@ -980,37 +991,3 @@ def test_options_are_checked_when_they_are_made() -> None:
     for odd in ({"num_images": 0}, {"num_trajectories": -1}):
         with pytest.raises(UsageError, match="must be at least 1"):
             EvaluateRecipe(**odd)
-
-
-def test_every_figure_is_read_off_a_model(evaluated: Evaluation) -> None:
-    full, model = evaluated.models[0], evaluated.models[-1]
-    values = {figure.key: figure.value(model) for figure in FIGURES}
-    assert len(values) == len(FIGURES)
-    assert values["psnr"] == mean(model.psnr) and values["ssim"] == mean(model.ssim)
-    assert values["output"] == model.noise["unet"].error and values["latents"] == model.latents
-    assert model.to_full is not None and values["frechet_full"] == model.to_full.frechet
-    assert {key for key, value in values.items() if value is None} == {
-        *(
-            "frechet",
-            "kernel",
-            "precision",
-            "recall",
-            "garment",
-            "colour",
-            "clip",
-            "seconds",
-            "memory",
-        )
-    }
-    assert {figure.key for figure in FIGURES if figure.value(full) is not None} == {"size"}
-    rich = replace(
-        Measured(key="x", title="x"),
-        garment=0.25,
-        cost=Cost(load_seconds=1, seconds_per_picture=2, peak_memory_bytes=3 << 20),
-    )
-    shown = {
-        figure.key: figure.text(value)
-        for figure in FIGURES
-        if (value := figure.value(rich)) is not None
-    }
-    assert shown == {"garment": "25.0", "seconds": "2.000", "memory": "3"}

@@ -11,7 +11,12 @@ from torch import Tensor
 from msfp_cli.errors import UsageError
 from msfp_cli.evaluation.features.extractors import Extractor
 from msfp_cli.evaluation.features.fashion import load_classifier
-from msfp_cli.evaluation.measures import distance_between
+from msfp_cli.evaluation.metrics.distances import (
+    frechet_distance,
+    kernel_distance,
+    precision,
+    recall,
+)
 from msfp_cli.evaluation.reference import BUILT_IN_REFERENCE, built_in_reference, load_reference
 
 PIXELS = Extractor("pixels", lambda pictures: pictures.flatten(1))
@@ -94,11 +99,10 @@ def test_names_of_the_files_do_not_matter_to_distances(
     ours, theirs = (load_reference(place, PIXELS, SIZE).features for place in (album, other))
     assert not torch.equal(ours, theirs)
     sampled = features_of(draw(6, *SIZE, 3, seed=1))
-    first, second = distance_between(sampled, ours), distance_between(sampled, theirs)
-    assert first is not None and second is not None
-    assert first.frechet == pytest.approx(second.frechet, rel=1e-9)
-    assert first.kernel == pytest.approx(second.kernel, rel=1e-9)
-    assert (first.precision, first.recall) == (second.precision, second.recall)
+    for distance in (frechet_distance, kernel_distance):
+        assert distance(sampled, ours) == pytest.approx(distance(sampled, theirs), rel=1e-9)
+    for share in (precision, recall):
+        assert share(sampled, ours) == share(sampled, theirs)
 
 
 def test_the_reference_of_the_built_in_pipeline_is_of_the_classifiers_features() -> None:

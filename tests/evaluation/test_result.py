@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.evaluation.cost import Cost
-from msfp_cli.evaluation.result import Distance, Evaluation, Histogram, Measured, OutputNoise
+from msfp_cli.evaluation.metrics.table import METRICS
+from msfp_cli.evaluation.result import (
+    DenoiserError,
+    Evaluation,
+    Histogram,
+    Measurements,
+    SetSizes,
+)
 from msfp_cli.recording.recipe import RecordRecipe
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
@@ -25,20 +32,12 @@ def maybe(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.none() | strategy
 
 
-distances = st.builds(
-    Distance,
-    frechet=numbers,
-    kernel=numbers,
-    precision=maybe(numbers),
-    recall=maybe(numbers),
-    num_pictures=st.tuples(counts, counts),
-    few=st.booleans(),
-)
+sizes = st.builds(SetSizes, num_pictures=st.tuples(counts, counts), few=st.booleans())
 histograms = st.builds(
     Histogram, minimum=numbers, maximum=numbers, counts=st.lists(counts, max_size=4).map(tuple)
 )
-noises = st.builds(
-    OutputNoise,
+denoisers = st.builds(
+    DenoiserError,
     error=numbers,
     by_timestep=st.lists(st.tuples(numbers, numbers), max_size=3).map(tuple),
     layers=st.dictionaries(words, numbers, max_size=2),
@@ -46,20 +45,14 @@ noises = st.builds(
 )
 costs = st.builds(Cost, load_seconds=numbers, seconds_per_picture=numbers, peak_memory_bytes=counts)
 models = st.builds(
-    Measured,
+    Measurements,
     key=words,
     title=words,
+    values=st.dictionaries(words, numbers, max_size=4),
+    per_picture=st.dictionaries(words, some, max_size=3),
+    sets=st.dictionaries(words, sizes, max_size=2),
+    denoisers=st.dictionaries(words, denoisers, max_size=2),
     denoiser_bytes=maybe(counts),
-    noise=st.dictionaries(words, noises, max_size=2),
-    latents=maybe(numbers),
-    psnr=some,
-    ssim=some,
-    deep=some,
-    to_full=maybe(distances),
-    to_reference=maybe(distances),
-    garment=maybe(numbers),
-    colour=maybe(numbers),
-    clip=maybe(numbers),
     cost=maybe(costs),
 )
 SETTINGS = {
@@ -69,7 +62,7 @@ SETTINGS = {
 }
 
 
-def evaluation(directory: Path, *measured: Measured) -> Evaluation:
+def evaluation(directory: Path, *measured: Measurements) -> Evaluation:
     return Evaluation(
         directory=directory,
         settings=SETTINGS,
@@ -81,15 +74,15 @@ def evaluation(directory: Path, *measured: Measured) -> Evaluation:
 
 @given(models)
 @few
-def test_what_was_measured_survives_json(measured: Measured) -> None:
-    again = Measured.from_json(json.loads(json.dumps(measured.to_json())))
+def test_what_was_measured_survives_json(measured: Measurements) -> None:
+    again = Measurements.from_json(json.loads(json.dumps(measured.to_json())))
     assert again == measured
     assert again.to_json() == measured.to_json()
 
 
 @given(st.lists(models, max_size=3))
 @few
-def test_evaluation_survives_the_file(measured: list[Measured]) -> None:
+def test_evaluation_survives_the_file(measured: list[Measurements]) -> None:
     with tempfile.TemporaryDirectory() as name:
         whole = evaluation(Path(name), *measured)
         whole.save()
@@ -124,7 +117,7 @@ def without(key: str) -> str:
     )
 
 
-MEASURED = Measured(key="full", title="full").to_json()
+MEASUREMENTS = Measurements(key="full", title="full").to_json()
 
 
 @pytest.mark.parametrize(
@@ -137,21 +130,24 @@ MEASURED = Measured(key="full", title="full").to_json()
         "null",
         *(without(key) for key in ("schema", "asked", "machine", "models", "notes")),
         json.dumps({**json.loads(without("models")), "models": [3]}),
-        json.dumps({**json.loads(without("models")), "models": [{**MEASURED, "odd": 1}]}),
+        json.dumps({**json.loads(without("models")), "models": [{**MEASUREMENTS, "odd": 1}]}),
         json.dumps(
             {
                 **json.loads(without("models")),
-                "models": [{k: v for k, v in MEASURED.items() if k != "psnr"}],
+                "models": [{k: v for k, v in MEASUREMENTS.items() if k != "per_picture"}],
             }
         ),
         json.dumps(
             {
                 **json.loads(without("models")),
-                "models": [{**MEASURED, "to_full": {"num_pictures": [1]}}],
+                "models": [{**MEASUREMENTS, "sets": {"full": {"num_pictures": [1], "few": True}}}],
             }
         ),
         json.dumps(
-            {**json.loads(without("models")), "models": [{**MEASURED, "noise": {"unet": 3}}]}
+            {
+                **json.loads(without("models")),
+                "models": [{**MEASUREMENTS, "denoisers": {"unet": 3}}],
+            }
         ),
         json.dumps({**json.loads(without("schema")), "schema": "one"}),
     ],
@@ -172,9 +168,57 @@ def test_undecodable_evaluation_is_damaged(tmp_path: Path) -> None:
 
 
 def test_newer_evaluation_says_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "evaluation.json").write_text(json.dumps({"schema": 2, "unknown": True}))
+    (tmp_path / "evaluation.json").write_text(json.dumps({"schema": 3, "unknown": True}))
     with pytest.raises(
         CheckpointError,
         match="written by a newer msfp; upgrade msfp, or run `msfp evaluate --overwrite`",
     ):
         Evaluation.load(tmp_path)
+
+
+DISTANCES = ("frechet", "kernel", "precision", "recall")
+EARLIER = Path(__file__).parents[1] / "data" / "evaluation-schema-1.json"
+
+
+def test_evaluation_of_an_earlier_msfp_is_read_with_equal_values(tmp_path: Path) -> None:
+    document = json.loads(EARLIER.read_text())
+    (tmp_path / "evaluation.json").write_text(EARLIER.read_text())
+    loaded = Evaluation.load(tmp_path)
+    assert (loaded.settings, loaded.machine) == (document["asked"], document["machine"])
+    assert loaded.notes == tuple(document["notes"])
+    assert [(model.key, model.title) for model in loaded.models] == [
+        ("full", "full precision"),
+        ("export", "MSFP, fine-tuned"),
+    ]
+    full, export = loaded.models
+    before = document["models"][1]
+    assert (full.per_picture, full.denoisers, list(full.sets)) == ({}, {}, ["reference"])
+    assert export.per_picture == {key: tuple(before[key]) for key in ("psnr", "ssim", "deep")}
+    noise = before["noise"]["unet"]
+    assert export.denoisers["unet"].layers == noise["layers"]
+    assert [list(pair) for pair in export.denoisers["unet"].by_timestep] == noise["by_timestep"]
+    assert export.denoisers["unet"].inputs.keys() == noise["inputs"].keys()
+    assert export.sets["full"] == SetSizes(num_pictures=(8, 8), few=True)
+    assert export.values == {
+        "output": noise["error"],
+        "latents": before["latents"],
+        **{f"{key}_full": before["to_full"][key] for key in DISTANCES},
+        **{key: before["to_reference"][key] for key in DISTANCES},
+        "garment": 100 * before["garment"],
+        "colour": 100 * before["colour"],
+        "size": before["denoiser_bytes"] / 2**20,
+        "seconds": 0.25,
+        "memory": 900000000 / 2**20,
+    }
+    assert {metric.key for metric in METRICS} - {"clip"} == {*export.values, *export.per_picture}
+    loaded.save()
+    assert Evaluation.load(tmp_path) == loaded
+
+
+def test_metric_that_an_earlier_file_lacks_is_absent() -> None:
+    earlier = json.loads(EARLIER.read_text())["models"][1]
+    least = Measurements.from_json({"key": earlier["key"], "title": earlier["title"]})
+    assert least == Measurements(key="export", title="MSFP, fine-tuned")
+    for key in earlier.keys() - {"key", "title"}:
+        lacking = {name: value for name, value in earlier.items() if name != key}
+        assert Measurements.from_json(lacking).title == earlier["title"]

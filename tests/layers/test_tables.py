@@ -15,7 +15,7 @@ from msfp_cli.calibration.calibrate import calibrate_
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
-from msfp_cli.evaluation.measures import input_histograms
+from msfp_cli.evaluation.metrics.denoisers import input_histograms
 from msfp_cli.finetuning.lora import tuned_names
 from msfp_cli.finetuning.result import load_finetunings
 from msfp_cli.formats.float_format import FloatFormat, formats_of_width

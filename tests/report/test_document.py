@@ -56,7 +56,9 @@ def test_every_picture_is_that_of_the_gallery(
             assert np.array_equal(
                 np.asarray(shown), evaluated.gallery(key).pictures()[i].permute(1, 2, 0).numpy()
             )
-        assert entry["psnr"] == {model.key: model.psnr[i] for model in evaluated.models[1:]}
+        assert entry["psnr"] == {
+            model.key: model.per_picture["psnr"][i] for model in evaluated.models[1:]
+        }
 
 
 def test_layers_are_the_exports_with_the_candidates_of_the_calibration(
@@ -72,7 +74,7 @@ def test_layers_are_the_exports_with_the_candidates_of_the_calibration(
         assert [each["format"] for each in layer["candidates"]] == [
             score.format for score in choice.input_scores
         ]
-        assert layer["output_error"] == evaluated.models[-1].noise["unet"].layers[name]
+        assert layer["output_error"] == evaluated.models[-1].denoisers["unet"].layers[name]
         assert sum(layer["histogram"]["counts"]) > 0
     assert sum(layer["share"] for layer in layers.values()) == pytest.approx(1.0)
 

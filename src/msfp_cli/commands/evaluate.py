@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -101,21 +101,16 @@ def _next(out: Path | None, run: Path) -> str:
 
 
 def show(evaluation: "Evaluation") -> None:
-    """Print the figures as a table, models in columns."""
-    from msfp_cli.evaluation.metrics import FIGURES
+    """Print the metrics as a table, models in columns."""
+    from msfp_cli.evaluation.metrics.table import metrics_for
 
     models = evaluation.models
     rows = []
-    for figure in FIGURES:
-        values: list[Any] = [figure.value(model) for model in models]
-        if any(value is not None for value in values):
-            rows.append(
-                [figure.title, *("" if value is None else figure.text(value) for value in values)]
-            )
-    count, extractor = (
-        len(evaluation.settings["record"]["conditions"]),
-        evaluation.settings["extractor"],
-    )
+    for metric in metrics_for(models):
+        values = [model.value(metric.key) for model in models]
+        rows.append([metric.title, *map(metric.text, values)])
+    count = len(evaluation.settings["record"]["conditions"])
+    extractor = evaluation.settings["extractor"]
     reference = evaluation.settings["reference"]
     title = f"{count} pictures from the same seeds; distances by {extractor!r} features"
     title += "" if reference is None else f"; reference: {reference}"

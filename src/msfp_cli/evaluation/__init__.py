@@ -1,6 +1,8 @@
 """An export against full precision: `recipe`, `evaluate` (the verb), `result` (on disk).
 
-`models` are compared, `measure` fills in what is known of one, `metrics` lists what there is to
-know, and `distances` has the formulas; `gallery` holds pictures, `cost` time and memory,
-`reference` real pictures, and `features` extractors.
+An evaluation is settled by a `plan` and may be interrupted (`resume`). It compares `models`, whose
+`identity` is checked; `material` is what they draw (a `gallery` of pictures each) and what is
+recorded of them. `measure` gathers what is known of one model and computes the `metrics` of it, by
+`features` of its pictures, beside pictures of a `reference`, and with what it takes to run, its
+`cost`.
 """

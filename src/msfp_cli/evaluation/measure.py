@@ -1,132 +1,105 @@
-"""Measure one model of an evaluation: its pictures, its denoiser on recorded calls, what it costs to run."""
+"""Measure one model: gather what is known of it, then compute every metric of the table."""
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from msfp_cli.evaluation.cost import Cost, measure_cost
-from msfp_cli.evaluation.features.clip import clip_score
-from msfp_cli.evaluation.features.extractors import Extractor
-from msfp_cli.evaluation.gallery import Gallery
-from msfp_cli.evaluation.measures import (
-    compare_pictures,
-    distance_between,
-    input_histograms,
-    prompt_agreement,
-)
-from msfp_cli.evaluation.models import Subject, denoiser_bytes
-from msfp_cli.evaluation.recipe import EvaluateRecipe
+from msfp_cli.evaluation.metrics.denoisers import denoiser_bytes, denoiser_errors
+from msfp_cli.evaluation.metrics.evidence import Evidence, PictureSet
+from msfp_cli.evaluation.metrics.table import compute_metrics
+from msfp_cli.evaluation.models import EvaluatedModel
+from msfp_cli.evaluation.plan import EvaluationPlan
 from msfp_cli.evaluation.reference import ReferencePictures
-from msfp_cli.evaluation.result import Histogram, Measured, OutputNoise
+from msfp_cli.evaluation.result import Measurements
 from msfp_cli.evaluation.resume import read_document
 from msfp_cli.files import write_text
-from msfp_cli.layers.replace import quantized_layers
-from msfp_cli.pipelines.denoiser import find_denoisers
-from msfp_cli.pipelines.loading import choose_device
-from msfp_cli.pipelines.source import ModelSource
-from msfp_cli.processes import Processes
-from msfp_cli.progress import Progress
-from msfp_cli.recording.compare import (
-    layer_errors,
-    output_error,
-    relative_error,
-    spread_calls,
-)
-from msfp_cli.recording.recipe import RecordRecipe
+from msfp_cli.pipelines.source import Pipeline
 from msfp_cli.recording.result import Recording
 
-_LAYER_CALLS = 8
 
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What every part of an evaluation needs to know."""
-
-    directory: Path
-    options: EvaluateRecipe
-    record: RecordRecipe
-    source: ModelSource
-    extractor: Extractor
-    device: str | None
-    processes: Processes
-    progress: Progress
-
-
-def measured_of(
-    work: Work,
-    subject: Subject,
-    pipe: Any,  # noqa: ANN401 (a pipeline)
-    full: Any,  # noqa: ANN401 (a pipeline)
-    gallery: Gallery,
+def measure_model(
+    plan: EvaluationPlan,
+    model: EvaluatedModel,
+    pipe: Pipeline,
+    full: Pipeline,
     reference: ReferencePictures | None,
-) -> Measured:
-    """Measure a model, or read what was measured before an interruption."""
-    path = work.directory / "measured" / f"{subject.key}.json"
+) -> Measurements:
+    """Measure a model whose pictures are drawn, or read what was measured before an interruption.
+
+    Arguments:
+        pipe, full: the model's pipeline, and that of full precision.
+        reference: real pictures, None if there are none to compare with.
+    """
+    path = plan.directory / "measured" / f"{model.key}.json"
     if path.exists():
-        return read_document(path, Measured.from_json)
-    pictures, of_full = (
-        gallery.pictures(),
-        Gallery(work.directory / "pictures" / "full", work.record),
+        return read_document(path, Measurements.from_json)
+    evidence = _gather(plan, model, pipe, full, reference)
+    values, per_picture = compute_metrics(evidence)
+    measurements = Measurements(
+        key=model.key,
+        title=model.title,
+        values=values,
+        per_picture=per_picture,
+        sets=evidence.set_sizes(),
+        denoisers=dict(evidence.denoisers),
+        denoiser_bytes=evidence.denoiser_bytes,
+        cost=evidence.cost,
     )
-    features = work.extractor.features(pictures)
-    facts: dict[str, Any] = {"denoiser_bytes": denoiser_bytes(pipe)}
-    if subject.key != "full":
-        facts |= compare_pictures(pictures, of_full.pictures())
-        facts["latents"] = relative_error(gallery.latents(), of_full.latents())
-        facts["noise"] = _noise(
-            work, pipe, full if work.options.layers and subject.key == "export" else None
-        )
-        facts["to_full"] = distance_between(features, work.extractor.features(of_full.pictures()))
+    write_text(path, json.dumps(measurements.to_json()))
+    return measurements
+
+
+def _gather(
+    plan: EvaluationPlan,
+    model: EvaluatedModel,
+    pipe: Pipeline,
+    full: Pipeline,
+    reference: ReferencePictures | None,
+) -> Evidence:
+    """Gather what the metrics are computed from; full precision is not compared with itself."""
+    own = _picture_set(plan, model.key)
+    features = plan.extractor.features(own.pictures)
+    full_pictures = None
+    feature_sets = {}
+    denoisers = {}
+    if model.key != "full":
+        full_pictures = _picture_set(plan, "full")
+        feature_sets["full"] = plan.extractor.features(full_pictures.pictures)
+        with_layers = plan.recipe.layers and model.key == "export"
+        recording = Recording(plan.trajectories)
+        denoisers = denoiser_errors(pipe, recording, full if with_layers else None)
     if reference is not None:
-        facts["to_reference"] = distance_between(features, reference.features)
-    prompts = [condition for condition in work.record.conditions if condition is not None]
-    conditioned = len(prompts) == len(pictures)
-    if work.extractor.name == "fashion" and conditioned:
-        facts |= prompt_agreement(pictures, prompts)
-    if work.options.clip is not None and conditioned:
-        facts["clip"] = clip_score(work.options.clip, pictures, prompts, choose_device(work.device))
-    if work.options.cost and subject.source is not None:
-        facts["cost"] = _cost(work, subject.source)
-    result = Measured(key=subject.key, title=subject.title, **facts)
-    write_text(path, json.dumps(result.to_json()))
-    return result
+        feature_sets["reference"] = reference.features
+    return Evidence(
+        own=own,
+        full=full_pictures,
+        features=features,
+        feature_sets=feature_sets,
+        prompts=_prompts(plan),
+        extractor=plan.extractor.name,
+        clip=plan.recipe.clip,
+        device=plan.device,
+        denoisers=denoisers,
+        denoiser_bytes=denoiser_bytes(pipe),
+        cost=_cost(plan, model),
+    )
 
 
-def _noise(work: Work, pipe: Any, full: Any | None) -> dict[str, OutputNoise]:  # noqa: ANN401 (pipelines)
-    """Measure the denoisers on the full-precision trajectories, and their layers where `full` is given."""
-    recording, found = Recording(work.directory / "trajectories"), {}
-    for component, denoiser in find_denoisers(pipe).items():
-        quantized = quantized_layers(denoiser)
-        if not quantized:
-            continue
-        error = output_error(denoiser, recording.calls(component))
-        layers, inputs = dict[str, float](), dict[str, Histogram]()
-        if full is not None:
-            calls, whole = (
-                spread_calls(recording, component, _LAYER_CALLS),
-                find_denoisers(full)[component],
-            )
-            layers, inputs = (
-                layer_errors(denoiser, whole, quantized, calls),
-                input_histograms(whole, calls),
-            )
-        found[component] = OutputNoise(
-            error=error.relative(),
-            by_timestep=tuple(error.by_timestep()),
-            layers=layers,
-            inputs=inputs,
-        )
-    return found
+def _picture_set(plan: EvaluationPlan, key: str) -> PictureSet:
+    gallery = plan.gallery(key)
+    return PictureSet(pictures=gallery.pictures(), latents=gallery.latents())
 
 
-def _cost(work: Work, source: ModelSource) -> Cost:
-    """Measure time and memory with one batch of the pictures."""
-    record = work.record
-    with work.progress.task(f"Timing {source.model}", None):
-        return measure_cost(
-            source,
-            record.conditions[: record.batch_size],
-            record,
-            device=work.device,
-        )
+def _prompts(plan: EvaluationPlan) -> tuple[str, ...] | None:
+    """Return the prompt of each picture, None if a picture has none."""
+    conditions = plan.record.conditions
+    prompts = tuple(condition for condition in conditions if condition is not None)
+    return prompts if len(prompts) == len(conditions) else None
+
+
+def _cost(plan: EvaluationPlan, model: EvaluatedModel) -> Cost | None:
+    """Measure time and memory with one batch; a model that exists in memory only has no cost."""
+    if not plan.recipe.cost or model.source is None:
+        return None
+    batch = plan.record.conditions[: plan.record.batch_size]
+    with plan.progress.task(f"Timing {model.source.model}", None):
+        return measure_cost(model.source, batch, plan.record, device=plan.device)

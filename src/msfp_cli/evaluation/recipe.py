@@ -27,7 +27,7 @@ class EvaluateRecipe(Sampling):
     Arguments:
         prompts: as a file or given; reused with new seeds where there are fewer than pictures.
         reference: see `load_reference`.
-        compare: see `find_subjects`.
+        compare: see `models_to_evaluate`.
     """
 
     seed: int = _SEED

@@ -2,42 +2,36 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import mean
 
 from msfp_cli.errors import RunError
 from msfp_cli.evaluation.cost import Cost
 from msfp_cli.evaluation.gallery import Gallery
+from msfp_cli.evaluation.schema_1 import from_schema_1
 from msfp_cli.files import Json, read_json, write_json
 from msfp_cli.recording.recipe import RecordRecipe
 
-_SCHEMA = 1
+_SCHEMA = 2  # 1, a field for each metric, can still be read
 _RESULT = "evaluation.json"
 _REDO = "run `msfp evaluate --overwrite`"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distance:
-    """How far a set of pictures is from another, by an extractor's features.
+class SetSizes:
+    """How many pictures the distances between two sets rest on.
 
     Arguments:
-        frechet, kernel: distances, see `metrics`.
-        precision, recall: shares in 0..1; None for too few pictures.
-        num_pictures: on either side.
-        few: whether the Fréchet distance says more about the number of pictures than about their
-            quality.
+        num_pictures: in the model's own set, and in the other.
+        few: whether the Fréchet distance depends more on these numbers than on the pictures.
     """
 
-    frechet: float
-    kernel: float
-    precision: float | None
-    recall: float | None
     num_pictures: tuple[int, int]
     few: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """How the elements of a layer's input in full precision are spread.
+    """How the elements of a layer's input in full precision are distributed.
 
     Arguments:
         minimum, maximum: of the elements; the bins between are of equal width.
@@ -50,14 +44,14 @@ class Histogram:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputNoise:
+class DenoiserError:
     """Relative squared error of a denoiser's output on the full-precision trajectories.
 
     Arguments:
         error: over all timesteps.
         by_timestep: (timestep, error) from noisy to clean.
-        layers: of each quantized layer's output, where they were measured.
-        inputs: of each quantized layer, where they were measured.
+        layers: error of each quantized layer's output, where they were measured.
+        inputs: histogram of each quantized layer's input, where they were measured.
     """
 
     error: float
@@ -67,60 +61,57 @@ class OutputNoise:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One model of an evaluation. What compares with full precision is empty for full precision itself.
+class Measurements:
+    """The measurements of one model. Full precision has none that compare with full precision.
 
     Arguments:
-        key, title: see `subjects.Subject`.
-        denoiser_bytes: size of the denoisers: on disk for an export, in 16 bits for full precision.
-        noise: by component.
-        latents: relative squared error of the final latents.
-        psnr, ssim, deep: of each picture: dB, structural similarity, distance of deep features.
-        to_full, to_reference: distances between sets of pictures.
-        garment, colour: shares of pictures that show what their prompt asked for (built-in
-            pipeline).
-        clip: CLIP score.
+        key, title: see `models.EvaluatedModel`.
+        values: single values by the key of their metric (see `metrics`).
+        per_picture: values for each picture, by the key of their metric.
+        sets: sizes of the sets that distances compare, by the other set: ``full`` (pictures by full
+            precision), ``reference`` (real pictures).
+        denoisers: what is known of each quantized denoiser's error.
+        denoiser_bytes: size of the denoisers: on disk for an export, otherwise with 16 bits per
+            number.
         cost: time and memory in a process of its own.
     """
 
     key: str
     title: str
+    values: dict[str, float] = field(default_factory=dict)
+    per_picture: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    sets: dict[str, SetSizes] = field(default_factory=dict)
+    denoisers: dict[str, DenoiserError] = field(default_factory=dict)
     denoiser_bytes: int | None = None
-    noise: dict[str, OutputNoise] = field(default_factory=dict)
-    latents: float | None = None
-    psnr: tuple[float, ...] = ()
-    ssim: tuple[float, ...] = ()
-    deep: tuple[float, ...] = ()
-    to_full: Distance | None = None
-    to_reference: Distance | None = None
-    garment: float | None = None
-    colour: float | None = None
-    clip: float | None = None
     cost: Cost | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def value(self, key: str) -> float | None:
+        """Return a metric as one number, the mean over the pictures if each has its own.
+
+        Arguments:
+            key: of the metric; it gives None if it was not measured.
+        """
+        if self.per_picture.get(key):
+            return mean(self.per_picture[key])
+        return self.values.get(key)
+
+    def to_json(self) -> Json:
         """Return plain JSON values."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Measured":
-        """Undo `to_json`."""
-
-        def distance(entry: dict[str, Any] | None) -> Distance | None:
-            if entry is None:
-                return None
-            ours, others = entry["num_pictures"]
-            return Distance(**{**entry, "num_pictures": (ours, others)})
-
-        return cls(
-            **{
-                **data,
-                **{key: tuple(data[key]) for key in ("psnr", "ssim", "deep")},
-                **{key: distance(data[key]) for key in ("to_full", "to_reference")},
-                "noise": {component: _noise(entry) for component, entry in data["noise"].items()},
-                "cost": None if data["cost"] is None else Cost(**data["cost"]),
-            }
-        )
+    def from_json(cls, data: Json) -> "Measurements":
+        """Undo `to_json`; what an earlier msfp wrote is read as well."""
+        if "values" not in data:
+            data = from_schema_1(data)
+        fields = {
+            **data,
+            "per_picture": {key: tuple(values) for key, values in data["per_picture"].items()},
+            "sets": {key: _set_sizes(entry) for key, entry in data["sets"].items()},
+            "denoisers": {key: _denoiser_error(entry) for key, entry in data["denoisers"].items()},
+            "cost": None if data["cost"] is None else Cost(**data["cost"]),
+        }
+        return cls(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,19 +123,19 @@ class Evaluation:
         settings: what it was made with, as JSON values.
         machine: what it was measured on.
         models: full precision first, the export last.
-        notes: what to know when reading the figures.
+        notes: what to know when reading the values.
         options: of the command, those that differ from their defaults, as words; None in files
             of earlier versions.
     """
 
     directory: Path
-    settings: dict[str, Any]
+    settings: Json
     machine: dict[str, str]
-    models: tuple[Measured, ...]
+    models: tuple[Measurements, ...]
     notes: tuple[str, ...] = ()
     options: list[str] | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Return plain JSON values."""
         return {
             "schema": _SCHEMA,
@@ -178,7 +169,7 @@ class Evaluation:
                 directory=directory,
                 settings=document["asked"],
                 machine=document["machine"],
-                models=tuple(Measured.from_json(entry) for entry in document["models"]),
+                models=tuple(Measurements.from_json(entry) for entry in document["models"]),
                 notes=tuple(document["notes"]),
                 options=document.get("options"),
             )
@@ -190,10 +181,16 @@ class Evaluation:
         write_json(self.directory / _RESULT, self.to_json())
 
 
-def _noise(entry: dict[str, Any]) -> OutputNoise:
-    inputs = {
-        name: Histogram(**{**histogram, "counts": tuple(histogram["counts"])})
-        for name, histogram in entry["inputs"].items()
-    }
+def _set_sizes(entry: Json) -> SetSizes:
+    own, other = entry["num_pictures"]
+    return SetSizes(num_pictures=(own, other), few=entry["few"])
+
+
+def _denoiser_error(entry: Json) -> DenoiserError:
     by_timestep = tuple((float(timestep), float(error)) for timestep, error in entry["by_timestep"])
-    return OutputNoise(**{**entry, "by_timestep": by_timestep, "inputs": inputs})
+    inputs = {name: _histogram(histogram) for name, histogram in entry["inputs"].items()}
+    return DenoiserError(**{**entry, "by_timestep": by_timestep, "inputs": inputs})
+
+
+def _histogram(entry: Json) -> Histogram:
+    return Histogram(**{**entry, "counts": tuple(entry["counts"])})

@@ -14,9 +14,9 @@ from PIL import Image
 from msfp_cli.calibration.result import Calibration, LayerChoice
 from msfp_cli.checkpoint.pipeline import read_configs
 from msfp_cli.errors import UsageError
-from msfp_cli.evaluation.metrics import DISTANCES, FIGURES
-from msfp_cli.evaluation.models import calibration_of
-from msfp_cli.evaluation.result import Evaluation, Measured, OutputNoise
+from msfp_cli.evaluation.identity import calibration_of
+from msfp_cli.evaluation.metrics.table import metrics_for
+from msfp_cli.evaluation.result import DenoiserError, Evaluation, Measurements
 from msfp_cli.files import Json, refuse_existing, replace_directory
 from msfp_cli.finetuning.lora import tuned_names
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings, member_by_timestep
@@ -120,7 +120,7 @@ def gather(run: Run, evaluation: Evaluation, pictures: int) -> dict[str, Any]:
             component: {
                 "timesteps": _timesteps(evaluation.models, component),
                 "layers": _layers(
-                    table, calibration, component, evaluation.models[-1].noise.get(component)
+                    table, calibration, component, evaluation.models[-1].denoisers.get(component)
                 ),
                 "router": _router(calibration, component, tuned.get(component)),
             }
@@ -157,7 +157,9 @@ def _summary(evaluation: Evaluation, tables: dict[str, dict[str, LayerScheme]]) 
 def _headline(evaluation: Evaluation) -> list[dict[str, str]]:
     """Return the few figures that answer whether it helped."""
     full, after = evaluation.models[0], evaluation.models[-1]
-    values = {figure.key: figure.value(after) for figure in FIGURES}
+    psnr = after.value("psnr")
+    output_error = after.value("output")
+    latents_error = after.value("latents")
     tiles = []
     if full.denoiser_bytes and after.denoiser_bytes:
         ratio = after.denoiser_bytes / full.denoiser_bytes
@@ -165,30 +167,30 @@ def _headline(evaluation: Evaluation) -> list[dict[str, str]]:
         tiles.append(
             {"label": "denoiser's size against 16 bits", "value": _change(ratio), "note": size}
         )
-    if values["psnr"] is not None:
+    if psnr is not None:
         tiles.append(
             {
                 "label": "PSNR to full precision",
-                "value": f"{values['psnr']:.1f} dB",
+                "value": f"{psnr:.1f} dB",
                 "note": "same prompts and seeds",
             }
         )
-    if values["output"] is not None:
+    if output_error is not None:
         tiles.append(
             {
                 "label": "error of the denoiser's output",
-                "value": f"{values['output']:.4f}",
+                "value": f"{output_error:.4f}",
                 "note": "relative, squared",
             }
         )
     for model in evaluation.models[1:-1]:
-        error = next(figure for figure in FIGURES if figure.key == "latents").value(model)
-        if error and values["latents"]:
+        error = model.value("latents")
+        if error and latents_error:
             tiles.append(
                 {
                     "label": f"final latents' error against {model.title}",
-                    "value": _change(values["latents"] / error),
-                    "note": f"{error:.4f} → {values['latents']:.4f}",
+                    "value": _change(latents_error / error),
+                    "note": f"{error:.4f} → {latents_error:.4f}",
                 }
             )
     return tiles
@@ -209,10 +211,17 @@ def _pictures(evaluation: Evaluation, count: int) -> list[dict[str, Any]]:
             "prompt": condition,
             "seed": record["seed"] + i,
             "images": {key: _embed(pictures[i]) for key, pictures in drawn.items()},
-            "psnr": {model.key: model.psnr[i] for model in evaluation.models if model.psnr},
+            "psnr": _of_picture(evaluation.models, "psnr", i),
         }
         for i, condition in enumerate(record["conditions"][:count])
     ]
+
+
+def _of_picture(models: Sequence[Measurements], key: str, index: int) -> dict[str, float]:
+    """Return a metric of one picture, of every model that has it."""
+    return {
+        model.key: model.per_picture[key][index] for model in models if key in model.per_picture
+    }
 
 
 def _embed(picture: torch.Tensor) -> str:
@@ -223,35 +232,40 @@ def _embed(picture: torch.Tensor) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _comparison(models: Sequence[Measured]) -> dict[str, Any]:
-    """Return the figures that some model has, models in rows."""
-    shown = [
-        figure for figure in FIGURES if any(figure.value(model) is not None for model in models)
-    ]
-    few = any(
-        d is not None and d.few for model in models for d in (model.to_full, model.to_reference)
-    )
+def _comparison(models: Sequence[Measurements]) -> dict[str, Any]:
+    """Return the metrics that some model has, models in rows."""
+    metrics = metrics_for(models)
+    few = any(_has_few_pictures(model) for model in models)
     return {
         "columns": [
             {
-                **{"key": f.key, "title": f.title, "digits": f.digits, "better": f.better},
-                "telling": not (few and f.key in DISTANCES),
+                "key": metric.key,
+                "title": metric.title,
+                "help": metric.help,
+                "digits": metric.digits,
+                "better": metric.better,
+                "telling": not (few and metric.kind == "sets"),
             }
-            for f in shown
+            for metric in metrics
         ],
         "rows": [
-            {"title": model.title, "values": {f.key: f.value(model) for f in shown}}
+            {"title": model.title, "values": {m.key: model.value(m.key) for m in metrics}}
             for model in models
         ],
     }
 
 
-def _timesteps(models: Sequence[Measured], component: str) -> dict[str, Any]:
+def _has_few_pictures(model: Measurements) -> bool:
+    """Whether distances between sets of pictures say too little to rank this model by them."""
+    return any(sizes.few for sizes in model.sets.values())
+
+
+def _timesteps(models: Sequence[Measurements], component: str) -> dict[str, Any]:
     """Return the error of the output by timestep, one series for each quantized model."""
-    series = [model for model in models if component in model.noise]
+    series = [model for model in models if component in model.denoisers]
     rows: dict[float, dict[str, float]] = {}
     for model in series:
-        for timestep, error in model.noise[component].by_timestep:
+        for timestep, error in model.denoisers[component].by_timestep:
             rows.setdefault(timestep, {})[model.key] = error
     return {
         "series": [{"key": model.key, "title": model.title} for model in series],
@@ -266,7 +280,7 @@ def _layers(
     table: dict[str, LayerScheme],
     calibration: Calibration | None,
     component: str,
-    noise: OutputNoise | None,
+    errors: DenoiserError | None,
 ) -> list[dict[str, Any]]:
     """Return what is known of each quantized layer."""
     choices = {} if calibration is None else calibration.layers[component]
@@ -274,24 +288,24 @@ def _layers(
     names = [name for name in choices if name in table] or list(
         table
     )  # a config sorts them, a calibration does not
-    return [_layer(name, table[name], choices.get(name), noise, total) for name in names]
+    return [_layer(name, table[name], choices.get(name), errors, total) for name in names]
 
 
 def _layer(
     name: str,
     scheme: LayerScheme,
     choice: LayerChoice | None,
-    noise: OutputNoise | None,
+    errors: DenoiserError | None,
     total: float,
 ) -> dict[str, Any]:
     grid = scheme.input
-    histogram = None if noise is None else noise.inputs.get(name)
+    histogram = None if errors is None else errors.inputs.get(name)
     layer: dict[str, Any] = {
         "name": name,
         "weight_format": None if scheme.weight is None else scheme.weight.name,
         "input_format": None if grid is None else grid.format.name,
         "signed": None if grid is None else grid.format.signed,
-        "output_error": None if noise is None else noise.layers.get(name),
+        "output_error": None if errors is None else errors.layers.get(name),
         "histogram": None
         if histogram is None
         else {
@@ -340,7 +354,7 @@ def _router(
     }
 
 
-def _cost(model: Measured) -> dict[str, Any]:
+def _cost(model: Measurements) -> dict[str, Any]:
     return {
         "title": model.title,
         "denoiser_bytes": model.denoiser_bytes,

@@ -14,11 +14,12 @@ from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
 from msfp_cli.errors import UsageError
-from msfp_cli.evaluation.distances import (
+from msfp_cli.evaluation.metrics.distances import (
     frechet_distance,
     kernel_distance,
-    precision_recall,
+    precision,
     psnr,
+    recall,
     ssim,
     too_few,
 )
@@ -143,12 +144,10 @@ def test_equal_sets_have_no_frechet_distance() -> None:
 def test_precision_and_recall_tell_quality_from_variety() -> None:
     near, far = draw(40, 2), draw(40, 2, seed=1) + 10
     both = torch.cat([near, far])
-    assert precision_recall(near, near) == (1, 1)
-    assert precision_recall(near, far) == (0, 0)
-    precision, recall = precision_recall(near, both)  # good, but only half of what there is
-    assert precision == 1 and 0.4 < recall < 0.6
-    precision, recall = precision_recall(both, near)  # everything, but half of it bad
-    assert 0.4 < precision < 0.6 and recall == 1
+    assert precision(near, near) == recall(near, near) == 1
+    assert precision(near, far) == recall(near, far) == 0
+    assert precision(near, both) == 1 and 0.4 < recall(near, both) < 0.6  # good, but half of it
+    assert 0.4 < precision(both, near) < 0.6 and recall(both, near) == 1  # all, but half is bad
 
 
 def test_wrong_sets_are_refused() -> None:
@@ -158,13 +157,13 @@ def test_wrong_sets_are_refused() -> None:
         ssim(draw(2, 3, 16, 16), draw(1, 3, 16, 16))
     with pytest.raises(UsageError, match="at least 11 by 11"):
         ssim(draw(1, 1, 8, 32), draw(1, 1, 8, 32))
-    for distance in (frechet_distance, kernel_distance, precision_recall):
+    for distance in (frechet_distance, kernel_distance, precision, recall):
         with pytest.raises(UsageError, match="at least two"):
             distance(draw(1, 3), draw(5, 3))
-        with pytest.raises(UsageError, match="3 and 4 dimensions"):
+        with pytest.raises(UsageError, match="features of [34] and [34] dimensions"):
             distance(draw(5, 3), draw(5, 4))
     with pytest.raises(UsageError, match="more than 3"):
-        precision_recall(draw(3, 3), draw(9, 3))
+        precision(draw(3, 3), draw(9, 3))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""Get what the models are measured with: their pictures, recorded calls of full precision, real pictures."""
+
+from msfp_cli.evaluation.gallery import Gallery
+from msfp_cli.evaluation.identity import identity_of
+from msfp_cli.evaluation.models import EvaluatedModel
+from msfp_cli.evaluation.plan import EvaluationPlan
+from msfp_cli.evaluation.reference import (
+    ReferencePictures,
+    built_in_reference,
+    load_reference,
+    require_pictures,
+)
+from msfp_cli.pipelines.source import Pipeline
+from msfp_cli.recording.record import record_calls
+
+
+def draw_pictures(plan: EvaluationPlan, model: EvaluatedModel, full: Pipeline) -> Pipeline:
+    """Draw this process's share of a model's pictures, and return the model's pipeline.
+
+    Arguments:
+        full: the pipeline of full precision, which is not loaded a second time.
+    """
+    with plan.processes.first_goes_first():  # what loading makes, the others find
+        pipe = full if model.key == "full" else model.load()
+        directory = plan.gallery(model.key).directory
+        gallery = Gallery.create(directory, plan.record, identity_of(pipe))
+    gallery.fill(pipe, title=model.title, share=plan.processes, progress=plan.progress)
+    return pipe
+
+
+def record_trajectories(plan: EvaluationPlan, full: Pipeline) -> None:
+    """Record the denoiser's calls of the first pictures."""
+    record_calls(
+        full,
+        plan.source,
+        plan.trajectory_recipe,
+        plan.trajectories,
+        progress=plan.progress,
+        description="Following full precision",
+    )
+
+
+def require_reference(plan: EvaluationPlan) -> None:
+    """Refuse a reference that is not there, before anything is drawn to compare with it."""
+    if plan.recipe.reference is not None:
+        require_pictures(plan.recipe.reference)
+
+
+def reference_of(plan: EvaluationPlan) -> ReferencePictures | None:
+    """Return the real pictures to compare with, None if there are none."""
+    if plan.recipe.reference is not None:
+        size = plan.gallery("full").pictures().shape[2:]
+        return load_reference(plan.recipe.reference, plan.extractor, size)
+    return None if plan.reference_name is None else built_in_reference()

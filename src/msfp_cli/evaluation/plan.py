@@ -1,0 +1,138 @@
+"""The plan of an evaluation: what is drawn and measured, where, and how. It is settled before the start."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from msfp_cli.calibration.result import Calibration
+from msfp_cli.checkpoint.pipeline import read_configs
+from msfp_cli.evaluation.features.extractors import Extractor, load_extractor
+from msfp_cli.evaluation.gallery import Gallery
+from msfp_cli.evaluation.recipe import EvaluateRecipe
+from msfp_cli.evaluation.reference import BUILT_IN_REFERENCE
+from msfp_cli.pipelines.conditions import conditioning_of, conditions_for, prompts_of
+from msfp_cli.pipelines.loading import BUILT_IN, default_prompts
+from msfp_cli.pipelines.source import ModelSource, Pipeline
+from msfp_cli.processes import Processes
+from msfp_cli.progress import Progress
+from msfp_cli.recording.recipe import RecordRecipe
+from msfp_cli.run import Run
+from msfp_cli.version import __version__
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPlan:
+    """What every part of an evaluation needs to know.
+
+    Arguments:
+        directory: where the evaluation is.
+        export: the exported directory.
+        source: the full-precision model.
+        recipe: what the user chose.
+        record: the pictures of each model: prompts, sampler, seed.
+        extractor: of the features for distances between sets of pictures.
+        device: where pipelines run.
+        processes: which of the processes that share the pictures this one is.
+        progress: told of every step.
+    """
+
+    directory: Path
+    export: Path
+    source: ModelSource
+    recipe: EvaluateRecipe
+    record: RecordRecipe
+    extractor: Extractor
+    device: str
+    processes: Processes
+    progress: Progress
+
+    def gallery(self, key: str) -> Gallery:
+        """Return the pictures of a model."""
+        return Gallery(self.directory / "pictures" / key, self.record)
+
+    @property
+    def trajectories(self) -> Path:
+        """The recorded calls of the full-precision denoisers."""
+        return self.directory / "trajectories"
+
+    @property
+    def trajectory_recipe(self) -> RecordRecipe:
+        """The first pictures, whose denoiser calls are recorded."""
+        conditions = self.record.conditions[: self.recipe.num_trajectories]
+        return replace(self.record, conditions=conditions)
+
+    @property
+    def reference_name(self) -> str | None:
+        """What the real pictures are, None if there are none to compare with."""
+        if self.recipe.reference is not None:
+            return str(self.recipe.reference)
+        fits = self.source.model == BUILT_IN and self.extractor.name == "fashion"
+        return BUILT_IN_REFERENCE if fits else None
+
+    def settings(self, models: list[str]) -> dict[str, Any]:
+        """Return the settings as JSON values: an evaluation goes on only with the same.
+
+        Arguments:
+            models: keys of the models.
+        """
+        return {
+            "version": __version__,
+            "export": str(self.export),
+            "against": self.source.to_json(),
+            "record": self.record.to_json(),
+            "models": models,
+            "num_trajectories": self.recipe.num_trajectories,
+            "extractor": self.extractor.name,
+            "reference": self.reference_name,
+            "clip": self.recipe.clip,
+            "layers": self.recipe.layers,
+            "cost": self.recipe.cost,
+        }
+
+
+def with_prompts(recipe: EvaluateRecipe) -> EvaluateRecipe:
+    """Return a recipe whose prompts are read from their file, before a model is loaded for them.
+
+    Raises:
+        UsageError: the file cannot be read or holds no prompt.
+    """
+    return replace(recipe, prompts=prompts_of(recipe.prompts))
+
+
+def extractor_for(recipe: EvaluateRecipe, source: ModelSource) -> Extractor:
+    """Load the extractor that the user chose, or the one that fits the model.
+
+    Raises:
+        UsageError: there is no such extractor, or what it needs is not installed.
+    """
+    default = "fashion" if source.model == BUILT_IN else "squeezenet"
+    return load_extractor(recipe.extractor or default)
+
+
+def pictures_to_draw(
+    run: Run, export: Path, recipe: EvaluateRecipe, source: ModelSource, full: Pipeline
+) -> RecordRecipe:
+    """Return prompts and sampling of the pictures: those of the calibration where the user gives none.
+
+    Arguments:
+        source, full: the full-precision model, and its pipeline.
+
+    Raises:
+        UsageError: the prompts do not fit the pipeline.
+    """
+    prompts = prompts_of(recipe.prompts)
+    if prompts is None and conditioning_of(full) == "prompt":
+        prompts = _unrecorded_prompts(run, source)
+    pool = conditions_for(full, source, prompts, recipe.num_images)
+    conditions = tuple(pool[i % len(pool)] for i in range(recipe.num_images))
+    calibrated_sampling = next(iter(read_configs(export).values())).sampling
+    return RecordRecipe.of(conditions, recipe.or_else(calibrated_sampling))
+
+
+def _unrecorded_prompts(run: Run, source: ModelSource) -> tuple[str, ...]:
+    """Return the built-in prompts that the run was not calibrated on; all of them if none is left."""
+    prompts = default_prompts(source.model)
+    if not run.calibration.exists():
+        return prompts
+    recorded = set(Calibration.load(run.calibration).record.conditions)
+    return tuple(prompt for prompt in prompts if prompt not in recorded) or prompts
