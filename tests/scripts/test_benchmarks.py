@@ -143,3 +143,10 @@ def test_cpu_kernel_times_rounding() -> None:
     row = cells(lines[-1])
     assert row[:2] == ["e2m1", "1"]
     assert all(float(cell) >= 0 for cell in row[2:])
+
+
+def test_busy_machine_compares_threads_that_spin_and_sleep() -> None:
+    lines = run_script("benchmarks/busy_machine.py", "--calls", 1, "--rounds", 1)
+    spinning, sleeping = (cells(line) for line in lines[-2:])
+    assert [spinning[0], sleeping[0]] == ["torch's default", "OMP_WAIT_POLICY=passive"]
+    assert all(float(cell) > 0 for cell in [*spinning[1:], *sleeping[1:]])
