@@ -30,9 +30,10 @@ from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.finetuning.batches import Batches
-from msfp_cli.finetuning.finetune import timestep_weights
+from msfp_cli.finetuning.load import Material
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.student import Student
+from msfp_cli.finetuning.task import TrainingTask, training_task
 from msfp_cli.finetuning.trainer import Trainer
 from msfp_cli.pipelines.denoiser import call_with, find_denoisers
 from msfp_cli.pipelines.loading import load_pipeline, quiet_libraries
@@ -71,20 +72,15 @@ class Clock:
         return self.count > WARM_UP + self.updates
 
 
-def train_msfp(
-    run: Run, calibration: Calibration, recording: Recording, batches: Batches, clock: Clock
-) -> None:
+def train_msfp(calibration: Calibration, task: TrainingTask, clock: Clock) -> None:
     """Train as `msfp finetune` does with the default recipe until the clock stops it."""
-    recipe = FinetuneRecipe()
     unet = find_denoisers(load_pipeline(calibration.source, "cpu"))["unet"]
-    student = Student(unet, calibration.table("unet"), calibration.scales["unet"], recipe, 1.0)
-    weights = timestep_weights(batches.timesteps, recording.factors(), recipe, 1.0)
-    held_out = list(Recording(run.held_out).calls("unet"))
-    with tempfile.TemporaryDirectory() as kept:
-        path = Path(kept) / "unet.safetensors"
-        accelerator = Accelerator(cpu=True)
-        trainer = Trainer(student, batches, weights, held_out, recipe, path, "", accelerator)
-        trainer.train(stop=clock.done)
+    student = Student(
+        unet, calibration.table("unet"), calibration.scales["unet"], task.recipe, task.unit
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "unet.safetensors"
+        Trainer(student, task, path, Accelerator(cpu=True)).train(stop=clock.done)
 
 
 def train_peft(calibration: Calibration, batches: Batches, clock: Clock) -> None:
@@ -115,21 +111,19 @@ def train_peft(calibration: Calibration, batches: Batches, clock: Clock) -> None
 def measure(which: str, work: Path, updates: int) -> None:
     """Time some updates in this process; print seconds per update and peak MiB as JSON."""
     run = Run(work)
-    recording = Recording(run.recording)
     calibration = Calibration.load(run.calibration)
-    recipe = FinetuneRecipe()
-    clock = Clock(updates)
-    batches = Batches(
-        recording,
-        "unet",
-        batch_size=recipe.batch_size,
-        lanes=recipe.calls_per_update,
-        seed=recipe.seed,
+    material = Material(
+        calibration=calibration,
+        recording=Recording(run.recording),
+        held_out=Recording(run.held_out),
+        states={},
     )
+    task = training_task(material, "unet", FinetuneRecipe())
+    clock = Clock(updates)
     if which == "msfp":
-        train_msfp(run, calibration, recording, batches, clock)
+        train_msfp(calibration, task, clock)
     else:
-        train_peft(calibration, batches, clock)
+        train_peft(calibration, task.batches, clock)
     print(json.dumps({"seconds": clock.seconds, "peak": clock.peak}))
 
 

@@ -32,9 +32,9 @@ from msfp_cli.commands.app import app
 from msfp_cli.evaluation.evaluate import evaluate_run
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation
-from msfp_cli.finetuning.finetune import FinetuneReport, finetune_run
+from msfp_cli.finetuning.finetune import finetune_run
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.finetuning.result import FinetuneState
+from msfp_cli.finetuning.result import FinetuneReport, FinetuneState
 from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers
 from msfp_cli.pipelines.loading import BUILT_IN, load_pipeline, quiet_libraries
 from msfp_cli.pipelines.source import ModelSource
@@ -142,7 +142,7 @@ def record_few(
 
 def settle(tuned: FinetuneState, num_layers: int = 5) -> FinetuneState:
     """Return a state whose router takes one member, not the same, for each of the first layers."""
-    best = tuned.state("best")
+    best = tuned.tensors_of("best")
     bias = best["router.logits.bias"].clone().view(-1, tuned.recipe.hub_size)
     for layer in range(num_layers):
         bias[layer, layer % tuned.recipe.hub_size] += 1000

@@ -24,7 +24,8 @@ from msfp_cli.checkpoint.pipeline import MSFPPipeline
 from msfp_cli.checkpoint.quantizer import SCHEMA_VERSION
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.finetuning.lora import tuned_names
-from msfp_cli.finetuning.result import FinetuneState, member_by_timestep
+from msfp_cli.finetuning.quantize import member_by_timestep
+from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import ROUTER, TABLE_SIZE
@@ -249,7 +250,7 @@ def test_failed_save_leaves_nothing_new_and_nothing_lost(
 def now_as_best(tuned: FinetuneState) -> FinetuneState:
     """Return a state as if the last update had been the best."""
     return replace(
-        tuned, tensors={f"best/{name}": tensor for name, tensor in tuned.state("now").items()}
+        tuned, tensors={f"best/{name}": tensor for name, tensor in tuned.tensors_of("now").items()}
     )
 
 
@@ -386,7 +387,7 @@ def test_hub_of_one_needs_no_router(fresh_run: Callable[..., Run], tmp_path: Pat
     assert not hasattr(denoiser, ROUTER)
     assert {layer.scheme.hub for layer in quantized_layers(denoiser).values()} == {1}
     assert (report.hub_bytes, report.switching_layers) == (0, 0)
-    assert not any(name.startswith("router") for name in tuned.state("now"))
+    assert not any(name.startswith("router") for name in tuned.tensors_of("now"))
 
 
 def test_fine_tuning_adds_no_tensor_in_floating_point(tiny_tuned: Finetuned, plain: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 from conftest import Finetuned, Invoke, only_line
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.finetuning.lora import tuned_names
-from msfp_cli.finetuning.result import FinetuneState, member_table
+from msfp_cli.finetuning.quantize import member_table
+from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.layers.routing import table_index
 
 Copied = Callable[..., Path]

@@ -47,7 +47,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
 
 
 def batches(recording: Recording, *, lanes: int = 2, seed: int = 0, batch_size: int = 2) -> Batches:
-    return Batches(recording, "unet", batch_size=batch_size, lanes=lanes, seed=seed)
+    return Batches(recording, "unet", batch_size=batch_size, calls_per_update=lanes, seed=seed)
 
 
 def drawn(
@@ -98,7 +98,10 @@ def test_other_seeds_draw_otherwise(recording: Recording) -> None:
 
 def visits(source: Batches, steps: range, lanes: int) -> Counter[float]:
     return Counter(
-        timestep for step in steps for lane in range(lanes) for timestep in source.drawn(step, lane)
+        timestep
+        for step in steps
+        for lane in range(lanes)
+        for timestep in source.timesteps_of(step, lane)
     )
 
 
@@ -118,9 +121,11 @@ def test_rows_of_a_call_go_from_noisy_to_clean(recording: Recording, step: int) 
     source = batches(recording, batch_size=9)
     source.share_out_({801.0: 6.0, 601.0: 3.0, 401.0: 0.5, 201.0: 0.5, 1.0: 0.0})
     for lane in range(2):
-        assert source.drawn(step, lane) == sorted(source.drawn(step, lane), reverse=True)
+        assert source.timesteps_of(step, lane) == sorted(
+            source.timesteps_of(step, lane), reverse=True
+        )
         (batch,) = source.batch(step, lane)
-        assert list(batch.timesteps) == source.drawn(step, lane)
+        assert list(batch.timesteps) == source.timesteps_of(step, lane)
 
 
 @pytest.mark.parametrize("lanes", [2, 3])
@@ -128,8 +133,8 @@ def test_lanes_part_the_schedule_and_take_turns(recording: Recording, lanes: int
     source = batches(recording, lanes=lanes, batch_size=5)
     together = batches(recording, lanes=1, batch_size=5 * lanes)
     for step in range(12):
-        stretches = [source.drawn(step, (k - step) % lanes) for k in range(lanes)]
-        assert sum(stretches, []) == together.drawn(step, 0)
+        stretches = [source.timesteps_of(step, (k - step) % lanes) for k in range(lanes)]
+        assert sum(stretches, []) == together.timesteps_of(step, 0)
 
 
 weights = st.lists(st.floats(0, 100), min_size=len(TIMESTEPS), max_size=len(TIMESTEPS)).filter(
@@ -173,7 +178,7 @@ def test_lanes_do_not_part_a_timestep_where_that_takes_little(
     )  # 0.25, 0.2, 0.1, 0.2, 0.25
     shares = [0.25 / 0.45 / 2, 0.2 / 0.45 / 2, 0.1 / 0.55 / 2, 0.2 / 0.55 / 2, 0.25 / 0.55 / 2]
     assert list(source.shares.values()) == pytest.approx(shares)
-    noisy, clean = (set(source.drawn(step, (lane - step) % 2)) for lane in range(2))
+    noisy, clean = (set(source.timesteps_of(step, (lane - step) % 2)) for lane in range(2))
     assert noisy == set(TIMESTEPS[:2]) and clean == set(TIMESTEPS[2:])
 
 
@@ -266,7 +271,7 @@ def test_rows_that_cannot_be_one_call_are_several(tmp_path: Path) -> None:
 
 
 def test_only_the_components_own_calls_are_drawn(recording: Recording) -> None:
-    prior = Batches(recording, "prior", batch_size=2, lanes=1, seed=0)
+    prior = Batches(recording, "prior", batch_size=2, calls_per_update=1, seed=0)
     assert list(prior.timesteps) == [77.0]
     for step in range(5):
         (batch,) = prior.batch(step, 0)
@@ -277,7 +282,7 @@ def test_component_that_was_not_recorded_is_refused_by_name(recording: Recording
     with pytest.raises(
         RunError, match="holds no call of transformer; run `msfp calibrate --overwrite`"
     ):
-        Batches(recording, "transformer", batch_size=2, lanes=1, seed=0)
+        Batches(recording, "transformer", batch_size=2, calls_per_update=1, seed=0)
 
 
 def test_shard_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The saved state comes back whole or is refused, and becomes a quantized denoiser."""
+"""The saved state comes back whole or is refused."""
 
 import json
 from collections.abc import Callable
@@ -12,19 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import FEW_UPDATES, Finetuned, Invoke, only_line
 from msfp_cli.calibration.result import Calibration
-from msfp_cli.errors import CheckpointError, RunError
-from msfp_cli.finetuning.lora import moved_input, tuned_names
-from msfp_cli.finetuning.result import (
-    FinetuneState,
-    load_finetunings,
-    member_table,
-    quantize_tuned_,
-)
-from msfp_cli.finetuning.router import Router
-from msfp_cli.formats.rounding import Grid, quantize
-from msfp_cli.layers.replace import find_layers, quantized_layers
-from msfp_cli.layers.routing import ROUTER, TABLE_SIZE
-from msfp_cli.pipelines.loading import load_pipeline
+from msfp_cli.errors import CheckpointError
+from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.run import Run
 
 
@@ -162,81 +151,6 @@ def test_every_command_says_how_to_get_past_a_broken_state(
         msfp("finetune", "--restart", "--steps", 1, "--rank", 1, "--device", "cpu").exit_code == 0
     )
     assert FinetuneState.load(file).finished
-
-
-def router_of(tuned: FinetuneState, layers: int) -> Router:
-    """Return the trained router as it was when the error was lowest."""
-    router = Router(layers, tuned.recipe.hub_size, tuned.unit, torch.Generator())
-    router.load_state_dict(
-        {n.removeprefix("router."): t for n, t in tuned.state("best").items() if "router." in n}
-    )
-    return router
-
-
-def test_table_says_what_the_router_does_at_every_trained_timestep(tiny_tuned: Finetuned) -> None:
-    names = tuned_names(tiny_tuned.calibration.table("unet"))
-    router, table = router_of(tiny_tuned.tuned, len(names)), member_table(tiny_tuned.tuned, names)
-    assert table.shape == (TABLE_SIZE, len(names))
-    for timestep in tiny_tuned.tuned.timesteps:
-        assert table[round(timestep)].tolist() == [
-            choice.member for (choice,) in router([timestep])
-        ]
-
-
-@torch.no_grad()
-def test_layers_hold_the_members_that_serve_and_switch_as_the_router_does(
-    tiny_tuned: Finetuned,
-) -> None:
-    calibration, tuned = tiny_tuned.calibration, tiny_tuned.tuned
-    floats = find_layers(load_pipeline(calibration.source, "cpu").unet)
-    denoiser = quantize_tuned_(
-        load_pipeline(calibration.source, "cpu").unet, calibration, "unet", tuned
-    )
-    names, best = tuned_names(calibration.table("unet")), tuned.state("best")
-    router, table = router_of(tuned, len(names)), denoiser.get_submodule(ROUTER)
-    hubs = {name: layer.scheme.hub for name, layer in quantized_layers(denoiser).items()}
-    assert {1, 3} <= set(hubs.values())
-    for timestep in tuned.timesteps:
-        members = dict(
-            zip((n for n in sorted(names) if hubs[n] > 1), table.choices(timestep), strict=True)
-        )
-        for name, (choice,) in zip(names, router([timestep]), strict=True):
-            layer, weight = quantized_layers(denoiser)[name], floats[name].weight
-            a, b = (best[f"{name}.{part}.{choice.member}"] for part in ("lora_a", "lora_b"))
-            scale = calibration.scales["unet"][name][:, None]
-            steps = (weight.flatten(1) / scale).double() + b.double() @ a.double()
-            member = members.get(name, 0)
-            codes = quantize(steps.float(), Grid(layer.scheme.weight, 1.0)).view(weight.shape)
-            assert (layer.codes(member) == codes).float().mean() > 0.999, name  # but for ties
-            grid, moved = (
-                layer.scheme.input_of(member),
-                best[f"{name}.input_shift.{choice.member}"],
-            )
-            assert grid == moved_input(calibration.table("unet")[name].input, *moved.tolist())
-
-
-def test_no_set_of_weights_is_kept_that_serves_no_timestep(tiny_tuned: Finetuned) -> None:
-    denoiser = quantize_tuned_(
-        load_pipeline(tiny_tuned.calibration.source, "cpu").unet,
-        tiny_tuned.calibration,
-        "unet",
-        tiny_tuned.tuned,
-    )
-    layers = [
-        layer for _, layer in sorted(quantized_layers(denoiser).items()) if layer.scheme.hub > 1
-    ]
-    table = denoiser.get_submodule(ROUTER).get_buffer("table")
-    for layer in layers:
-        assert table[:, layer.slot].unique().tolist() == list(range(layer.scheme.hub))
-        assert layer.get_buffer("weight_codes").shape[0] == layer.scheme.hub
-
-
-def test_state_of_another_calibration_is_not_quantized(tiny_tuned: Finetuned) -> None:
-    other = replace(tiny_tuned.tuned, calibration="0" * 64)
-    with pytest.raises(
-        RunError, match="began with another calibration; run `msfp finetune --restart`"
-    ):
-        quantize_tuned_(torch.nn.Module(), tiny_tuned.calibration, "unet", other)
 
 
 def test_fine_tuning_of_an_equal_calibration_is_loaded(

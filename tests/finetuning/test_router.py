@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from msfp_cli.finetuning.router import Router
+from msfp_cli.finetuning.router import Router, equal_stretches
 from msfp_cli.layers.routing import TABLE_SIZE, table_index
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
@@ -115,3 +115,11 @@ def test_router_begins_as_it_is_told_and_can_be_overturned(unit: float) -> None:
         soft = plain_softmax(model, timestep)
         assert (soft[:, member] > 0.4).all() and (soft < 0.9).all()
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_each_member_begins_with_a_stretch_of_an_equal_share_of_the_rows() -> None:
+    even = dict.fromkeys((801.0, 601.0, 401.0, 201.0), 0.25)
+    assert list(equal_stretches(even, 2).values()) == [0, 0, 1, 1]
+    heavy_end = {801.0: 0.1, 601.0: 0.1, 401.0: 0.3, 201.0: 0.5}
+    assert list(equal_stretches(heavy_end, 2).values()) == [0, 0, 0, 1]
+    assert set(equal_stretches(even, 1).values()) == {0}

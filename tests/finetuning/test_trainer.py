@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +18,12 @@ from torch import nn
 from conftest import FEW_UPDATES, Finetuned, Invoke, train
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import load_calibrated
-from msfp_cli.errors import RunError, TrainingError, UsageError
+from msfp_cli.errors import RunError, TrainingError
 from msfp_cli.finetuning.batches import Batches
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.finetuning.student import Student
+from msfp_cli.finetuning.task import TrainingTask
 from msfp_cli.finetuning.trainer import SAVE_EVERY, Trainer
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.pipelines.denoiser import call_with, find_denoisers
@@ -91,7 +91,7 @@ def uninterrupted(
 
 
 def test_every_kind_of_state_is_kept(uninterrupted: FinetuneState) -> None:
-    names = uninterrupted.state("now").keys()
+    names = uninterrupted.tensors_of("now").keys()
     for part in (
         "lora_a.2",
         "lora_b.2",
@@ -100,13 +100,15 @@ def test_every_kind_of_state_is_kept(uninterrupted: FinetuneState) -> None:
         "router.hidden.bias",
     ):
         assert any(name.endswith(part) for name in names)
-    assert uninterrupted.state("best").keys() == names
-    chosen = uninterrupted.state("step").keys()
+    assert uninterrupted.tensors_of("best").keys() == names
+    chosen = uninterrupted.tensors_of("step").keys()
     assert chosen < names  # a member that no timestep has chosen has no moments yet
     for kind in ("exp_avg", "exp_avg_sq"):
-        assert uninterrupted.state(kind).keys() == chosen
+        assert uninterrupted.tensors_of(kind).keys() == chosen
         assert all(
-            tensor.any() for name, tensor in uninterrupted.state(kind).items() if "lora_b" in name
+            tensor.any()
+            for name, tensor in uninterrupted.tensors_of(kind).items()
+            if "lora_b" in name
         )
 
 
@@ -198,26 +200,6 @@ def test_accelerate_launches_the_command(
         torch.testing.assert_close(tuned.tensors[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("num_processes", "calls"), [(2, 1), (2, 3), (4, 6)])
-def test_processes_that_cannot_share_the_calls_of_an_update_are_refused(
-    num_processes: int, calls: int
-) -> None:
-    accelerator = SimpleNamespace(num_processes=num_processes, process_index=0)
-    with pytest.raises(
-        UsageError, match=f"{num_processes} processes cannot share {calls} calls per update evenly"
-    ):
-        Trainer(
-            None,
-            None,
-            {},
-            [],
-            FinetuneRecipe(calls_per_update=calls),
-            Path("state"),
-            "",
-            accelerator,
-        )
-
-
 def test_every_setting_has_another_value_to_try() -> None:
     assert OTHERS.keys() == {field.name for field in fields(FinetuneRecipe)}
 
@@ -233,7 +215,7 @@ def test_every_setting_changes_the_result(
         name == "evaluate_every"
     ):  # measuring more often changes what is known, and not what is learned
         assert [evaluation.step for evaluation in tuned.history] == [0, 2, 4, 6]
-        before, now = uninterrupted.state("now"), tuned.state("now")
+        before, now = uninterrupted.tensors_of("now"), tuned.tensors_of("now")
         assert all(torch.equal(before[n], tensor) for n, tensor in now.items())
         return
     assert tuned.history[-1].error != uninterrupted.history[-1].error
@@ -329,7 +311,7 @@ def test_best_state_is_on_disk_when_training_diverges(
         train(run, replace(FEW_UPDATES, steps=20, evaluate_every=2))
     kept = FinetuneState.load(run.finetuned("transformer"))
     assert (kept.step, kept.best.step, kept.best.error) == (4, 4, 0.2)
-    assert any(tensor.any() for name, tensor in kept.state("best").items() if "lora_b" in name)
+    assert any(tensor.any() for name, tensor in kept.tensors_of("best").items() if "lora_b" in name)
 
 
 def call_in_float16(
@@ -347,22 +329,26 @@ def test_gradients_that_float16_cannot_hold_are_not_lost(
 ) -> None:
     """Each element of a large output has a small part of the loss."""
     run = calibrated("StableDiffusionPipeline")
-    calibration, recipe, gradients = (
-        Calibration.load(run.calibration),
-        replace(FEW_UPDATES, hub_size=1),
-        [],
-    )
+    calibration = Calibration.load(run.calibration)
+    recipe = replace(FEW_UPDATES, hub_size=1)
+    gradients = []
     monkeypatch.setattr("msfp_cli.finetuning.student.call_with", call_in_float16)
     for part in (1, 1 / 64**2):
         denoiser = load_pipeline(replace(calibration.source, dtype="float16"), "cpu").unet
         student = Student(
             denoiser, calibration.table("unet"), calibration.scales["unet"], recipe, 1.0
         )
-        batches = Batches(Recording(run.recording), "unet", batch_size=2, lanes=1, seed=0)
-        weights = dict.fromkeys(batches.timesteps, part)
-        trainer = Trainer(
-            student, batches, weights, [], recipe, Path("state"), "", Accelerator(cpu=True)
+        batches = Batches(
+            Recording(run.recording), "unet", batch_size=2, calls_per_update=1, seed=0
         )
+        task = TrainingTask(
+            recipe=recipe,
+            calibration="",
+            batches=batches,
+            weights=dict.fromkeys(batches.timesteps, part),
+            held_out=[],
+        )
+        trainer = Trainer(student, task, Path("state"), Accelerator(cpu=True))
         trainer.optimizer.step = trainer.optimizer.zero_grad = lambda: None
         trainer.update()
         gradients.append(

@@ -203,7 +203,7 @@ def test_export_holds_tables_and_fine_tuning_leaves_them(
     for command in ("finetune --steps 2 --batch-size 2 --rank 2 --device cpu", "export"):
         assert msfp(*command.split(), "--run", run.directory).exit_code == 0
     tuned = load_finetunings(run, calibration)["transformer"]
-    assert not any(name.startswith(f"{TABLE}.") for name in tuned.state("best"))
+    assert not any(name.startswith(f"{TABLE}.") for name in tuned.tensors_of("best"))
     pipe = MSFPPipeline.from_pretrained(run.latest_export(), device="cpu")
     table = quantized_layers(pipe.transformer)[TABLE]
     plain = load_pipeline(

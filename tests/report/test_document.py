@@ -19,7 +19,8 @@ from msfp_cli.evaluation.evaluate import evaluate_run
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.finetuning.lora import tuned_names
-from msfp_cli.finetuning.result import load_finetunings, member_by_timestep
+from msfp_cli.finetuning.quantize import member_by_timestep
+from msfp_cli.finetuning.result import load_finetunings
 from msfp_cli.report.document import gather, write_report
 from msfp_cli.run import Run
 

@@ -12,7 +12,8 @@ from torch import nn
 from msfp_cli.calibration.result import Calibration, quantize_
 from msfp_cli.checkpoint.quantizer import MSFPConfig, mark_quantized_
 from msfp_cli.files import refuse_existing, replace_directory
-from msfp_cli.finetuning.result import FinetuneState, load_finetunings, quantize_tuned_
+from msfp_cli.finetuning.quantize import quantize_tuned_
+from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import TABLE_SIZE
 from msfp_cli.pipelines.denoiser import find_denoisers

@@ -15,7 +15,7 @@ from msfp_cli.progress import SILENT
 from msfp_cli.run import DEFAULT_RUN, Run
 
 if TYPE_CHECKING:
-    from msfp_cli.finetuning.finetune import FinetuneReport
+    from msfp_cli.finetuning.result import FinetuneReport
 
 HELP = """Win back quality: train low-rank updates (LoRAs) of the quantized weights.
 

@@ -1,5 +1,7 @@
-"""The quality won back: `recipe`, `finetune` (the verb), `result` (on disk).
+"""The quality won back: `recipe`, `finetune` (the verb), `result` (on disk), `quantize` (its use).
 
-`lora` is a layer with a hub, `router` chooses its member, `student` is the denoiser made of both,
-`batches` draws the rows, and `trainer` does the updates.
+`load` reads what a run holds, and `task` says what a denoiser is trained on: `batches` draws the
+rows, `loss_weights` weighs their timesteps. `lora` is a layer with a hub, `router` chooses its
+member, `student` is the denoiser made of both. `trainer` does the updates, and `distributed` adds
+them up over processes.
 """

@@ -1,22 +1,25 @@
-"""Draw training batches from a recording: what update n sees is a function of the seed and n alone.
+"""Draw training batches from a recording: update n is a function of the seed and of n alone.
 
-The recording is parted into lanes, shard s to lane ``s mod lanes``; every update takes rows of one
-shard from each lane, each row at a timestep of its own. Because a draw depends on nothing but
-(seed, update, lane), a killed run resumes by counting, and lanes can be shared among processes
-without changing what the update sees.
+An update has some calls of the denoiser, numbered 0, 1, .... The recording's shards are divided
+among these numbers, shard s to call ``s mod calls_per_update``; a call takes rows of one shard,
+each row at a timestep of its own. Because a draw depends on nothing but (seed, update, call), a
+killed run resumes by counting, and the calls of an update can be shared among processes without
+changing what the update sees.
 
-Each timestep has a share of the rows, and `Trainer` divides its loss by that: whatever the shares,
-the gradient has the same mean, but not the same noise (importance sampling; the shares are ours).
-The rows of an update lie evenly over the shares, laid end to end from noisy to clean (systematic
-sampling), those of the next update a golden section further on: so a timestep gets its share of any
-stretch of updates to within a few rows. A lane takes a stretch of the schedule, another one each
-time, which mostly one member of a hub serves, so that its weights are rounded once for all rows.
+Each timestep has a share of the rows, and the loss is divided by that (`TrainingTask.row_weights`):
+whatever the shares, the gradient has the same mean, but not the same noise (importance sampling;
+the shares are ours). The rows of an update lie evenly over the shares, laid end to end from noisy
+to clean (systematic sampling), those of the next update a golden section further on: so a timestep
+gets its share of any stretch of updates to within a few rows. A call takes a stretch of the
+schedule, a different one in each update, which mostly one member of a hub serves, so that its
+weights are rounded once for all rows.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from msfp_cli.errors import RunError
 from msfp_cli.pipelines.denoiser import DenoiserCall
@@ -24,7 +27,10 @@ from msfp_cli.pipelines.rows import JoinedCall, join_rows
 from msfp_cli.recording.result import Recording
 
 _MAX_CACHED_BYTES = 2 << 30
-_ALIGNED = 0.2  # of a share: more than that is not worth one rounding of each weight
+# How far a share may move, relative to itself, so that calls end where timesteps do. More noise
+# than that is not worth rounding each weight only once.
+_LARGEST_MOVE = 0.2
+# Multiples of the golden section, modulo 1, are spread as evenly as possible for any count.
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -32,16 +38,28 @@ class Batches:
     """Batches of one component's calls."""
 
     def __init__(
-        self, recording: Recording, component: str, *, batch_size: int, lanes: int, seed: int
+        self,
+        recording: Recording,
+        component: str,
+        *,
+        batch_size: int,
+        calls_per_update: int,
+        seed: int,
     ) -> None:
         """Index the recording by reading its headers.
+
+        Arguments:
+            batch_size: rows of a call.
 
         Raises:
             RunError: the recording holds no call of the component.
         """
         self._recording = recording
-        self._batch_size, self._lanes, self._seed = batch_size, lanes, seed
-        self._where: dict[float, dict[int, list[int]]] = {}  # timestep, shard, positions
+        self._batch_size = batch_size
+        self._calls_per_update = calls_per_update
+        self._seed = seed
+        # Positions in each shard of each timestep's calls.
+        self._where: dict[float, dict[int, list[int]]] = {}
         for shard in range(recording.num_shards):
             for position, timestep in enumerate(recording.timesteps(shard, component)):
                 if timestep is not None:
@@ -55,47 +73,65 @@ class Batches:
         self._cache: dict[int, list[DenoiserCall]] = {}
 
     def share_out_(self, weights: Mapping[float, float]) -> None:
-        """Give each timestep a share of the rows: half of them equally, half in proportion to `weights`.
+        """Give each timestep its share of the rows: half equally, half in proportion to `weights`.
 
-        Where that changes no share by more than a fifth, every lane's stretch is made to end where
-        a timestep does.
+        Where that changes no share by more than a fifth, the stretch of each call is made to end
+        where a timestep does.
         """
-        total, count = sum(weights[timestep] for timestep in self.timesteps), len(self.timesteps)
+        count = len(self.timesteps)
+        total = sum(weights[timestep] for timestep in self.timesteps)
         if not 0 < total < math.inf:
             return
         shares = torch.tensor(
             [0.5 / count + 0.5 * weights[t] / total for t in self.timesteps], dtype=torch.float64
         )
-        stretch = ((shares.cumsum(0) - shares / 2) * self._lanes).long()
-        factors = (
-            1
-            / torch.zeros(self._lanes, dtype=torch.float64).index_add_(0, stretch, shares)[stretch]
-        )
-        aligned = shares * factors / (shares @ factors)
-        if (aligned / shares - 1).abs().max() <= _ALIGNED:
+        aligned = self._align(shares)
+        if (aligned / shares - 1).abs().max() <= _LARGEST_MOVE:
             shares = aligned
         self.shares = dict(zip(self.timesteps, shares.tolist(), strict=True))
 
-    def drawn(self, step: int, lane: int) -> list[float]:
-        """Return the timestep of each row that a lane contributes to an update, from noisy to clean."""
-        rows, stretch = self._batch_size, (lane + step) % self._lanes
+    def _align(self, shares: Tensor) -> Tensor:
+        """Return shares whose sum over the timesteps of each call's stretch is the same.
+
+        A timestep belongs to the stretch in which the middle of its share lies.
+        """
+        stretch = ((shares.cumsum(0) - shares / 2) * self._calls_per_update).long()
+        sums = torch.zeros(self._calls_per_update, dtype=torch.float64)
+        sums.index_add_(0, stretch, shares)
+        factors = 1 / sums[stretch]
+        return shares * factors / (shares @ factors)
+
+    def timesteps_of(self, step: int, index: int) -> list[float]:
+        """Return the timestep of each row of a call, from noisy to clean.
+
+        Arguments:
+            step: the number of the update.
+            index: the number of the call in the update.
+        """
+        rows = self._batch_size
+        stretch = (index + step) % self._calls_per_update
         start = float(torch.rand((), generator=self._generator(0, -1), dtype=torch.float64))
         first = stretch * rows + (start + step * _GOLDEN) % 1
-        places = (torch.arange(rows, dtype=torch.float64) + first) / (rows * self._lanes)
+        places = (torch.arange(rows, dtype=torch.float64) + first) / (rows * self._calls_per_update)
         ends = torch.tensor([self.shares[t] for t in self.timesteps], dtype=torch.float64).cumsum(0)
-        found = torch.searchsorted(ends, places * ends[-1], right=True).clamp_max(len(ends) - 1)
-        return [self.timesteps[index] for index in found.tolist()]
+        positions = torch.searchsorted(ends, places * ends[-1], right=True)
+        return [self.timesteps[i] for i in positions.clamp_max(len(ends) - 1).tolist()]
 
-    def batch(self, step: int, lane: int) -> list[JoinedCall]:
-        """Return the rows that a lane contributes to an update, in as few calls as they can be joined to."""
-        generator, timesteps = self._generator(step, lane), self.drawn(step, lane)
-        shard = self._pick(
-            self._own({s for t in timesteps for s in self._where[t]}, lane), generator
-        )
+    def batch(self, step: int, index: int) -> list[JoinedCall]:
+        """Return the rows of a call, as several calls where they cannot be joined to one.
+
+        Arguments:
+            step: the number of the update.
+            index: the number of the call in the update.
+        """
+        generator = self._generator(step, index)
+        timesteps = self.timesteps_of(step, index)
+        shards = {shard for timestep in timesteps for shard in self._where[timestep]}
+        shard = self._pick(self._own(shards, index), generator)
         calls = []
         for timestep in timesteps:
             where = self._where[timestep]
-            source = shard if shard in where else self._pick(self._own(where, lane), generator)
+            source = shard if shard in where else self._pick(self._own(where, index), generator)
             calls.append(self._shard(source)[self._pick(where[source], generator)])
         batch = max(len(call.output) for call in calls)
         order = torch.randperm(batch, generator=generator).tolist()
@@ -103,19 +139,20 @@ class Batches:
             [(call, order[i % batch] % len(call.output)) for i, call in enumerate(calls)]
         )
 
-    def _own(self, shards: Iterable[int], lane: int) -> list[int]:
-        """Return those of the shards that are the lane's, all where none is."""
+    def _own(self, shards: Iterable[int], index: int) -> list[int]:
+        """Return those of the shards that belong to the call's number, all where none does."""
         ordered = sorted(shards)
-        return [shard for shard in ordered if shard % self._lanes == lane] or ordered
+        own = [shard for shard in ordered if shard % self._calls_per_update == index]
+        return own or ordered
 
     @staticmethod
     def _pick(things: Sequence[int], generator: torch.Generator) -> int:
         return things[int(torch.randint(len(things), (), generator=generator))]
 
-    def _generator(self, step: int, lane: int) -> torch.Generator:
-        # Distinct for every (seed, step, lane) that can occur; the primes keep neighbours apart.
+    def _generator(self, step: int, index: int) -> torch.Generator:
+        # Distinct for every (seed, step, index) that can occur; the primes keep neighbours apart.
         return torch.Generator().manual_seed(
-            ((self._seed * 1_000_003 + step) * 8_191 + lane + 1) % 2**63
+            ((self._seed * 1_000_003 + step) * 8_191 + index + 1) % 2**63
         )
 
     def _shard(self, index: int) -> list[DenoiserCall]:

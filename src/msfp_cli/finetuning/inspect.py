@@ -6,7 +6,8 @@ from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import RunError
 from msfp_cli.files import Json
 from msfp_cli.finetuning.lora import tuned_names
-from msfp_cli.finetuning.result import FinetuneState, load_finetunings, member_by_timestep
+from msfp_cli.finetuning.quantize import member_by_timestep
+from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.layers.replace import select_layers
 from msfp_cli.run import Run
 

@@ -1,9 +1,21 @@
 """The router of a denoiser in training: which member of its hub serves each layer at each timestep.
 
+One small network for the whole denoiser, timestep embedding to one logit for each layer and member.
 The choice is hard in the forward pass and soft in the backward pass (straight-through; Zhao et al.
 2025, arXiv:2505.21591). Because the router sees nothing but the timestep, it is exported as a
 table. It rounds a timestep to the table's grid before it looks, so table and router agree on every
 timestep, whole or continuous, by construction.
+
+How the router is trained, and where:
+
+1. It begins with a stretch of the schedule for each member, all with equal shares of the rows:
+   `equal_stretches` and `Router.begin_`, called by `trainer` before the first update.
+2. It learns in every sixteenth update only: `learns_in_update`, asked by `trainer`.
+3. In such an update `Router.forward` adds to each choice weights that are 0 in value and have the
+   gradient of the softmax: `Choice.weights`.
+4. Each layer's backward pass gives these weights their gradient, from what every member would have
+   changed in the layer's output: `lora._TellRouter`.
+5. Its rate is `router_learning_rate` of the recipe.
 """
 
 import math
@@ -18,7 +30,12 @@ from msfp_cli.formats.rounding import Grid
 from msfp_cli.layers.routing import TABLE_SIZE, table_index
 
 _EMBEDDING = 64
-_MARGIN = 1.0  # of the first choice's logit over the others
+# How far the logit of the first choice lies above the others: with two members the choice begins
+# with a probability of 0.73, which training can overturn.
+_MARGIN = 1.0
+# The router learns in every 16th update only: to try every member on every row costs two thirds of
+# an update.
+_LEARNS_EVERY = 16
 
 
 class Choice(NamedTuple):
@@ -39,12 +56,38 @@ class Choice(NamedTuple):
     input: Grid | None = None
 
 
+def learns_in_update(step: int) -> bool:
+    """Whether the router learns in an update.
+
+    Arguments:
+        step: updates done before. Not in the first update, before which all members are alike.
+    """
+    return step % _LEARNS_EVERY == 1
+
+
+def equal_stretches(shares: Mapping[float, float], hub_size: int) -> dict[float, int]:
+    """Divide the schedule into one stretch for each member, all with equal shares of the rows.
+
+    Arguments:
+        shares: each timestep's share of the rows, in the order of the schedule; their sum is 1.
+
+    Returns:
+        The member of each timestep: the one in whose stretch the middle of the share lies.
+    """
+    members = {}
+    before = 0.0
+    for timestep, share in shares.items():
+        members[timestep] = min(int((before + share / 2) * hub_size), hub_size - 1)
+        before += share
+    return members
+
+
 class Router(nn.Module):
     """Choose a hub member for every layer from the timestep alone.
 
     Arguments:
         num_layers, hub_size: shape of the choice.
-        unit: what brings timesteps to 0..1000, see `routing.timestep_unit`.
+        unit: the factor that maps timesteps to 0..1000, see `routing.timestep_unit`.
         generator: draws the initial weights.
     """
 
@@ -52,7 +95,9 @@ class Router(nn.Module):
         self, num_layers: int, hub_size: int, unit: float, generator: torch.Generator
     ) -> None:
         super().__init__()
-        self.num_layers, self.hub_size, self.unit = num_layers, hub_size, unit
+        self.num_layers = num_layers
+        self.hub_size = hub_size
+        self.unit = unit
         self.hidden = nn.Linear(_EMBEDDING, _EMBEDDING)
         self.logits = nn.Linear(_EMBEDDING, num_layers * hub_size)
         for layer in (self.hidden, self.logits):
@@ -82,33 +127,29 @@ class Router(nn.Module):
             .view(-1, self.num_layers, self.hub_size)
             .softmax(dim=-1)
         )
+        # Zero in value; the gradient is that of the softmax.
         passing = (soft - soft.detach()).unbind(dim=1) if learning else None
-        routed = []
-        for slot, members in enumerate(soft.argmax(dim=-1).t().tolist()):
-            rows: dict[int, list[int]] = {}
-            for row, member in enumerate(members):
-                rows.setdefault(member, []).append(row)
-            routed.append(
-                [
-                    Choice(k, tuple(own), passing[slot][own] if passing else None)
-                    for k, own in rows.items()
-                ]
-            )
-        return routed
+        members = soft.argmax(dim=-1).t().tolist()
+        return [
+            _choices(of_layer, None if passing is None else passing[slot])
+            for slot, of_layer in enumerate(members)
+        ]
 
     @torch.no_grad()
     def begin_(self, members: Mapping[float, int]) -> None:
-        """Let every layer begin with the given member at each timestep, by a margin that training can overturn.
+        """Let every layer begin with the same member at each timestep.
 
         The last linear map is set to the least-squares solution on the hidden features of these
-        timesteps.
+        timesteps, in which the member's logit lies above the others by a margin that training can
+        overturn.
+
+        Arguments:
+            members: the member of each timestep.
         """
         features = self._features(members).double().cpu()
-        wanted = (
-            nn.functional.one_hot(torch.tensor(list(members.values())), self.hub_size).double()
-            * _MARGIN
-        )
-        solution = torch.linalg.lstsq(features, wanted, driver="gelsd").solution.t().float()
+        chosen = torch.tensor(list(members.values()))
+        logits = nn.functional.one_hot(chosen, self.hub_size).double() * _MARGIN
+        solution = torch.linalg.lstsq(features, logits, driver="gelsd").solution.t().float()
         self.logits.weight.copy_(solution.repeat(self.num_layers, 1))
 
     @torch.no_grad()
@@ -117,9 +158,30 @@ class Router(nn.Module):
 
         Arguments:
             timesteps: those that the hub was trained at. A row between them gets the choice of the
-                nearest: what the router would say there, no member was trained for.
+                nearest, because no member was trained for what the router would say there.
         """
-        known = sorted({table_index(timestep, self.unit) for timestep in timesteps})
-        choices = {row: [choice.member for (choice,) in self([row / self.unit])] for row in known}
-        rows = [choices[min(known, key=lambda k: (abs(k - row), k))] for row in range(TABLE_SIZE)]
+        trained = sorted({table_index(timestep, self.unit) for timestep in timesteps})
+        members = {row: [choice.member for (choice,) in self([row / self.unit])] for row in trained}
+        rows = [members[_nearest(trained, row)] for row in range(TABLE_SIZE)]
         return torch.tensor(rows, dtype=torch.uint8)
+
+
+def _choices(members: Sequence[int], weights: Tensor | None) -> list[Choice]:
+    """Return one layer's choices, in the order of their first rows.
+
+    Arguments:
+        members: the member of each row.
+        weights: ``(rows, hub)``, see `Choice`.
+    """
+    rows_of: dict[int, list[int]] = {}
+    for row, member in enumerate(members):
+        rows_of.setdefault(member, []).append(row)
+    return [
+        Choice(member, tuple(rows), None if weights is None else weights[rows])
+        for member, rows in rows_of.items()
+    ]
+
+
+def _nearest(rows: Sequence[int], row: int) -> int:
+    """Return the nearest of `rows`, the lower one of two."""
+    return min(rows, key=lambda other: (abs(other - row), other))

@@ -1,7 +1,8 @@
-"""A denoiser that is being fine-tuned: it computes exactly what its export will, and can be trained."""
+"""A denoiser in training: it computes exactly what its export will, and its hubs can be trained."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,21 @@ from msfp_cli.pipelines.rows import JoinedCall
 from msfp_cli.recording.compare import OutputError
 
 
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters of one kind, which have a learning rate and a clipped norm in common.
+
+    Arguments:
+        kind: ``lora``, ``input`` or ``router``.
+        rate: at the first update; it decays linearly to 0.
+        parameters: by name.
+    """
+
+    kind: str
+    rate: float
+    parameters: dict[str, nn.Parameter]
+
+
 class Student(nn.Module):
     """A denoiser with trainable hubs and a router; everything it had is frozen.
 
@@ -23,7 +39,7 @@ class Student(nn.Module):
         denoiser: the float denoiser; its layers are replaced in place.
         table, scales: calibrated schemes and weight scales, by layer name.
         recipe: hub size, rank, initialisation, seed.
-        unit: what brings its timesteps to 0..1000, see `routing.timestep_unit`.
+        unit: the factor that maps its timesteps to 0..1000, see `routing.timestep_unit`.
     """
 
     def __init__(
@@ -59,17 +75,21 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def _with_inputs(self, routed: list[list[Choice]]) -> list[list[Choice]]:
-        """Add where training has moved the chosen input grids: one transfer from the device instead of one a layer."""
-        chosen = [
-            (choices, i, layer.input, layer.input_shift[choice.member])
-            for layer, choices in zip(self.layers.values(), routed, strict=True)
-            for i, choice in enumerate(choices)
-            if layer.input is not None and layer.input_shift is not None
-        ]
-        if chosen:
-            numbers = torch.stack([shift for *_, shift in chosen]).tolist()
-            for (choices, i, grid, _), moved in zip(chosen, numbers, strict=True):
-                choices[i] = choices[i]._replace(input=moved_input(grid, *moved))
+        """Add to the choices where training has moved the input grids of the chosen members.
+
+        All numbers come from the device in one transfer, instead of one for each layer.
+        """
+        places = []
+        shifts = []
+        for layer, choices in zip(self.layers.values(), routed, strict=True):
+            if layer.input is None or layer.input_shift is None:
+                continue
+            for position, choice in enumerate(choices):
+                places.append((choices, position, layer.input))
+                shifts.append(layer.input_shift[choice.member])
+        numbers = torch.stack(shifts).tolist() if shifts else []
+        for (choices, position, grid), shift in zip(places, numbers, strict=True):
+            choices[position] = choices[position]._replace(input=moved_input(grid, *shift))
         return routed
 
     def forward(self, call: DenoiserCall | JoinedCall) -> Tensor:
@@ -81,15 +101,17 @@ class Student(nn.Module):
         return next(self.denoiser.parameters()).dtype == torch.float16
 
     def trainable(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Return the trainable parameters by kind (``lora``, ``input``, ``router``), then by name."""
+        """Return the parameters that can be trained, by kind and then by name.
+
+        Returns:
+            ``lora``: A and B of every member; ``input``: the moves of the input grids; ``router``.
+        """
         loras: dict[str, nn.Parameter] = {}
         inputs: dict[str, nn.Parameter] = {}
         for name, layer in self.layers.items():
-            loras |= {f"{name}.lora_a.{k}": a for k, a in enumerate(layer.lora_a)}
-            loras |= {f"{name}.lora_b.{k}": b for k, b in enumerate(layer.lora_b)}
-            inputs |= {
-                f"{name}.input_shift.{k}": shift for k, shift in enumerate(layer.input_shift or ())
-            }
+            loras |= _numbered(f"{name}.lora_a", layer.lora_a)
+            loras |= _numbered(f"{name}.lora_b", layer.lora_b)
+            inputs |= _numbered(f"{name}.input_shift", layer.input_shift or ())
         router = {f"router.{name}": parameter for name, parameter in self.router.named_parameters()}
         return {"lora": loras, "input": inputs, "router": router}
 
@@ -101,3 +123,31 @@ class Student(nn.Module):
             with self.at([call.timestep]):
                 error.add(call.timestep, self(call), call.output)
         return error
+
+
+def _numbered(name: str, parameters: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return the parameters of a hub's members by name, ``NAME.MEMBER``."""
+    return {f"{name}.{member}": parameter for member, parameter in enumerate(parameters)}
+
+
+def parameter_groups(student: Student, recipe: FinetuneRecipe) -> list[ParameterGroup]:
+    """Return the kinds of parameters that a recipe trains; a kind with a rate of 0 is left out."""
+    rates = {
+        "lora": recipe.learning_rate,
+        "input": recipe.input_learning_rate,
+        "router": recipe.router_learning_rate if recipe.hub_size > 1 else 0.0,
+    }
+    kinds = student.trainable()
+    return [
+        ParameterGroup(kind, rate, kinds[kind])
+        for kind, rate in rates.items()
+        if rate and kinds[kind]
+    ]
+
+
+def train_only_(student: Student, groups: list[ParameterGroup]) -> None:
+    """Give gradients to the parameters of the groups and to nothing else."""
+    student.requires_grad_(False)
+    for group in groups:
+        for parameter in group.parameters.values():
+            parameter.requires_grad_(True)

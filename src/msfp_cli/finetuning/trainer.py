@@ -1,14 +1,14 @@
 """One run of updates on one denoiser: the loop of `msfp finetune`, and how it stops and goes on.
 
-An update takes rows from each lane, each at a timestep of its own; its loss is the mean squared
-error of the output against the recorded one, times the timestep's weight. Gradients of all
-processes are added up in one message, which also carries the loss and the wish to stop, so that all
-processes agree on both. On a CPU a run that was killed and resumed ends bit for bit where an
-uninterrupted one does.
+An update takes some calls of the denoiser, and every row of a call has a timestep of its own. Its
+loss is the mean squared error of the output against the recorded one, times the timestep's weight.
+Processes share the calls of an update; their gradients are added up in one message, which also
+carries the loss and the request to stop, so that all processes agree on both. On a CPU a run that
+was killed and resumed ends bit for bit where an uninterrupted one does.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -16,24 +16,31 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from msfp_cli.errors import TrainingError, UsageError
-from msfp_cli.finetuning.batches import Batches
-from msfp_cli.finetuning.recipe import FinetuneRecipe
+from msfp_cli.errors import TrainingError
+from msfp_cli.finetuning.distributed import refuse_uneven_share, sum_errors, sum_gradients_
 from msfp_cli.finetuning.result import FinetuneState, HeldOutMeasurement
-from msfp_cli.finetuning.student import Student
-from msfp_cli.pipelines.denoiser import DenoiserCall
+from msfp_cli.finetuning.router import equal_stretches, learns_in_update
+from msfp_cli.finetuning.student import (
+    ParameterGroup,
+    Student,
+    parameter_groups,
+    train_only_,
+)
+from msfp_cli.finetuning.task import TrainingTask
 from msfp_cli.pipelines.rows import JoinedCall
 from msfp_cli.progress import SILENT, Progress
-from msfp_cli.recording.compare import OutputError, SquaredError
+from msfp_cli.recording.compare import OutputError
 
-_CLIP = 1.0  # of the gradient's norm, for each kind of parameter
-_FLOAT16_SCALE = (
-    2.0**16
-)  # of the loss, while gradients pass through a denoiser in float16, whose least number is 6e-8
-SAVE_EVERY = 50  # updates
-_ROUTE_EVERY = (
-    16  # updates: what each member would do to each row costs two thirds of an update to know
-)
+SAVE_EVERY = 50  # updates: what a killed run loses at most
+
+# The norm to which the gradient of each kind of parameter is clipped.
+_LARGEST_NORM = 1.0
+# AdamW averages gradients over some 10 updates and their squares over some 100: torch's 0.999 would
+# take half of a run of 2,000 updates to forget how it began.
+_BETAS = (0.9, 0.99)
+# The loss is multiplied by this while gradients pass through a denoiser in float16, whose smallest
+# number is 6e-8; a power of two, so that dividing by it loses nothing.
+_FLOAT16_SCALE = 2.0**16
 
 
 class Trainer:
@@ -41,75 +48,48 @@ class Trainer:
 
     Arguments:
         student: see `Student`.
-        batches: what the updates see.
-        weights: loss weight of each timestep.
-        held_out: calls to measure on.
-        recipe: rates, steps, calls per update.
+        task: what it is trained on, and by which recipe.
         path: where the state is kept.
-        calibration: identity of the calibration, kept with the state.
         accelerator: knows the processes and the device.
 
     Raises:
-        UsageError: the processes cannot share the lanes evenly.
+        UsageError: the processes cannot share the calls of an update evenly.
     """
 
     def __init__(
-        self,
-        student: Student,
-        batches: Batches,
-        weights: Mapping[float, float],
-        held_out: list[DenoiserCall],
-        recipe: FinetuneRecipe,
-        path: Path,
-        calibration: str,
-        accelerator: Accelerator,
+        self, student: Student, task: TrainingTask, path: Path, accelerator: Accelerator
     ) -> None:
-        if recipe.calls_per_update % accelerator.num_processes:
-            raise UsageError(
-                f"{accelerator.num_processes} processes cannot share {recipe.calls_per_update} calls per update evenly; "
-                f"take as many as divide {recipe.calls_per_update}, or give another --calls-per-update and --restart"
-            )
-        self.student, self.batches, self.weights, self.held_out = (
-            student,
-            batches,
-            weights,
-            held_out,
-        )
-        self.recipe, self.path, self.calibration, self.accelerator = (
-            recipe,
-            path,
-            calibration,
-            accelerator,
-        )
-        rates = {
-            "lora": recipe.learning_rate,
-            "input": recipe.input_learning_rate,
-            "router": recipe.router_learning_rate if recipe.hub_size > 1 else 0.0,
-        }
-        kinds = student.trainable()
-        self.kinds = {
-            kind: list(kinds[kind].values()) for kind, rate in rates.items() if rate and kinds[kind]
-        }
-        self.parameters = {name: p for kind in self.kinds for name, p in kinds[kind].items()}
-        for kind in kinds:
-            for parameter in kinds[kind].values():
-                parameter.requires_grad_(kind in self.kinds)
-        groups = [{"params": self.kinds[kind], "base": rates[kind]} for kind in self.kinds]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        self.step, self.history, self.best = 0, list[HeldOutMeasurement](), dict[str, Tensor]()
+        refuse_uneven_share(accelerator, task.recipe.calls_per_update)
+        self.student = student
+        self.task = task
+        self.recipe = task.recipe
+        self.batches = task.batches
+        self.path = path
+        self.accelerator = accelerator
+        self.groups = parameter_groups(student, task.recipe)
+        train_only_(student, self.groups)
+        self.parameters: dict[str, nn.Parameter] = {}
+        for group in self.groups:
+            self.parameters |= group.parameters
+        self.optimizer = _optimizer(self.groups)
+        self.step = 0
+        self.history: list[HeldOutMeasurement] = []
+        self.best: dict[str, Tensor] = {}
         self._losses: list[float] = []
         self._scale = _FLOAT16_SCALE if student.is_float16() else 1.0
 
     def train(
         self, *, progress: Progress = SILENT, stop: Callable[[], bool] = lambda: False
     ) -> bool:
-        """Train to the end, or until `stop()` is true in some process; the state is saved at intervals and at the end.
+        """Train to the end, or until `stop()` is true in some process.
+
+        The state is saved at intervals and at the end.
 
         Returns:
             Whether all updates are done.
 
         Raises:
-            TrainingError: the loss is no number any more; the last good state is kept.
+            TrainingError: the loss is not finite any more; the last good state is kept.
         """
         if not self.history:
             self._evaluate(progress)
@@ -120,69 +100,59 @@ class Trainer:
             while self.step < self.recipe.steps and not stopping:
                 loss, stopping = self.update(stop())
                 advance(1, f"loss {loss:.1e}, error {self.history[-1].error:.5f}")
-                measured = (
-                    self.step == self.recipe.steps or self.step % self.recipe.evaluate_every == 0
-                )
-                if measured:
+                evaluating = self._is_time_to_evaluate()
+                if evaluating:
                     self._evaluate(progress)
-                if measured or stopping or self.step % SAVE_EVERY == 0:
+                if evaluating or stopping or self.step % SAVE_EVERY == 0:
                     self._save()
         return self.step == self.recipe.steps
+
+    def _is_time_to_evaluate(self) -> bool:
+        return self.step == self.recipe.steps or self.step % self.recipe.evaluate_every == 0
 
     def update(self, stop: bool = False) -> tuple[float, bool]:
         """Do one update.
 
         Returns:
-            The loss over all lanes, and whether any process wishes to stop.
+            The loss over all calls of the update, and whether any process is to stop.
 
         Raises:
-            TrainingError: the loss or its gradient is no number.
+            TrainingError: the loss or its gradient is not finite.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * (1 - self.step / self.recipe.steps)
-        own = 0.0
-        for lane in range(
-            self.accelerator.process_index,
-            self.recipe.calls_per_update,
-            self.accelerator.num_processes,
-        ):
-            for call in self.batches.batch(self.step, lane):
-                own += self._backward(call)
-        if self._scale != 1:
-            for parameter in self.parameters.values():
-                if parameter.grad is not None:
-                    parameter.grad.div_(self._scale)
-        loss, stopping = self._share(own, stop)
-        norms = [nn.utils.clip_grad_norm_(parameters, _CLIP) for parameters in self.kinds.values()]
-        if not math.isfinite(loss) or not all(bool(norm.isfinite()) for norm in norms):
-            raise TrainingError(
-                f"training diverged: the loss is {loss:g} and its gradient {math.hypot(*norms):g} at update "
-                f"{self.step + 1}; what was best so far is kept. "
-                "Give a --learning-rate a third of this one, and --restart"
-            )
+        own_loss = self._compute_gradients()
+        parameters = list(self.parameters.values())
+        loss, stopping = sum_gradients_(self.accelerator, parameters, own_loss, stop)
+        self._clip_gradients(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         self._losses.append(loss)
         return loss, stopping
 
+    def _compute_gradients(self) -> float:
+        """Compute the gradients of this process's calls, and return their part of the loss."""
+        first = self.accelerator.process_index
+        loss = 0.0
+        for index in range(first, self.recipe.calls_per_update, self.accelerator.num_processes):
+            for call in self.batches.batch(self.step, index):
+                loss += self._backward(call)
+        if self._scale != 1:
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.div_(self._scale)
+        return loss
+
     def _backward(self, call: JoinedCall) -> float:
-        """Add the gradient of some rows, and return their share of the loss."""
-        shares, rows = self.batches.shares, self.recipe.calls_per_update * self.recipe.batch_size
-        learning = (
-            "router" in self.kinds and self.step % _ROUTE_EVERY == 1
-        )  # before the first update members are alike
-        with self.student.at(call.timesteps, learning=learning):
+        """Add the gradient of some rows, and return their part of the loss."""
+        learning = any(group.kind == "router" for group in self.groups)
+        with self.student.at(call.timesteps, learning=learning and learns_in_update(self.step)):
             with self._precision():
                 output = self.student(call)
-            error = (
-                (output.float() - call.output.to(output.device).float())
-                .square()
-                .flatten(1)
-                .mean(dim=1)
-            )
-            weights = [self.weights[t] / (shares[t] * len(shares) * rows) for t in call.timesteps]
-            loss = error @ error.new_tensor(weights)
+            difference = output.float() - call.output.to(output.device).float()
+            error = difference.square().flatten(1).mean(dim=1)
+            loss = error @ error.new_tensor(self.task.row_weights(call.timesteps))
             (loss * self._scale).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
@@ -191,125 +161,138 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.accelerator.device.type, torch.bfloat16)
 
-    def _share(self, loss: float, stop: bool) -> tuple[float, bool]:
-        """Add up gradients, loss and the wish to stop over all processes, in one message.
+    def _clip_gradients(self, loss: float) -> None:
+        """Clip the gradient of each kind of parameter.
 
-        A member has a gradient where some process has chosen it, and none where nobody has: AdamW
-        leaves it alone then.
+        Raises:
+            TrainingError: a gradient or the loss is not finite.
         """
-        if self.accelerator.num_processes == 1:
-            return loss, stop
-        parameters = list(self.parameters.values())
-        chosen = [float(p.grad is not None) for p in parameters]
-        facts = torch.tensor([*chosen, loss, float(stop)], device=parameters[0].device)
-        gradients = [
-            (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters
+        norms = [
+            nn.utils.clip_grad_norm_(list(group.parameters.values()), _LARGEST_NORM)
+            for group in self.groups
         ]
-        flat: Tensor = self.accelerator.reduce(torch.cat([*gradients, facts]), reduction="sum")
-        *parts, facts = torch.split(flat, [p.numel() for p in parameters] + [len(facts)])
-        *anywhere, loss, stopping = facts.tolist()
-        for parameter, part, some in zip(parameters, parts, anywhere, strict=True):
-            parameter.grad = part.view_as(parameter) if some else None
-        return loss, stopping > 0
+        if not math.isfinite(loss) or not all(bool(norm.isfinite()) for norm in norms):
+            raise TrainingError(
+                f"training diverged: the loss is {loss:g} and its gradient {math.hypot(*norms):g} "
+                f"at update {self.step + 1}; what was best so far is kept. "
+                "Give a --learning-rate a third of this one, and --restart"
+            )
 
     def _evaluate(self, progress: Progress) -> None:
-        """Measure the held-out error, and keep the state if it is the best."""
-        measured = self._output_error()
+        """Measure the held-out error, and keep the parameters if they are the best so far."""
+        error = self._held_out_error()
         if not self.history:
-            self._begin(measured)
+            self._share_out(error)
+        measurement = self._measurement(error)
+        if all(measurement.error < earlier.error for earlier in self.history):
+            self.best = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
+        self.history.append(measurement)
+        loss = measurement.loss
+        start = "before" if loss is None else f"update {self.step}: loss {loss:.2e},"
+        progress.log(f"{start} held-out error {measurement.error:.5f}")
+
+    def _held_out_error(self) -> OutputError:
+        """Measure the error on all held-out calls, of which each process takes an equal part."""
+        calls = self.task.held_out
+        index = self.accelerator.process_index
+        own = self.student.output_error(calls[index :: self.accelerator.num_processes])
+        return sum_errors(self.accelerator, own, sorted({call.timestep for call in calls}))
+
+    def _share_out(self, error: OutputError) -> None:
+        """Share out the rows among the timesteps, and the timesteps among the members of the hubs.
+
+        Arguments:
+            error: of the calibrated model.
+        """
+        if self.recipe.timesteps == "error":
+            squared = error.absolute()
+            weights = self.task.weights
+            self.batches.share_out_(
+                {t: weights[t] * squared.get(t, 0.0) for t in self.batches.timesteps}
+            )
+        shares = {timestep: self.batches.shares[timestep] for timestep in self.batches.timesteps}
+        self.student.router.begin_(equal_stretches(shares, self.recipe.hub_size))
+
+    def _measurement(self, error: OutputError) -> HeldOutMeasurement:
+        """Sum up a measurement and the losses since the one before.
+
+        Raises:
+            TrainingError: the error is not finite.
+        """
         loss = sum(self._losses) / len(self._losses) if self._losses else None
         self._losses.clear()
-        now = HeldOutMeasurement(
-            step=self.step,
-            loss=loss,
-            error=measured.relative(),
-            by_timestep=tuple(measured.by_timestep()),
-        )
-        if not math.isfinite(now.error):
+        relative = error.relative()
+        if not math.isfinite(relative):
             advice = (
                 "lower --learning-rate" if self.step else "calibrate again with --dtype float32"
             )
             raise TrainingError(
-                f"the held-out error is {now.error:g} after {self.step} updates; {advice}"
+                f"the held-out error is {relative:g} after {self.step} updates; {advice}"
             )
-        if not self.history or now.error < min(evaluation.error for evaluation in self.history):
-            self.best = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
-        self.history.append(now)
-        shown = "before" if loss is None else f"update {self.step}: loss {loss:.2e},"
-        progress.log(f"{shown} held-out error {now.error:.5f}")
-
-    def _output_error(self) -> OutputError:
-        """Measure this process's share of the held-out calls, and add up what all processes have measured."""
-        index, count = self.accelerator.process_index, self.accelerator.num_processes
-        measured = self.student.output_error(self.held_out[index::count])
-        if count == 1:
-            return measured
-        timesteps = sorted({call.timestep for call in self.held_out})
-        sums = [measured.sums.get(timestep, SquaredError()) for timestep in timesteps]
-        own = torch.tensor([(each.error, each.signal) for each in sums], dtype=torch.float64)
-        total: Tensor = self.accelerator.reduce(own.to(self.accelerator.device), reduction="sum")
-        totals = [SquaredError(error, signal) for error, signal in total.tolist()]
-        return OutputError(dict(zip(timesteps, totals, strict=True)))
-
-    def _begin(self, measured: OutputError) -> None:
-        """Share out the rows among the timesteps, and the timesteps among the members of the hubs.
-
-        Each member begins with a stretch of the schedule that gets an equal share of the rows.
-        """
-        if self.recipe.timesteps == "error":
-            errors = measured.absolute()
-            self.batches.share_out_(
-                {t: self.weights[t] * errors.get(t, 0.0) for t in self.batches.timesteps}
-            )
-        before, members = 0.0, {}
-        for timestep in self.batches.timesteps:
-            share = self.batches.shares[timestep]
-            members[timestep] = min(
-                int((before + share / 2) * self.recipe.hub_size), self.recipe.hub_size - 1
-            )
-            before += share
-        self.student.router.begin_(members)
+        return HeldOutMeasurement(
+            step=self.step, loss=loss, error=relative, by_timestep=tuple(error.by_timestep())
+        )
 
     def _save(self) -> None:
-        """Write everything that a resumed run needs."""
+        """Write the state, in the main process only.
+
+        Raises:
+            TrainingError: a parameter is not finite; the state before is kept.
+        """
         if not self.accelerator.is_main_process:
             return
-        now = {name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}
-        if not all(bool(t.isfinite().all()) for t in now.values()):
+        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters.values()):
             raise TrainingError(
-                f"parameters are not finite after {self.step} updates; what was saved before is kept. "
-                "Give a lower --learning-rate, and --restart"
+                f"parameters are not finite after {self.step} updates; what was saved before is "
+                "kept. Give a lower --learning-rate, and --restart"
             )
-        tensors = {f"now/{name}": t for name, t in now.items()} | {
-            f"best/{n}": t for n, t in self.best.items()
-        }
-        for name, parameter in self.parameters.items():
-            moments = self.optimizer.state.get(parameter, {})
-            tensors |= {f"{key}/{name}": value.cpu() for key, value in moments.items()}
-        tuned = FinetuneState(
+        self.state().save(self.path)
+
+    def state(self) -> FinetuneState:
+        """Return everything that a resumed run and an export need."""
+        return FinetuneState(
             recipe=self.recipe,
-            calibration=self.calibration,
-            unit=self.student.router.unit,
+            calibration=self.task.calibration,
+            unit=self.task.unit,
             timesteps=tuple(self.batches.timesteps),
             step=self.step,
             history=tuple(self.history),
             losses=tuple(self._losses),
             shares=tuple(self.batches.shares.items()),
-            tensors=tensors,
+            tensors=self._tensors(),
         )
-        tuned.save(self.path)
 
-    def resume(self, tuned: FinetuneState) -> None:
-        """Go on from a saved state of the same recipe."""
-        self.step, self.history, self.best = tuned.step, list(tuned.history), tuned.state("best")
-        self._losses, self.batches.shares = list(tuned.losses), dict(tuned.shares)
-        now, kept = (
-            tuned.state("now"),
-            {kind: tuned.state(kind) for kind in ("step", "exp_avg", "exp_avg_sq")},
-        )
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return parameters, best parameters and AdamW's moments by their names in the file."""
+        tensors = {f"best/{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self.parameters.items():
-            parameter.data.copy_(now[name])
-            if name in kept["step"]:  # a member that no update has chosen yet has none
+            tensors[f"now/{name}"] = parameter.detach().cpu().contiguous()
+            moments = self.optimizer.state.get(parameter, {})
+            tensors |= {f"{kind}/{name}": moment.cpu() for kind, moment in moments.items()}
+        return tensors
+
+    def resume(self, state: FinetuneState) -> None:
+        """Go on from a saved state of the same recipe."""
+        self.step = state.step
+        self.history = list(state.history)
+        self.best = state.tensors_of("best")
+        self._losses = list(state.losses)
+        self.batches.shares = dict(state.shares)
+        parameters = state.tensors_of("now")
+        moments = {kind: state.tensors_of(kind) for kind in ("step", "exp_avg", "exp_avg_sq")}
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(parameters[name])
+            if name in moments["step"]:  # a member that no update has chosen yet has none
                 self.optimizer.state[parameter] = {
-                    k: kept[k][name].to(parameter.device) for k in kept
+                    kind: tensors[name].to(parameter.device) for kind, tensors in moments.items()
                 }
+
+
+def _optimizer(groups: list[ParameterGroup]) -> torch.optim.AdamW:
+    """Return the optimizer; ``base`` in its groups is the rate at the first update."""
+    return torch.optim.AdamW(
+        [{"params": list(group.parameters.values()), "base": group.rate} for group in groups],
+        betas=_BETAS,
+        weight_decay=0.0,
+        fused=True,
+    )

@@ -19,7 +19,8 @@ from msfp_cli.evaluation.metrics.table import metrics_for
 from msfp_cli.evaluation.result import DenoiserError, Evaluation, Measurements
 from msfp_cli.files import Json, refuse_existing, replace_directory
 from msfp_cli.finetuning.lora import tuned_names
-from msfp_cli.finetuning.result import FinetuneState, load_finetunings, member_by_timestep
+from msfp_cli.finetuning.quantize import member_by_timestep
+from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.report.page import render
 from msfp_cli.report.plots import draw_plots

@@ -1,0 +1,110 @@
+"""Load what a fine-tuning begins with, and refuse what does not belong together."""
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from msfp_cli.calibration.result import Calibration
+from msfp_cli.errors import RunError
+from msfp_cli.finetuning.recipe import FinetuneRecipe
+from msfp_cli.finetuning.result import FinetuneState, load_finetunings
+from msfp_cli.pipelines.denoiser import find_denoisers, fingerprint
+from msfp_cli.pipelines.loading import load_pipeline
+from msfp_cli.recipe import options_of
+from msfp_cli.recording.result import Recording
+from msfp_cli.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What a run holds for fine-tuning.
+
+    Arguments:
+        calibration: where training begins.
+        recording: calls to train on.
+        held_out: calls to measure on.
+        states: the saved states to go on from, by component; empty if there are none.
+    """
+
+    calibration: Calibration
+    recording: Recording
+    held_out: Recording
+    states: dict[str, FinetuneState]
+
+
+def load_material(run: Run, recipe: FinetuneRecipe, *, restart: bool) -> Material:
+    """Load a run's calibration, recordings and, unless it restarts, saved states.
+
+    Raises:
+        RunError: something is missing, incomplete, or was made from something else, or nothing has
+            a quantized weight.
+    """
+    run.require()
+    calibration = Calibration.load(run.calibration)
+    recording = Recording(run.recording)
+    held_out = Recording(run.held_out)
+    _refuse_incomplete(recording)
+    _refuse_incomplete(held_out)
+    _refuse_different_recording(recording, calibration)
+    states = {} if restart else load_finetunings(run, calibration)
+    for state in states.values():
+        _refuse_different_recipe(state.recipe, recipe)
+    return Material(calibration=calibration, recording=recording, held_out=held_out, states=states)
+
+
+def load_denoisers(material: Material, device: str) -> dict[str, nn.Module]:
+    """Load the denoisers in the type they were recorded in.
+
+    The type is the calibration's, and where none was chosen, the one that the device had at the
+    time of the recording.
+
+    Raises:
+        RunError: there is nothing to train, or a denoiser is not the one that was recorded.
+    """
+    calibration, recording = material.calibration, material.recording
+    if not calibration.tunable():
+        raise RunError(
+            "no layer has a quantized weight, so there is nothing to train; run `msfp export`"
+        )
+    dtype = calibration.source.dtype or str(recording.shard(0)[0].output.dtype)
+    source = replace(calibration.source, dtype=dtype.removeprefix("torch."))
+    denoisers = find_denoisers(load_pipeline(source, device))
+    fingerprints = recording.recipe.get("fingerprint", {})
+    for component in calibration.tunable():
+        denoiser = denoisers.get(component)
+        if denoiser is None or fingerprint(denoiser) != fingerprints.get(component):
+            raise RunError(
+                f"{recording.directory} is of another model than {source.model} is now; "
+                "run `msfp calibrate --overwrite`"
+            )
+    return denoisers
+
+
+def _refuse_incomplete(recording: Recording) -> None:
+    if missing := recording.missing_shards():
+        raise RunError(
+            f"{recording.directory} lacks {len(missing)} of {recording.num_shards} shards; "
+            "run `msfp calibrate` again to complete it"
+        )
+
+
+def _refuse_different_recording(recording: Recording, calibration: Calibration) -> None:
+    """Refuse a recording that the calibration was not made from."""
+    made_from = {"source": calibration.source.to_json(), "record": calibration.record.to_json()}
+    if any(recording.recipe.get(key) != value for key, value in made_from.items()):
+        raise RunError(
+            f"{recording.directory} is not the recording that the calibration was made from; "
+            "run `msfp calibrate --overwrite`"
+        )
+
+
+def _refuse_different_recipe(saved: FinetuneRecipe, recipe: FinetuneRecipe) -> None:
+    """Refuse to go on with other settings; the message names the first difference."""
+    for name, option in options_of(FinetuneRecipe).items():
+        then = getattr(saved, name)
+        now = getattr(recipe, name)
+        if then != now:
+            raise RunError(
+                f"the fine-tuning of this run was begun with {option.name} {then}, not {now}; "
+                f"give {option.name} {then} to go on, or --restart to begin again"
+            )

@@ -1,0 +1,97 @@
+"""What a denoiser is trained on: batches, loss weights and held-out calls, and by which recipe."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from msfp_cli.errors import RunError
+from msfp_cli.finetuning.batches import Batches
+from msfp_cli.finetuning.load import Material
+from msfp_cli.finetuning.loss_weights import timestep_weights
+from msfp_cli.finetuning.recipe import FinetuneRecipe
+from msfp_cli.layers.routing import timestep_unit
+from msfp_cli.pipelines.denoiser import DenoiserCall, call_with
+from msfp_cli.recording.compare import relative_error
+
+# The relative squared error of a replayed row that no order of summing explains, in any precision.
+_LARGEST_REPLAY_ERROR = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingTask:
+    """What a denoiser is trained on.
+
+    Arguments:
+        recipe: learning rates, updates, calls per update.
+        calibration: identity of the calibration that the student begins with.
+        batches: the rows of each update.
+        weights: loss weight of each timestep.
+        held_out: calls to measure on.
+    """
+
+    recipe: FinetuneRecipe
+    calibration: str
+    batches: Batches = field(repr=False)
+    weights: dict[float, float]
+    held_out: list[DenoiserCall] = field(repr=False)
+
+    @property
+    def unit(self) -> float:
+        """The factor that maps the denoiser's timesteps to 0..1000."""
+        return timestep_unit(self.batches.timesteps)
+
+    def row_weights(self, timesteps: Sequence[float]) -> list[float]:
+        """Return the factor of each row's error in the loss, a mean over the rows of an update.
+
+        A timestep that is drawn n times as often as with equal shares counts 1 / n of its
+        weight, so that the gradient's mean does not depend on the shares.
+        """
+        shares = self.batches.shares
+        rows = self.recipe.calls_per_update * self.recipe.batch_size
+        return [self.weights[t] / (shares[t] * len(shares) * rows) for t in timesteps]
+
+
+def training_task(material: Material, component: str, recipe: FinetuneRecipe) -> TrainingTask:
+    """Return what one denoiser is trained on.
+
+    Raises:
+        RunError: the recording holds no call of it, or the loss needs factors that are not known.
+    """
+    recording = material.recording
+    batches = Batches(
+        recording,
+        component,
+        batch_size=recipe.batch_size,
+        calls_per_update=recipe.calls_per_update,
+        seed=recipe.seed,
+    )
+    unit = timestep_unit(batches.timesteps)
+    return TrainingTask(
+        recipe=recipe,
+        calibration=material.calibration.identity(),
+        batches=batches,
+        weights=timestep_weights(batches.timesteps, recording.factors(), recipe, unit),
+        held_out=list(material.held_out.calls(component)),
+    )
+
+
+@torch.no_grad()
+def refuse_different_replay(denoiser: nn.Module, component: str, batches: Batches) -> None:
+    """Refuse a denoiser whose output changes where recorded rows are put together in a new batch.
+
+    The shapes of the arguments say which of them have a row for each picture (`pipelines.rows`).
+    Where that fails, a row would be trained on another row's prompt.
+
+    Raises:
+        RunError: an output is not what was recorded.
+    """
+    for call in batches.batch(0, 0):
+        error = relative_error(call_with(denoiser, call.arguments, call.output), call.output)
+        if error > _LARGEST_REPLAY_ERROR:
+            raise RunError(
+                f"replaying recorded rows in a new batch changes the output of {component} "
+                f"(relative error {error:.2g}): they may be mixed up, so it cannot be trained; "
+                "please report this pipeline"
+            )
