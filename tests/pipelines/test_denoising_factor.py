@@ -15,7 +15,7 @@ from diffusers import (
 )
 
 from msfp_cli.errors import ModelError
-from msfp_cli.pipelines.denoising_factor import denoising_factors
+from msfp_cli.pipelines.denoising_factor import denoising_factors, loss_weights
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TRAILING = {**BETAS, "timestep_spacing": "trailing"}
@@ -158,6 +158,23 @@ def test_flow_matching_is_the_step_in_sigma() -> None:
         )
     torch.testing.assert_close(factors.float(), torch.tensor(stepped), rtol=1e-4, atol=1e-6)
     assert timesteps.tolist() == [float(t) for t in scheduler.timesteps]
+
+
+def test_weights_have_mean_one_and_keep_the_order() -> None:
+    factors = torch.tensor([0.3, 0.2, 0.1, 0.05], dtype=torch.float64)
+    weights = loss_weights(factors)
+    assert float(weights.mean()) == pytest.approx(1)
+    torch.testing.assert_close(weights / weights[0], factors / factors[0])
+    assert loss_weights(factors, power=0.0).tolist() == pytest.approx([1, 1, 1, 1])
+
+
+def test_weights_of_improper_factors_are_the_smallest_proper_one() -> None:
+    weights = loss_weights(
+        torch.tensor([0.4, 0.0, float("inf"), float("nan"), 0.2], dtype=torch.float64)
+    )
+    assert weights.isfinite().all()
+    assert weights[1] == weights[2] == weights[3] == weights[4] < weights[0]
+    assert loss_weights(torch.zeros(3)).tolist() == [1, 1, 1]
 
 
 def test_unknown_prediction_type_is_refused() -> None:

@@ -3,7 +3,7 @@
 The workflow of `msfp finetune`. It is data-free distillation: the teacher's outputs lie in the
 recording, so the teacher is not in memory. The student is the denoiser with `TunedLayer`s, which
 computes exactly what the export will. The loss is the mean squared error of the output times the
-weight of the row's timestep (`loss_weights`). Held-out calls say which state is best, and that one
+weight of the row's timestep (`task`). Held-out calls say which state is best, and that one
 is exported.
 """
 

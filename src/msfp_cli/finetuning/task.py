@@ -1,4 +1,10 @@
-"""What a denoiser is trained on: batches, loss weights and held-out calls, and by which recipe."""
+"""What a denoiser is trained on: batches, loss weights and held-out calls, and by which recipe.
+
+The loss weight of a timestep is a power of its denoising factor (`pipelines.denoising_factor`): how
+much an error of the output there moves the next sample. So training cares about what shows in the
+picture (denoising-factor alignment, DFA, Zhao et al. 2025, arXiv:2505.21591; the power is ours).
+The weights have mean 1, so that a learning rate means the same whatever the sampler.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,10 +15,10 @@ from torch import nn
 from msfp_cli.errors import RunError
 from msfp_cli.finetuning.batches import Batches
 from msfp_cli.finetuning.load import Material
-from msfp_cli.finetuning.loss_weights import timestep_weights
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.layers.routing import timestep_unit
 from msfp_cli.pipelines.denoiser import DenoiserCall, call_with
+from msfp_cli.pipelines.denoising_factor import loss_weights
 from msfp_cli.recording.compare import relative_error
 
 # The relative squared error of a replayed row that no order of summing explains, in any precision.
@@ -75,6 +81,37 @@ def training_task(material: Material, component: str, recipe: FinetuneRecipe) ->
         weights=timestep_weights(batches.timesteps, recording.factors(), recipe, unit),
         held_out=list(material.held_out.calls(component)),
     )
+
+
+def timestep_weights(
+    timesteps: Sequence[float],
+    factors: Sequence[tuple[float, float]] | None,
+    recipe: FinetuneRecipe,
+    unit: float,
+) -> dict[float, float]:
+    """Return the loss weight of each recorded timestep, of mean 1.
+
+    Arguments:
+        timesteps: in the denoiser's own unit.
+        factors: the sampler's (timestep, denoising factor) pairs, see `Recording.factors`.
+        recipe: its loss is ``plain`` for equal weights, ``dfa`` for weights proportional to a power
+            of the factor.
+        unit: the factor that maps the denoiser's timesteps to the sampler's.
+
+    Raises:
+        RunError: the loss is ``dfa`` and the factors are not known.
+    """
+    if recipe.loss == "plain":
+        return dict.fromkeys(timesteps, 1.0)
+    if factors is None:
+        raise RunError(
+            "the denoising factor of this pipeline's scheduler is not known; use --loss plain"
+        )
+    sampler_timesteps, sampler_factors = torch.tensor(factors, dtype=torch.float64).unbind(dim=1)
+    ours = torch.tensor(timesteps, dtype=torch.float64) * unit
+    nearest = (ours[:, None] - sampler_timesteps).abs().argmin(dim=1)
+    weights = loss_weights(sampler_factors[nearest], power=recipe.loss_power)
+    return dict(zip(timesteps, weights.tolist(), strict=True))
 
 
 @torch.no_grad()

@@ -63,6 +63,19 @@ def denoising_factors(scheduler: Scheduler, *, eta: float | None = None) -> tupl
     return timesteps, factors * _epsilon_per_output(str(scheduler.config.prediction_type), now)
 
 
+def loss_weights(factors: Tensor, *, power: float = 1.0) -> Tensor:
+    """Return weights of mean 1 proportional to ``factors ** power``.
+
+    A mean of 1 leaves learning rates their meaning. A step whose factor is 0 or not finite gets the
+    smallest proper one, because few users want it unlearned.
+    """
+    proper = factors.isfinite() & (factors > 0)
+    if not proper.any():
+        return torch.ones_like(factors)
+    weights = torch.where(proper, factors, factors[proper].min()).pow(power)
+    return weights / weights.mean()
+
+
 def _distinct(values: Tensor) -> Tensor:
     """Return the distinct values from large to small; Heun and PNDM visit some timesteps twice."""
     distinct: Tensor = torch.unique(values.detach().cpu().double()).flip(0)  # type: ignore[no-untyped-call]

@@ -1,11 +1,10 @@
-"""Loss weights: mean 1, in proportion to a power of the denoising factor."""
+"""What a denoiser is trained on: the loss weights of its timesteps."""
 
 import pytest
-import torch
 
 from msfp_cli.errors import RunError
-from msfp_cli.finetuning.loss_weights import loss_weights, timestep_weights
 from msfp_cli.finetuning.recipe import FinetuneRecipe
+from msfp_cli.finetuning.task import timestep_weights
 
 
 def test_weights_follow_the_denoising_factors_with_mean_one() -> None:
@@ -25,20 +24,3 @@ def test_weights_follow_the_denoising_factors_with_mean_one() -> None:
     }
     with pytest.raises(RunError, match="use --loss plain"):
         timestep_weights([750.0], None, FinetuneRecipe(), 1.0)
-
-
-def test_weights_have_mean_one_and_keep_the_order() -> None:
-    factors = torch.tensor([0.3, 0.2, 0.1, 0.05], dtype=torch.float64)
-    weights = loss_weights(factors)
-    assert float(weights.mean()) == pytest.approx(1)
-    torch.testing.assert_close(weights / weights[0], factors / factors[0])
-    assert loss_weights(factors, power=0.0).tolist() == pytest.approx([1, 1, 1, 1])
-
-
-def test_weights_of_improper_factors_are_the_smallest_proper_one() -> None:
-    weights = loss_weights(
-        torch.tensor([0.4, 0.0, float("inf"), float("nan"), 0.2], dtype=torch.float64)
-    )
-    assert weights.isfinite().all()
-    assert weights[1] == weights[2] == weights[3] == weights[4] < weights[0]
-    assert loss_weights(torch.zeros(3)).tolist() == [1, 1, 1]
