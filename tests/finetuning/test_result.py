@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from conftest import FEW_UPDATES, Finetuned, Invoke, only_line
+from conftest import Finetuned, Invoke, only_line
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import CheckpointError
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
@@ -160,5 +160,5 @@ def test_fine_tuning_of_an_equal_calibration_is_loaded(
     calibration = Calibration.load(run.calibration)
     identities = {calibration.identity(), tiny_tuned.tuned.calibration}
     assert identities == {tiny_tuned.calibration.identity()}
-    assert load_finetunings(run, calibration)["unet"].recipe == FEW_UPDATES
+    assert load_finetunings(run, calibration)["unet"].recipe == tiny_tuned.tuned.recipe
     assert load_finetunings(Run(tmp_path / "empty"), calibration) == {}
