@@ -94,11 +94,12 @@ def run_demo(
 
 def _sheet(evaluation: Evaluation, path: Path) -> Path:
     """Lay the first pictures out, one row a model."""
-    rows = [
-        evaluation.gallery(model.key).pictures()[: len(_PROMPTS)] for model in evaluation.models
-    ]
-    pictures = [
-        [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in row] for row in rows
-    ]
-    contact_sheet(pictures, titles=[model.title for model in evaluation.models]).save(path)
+    rows = [_first_pictures(evaluation, model.key) for model in evaluation.models]
+    contact_sheet(rows, titles=[model.title for model in evaluation.models]).save(path)
     return path
+
+
+def _first_pictures(evaluation: Evaluation, model: str) -> list[Image.Image]:
+    """Return a model's picture of each prompt."""
+    pictures = evaluation.gallery(model).pictures()[: len(_PROMPTS)]
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]

@@ -144,9 +144,10 @@ class Calibration:
 
     def tunable(self) -> tuple[str, ...]:
         """List the components that have a layer to fine-tune."""
-        return tuple(
-            c for c in self.layers if any(scheme.tunable for scheme in self.table(c).values())
-        )
+        return tuple(filter(self._is_tunable, self.layers))
+
+    def _is_tunable(self, component: str) -> bool:
+        return any(scheme.tunable for scheme in self.table(component).values())
 
     def identity(self) -> str:
         """Return a digest of all that fine-tuning begins with: recording, schemes and scales."""

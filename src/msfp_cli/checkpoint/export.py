@@ -4,6 +4,7 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,9 @@ def export_(
         _half_precision_bytes(calibration, component, part) for component, part in denoisers.items()
     )
     save_pipeline(pipe, directory, overwrite=overwrite)
-    size = sum(f.stat().st_size for c in denoisers for f in (directory / c).glob("*.safetensors"))
-    switching = [
-        layer
-        for denoiser in denoisers.values()
-        for layer in quantized_layers(denoiser).values()
-        if layer.scheme.hub > 1
-    ]
+    size = sum(_safetensors_bytes(directory / component) for component in denoisers)
+    layers = chain.from_iterable(quantized_layers(part).values() for part in denoisers.values())
+    switching = [layer for layer in layers if layer.scheme.hub > 1]
     return ExportReport(
         directory=str(directory),
         denoiser_bytes=size,
@@ -123,6 +120,11 @@ def export_(
         switching_layers=len(switching),
         finetunings={component: state.summary() for component, state in (tuned or {}).items()},
     )
+
+
+def _safetensors_bytes(directory: Path) -> int:
+    """Return the size of a component's tensors on disk."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
 def export_run(

@@ -1,7 +1,7 @@
 """`msfp calibrate`: record a pipeline's denoiser and choose a format for every layer."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,16 +88,17 @@ def summary(calibration: "Calibration") -> dict[str, Any]:
         "recipe": calibration.recipe.to_json(),
         "held_out_error": dict(calibration.held_out_error),
         "components": {
-            component: {
-                "layers": len(layers),
-                "lifted": sorted(
-                    name for name, layer in layers.items() if layer.reason == "lifted"
-                ),
-                "input_formats": dict(_count_inputs(layers.values())),
-                "weight_formats": dict(_count_weights(layers.values())),
-            }
-            for component, layers in calibration.layers.items()
+            component: _summary_of(layers) for component, layers in calibration.layers.items()
         },
+    }
+
+
+def _summary_of(layers: Mapping[str, "LayerChoice"]) -> dict[str, Any]:
+    return {
+        "layers": len(layers),
+        "lifted": sorted(name for name, layer in layers.items() if layer.reason == "lifted"),
+        "input_formats": dict(_count_inputs(layers.values())),
+        "weight_formats": dict(_count_weights(layers.values())),
     }
 
 

@@ -23,6 +23,7 @@ floating-point side branch.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -245,7 +246,8 @@ class TunedLayer(nn.Module):
         choices = self.route.of(self.slot)
         if len(choices) == 1:
             return self._with_member(x, choices[0])
-        order = torch.tensor([row for choice in choices for row in choice.rows], device=x.device)
+        rows_of_choices = chain.from_iterable(choice.rows for choice in choices)
+        order = torch.tensor(list(rows_of_choices), device=x.device)
         if len(x) % len(order):
             raise MsfpError(
                 f"a layer's input of shape {tuple(x.shape)} does not begin with the {len(order)} "

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -64,14 +65,16 @@ def join_rows(picked: Sequence[tuple[DenoiserCall, int]]) -> list[JoinedCall]:
         if group is None:
             groups.append(group := [])
         group.append((call, row, taken))
-    return [
-        JoinedCall(
-            timesteps=tuple(call.timestep for call, _, _ in group),
-            arguments=_merge([taken for _, _, taken in group]),
-            output=torch.stack([call.output[row] for call, row, _ in group]),
-        )
-        for group in groups
-    ]
+    return [_join(group) for group in groups]
+
+
+def _join(group: Sequence[tuple[DenoiserCall, int, Any]]) -> JoinedCall:
+    """Return the rows of a group as one call."""
+    return JoinedCall(
+        timesteps=tuple(call.timestep for call, _, _ in group),
+        arguments=_merge([arguments for _, _, arguments in group]),
+        output=torch.stack([call.output[row] for call, row, _ in group]),
+    )
 
 
 def _of_each_row(timestep: Any, batch: int) -> Tensor:  # noqa: ANN401 (tensor or number, as the pipeline passes it)
@@ -129,7 +132,7 @@ def _merge(trees: Sequence[Any]) -> Any:  # noqa: ANN401 (trees of arguments)
     if isinstance(first, _Rows):
         return torch.cat([tree.values for tree in trees])
     if isinstance(first, dict):
-        return {key: _merge([tree[key] for tree in trees]) for key in first}
+        return {key: _merge(list(map(itemgetter(key), trees))) for key in first}
     if isinstance(first, list | tuple):
         return type(first)(map(_merge, zip(*trees, strict=True)))
     return first

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from msfp_cli.errors import CalibrationError, ModelError, MsfpError, RunError
 from msfp_cli.files import is_ours
@@ -189,12 +189,12 @@ def _usual_guidance(pipe: Pipeline, source: ModelSource) -> float | None:
 
 def _usual_num_images(pipe: Pipeline) -> int:
     """Return how many pictures are recorded where nobody says how many."""
-    size = sum(
-        parameter.numel()
-        for module in find_denoisers(pipe).values()
-        for parameter in module.parameters()
-    )
+    size = sum(map(_count_parameters, find_denoisers(pipe).values()))
     return NUM_IMAGES if size < LARGE else NUM_IMAGES_LARGE
+
+
+def _count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def record_both(

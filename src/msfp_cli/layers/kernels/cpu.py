@@ -86,11 +86,11 @@ class Cpu(Kernel):
 
     def _operands(
         self, layer: QuantizedLayer, planes: Sequence[Tensor], member: int | Tensor
-    ) -> "Operands":
+    ) -> "CpuOperands":
         """Gather what is multiplied; of weights that are kept packed, one is unpacked here."""
         geometry = self.arithmetic.geometry
         factor, constant, frame = self.arithmetic.of_member(member)
-        return Operands(
+        return CpuOperands(
             planes=planes,
             weights=self.weights if self.holds_weight else [layer.integers(member)],
             member=member,
@@ -209,7 +209,7 @@ def _prepack(integers: Tensor, geometry: Geometry | None) -> Tensor:
     return packed
 
 
-class Operands(NamedTuple):
+class CpuOperands(NamedTuple):
     """What one call multiplies: flat, as an operator of torch takes it.
 
     Arguments:
@@ -284,12 +284,12 @@ def _product(
     return y
 
 
-# `Operands.multiply` with a member that is a tensor: one operator to `torch.compile`.
+# `CpuOperands.multiply` with a member that is a tensor: one operator to `torch.compile`.
 multiply_bytes = torch.library.custom_op(
     "msfp::multiply_bytes",
-    lambda *operands: Operands(*operands).multiply(),
+    lambda *operands: CpuOperands(*operands).multiply(),
     mutates_args=(),
     schema="(Tensor[] planes, Tensor[] weights, Tensor member, int shift, Tensor factor, "
     "Tensor constant, Tensor? frame, int[] geometry) -> Tensor",
 )
-multiply_bytes.register_fake(lambda *operands: Operands(*operands).output())
+multiply_bytes.register_fake(lambda *operands: CpuOperands(*operands).output())

@@ -112,7 +112,7 @@ class Cuda(Kernel):
         output = x.shape[0] * self.shape[0] * rows * columns
         return rows > 0 and columns > 0 and max(x.numel(), output) <= _INT32
 
-    def _operands(self, layer: QuantizedLayer, x: Tensor, at: Tensor) -> "Operands":
+    def _operands(self, layer: QuantizedLayer, x: Tensor, at: Tensor) -> "CudaOperands":
         """Gather what is multiplied.
 
         Arguments:
@@ -127,7 +127,7 @@ class Cuda(Kernel):
         is_channels_last = not x.is_contiguous() and x.is_contiguous(
             memory_format=torch.channels_last
         )
-        return Operands(
+        return CudaOperands(
             planes,
             *tensors,
             member=at,
@@ -218,7 +218,7 @@ def _import_triton_ops() -> ModuleType | None:
         return None
 
 
-class Operands(NamedTuple):
+class CudaOperands(NamedTuple):
     """What one call multiplies: flat, as an operator of torch takes it.
 
     Arguments:
@@ -273,13 +273,13 @@ class Operands(NamedTuple):
         return Geometry.from_flat(self.geometry) or int8.POINT
 
 
-# `Operands.multiply`, one operator to `torch.compile`.
+# `CudaOperands.multiply`, one operator to `torch.compile`.
 multiply_bytes = torch.library.custom_op(
     "msfp::multiply_int8",
-    lambda *operands: Operands(*operands).multiply(),
+    lambda *operands: CudaOperands(*operands).multiply(),
     mutates_args=(),
     schema="(Tensor[] planes, Tensor weights, Tensor factors, Tensor constants, Tensor offsets, "
     "Tensor member, int shift, int[] geometry, ScalarType dtype, bool channels_last, bool fused) "
     "-> Tensor",
 )
-multiply_bytes.register_fake(lambda *operands: Operands(*operands).output())
+multiply_bytes.register_fake(lambda *operands: CudaOperands(*operands).output())
