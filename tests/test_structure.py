@@ -29,8 +29,6 @@ OPEN = {
     "own imports per module, mean",
     "fan-out, 90 % of modules",
     "fan-out, largest",
-    "functions over 60 lines",
-    "nested comprehensions per 1,000 lines of code",
 }
 
 
