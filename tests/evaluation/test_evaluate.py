@@ -1,4 +1,4 @@
-"""The workflow and the command: what is measured, that it repeats, goes on where it stopped, and what is refused."""
+"""The workflow and the command: what they measure and refuse, repetition, and resuming."""
 
 import functools
 import itertools
@@ -588,11 +588,11 @@ def test_json_is_what_the_file_holds(here: Path, msfp: Invoke) -> None:
 
 
 def test_options_reach_the_evaluation(here: Path, msfp: Invoke) -> None:
-    command = "evaluate msfp-run/export --num-images 3 --num-trajectories 2 --steps 1 --seed 9 --batch-size 2"
+    sampling = "--num-images 3 --num-trajectories 2 --steps 1 --seed 9 --batch-size 2"
     options = (
         "--extractor squeezenet --compare signed --no-layers --no-cost --out elsewhere --device cpu"
     )
-    result = msfp(*command.split(), *options.split())
+    result = msfp("evaluate", "msfp-run/export", *sampling.split(), *options.split())
     assert (result.exit_code, result.stdout) == (0, "elsewhere/evaluation.json\n"), result.stderr
     assert not Path("msfp-run/evaluation").exists()
     asked = Evaluation.load(Path("elsewhere")).settings
@@ -655,7 +655,9 @@ def test_extractor_of_the_users_own_is_used(
     here: Path, msfp: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("user_features.py").write_text(
-        "from torch import nn\ndef make():\n    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+        "from torch import nn\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
     )
     monkeypatch.syspath_prepend(Path.cwd())
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -722,7 +724,7 @@ def array_of(**arrays: np.ndarray) -> None:
         (
             lambda: reference_of((16, 16), text="cat"),
             "--reference photos",
-            "a.png is no picture that can be read",
+            "a.png is not a readable picture",
         ),
         (
             lambda: array_of(pictures=np.zeros((2, 16, 16, 3), np.uint8)),
@@ -846,7 +848,8 @@ def test_export_of_no_run_is_evaluated_but_not_beside_the_steps_before(
 ) -> None:
     message = only_line(msfp("evaluate", tiny_chained.export, *QUICKLY, "--compare", "signed"), 2)
     assert message == (
-        f"{tiny_chained.export} was not made by the run msfp-run; use --compare none, or give its --run"
+        f"{tiny_chained.export} was not made by the run msfp-run; "
+        "use --compare none, or give its --run"
     )
     result = msfp("evaluate", tiny_chained.export, *QUICKLY)
     assert (result.exit_code, result.stdout) == (0, "msfp-run/evaluation/evaluation.json\n"), (

@@ -177,12 +177,12 @@ def archive_bytes(pictures: int = 3) -> bytes:
         ),
         pytest.param(
             write_pictures((8, 6), text="hello"),
-            "a.png is no picture that can be read",
+            "a.png is not a readable picture",
             id="text-as-picture",
         ),
         pytest.param(
             write_pictures((8, 6), text=""),
-            "a.png is no picture that can be read",
+            "a.png is not a readable picture",
             id="empty-picture",
         ),
         pytest.param(

@@ -1,4 +1,4 @@
-"""What a pipeline costs to run, measured in a fresh process that does nothing else: time and peak memory.
+"""Time and peak memory of a pipeline, measured in a fresh process that does nothing else.
 
 python -m msfp_cli.evaluation.cost '{"source": {...}, "sampling": {...}, "conditions": [...],
 "device": "cpu"}'
@@ -44,7 +44,7 @@ def measure_cost(
     *,
     device: str | None = None,
 ) -> Cost:
-    """Load a pipeline in a fresh process, call it four times with these conditions, and return what it took.
+    """Call a pipeline four times in a fresh process, and return the time and memory it took.
 
     Raises:
         ModelError: the process failed; the message is its last line.

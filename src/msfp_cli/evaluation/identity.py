@@ -1,4 +1,4 @@
-"""Which model is this? What tells a model from others, and whether an export came from a certain one."""
+"""What identifies a model, and whether an export was made from a certain one."""
 
 import hashlib
 import json
@@ -108,7 +108,7 @@ def refuse_other_model(full: Pipeline, quantized: Pipeline) -> None:
 
 
 def _first_difference(denoiser: nn.Module, full: nn.Module) -> str | None:
-    """Name the first layer or parameter that the full-precision denoiser does not have like this."""
+    """Name the first layer or parameter that differs from the full-precision denoiser."""
     layers = find_layers(full)
     for name, layer in quantized_layers(denoiser).items():
         if name not in layers or layers[name].weight.shape != layer.weight_shape:

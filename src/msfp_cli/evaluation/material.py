@@ -1,4 +1,4 @@
-"""Get what the models are measured with: their pictures, recorded calls of full precision, real pictures."""
+"""Get what models are measured with: their pictures, recorded calls, and real pictures."""
 
 from msfp_cli.evaluation.gallery import Gallery
 from msfp_cli.evaluation.identity import identity_of

@@ -1,4 +1,4 @@
-"""The models that an evaluation compares: full precision, the export, and the steps between them."""
+"""The models that an evaluation compares: full precision, the export, and the steps between."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

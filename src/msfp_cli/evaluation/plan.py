@@ -1,4 +1,4 @@
-"""The plan of an evaluation: what is drawn and measured, where, and how. It is settled before the start."""
+"""The plan of an evaluation, settled before the start: what is drawn and measured, and how."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,7 +112,7 @@ def extractor_for(recipe: EvaluateRecipe, source: ModelSource) -> Extractor:
 def pictures_to_draw(
     run: Run, export: Path, recipe: EvaluateRecipe, source: ModelSource, full: Pipeline
 ) -> RecordRecipe:
-    """Return prompts and sampling of the pictures: those of the calibration where the user gives none.
+    """Return prompts and sampling of the pictures, by default those of the calibration.
 
     Arguments:
         source, full: the full-precision model, and its pipeline.
@@ -130,7 +130,7 @@ def pictures_to_draw(
 
 
 def _unrecorded_prompts(run: Run, source: ModelSource) -> tuple[str, ...]:
-    """Return the built-in prompts that the run was not calibrated on; all of them if none is left."""
+    """Return the built-in prompts that the run was not calibrated on, or else all of them."""
     prompts = default_prompts(source.model)
     if not run.calibration.exists():
         return prompts

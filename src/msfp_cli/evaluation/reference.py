@@ -1,4 +1,4 @@
-"""Real pictures to compare generated ones with, as features: a directory, an array, or what comes with msfp."""
+"""Features of real pictures, from a directory, an array, or the reference built into msfp."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,7 +33,10 @@ class ReferencePictures:
 
 
 def built_in_reference() -> ReferencePictures:
-    """Return the features, by extractor ``fashion``, of 2,000 test pictures that the built-in pipeline never saw."""
+    """Return the features, by extractor ``fashion``, of 2,000 test pictures.
+
+    The built-in pipeline was not trained on these pictures.
+    """
     features = load_file(Path(str(files("msfp_cli") / "data" / "fashion_reference.safetensors")))[
         "features"
     ]
@@ -56,16 +59,17 @@ def load_reference(place: Path, extractor: Extractor, size: Sequence[int]) -> Re
     if tuple(pictures.shape[2:]) != tuple(size):
         (height, width), (h, w) = pictures.shape[2:], size
         raise UsageError(
-            f"{place} holds pictures of {width} by {height}, the pipeline makes {w} by {h}; resize the reference"
+            f"{place} holds pictures of {width} by {height}, the pipeline makes {w} by {h}; "
+            "resize the reference"
         )
     return ReferencePictures(str(place), extractor.features(pictures))
 
 
 def require_pictures(place: Path) -> None:
-    """Refuse a reference that is not there or has too few files, before anything is drawn to compare with it.
+    """Refuse a reference that is missing or has too few files, before any picture is drawn.
 
     Raises:
-        UsageError: there is no such place, or the directory holds fewer than two pictures.
+        UsageError: the place does not exist, or the directory holds fewer than two pictures.
     """
     if not place.exists():
         raise UsageError(f"no reference in {place}; give a directory of pictures, or an npz file")
@@ -94,11 +98,12 @@ def _from_directory(place: Path) -> Tensor:
                 found.append(np.asarray(picture.convert("RGB")))
         except Exception:  # Pillow's decoders have many kinds for damaged files
             raise UsageError(
-                f"{path} is no picture that can be read; take it out of the reference"
+                f"{path} is not a readable picture; take it out of the reference"
             ) from None
         if found[-1].shape != found[0].shape:
             raise UsageError(
-                f"{path} has another size than {paths[0].name}; a reference needs pictures of one size"
+                f"{path} has another size than {paths[0].name}; "
+                "a reference needs pictures of one size"
             )
     return (
         torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2) if found else torch.empty(0, 3, 0, 0)
@@ -125,7 +130,8 @@ def _from_npz(place: Path) -> Tensor:
         or (images.ndim == 4 and images.shape[-1] != 3)
     ):
         raise UsageError(
-            f"'images' in {place} is {images.dtype} {images.shape}; it must be uint8 (pictures, height, width[, 3])"
+            f"'images' in {place} is {images.dtype} {images.shape}; "
+            "it must be uint8 (pictures, height, width[, 3])"
         )
     pictures = torch.from_numpy(images)
     return (

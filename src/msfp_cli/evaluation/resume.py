@@ -46,7 +46,7 @@ def refuse_other_settings(place: Path, settings: dict[str, Any], *, overwrite: b
 
 
 def begin(place: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
-    """Write the settings; what an evaluation with the same ones has is kept unless `overwrite` is set."""
+    """Write the settings; keep what an earlier evaluation with them has, unless `overwrite`."""
     if overwrite and (place / _SETTINGS).exists():
         shutil.rmtree(place)
     write_json(place / _SETTINGS, settings)
@@ -62,6 +62,6 @@ def read_document(path: Path, parse: Callable[[Json], _T]) -> _T:
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Put the settings of the pictures beside the others, so that a difference is named by its own key."""
+    """Put the settings of the pictures beside the rest, so that each difference has its own key."""
     rest = {key: value for key, value in settings.items() if key != "record"}
     return {**rest, **settings.get("record", {})}

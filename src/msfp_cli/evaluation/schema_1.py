@@ -1,4 +1,4 @@
-"""Measurements as msfp wrote them before there was one table of metrics: each had a field of its own.
+"""Measurements as msfp wrote them before it had one table of metrics: a field for each metric.
 
 Then ``to_full`` and ``to_reference`` held the distances between sets of pictures, ``noise`` the
 errors of the denoisers, and shares were in 0..1 where the table has percent.
@@ -17,7 +17,7 @@ _DISTANCES = {
 
 
 def from_schema_1(data: Json) -> Json:
-    """Return the same measurements as today's JSON values; a metric that is not there stays absent."""
+    """Return the same measurements as today's JSON values; a missing metric stays missing."""
     sets = {"full": data.get("to_full"), "reference": data.get("to_reference")}
     denoisers = data.get("noise") or {}
     return {

@@ -1,1 +1,1 @@
-"""One HTML page: `document` gathers what is known, `page` draws it, `plots` makes PNG files, `reproduce` the commands."""
+"""One HTML page about an export, with PNG plots beside it."""

@@ -1,4 +1,4 @@
-"""Gather what a run knows about its export into one document, and write it as a page: the workflow of `msfp report`."""
+"""Gather what a run knows about its export into one document, and write it as a page."""
 
 import base64
 import io
@@ -138,7 +138,7 @@ def gather(run: Run, evaluation: Evaluation, pictures: int) -> dict[str, Any]:
 def _tuned(
     run: Run, calibration: Calibration, tables: dict[str, dict[str, LayerScheme]]
 ) -> dict[str, FinetuneState]:
-    """Return the fine-tunings that the export can hold: a calibrated one holds none, whatever was trained since."""
+    """Return the fine-tunings that the export holds: a calibrated one holds none."""
     if all(table == calibration.table(component) for component, table in tables.items()):
         return {}
     return load_finetunings(run, calibration)

@@ -1,4 +1,4 @@
-"""The page of a report: a template that draws one JSON document. Nothing is fetched; only its own script runs.
+"""The page of a report: a template, whose script draws one JSON document. Nothing is fetched.
 
 The document is written into the page as JSON; every ``<`` in it is escaped, so no prompt can end
 the script element.
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def render(document: dict[str, Any]) -> str:
-    """Return the page of a document (see `report.gather`), self-contained HTML."""
+    """Return the page of a document (see `document.gather`), self-contained HTML."""
     template = (files("msfp_cli") / "data" / "report.html").read_text("utf-8")
     data = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace(
         "<", "\\u003c"

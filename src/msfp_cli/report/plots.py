@@ -1,4 +1,7 @@
-"""The report's plots as PNG files, for papers and slides; drawn by matplotlib, which the extra ``report`` brings."""
+"""The report's plots as PNG files, for papers and slides.
+
+They need matplotlib, which the extra ``report`` brings.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,11 @@ _GREY = "#8a8f98"
 
 
 def draw_plots(document: dict[str, Any], directory: Path) -> list[Path]:
-    """Draw what a document (see `report.gather`) has: sizes, and for each denoiser timesteps, layers and router.
+    """Draw a document's sizes, and the timesteps, layers and router of each denoiser.
+
+    Arguments:
+        document: what `document.gather` returns.
+        directory: where to write the files.
 
     Raises:
         UsageError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""How well pictures fit their prompts, by CLIP (the score of Hessel et al. 2021, arXiv:2104.08718)."""
+"""How well pictures fit their prompts: the CLIP score (Hessel et al. 2021, arXiv:2104.08718)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +49,8 @@ def _load(model: str, device: str) -> tuple[Any, Any]:
 
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise ModelError(
-            f"cannot load the CLIP model {model!r}: it is neither a directory nor a hub id (owner/name)"
+            f"cannot load the CLIP model {model!r}: "
+            "it is neither a directory nor a hub id (owner/name)"
         )
     try:
         return CLIPModel.from_pretrained(model).eval().to(device), CLIPProcessor.from_pretrained(

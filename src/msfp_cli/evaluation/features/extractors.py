@@ -39,23 +39,24 @@ class Extractor:
         """Return the features of uint8 pictures ``(pictures, 3, height, width)``, float32.
 
         Raises:
-            UsageError: what the extractor returns is no ``(pictures, dimensions)``.
+            UsageError: the extractor's result is not a tensor ``(pictures, dimensions)``.
         """
         return torch.cat(
             [self._rows(batch.float() / 255) for batch in torch.split(pictures, _BATCH)]
         )
 
     def _rows(self, pictures: Tensor) -> Tensor:
-        """Return the features of a batch, or refuse what is no row for each picture."""
+        """Return the features of a batch; refuse a result that is not one row for each picture."""
         rows: Any = self.embed(pictures)
         if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != len(pictures):
-            given = (
+            result = (
                 f"shape {tuple(rows.shape)}"
                 if isinstance(rows, Tensor)
                 else f"a {type(rows).__name__}"
             )
             raise UsageError(
-                f"extractor {self.name!r} gives {given} for {len(pictures)} pictures; it must give one row a picture"
+                f"extractor {self.name!r} gives {result} for {len(pictures)} pictures; "
+                "it must give one row a picture"
             )
         return rows.float().cpu()
 
@@ -75,23 +76,26 @@ def load_extractor(name: str) -> Extractor:
     if ":" in name:
         return Extractor(name, _imported(name))
     raise UsageError(
-        f"unknown extractor {name!r}; choose squeezenet, fashion, inception, or give module:factory of your own"
+        f"unknown extractor {name!r}; "
+        "choose squeezenet, fashion, inception, or give module:factory of your own"
     )
 
 
 def _inception() -> Callable[[Tensor], Tensor]:
-    """Return the Inception v3 of published FID values; its weights are downloaded by torch-fidelity."""
+    """Return the Inception v3 of published FID values; torch-fidelity downloads its weights."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
         raise UsageError(
-            "extractor 'inception' needs torch-fidelity: pip install 'msfp[inception]'; or use --extractor squeezenet"
+            "extractor 'inception' needs torch-fidelity: pip install 'msfp[inception]'; "
+            "or use --extractor squeezenet"
         ) from None
     try:
         model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).eval()
     except OSError as error:  # it fetches the weights
         raise UsageError(
-            f"the weights of extractor 'inception' cannot be fetched ({error}); use --extractor squeezenet"
+            f"the weights of extractor 'inception' cannot be fetched ({error}); "
+            "use --extractor squeezenet"
         ) from None
     return lambda pictures: model((pictures * 255).round().to(torch.uint8))[0]
 
@@ -104,7 +108,8 @@ def _imported(name: str) -> nn.Module:
     except Exception as error:  # the user's module may raise whatever it likes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"cannot make extractor {name!r} ({reason}); it must be importable and callable without arguments"
+            f"cannot make extractor {name!r} ({reason}); "
+            "it must be importable and callable without arguments"
         ) from None
     if not isinstance(model, nn.Module):
         raise UsageError(

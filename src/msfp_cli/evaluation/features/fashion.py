@@ -57,7 +57,8 @@ class GarmentClassifier(nn.Module):
         """Return the features ``(pictures, 64)`` on which both answers rest."""
         if pictures.shape[1:] != (3, SIDE, SIDE):
             raise UsageError(
-                f"the classifier takes pictures of {SIDE} by {SIDE}, not {tuple(pictures.shape[2:])}"
+                f"the classifier takes pictures of {SIDE} by {SIDE}, "
+                f"not {tuple(pictures.shape[2:])}"
             )
         features: Tensor = self.features(self.pool(self.maps(pictures)[-1]))
         return features
@@ -118,7 +119,7 @@ def agreement(
 
 
 def _share_right(logits: Tensor, labels: Sequence[int | None]) -> float | None:
-    """Return the share of rows whose largest logit is at their label, None if no row has a label."""
+    """Return the share of rows whose largest logit is at their label; None without any label."""
     pairs = zip(logits.argmax(dim=1).tolist(), labels, strict=True)
     right = [answer == label for answer, label in pairs if label is not None]
     return sum(right) / len(right) if right else None

@@ -1,4 +1,4 @@
-"""How each metric is computed from what was gathered of a model: a formula, and the evidence it needs.
+"""Compute each metric from what was gathered of a model: a formula, and the evidence it needs.
 
 Each function returns None if its evidence is missing: full precision is not compared with itself,
 and pictures without prompts have no score of their prompts.
@@ -44,7 +44,7 @@ def psnr(evidence: Evidence) -> PerPicture | None:
 
 
 def ssim(evidence: Evidence) -> PerPicture | None:
-    """Return the structural similarity of each picture; None if they are smaller than its window."""
+    """Return the structural similarity of each picture; None if pictures are below its window."""
     if min(evidence.own.pictures.shape[-2:]) < distances.SSIM_WINDOW:
         return None
     return _pairwise(evidence, distances.ssim)

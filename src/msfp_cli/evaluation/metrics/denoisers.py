@@ -1,4 +1,4 @@
-"""A model's denoisers against full precision: their output by timestep, and every layer on its own."""
+"""A model's denoisers against full precision: their output by timestep, and each layer alone."""
 
 from collections.abc import Sequence
 
@@ -75,7 +75,7 @@ def _histogram(samples: torch.Tensor, minimum: float, maximum: float) -> Histogr
 
 
 def denoiser_bytes(pipe: Pipeline) -> int:
-    """Return the size of the denoisers: as exported if quantized, otherwise with 16 bits per number."""
+    """Return the denoisers' size: as exported if quantized, otherwise with 16 bits per number."""
     size = 0
     for denoiser in find_denoisers(pipe).values():
         tensors = denoiser.state_dict().values()

@@ -15,7 +15,7 @@ NEIGHBOURS = 3  # of a point, for precision and recall
 
 
 def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio of each picture, ``-10 log10(mean squared error)`` in dB.
+    """Return the peak signal-to-noise ratio of each picture, ``-10 log10(MSE)``, in dB.
 
     Arguments:
         pictures, reference: ``(pictures, channels, height, width)`` in 0..1.
@@ -72,8 +72,8 @@ def _local_mean(values: Tensor) -> Tensor:
 def _refuse_other_shapes(pictures: Tensor, reference: Tensor) -> None:
     if pictures.shape != reference.shape:
         raise UsageError(
-            f"cannot compare pictures of shape {tuple(pictures.shape)} with {tuple(reference.shape)}; "
-            "both need the same number and size"
+            f"cannot compare pictures of shape {tuple(pictures.shape)} "
+            f"with {tuple(reference.shape)}; both need the same number and size"
         )
 
 

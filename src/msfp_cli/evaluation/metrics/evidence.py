@@ -1,4 +1,4 @@
-"""What metrics are computed from: everything that is gathered of one model before any is computed."""
+"""What metrics are computed from: all that is gathered of one model before the first one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -117,7 +117,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         key="deep",
         title="deep-feature distance",
-        help="Distance of each picture to the same one by full precision, in SqueezeNet's features.",
+        help="Distance of each picture to full precision's, in SqueezeNet's features.",
         kind="picture",
         better="lower",
         digits=4,
