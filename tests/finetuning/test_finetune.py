@@ -82,7 +82,7 @@ def test_command_tells_what_was_won_and_what_is_next(fresh_run: FreshRun, msfp: 
     assert f"best after {tuned.best.step} updates" in result.stderr
     assert result.stderr.splitlines()[-1] == "next: msfp export"
     assert (
-        msfp("status").stdout.splitlines()[3].startswith("finetune     transformer: 4 of 4 steps")
+        msfp("status").stdout.splitlines()[3].startswith("finetune     transformer: 4 of 4 updates")
     )
 
 
