@@ -20,7 +20,7 @@ from msfp_cli.pipelines.loading import BUILT_IN
 from msfp_cli.pipelines.source import ModelSource
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordOptions
-from msfp_cli.report.document import report_run
+from msfp_cli.report.report import report_run
 from msfp_cli.run import Run
 from msfp_cli.sample import contact_sheet
 

@@ -11,6 +11,7 @@ from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.report.document import gather
+from msfp_cli.report.provenance import Provenance
 from msfp_cli.report.reproduce import commands_of
 from msfp_cli.run import Run
 
@@ -87,7 +88,8 @@ def test_results_of_earlier_versions_give_what_they_know(tiny_chained: Chained) 
     recipe = CalibrateRecipe(weights=None, keep=("a:8", "b:none"))
     calibration = replace(tiny_chained.calibration, recipe=recipe, options=None)
     evaluation = Evaluation(directory=Path("e"), settings=SETTINGS, machine={}, models=())
-    calibrate, export, evaluate, report = commands_of(calibration, {}, evaluation)
+    provenance = Provenance(tables={}, calibration=calibration, finetunings={})
+    calibrate, export, evaluate, report = commands_of(provenance, evaluation)
     count = len(calibration.record.conditions)
     assert calibrate.startswith(
         f"msfp calibrate {calibration.source.model} --weights none --keep a:8 --keep b:none "
@@ -99,7 +101,8 @@ def test_results_of_earlier_versions_give_what_they_know(tiny_chained: Chained) 
         "--compare calibrated --no-cost"
     )
     assert (export, report) == ("msfp export", "msfp report")
-    assert commands_of(None, {}, evaluation)[0].startswith("msfp evaluate msfp-run/export --steps")
+    unknown = replace(provenance, calibration=None)
+    assert commands_of(unknown, evaluation)[0].startswith("msfp evaluate msfp-run/export --steps")
 
 
 def test_results_without_the_key_load(tiny_chained: Chained, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def report(
     json_: JsonOption = False,
 ) -> None:
     """Write the evaluation as a page."""
-    from msfp_cli.report.document import report_run
+    from msfp_cli.report.report import report_run
 
     written = report_run(Run(run), evaluation, out, pictures=pictures, overwrite=overwrite)
     for line in written.notes:

@@ -1,7 +1,7 @@
 """The settings of a run, and the commands that make it again from what its results remember."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from msfp_cli.calibration.result import Calibration
@@ -9,18 +9,19 @@ from msfp_cli.evaluation.recipe import STEPS_BEFORE, EvaluateRecipe
 from msfp_cli.evaluation.reference import BUILT_IN_REFERENCE
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.files import Json
-from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
+from msfp_cli.report.provenance import Provenance
 
 
-def commands_of(
-    calibration: Calibration | None, tuned: Mapping[str, FinetuneState], evaluation: Evaluation
-) -> list[str]:
+def commands_of(provenance: Provenance, evaluation: Evaluation) -> list[str]:
     """Return the commands that led to an evaluation, as far as they are known."""
+    calibration = provenance.calibration
     commands = list[list[str]]()
     if calibration is not None:
         commands.append(["calibrate", calibration.source.model, *_calibrate_words(calibration)])
-    for state in list(tuned.values())[:1]:  # all denoisers were trained by one command
+    for state in list(provenance.finetunings.values())[
+        :1
+    ]:  # all denoisers were trained by one command
         commands.append(["finetune", *state.recipe.words()])
     if calibration is not None:
         commands.append(["export"])
@@ -71,10 +72,9 @@ def _prompts(record: RecordRecipe) -> tuple[str, ...] | None:
     return tuple(condition for condition in record.conditions if condition is not None) or None
 
 
-def settings_of(
-    calibration: Calibration | None, tuned: Mapping[str, FinetuneState], evaluation: Evaluation
-) -> list[Json]:
+def settings_of(provenance: Provenance, evaluation: Evaluation) -> list[Json]:
     """Return every setting in groups of (name, value)."""
+    calibration = provenance.calibration
     groups = list[tuple[str, dict[str, Json]]]()
     if calibration is not None:
         groups += [
@@ -82,7 +82,7 @@ def settings_of(
             ("recording", calibration.record.to_json()),
             ("calibration", calibration.recipe.to_json()),
         ]
-    for component, state in tuned.items():
+    for component, state in provenance.finetunings.items():
         groups.append((f"fine-tuning of {component}", state.recipe.to_json()))
     settings = dict(evaluation.settings)
     groups.append(("evaluation", {**settings.pop("record"), **settings}))

@@ -16,7 +16,7 @@ from msfp_cli.evaluation.metrics.evidence import Evidence, PictureSet
 from msfp_cli.evaluation.metrics.table import METRICS, Metric, compute_metrics, metrics_for
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import DenoiserError, Evaluation, Measurements
-from msfp_cli.report.document import write_report
+from msfp_cli.report.report import write_report
 
 
 def drawn(seed: int, num_pictures: int = 4) -> PictureSet:
