@@ -103,7 +103,7 @@ def extractor_for(recipe: EvaluateRecipe, source: ModelSource) -> Extractor:
     """Load the extractor that the user chose, or the one that fits the model.
 
     Raises:
-        UsageError: there is no such extractor, or what it needs is not installed.
+        UsageError: the extractor does not exist, or what it needs is not installed.
     """
     default = "fashion" if source.model == BUILT_IN else "squeezenet"
     return load_extractor(recipe.extractor or default)

@@ -57,7 +57,8 @@ def load_reference(place: Path, extractor: Extractor, size: Sequence[int]) -> Re
     pictures = _from_directory(place) if place.is_dir() else _from_npz(place)
     _refuse_few(place, len(pictures))
     if tuple(pictures.shape[2:]) != tuple(size):
-        (height, width), (h, w) = pictures.shape[2:], size
+        height, width = pictures.shape[2:]
+        h, w = size
         raise UsageError(
             f"{place} holds pictures of {width} by {height}, the pipeline makes {w} by {h}; "
             "resize the reference"
@@ -91,23 +92,23 @@ def _paths(place: Path) -> list[Path]:
 def _from_directory(place: Path) -> Tensor:
     """Read all pictures of a directory, uint8 ``(pictures, 3, height, width)``."""
     paths = _paths(place)
-    found: list[np.ndarray] = []
+    pictures: list[np.ndarray] = []
     for path in paths:
         try:
             with Image.open(path) as picture:
-                found.append(np.asarray(picture.convert("RGB")))
+                pictures.append(np.asarray(picture.convert("RGB")))
         except Exception:  # Pillow's decoders have many kinds for damaged files
             raise UsageError(
                 f"{path} is not a readable picture; take it out of the reference"
             ) from None
-        if found[-1].shape != found[0].shape:
+        if pictures[-1].shape != pictures[0].shape:
             raise UsageError(
                 f"{path} has another size than {paths[0].name}; "
                 "a reference needs pictures of one size"
             )
-    return (
-        torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2) if found else torch.empty(0, 3, 0, 0)
-    )
+    if not pictures:
+        return torch.empty(0, 3, 0, 0)
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
 def _from_npz(place: Path) -> Tensor:
@@ -134,11 +135,9 @@ def _from_npz(place: Path) -> Tensor:
             "it must be uint8 (pictures, height, width[, 3])"
         )
     pictures = torch.from_numpy(images)
-    return (
-        pictures.permute(0, 3, 1, 2)
-        if pictures.ndim == 4
-        else pictures[:, None].expand(-1, 3, -1, -1)
-    )
+    if pictures.ndim == 3:  # without colour
+        return pictures[:, None].expand(-1, 3, -1, -1)
+    return pictures.permute(0, 3, 1, 2)
 
 
 def _images(file: BinaryIO) -> np.ndarray:

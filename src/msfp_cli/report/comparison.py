@@ -61,12 +61,12 @@ def embedded_pictures(evaluation: Evaluation, count: int) -> list[dict[str, Any]
     """Return the first pictures of every model, embedded as data URIs."""
     record = evaluation.settings["record"]
     models = evaluation.models
-    drawn = {model.key: evaluation.gallery(model.key).pictures()[:count] for model in models}
+    pictures = {model.key: evaluation.gallery(model.key).pictures()[:count] for model in models}
     return [
         {
             "prompt": condition,
             "seed": record["seed"] + i,
-            "images": _embed_all(drawn, i),
+            "images": _embed_all(pictures, i),
             "psnr": _of_picture(models, "psnr", i),
         }
         for i, condition in enumerate(record["conditions"][:count])
@@ -80,9 +80,9 @@ def _of_picture(models: Sequence[Measurements], key: str, index: int) -> dict[st
     }
 
 
-def _embed_all(drawn: dict[str, Tensor], index: int) -> dict[str, str]:
+def _embed_all(pictures: dict[str, Tensor], index: int) -> dict[str, str]:
     """Return one picture of every model as a data URI."""
-    return {key: _embed(pictures[index]) for key, pictures in drawn.items()}
+    return {key: _embed(of_model[index]) for key, of_model in pictures.items()}
 
 
 def _embed(picture: Tensor) -> str:

@@ -4,12 +4,14 @@ They need matplotlib, which the extra ``report`` brings.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from msfp_cli.errors import UsageError
 
 _COLOURS = ("#0b62c4", "#b3500b", "#177a51", "#8a3ea8", "#7a6a00")
 _GREY = "#8a8f98"
+
+Axes: TypeAlias = Any  # matplotlib's; the package is optional
 
 
 def draw_plots(document: dict[str, Any], directory: Path) -> list[Path]:
@@ -26,11 +28,11 @@ def draw_plots(document: dict[str, Any], directory: Path) -> list[Path]:
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError("matplotlib is not installed: pip install 'msfp[report]'") from None
-    drawn: dict[str, Any] = {}
+    figures: dict[str, Figure] = {}
 
-    def axes(name: str, width: float, height: float) -> Any:  # noqa: ANN401 (matplotlib is optional)
-        drawn[name] = Figure(figsize=(width, height), layout="constrained")
-        return drawn[name].subplots()
+    def axes(name: str, width: float, height: float) -> Axes:
+        figures[name] = Figure(figsize=(width, height), layout="constrained")
+        return figures[name].subplots()
 
     costs = [cost for cost in document["costs"] if cost["denoiser_bytes"]]
     if costs:
@@ -44,18 +46,16 @@ def draw_plots(document: dict[str, Any], directory: Path) -> list[Path]:
         if part["router"]:
             _router(axes(f"{component}-router", 7, 8), part["router"])
     paths = []
-    for name, figure in drawn.items():
+    for name, figure in figures.items():
         paths.append(directory / f"{name}.png")
         figure.savefig(paths[-1], dpi=120, metadata={"Software": None})
     return paths
 
 
-def _sizes(axis: Any, costs: list[dict[str, Any]]) -> None:  # noqa: ANN401
+def _sizes(axis: Axes, costs: list[dict[str, Any]]) -> None:
     """Draw one bar a model."""
-    names, sizes = (
-        [cost["title"] for cost in costs],
-        [cost["denoiser_bytes"] / 2**20 for cost in costs],
-    )
+    names = [cost["title"] for cost in costs]
+    sizes = [cost["denoiser_bytes"] / 2**20 for cost in costs]
     bars = axis.barh(names[::-1], sizes[::-1], color=[_COLOURS[0]] * (len(costs) - 1) + [_GREY])
     axis.bar_label(bars, fmt="%.1f", padding=3)
     axis.set_xlabel("denoiser, MiB (full precision: 16 bits a number)")
@@ -63,7 +63,7 @@ def _sizes(axis: Any, costs: list[dict[str, Any]]) -> None:  # noqa: ANN401
     axis.margins(x=0.1)
 
 
-def _timesteps(axis: Any, timesteps: dict[str, Any]) -> None:  # noqa: ANN401
+def _timesteps(axis: Axes, timesteps: dict[str, Any]) -> None:
     """Draw one line a model, from noisy to clean."""
     for colour, series in zip(_COLOURS, timesteps["series"], strict=False):
         rows = [row for row in timesteps["rows"] if row["values"].get(series["key"])]
@@ -85,7 +85,7 @@ def _timesteps(axis: Any, timesteps: dict[str, Any]) -> None:  # noqa: ANN401
     axis.legend(frameon=False)
 
 
-def _layers(axis: Any, layers: list[dict[str, Any]]) -> None:  # noqa: ANN401
+def _layers(axis: Axes, layers: list[dict[str, Any]]) -> None:
     """Draw each layer's error in the order of the model, by the sign of its input's format."""
     for colour, signed, title in (
         (_COLOURS[1], True, "signed input"),
@@ -103,12 +103,13 @@ def _layers(axis: Any, layers: list[dict[str, Any]]) -> None:  # noqa: ANN401
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
 
 
-def _router(axis: Any, router: dict[str, Any]) -> None:  # noqa: ANN401
+def _router(axis: Axes, router: dict[str, Any]) -> None:
     """Draw which member serves which layer when."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    members, size = [row["members"] for row in router["rows"]], router["hub_size"]
+    members = [row["members"] for row in router["rows"]]
+    size = router["hub_size"]
     colours = [_COLOURS[k % len(_COLOURS)] for k in range(size)]
     axis.imshow(
         members,

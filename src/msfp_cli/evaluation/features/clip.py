@@ -28,19 +28,16 @@ def clip_score(model: str, pictures: Tensor, prompts: Sequence[str], device: str
     scores = []
     for first in range(0, len(prompts), _BATCH):
         batch = pictures[first : first + _BATCH]
-        given = processor(
+        inputs = processor(
             text=list(prompts[first : first + _BATCH]),
             images=[picture.permute(1, 2, 0).numpy() for picture in batch],
             return_tensors="pt",
             padding=True,
             truncation=True,
         ).to(device)
-        result = clip(**given)
-        scores.append(
-            torch.nn.functional.cosine_similarity(
-                result.image_embeds, result.text_embeds
-            ).clamp_min(0)
-        )
+        result = clip(**inputs)
+        cosines = torch.nn.functional.cosine_similarity(result.image_embeds, result.text_embeds)
+        scores.append(cosines.clamp_min(0))
     return float(100 * torch.cat(scores).double().mean())
 
 

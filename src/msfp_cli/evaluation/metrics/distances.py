@@ -51,11 +51,13 @@ def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
         )
     x = pictures.double()
     y = reference.double()
-    mean_x, mean_y = _local_mean(x), _local_mean(y)
+    mean_x = _local_mean(x)
+    mean_y = _local_mean(y)
     var_x = _local_mean(x * x) - mean_x**2
     var_y = _local_mean(y * y) - mean_y**2
     covariance = _local_mean(x * y) - mean_x * mean_y
-    c1, c2 = 0.01**2, 0.03**2  # the constants of the paper
+    c1 = 0.01**2  # the constants of the paper
+    c2 = 0.03**2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     return (luminance * (2 * covariance + c2) / (var_x + var_y + c2)).flatten(1).mean(dim=1)
 

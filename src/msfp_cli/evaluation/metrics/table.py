@@ -70,11 +70,12 @@ def compute_metrics(evidence: Evidence) -> tuple[dict[str, float], dict[str, Per
 
 def metrics_for(models: Sequence[Measurements]) -> list[Metric]:
     """Return the metrics to show people: those that at least one model has."""
-    return [
-        metric
-        for metric in METRICS
-        if not metric.json_only and any(model.value(metric.key) is not None for model in models)
-    ]
+    return [metric for metric in METRICS if not metric.json_only and _is_known(metric, models)]
+
+
+def _is_known(metric: Metric, models: Sequence[Measurements]) -> bool:
+    """Whether at least one model has a value of a metric."""
+    return any(model.value(metric.key) is not None for model in models)
 
 
 METRICS: tuple[Metric, ...] = (
