@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor
 
 from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.checkpoint.export import ExportReport, export_run
 from msfp_cli.evaluation.evaluate import evaluate_run
 from msfp_cli.evaluation.recipe import EvaluateRecipe
-from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.finetuning.finetune import finetune_run
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.pipelines.loading import BUILT_IN
@@ -58,7 +58,8 @@ def run_demo(
     directory: Path, *, device: str | None = None, progress: Progress = SILENT
 ) -> DemoReport:
     """Calibrate, fine-tune shortly, export, evaluate and report the built-in pipeline."""
-    run, source = Run(directory), ModelSource(model=BUILT_IN)
+    run = Run(directory)
+    source = ModelSource(model=BUILT_IN)
     few = RecordOptions(num_images=_RECORDED)
     calibrate_run(
         run, source, few, CalibrateRecipe(), device=device, overwrite=True, progress=progress
@@ -80,9 +81,13 @@ def run_demo(
         run, run.export, options, device=device, overwrite=True, progress=progress
     )
     written = report_run(run, pictures=len(_PROMPTS), overwrite=True)
+    sheet = directory / "demo.png"
+    galleries = [evaluation.gallery(model.key).pictures() for model in evaluation.models]
+    rows = [_images(pictures[: len(_PROMPTS)]) for pictures in galleries]
+    contact_sheet(rows, titles=[model.title for model in evaluation.models]).save(sheet)
     return DemoReport(
         page=str(written.page),
-        picture=str(_sheet(evaluation, directory / "demo.png")),
+        picture=str(sheet),
         export=report,
         errors={
             model.title: error
@@ -92,14 +97,6 @@ def run_demo(
     )
 
 
-def _sheet(evaluation: Evaluation, path: Path) -> Path:
-    """Lay the first pictures out, one row a model."""
-    rows = [_first_pictures(evaluation, model.key) for model in evaluation.models]
-    contact_sheet(rows, titles=[model.title for model in evaluation.models]).save(path)
-    return path
-
-
-def _first_pictures(evaluation: Evaluation, model: str) -> list[Image.Image]:
-    """Return a model's picture of each prompt."""
-    pictures = evaluation.gallery(model).pictures()[: len(_PROMPTS)]
+def _images(pictures: Tensor) -> list[Image.Image]:
+    """Return pictures, uint8 ``(pictures, 3, height, width)``, as images."""
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
