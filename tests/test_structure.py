@@ -28,7 +28,6 @@ BOUNDS = {
 OPEN = {
     "own imports per module, mean",
     "fan-out, 90 % of modules",
-    "fan-out, largest",
 }
 
 
