@@ -34,13 +34,17 @@ from msfp_cli.evaluation.cost import Cost
 from msfp_cli.evaluation.evaluate import evaluate_run
 from msfp_cli.evaluation.features.extractors import load_extractor
 from msfp_cli.evaluation.features.fashion import agreement, load_classifier
+from msfp_cli.evaluation.features.reference import (
+    BUILT_IN_REFERENCE,
+    built_in_reference,
+    load_reference,
+)
 from msfp_cli.evaluation.features.squeezenet import deep_distance, load_squeezenet
 from msfp_cli.evaluation.metrics.compute import MOST_PSNR
 from msfp_cli.evaluation.metrics.distances import frechet_distance, kernel_distance
 from msfp_cli.evaluation.metrics.evidence import Evidence, PictureSet
 from msfp_cli.evaluation.metrics.table import METRICS, compute_metrics
 from msfp_cli.evaluation.recipe import EvaluateRecipe
-from msfp_cli.evaluation.reference import BUILT_IN_REFERENCE, built_in_reference, load_reference
 from msfp_cli.evaluation.result import Evaluation, Measurements, SetSizes
 from msfp_cli.pipelines.loading import BUILT_IN, default_prompts, load_pipeline
 from msfp_cli.pipelines.source import ModelSource, Sampling

@@ -9,9 +9,9 @@ import pytest
 from conftest import Chained, Invoke
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
+from msfp_cli.evaluation.provenance import Provenance
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.report.document import gather
-from msfp_cli.report.provenance import Provenance
 from msfp_cli.report.reproduce import commands_of
 from msfp_cli.run import Run
 
@@ -88,7 +88,7 @@ def test_results_of_earlier_versions_give_what_they_know(tiny_chained: Chained) 
     recipe = CalibrateRecipe(weights=None, keep=("a:8", "b:none"))
     calibration = replace(tiny_chained.calibration, recipe=recipe, options=None)
     evaluation = Evaluation(directory=Path("e"), settings=SETTINGS, machine={}, models=())
-    provenance = Provenance(tables={}, calibration=calibration, finetunings={})
+    provenance = Provenance(run=Run(Path("r")), tables={}, calibration=calibration)
     calibrate, export, evaluate, report = commands_of(provenance, evaluation)
     count = len(calibration.record.conditions)
     assert calibrate.startswith(

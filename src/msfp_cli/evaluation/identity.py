@@ -1,21 +1,16 @@
-"""What identifies a model, and whether an export was made from a certain one."""
+"""What identifies a model, and whether a quantized model was made from a certain one."""
 
 import hashlib
 import json
-from collections.abc import Mapping
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from msfp_cli.calibration.result import Calibration
-from msfp_cli.checkpoint.quantizer import REDO, MSFPConfig
 from msfp_cli.errors import ModelError
-from msfp_cli.files import digest, open_tensors
+from msfp_cli.files import digest
 from msfp_cli.layers.replace import find_layers, quantized_layers
 from msfp_cli.pipelines.denoiser import find_denoisers, fingerprint
 from msfp_cli.pipelines.source import Pipeline
-from msfp_cli.run import Run
 
 
 def identity_of(pipe: Pipeline) -> dict[str, str]:
@@ -31,55 +26,6 @@ def _identity(denoiser: nn.Module) -> str:
     schemes = {name: layer.scheme.to_json() for name, layer in layers.items()}
     text = json.dumps(schemes, sort_keys=True) + digest(denoiser.state_dict())
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def calibration_of(run: Run, export: Path, configs: Mapping[str, MSFPConfig]) -> Calibration | None:
-    """Return the run's calibration if the export came from it, None if it did not.
-
-    It did if each layer's weight has the same format and the same scales, which fine-tuning leaves
-    as they are.
-
-    Arguments:
-        configs: of the export's quantized components.
-    """
-    if not run.calibration.exists():
-        return None
-    calibration = Calibration.load(run.calibration)
-    if calibration.layers.keys() != configs.keys():
-        return None
-    same = all(
-        _has_weights_of(calibration, component, config, export / component)
-        for component, config in configs.items()
-    )
-    return calibration if same else None
-
-
-def _has_weights_of(
-    calibration: Calibration, component: str, config: MSFPConfig, directory: Path
-) -> bool:
-    """Whether an exported denoiser has the calibration's formats of weights, and its scales."""
-    formats = {name: scheme.weight for name, scheme in config.table().items()}
-    calibrated = calibration.table(component)
-    if formats != {name: scheme.weight for name, scheme in calibrated.items()}:
-        return False
-    scales = {name: s for name, s in calibration.scales[component].items() if name in formats}
-    return digest(_exported_scales(directory)) == digest(scales)
-
-
-def _exported_scales(directory: Path) -> dict[str, Tensor]:
-    """Read the weight scales of an exported denoiser, by layer.
-
-    Raises:
-        CheckpointError: a file is truncated.
-    """
-    ending = ".weight_scale"
-    scales = dict[str, Tensor]()
-    for path in sorted(directory.glob("*.safetensors")):
-        with open_tensors(path, redo=REDO) as file:
-            for name in sorted(file.keys()):
-                if name.endswith(ending):
-                    scales[name.removesuffix(ending)] = file.get_tensor(name)
-    return scales
 
 
 @torch.no_grad()

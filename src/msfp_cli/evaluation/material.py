@@ -1,15 +1,15 @@
 """Get what models are measured with: their pictures, recorded calls, and real pictures."""
 
-from msfp_cli.evaluation.gallery import Gallery
-from msfp_cli.evaluation.identity import identity_of
-from msfp_cli.evaluation.models import EvaluatedModel
-from msfp_cli.evaluation.plan import EvaluationPlan
-from msfp_cli.evaluation.reference import (
+from msfp_cli.evaluation.features.reference import (
     ReferencePictures,
     built_in_reference,
     load_reference,
     require_pictures,
 )
+from msfp_cli.evaluation.gallery import Gallery
+from msfp_cli.evaluation.identity import identity_of
+from msfp_cli.evaluation.models import EvaluatedModel
+from msfp_cli.evaluation.plan import EvaluationPlan
 from msfp_cli.pipelines.source import Pipeline
 from msfp_cli.recording.record import record_calls
 

@@ -3,12 +3,12 @@
 import json
 
 from msfp_cli.evaluation.cost import Cost, measure_cost
+from msfp_cli.evaluation.features.reference import ReferencePictures
 from msfp_cli.evaluation.metrics.denoisers import denoiser_bytes, denoiser_errors
 from msfp_cli.evaluation.metrics.evidence import Evidence, PictureSet
 from msfp_cli.evaluation.metrics.table import compute_metrics
 from msfp_cli.evaluation.models import EvaluatedModel
 from msfp_cli.evaluation.plan import EvaluationPlan
-from msfp_cli.evaluation.reference import ReferencePictures
 from msfp_cli.evaluation.result import Measurements
 from msfp_cli.evaluation.resume import read_document
 from msfp_cli.files import write_text

@@ -1,6 +1,6 @@
 """The models that an evaluation compares: full precision, the export, and the steps between."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -9,9 +9,8 @@ from msfp_cli.calibration.calibrate import calibrate_
 from msfp_cli.calibration.result import Calibration, quantize_
 from msfp_cli.checkpoint.export import load_calibrated
 from msfp_cli.checkpoint.pipeline import read_configs
-from msfp_cli.checkpoint.quantizer import MSFPConfig
 from msfp_cli.errors import UsageError
-from msfp_cli.evaluation.identity import calibration_of
+from msfp_cli.evaluation.provenance import provenance_of
 from msfp_cli.evaluation.recipe import STEPS_BEFORE
 from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import load_pipeline
@@ -67,14 +66,14 @@ def models_to_evaluate(
         UsageError: the run has no calibration to rebuild a step from.
         ModelError: the directory is not an export.
     """
-    configs = read_configs(export)
-    calibration = calibration_of(run, export, configs)
+    provenance = provenance_of(run, export)
+    calibration = provenance.calibration
+    tuned = provenance.is_tuned
     if compare and calibration is None:
         raise UsageError(
             f"{export} was not made by the run {run.directory}; "
             "use --compare none, or give its --run"
         )
-    tuned = calibration is not None and _is_tuned(configs, calibration)
     steps = list[EvaluatedModel]()
     if calibration is not None:
         keys = _possible_steps(run, tuned=tuned) if compare is None else compare
@@ -91,13 +90,6 @@ def _stored(key: str, title: str, source: ModelSource, device: str | None) -> Ev
     """Return a model that lies on disk as it is."""
     load = partial(load_pipeline, source, device)
     return EvaluatedModel(key=key, title=title, source=source, load=load)
-
-
-def _is_tuned(configs: Mapping[str, MSFPConfig], calibration: Calibration) -> bool:
-    """Whether an export has other grids than the calibration that it came from."""
-    return any(
-        config.table() != calibration.table(component) for component, config in configs.items()
-    )
 
 
 def _possible_steps(run: Run, *, tuned: bool) -> tuple[str, ...]:

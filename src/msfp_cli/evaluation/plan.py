@@ -7,9 +7,9 @@ from typing import Any
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.pipeline import read_configs
 from msfp_cli.evaluation.features.extractors import Extractor, load_extractor
+from msfp_cli.evaluation.features.reference import BUILT_IN_REFERENCE
 from msfp_cli.evaluation.gallery import Gallery
 from msfp_cli.evaluation.recipe import EvaluateRecipe
-from msfp_cli.evaluation.reference import BUILT_IN_REFERENCE
 from msfp_cli.pipelines.conditions import conditioning_of, conditions_for, prompts_of
 from msfp_cli.pipelines.loading import BUILT_IN, default_prompts
 from msfp_cli.pipelines.source import ModelSource, Pipeline

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msfp_cli.calibration.result import LayerChoice, Score
+from msfp_cli.evaluation.provenance import Provenance
 from msfp_cli.evaluation.result import DenoiserError, Histogram, Measurements
 from msfp_cli.finetuning.lora import tuned_names
 from msfp_cli.finetuning.quantize import member_by_timestep
 from msfp_cli.formats.rounding import Grid
 from msfp_cli.layers.scheme import LayerScheme
-from msfp_cli.report.provenance import Provenance
 
 
 def describe_component(

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from msfp_cli.calibration.result import Calibration
+from msfp_cli.evaluation.features.reference import BUILT_IN_REFERENCE
+from msfp_cli.evaluation.provenance import Provenance
 from msfp_cli.evaluation.recipe import STEPS_BEFORE, EvaluateRecipe
-from msfp_cli.evaluation.reference import BUILT_IN_REFERENCE
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.files import Json
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
-from msfp_cli.report.provenance import Provenance
 
 
 def commands_of(provenance: Provenance, evaluation: Evaluation) -> list[str]:
@@ -19,10 +19,9 @@ def commands_of(provenance: Provenance, evaluation: Evaluation) -> list[str]:
     commands = list[list[str]]()
     if calibration is not None:
         commands.append(["calibrate", calibration.source.model, *_calibrate_words(calibration)])
-    for state in list(provenance.finetunings.values())[
-        :1
-    ]:  # all denoisers were trained by one command
-        commands.append(["finetune", *state.recipe.words()])
+    finetunings = list(provenance.finetunings.values())
+    if finetunings:  # all denoisers were trained by one command
+        commands.append(["finetune", *finetunings[0].recipe.words()])
     if calibration is not None:
         commands.append(["export"])
     place = [] if calibration is not None else [evaluation.settings["export"]]

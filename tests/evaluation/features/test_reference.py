@@ -11,13 +11,17 @@ from torch import Tensor
 from msfp_cli.errors import UsageError
 from msfp_cli.evaluation.features.extractors import Extractor
 from msfp_cli.evaluation.features.fashion import load_classifier
+from msfp_cli.evaluation.features.reference import (
+    BUILT_IN_REFERENCE,
+    built_in_reference,
+    load_reference,
+)
 from msfp_cli.evaluation.metrics.distances import (
     frechet_distance,
     kernel_distance,
     precision,
     recall,
 )
-from msfp_cli.evaluation.reference import BUILT_IN_REFERENCE, built_in_reference, load_reference
 
 PIXELS = Extractor("pixels", lambda pictures: pictures.flatten(1))
 SIZE = (6, 8)  # height, width

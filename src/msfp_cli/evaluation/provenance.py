@@ -1,0 +1,115 @@
+"""How an export was made, as far as a run still knows.
+
+An evaluation may be of any export. Only if the run's own calibration made the export can the steps
+before it be rebuilt, and a report show candidates of layers, the router, and earlier commands.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from msfp_cli.calibration.result import Calibration
+from msfp_cli.checkpoint.pipeline import read_configs
+from msfp_cli.checkpoint.quantizer import REDO, MSFPConfig
+from msfp_cli.files import digest, open_tensors
+from msfp_cli.finetuning.result import FinetuneState, load_finetunings
+from msfp_cli.layers.scheme import LayerScheme
+from msfp_cli.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What a run knows of the making of an export.
+
+    Arguments:
+        run: the run.
+        tables: each denoiser's layers as exported.
+        calibration: the one that the export came from; None if it is not the run's.
+    """
+
+    run: Run
+    tables: dict[str, dict[str, LayerScheme]]
+    calibration: Calibration | None
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the export has different grids than the calibration that it came from."""
+        calibration = self.calibration
+        return calibration is not None and any(
+            table != calibration.table(component) for component, table in self.tables.items()
+        )
+
+    @cached_property
+    def finetunings(self) -> dict[str, FinetuneState]:
+        """The fine-tunings that the export holds, by denoiser."""
+        if self.calibration is None or not self.is_tuned:
+            return {}
+        return load_finetunings(self.run, self.calibration)
+
+
+def provenance_of(run: Run, export: Path) -> Provenance:
+    """Return what a run knows of the making of an export.
+
+    Raises:
+        ModelError: the directory is not an export.
+    """
+    configs = read_configs(export)
+    return Provenance(
+        run=run,
+        tables={component: config.table() for component, config in configs.items()},
+        calibration=_calibration_of(run, export, configs),
+    )
+
+
+def _calibration_of(
+    run: Run, export: Path, configs: Mapping[str, MSFPConfig]
+) -> Calibration | None:
+    """Return the run's calibration if the export came from it, None if it did not.
+
+    It did if each layer's weight has the same format and the same scales, which fine-tuning leaves
+    as they are.
+
+    Arguments:
+        configs: of the export's quantized components.
+    """
+    if not run.calibration.exists():
+        return None
+    calibration = Calibration.load(run.calibration)
+    if calibration.layers.keys() != configs.keys():
+        return None
+    same = all(
+        _has_weights_of(calibration, component, config, export / component)
+        for component, config in configs.items()
+    )
+    return calibration if same else None
+
+
+def _has_weights_of(
+    calibration: Calibration, component: str, config: MSFPConfig, directory: Path
+) -> bool:
+    """Whether an exported denoiser has the calibration's formats of weights, and its scales."""
+    formats = {name: scheme.weight for name, scheme in config.table().items()}
+    calibrated = calibration.table(component)
+    if formats != {name: scheme.weight for name, scheme in calibrated.items()}:
+        return False
+    scales = {name: s for name, s in calibration.scales[component].items() if name in formats}
+    return digest(_exported_scales(directory)) == digest(scales)
+
+
+def _exported_scales(directory: Path) -> dict[str, Tensor]:
+    """Read the weight scales of an exported denoiser, by layer.
+
+    Raises:
+        CheckpointError: a file is truncated.
+    """
+    ending = ".weight_scale"
+    scales = dict[str, Tensor]()
+    for path in sorted(directory.glob("*.safetensors")):
+        with open_tensors(path, redo=REDO) as file:
+            for name in sorted(file.keys()):
+                if name.endswith(ending):
+                    scales[name.removesuffix(ending)] = file.get_tensor(name)
+    return scales

@@ -1,0 +1,29 @@
+"""Which calibration and fine-tunings an export came from."""
+
+from pathlib import Path
+
+from conftest import Chained, Finetuned
+from msfp_cli.evaluation.provenance import provenance_of
+from msfp_cli.run import Run
+
+
+def test_fine_tuned_export_came_from_calibration_and_fine_tuning(tiny_tuned: Finetuned) -> None:
+    provenance = provenance_of(tiny_tuned.run, tiny_tuned.export)
+    assert provenance.calibration is not None
+    assert provenance.calibration.identity() == tiny_tuned.calibration.identity()
+    assert provenance.is_tuned and provenance.finetunings.keys() == {"unet"}
+
+
+def test_calibrated_export_holds_no_fine_tuning(tiny_chained: Chained) -> None:
+    provenance = provenance_of(tiny_chained.run, tiny_chained.export)
+    assert provenance.tables["unet"] == tiny_chained.calibration.table("unet")
+    assert not provenance.is_tuned and provenance.finetunings == {}
+
+
+def test_export_of_another_run_has_no_calibration(
+    tiny_tuned: Finetuned, prompted_chained: Chained, other: Chained, tmp_path: Path
+) -> None:
+    for run in (prompted_chained.run, other.run, Run(tmp_path / "none")):
+        provenance = provenance_of(run, tiny_tuned.export)
+        assert provenance.calibration is None
+        assert not provenance.is_tuned and provenance.finetunings == {}
