@@ -758,7 +758,7 @@ def array_of(**arrays: np.ndarray) -> None:
         (
             lambda: None,
             "--compare plain",
-            "unknown --compare 'plain'; choose one of signed, calibrated",
+            "unknown --compare 'plain'; choose one of signed, calibrated, or none",
         ),
         (lambda: None, "--compare signed,full", "unknown --compare 'full'"),
         (lambda: None, "--num-images 0", "--num-images must be at least 1, got 0"),

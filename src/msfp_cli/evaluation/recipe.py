@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from msfp_cli.errors import UsageError
 from msfp_cli.pipelines.source import Sampling, write_prompts
 from msfp_cli.recipe import option
 
@@ -11,8 +12,16 @@ _SEED = 5_000_011  # far from those of the recordings
 
 
 def _read_steps(text: str) -> tuple[str, ...]:
-    """Read names separated by commas; ``none`` is none of them."""
-    names = (name.strip() for name in text.split(","))
+    """Read names separated by commas; ``none`` stands for no name.
+
+    Raises:
+        UsageError: a name is unknown.
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in (*STEPS_BEFORE, "none"):
+            known = ", ".join(STEPS_BEFORE)
+            raise UsageError(f"unknown --compare {name!r}; choose one of {known}, or none")
     return tuple(name for name in names if name != "none")
 
 
