@@ -207,6 +207,28 @@ def read_tensors(path: Path, *, redo: str) -> "dict[str, Tensor]":
         return {name: file.get_tensor(name) for name in sorted(file.keys())}
 
 
+def read_document(
+    path: Path,
+    key: str,
+    parse: "Callable[[Json, dict[str, Tensor]], T]",
+    *,
+    redo: str,
+    schema: int | None = None,
+) -> T:
+    """Read the tensors of a safetensors file and the JSON document under `key` in its header.
+
+    Both are read from one opened file, because another process may replace it at any time: a
+    training saves its state every few updates. `parse` gets the document and the tensors; other
+    arguments and errors are those of `read_json`.
+    """
+    with open_tensors(path, redo=redo) as file:
+        text = (file.metadata() or {}).get(key)
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    if text is None:
+        raise damaged(path, f"its header has no {key!r}", redo=redo)
+    return _parse(path, text, lambda document: parse(document, tensors), redo, schema)
+
+
 def digest(tensors: "Mapping[str, Tensor]") -> str:
     """Return the SHA-256 of tensors: names, types, shapes and bytes, in the order of the names."""
     import torch  # whoever has a tensor has loaded it

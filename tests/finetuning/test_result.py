@@ -34,6 +34,25 @@ def test_state_comes_back_as_it_was_saved(tiny_tuned: Finetuned, tmp_path: Path)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["state.safetensors"]
 
 
+def test_state_that_is_replaced_while_it_is_read_comes_back_whole(
+    tiny_tuned: Finetuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.safetensors"
+    first = tiny_tuned.tuned
+    later = replace(first, step=1, tensors={n: t + 1 for n, t in first.tensors.items()})
+    first.save(path)
+
+    def open_and_replace(*arguments: object, **options: object) -> object:
+        file = safe_open(*arguments, **options)
+        later.save(path)
+        return file
+
+    monkeypatch.setattr("msfp_cli.files.safe_open", open_and_replace)
+    state = FinetuneState.load(path)
+    assert state.step == first.step
+    assert all(torch.equal(state.tensors[name], first.tensors[name]) for name in first.tensors)
+
+
 def test_failed_save_leaves_the_state_before(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, tuned = file.read_bytes(), FinetuneState.load(file)
 

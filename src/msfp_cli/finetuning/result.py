@@ -20,7 +20,7 @@ from torch import Tensor
 
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import RunError
-from msfp_cli.files import Json, digest, read_header, read_tensors, refuse_altered, replace_file
+from msfp_cli.files import Json, digest, read_document, refuse_altered, replace_file
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.run import Run
 
@@ -129,13 +129,12 @@ class FinetuneState:
         """
         if not path.exists():
             raise RunError(f"no fine-tuning in {path}; run `msfp finetune` first")
-        tensors = read_tensors(path, redo=_REDO)
 
-        def parse(document: Json) -> FinetuneState:
+        def parse(document: Json, tensors: dict[str, Tensor]) -> FinetuneState:
             refuse_altered(path, tensors, document["digest"], redo=_REDO)
             return cls._from_document(document, tensors)
 
-        return read_header(path, _HEADER, parse, redo=_REDO, schema=_SCHEMA)
+        return read_document(path, _HEADER, parse, redo=_REDO, schema=_SCHEMA)
 
     @classmethod
     def _from_document(cls, document: Json, tensors: dict[str, Tensor]) -> "FinetuneState":
