@@ -191,8 +191,8 @@ def multiply_kernel(
         else:
             kind = _kind(i, height, stride_down, pad_down, dilation_down, DOWN) * KINDS_ACROSS
             kind += _kind(j, width, stride_across, pad_across, dilation_across, ACROSS)
-            row = constants + (at * KINDS + kind)[:, None] * outs
-            constant = tl.load(row + out[None, :], mask=mask, other=0.0)
+            of_kind = constants + (at * KINDS + kind)[:, None] * outs
+            constant = tl.load(of_kind + out[None, :], mask=mask, other=0.0)
         values = sums.to(tl.float32) * factor + constant
     else:
         values = sums.to(tl.float32) * (factor * 256) + tl.load(y + places, mask=mask, other=0.0)
