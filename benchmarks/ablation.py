@@ -38,7 +38,7 @@ from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import load_calibrated
-from msfp_cli.files import write_text
+from msfp_cli.files.atomic import write_text
 from msfp_cli.finetuning.finetune import finetune_run
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.result import load_finetunings

@@ -5,7 +5,7 @@ The text around these comments is written by hand and stays as it is.
 
 from pathlib import Path
 
-from msfp_cli.files import write_text
+from msfp_cli.files.atomic import write_text
 
 
 def put(page: Path, name: str, text: str) -> None:

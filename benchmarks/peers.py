@@ -35,7 +35,7 @@ from peer_quantizers import METHODS, Material, Method
 from test_set import BATCH, MAX_TESTS, TestSet
 from torch import Tensor, nn
 
-from msfp_cli.files import write_text
+from msfp_cli.files.atomic import write_text
 from msfp_cli.layers.replace import find_layers
 from msfp_cli.pipelines.loading import load_pipeline, quiet_libraries
 from msfp_cli.pipelines.source import ModelSource

@@ -14,7 +14,7 @@ from material import UNSEEN
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from msfp_cli.files import replace_file
+from msfp_cli.files.atomic import replace_file
 from msfp_cli.pipelines.denoiser import replay
 from msfp_cli.pipelines.loading import BUILT_IN_GUIDANCE, load_pipeline
 from msfp_cli.pipelines.sampling import call_pipeline

@@ -13,7 +13,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from msfp_cli.errors import UsageError
-from msfp_cli.files import Json
+from msfp_cli.files.documents import Json
 
 T = TypeVar("T", bound="Recipe")
 

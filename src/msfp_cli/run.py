@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msfp_cli.errors import RunError
-from msfp_cli.files import Json, read_json, write_json
+from msfp_cli.files.documents import Json, read_json, write_json
 
 DEFAULT_RUN = Path("msfp-run")
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from msfp_cli.checkpoint.pipeline import MSFPPipeline, read_configs
-from msfp_cli.files import Json, refuse_existing, replace_directory
+from msfp_cli.files.directories import refuse_existing, replace_directory
+from msfp_cli.files.documents import Json
 from msfp_cli.pipelines.conditions import conditioning_of, expand_conditions
 from msfp_cli.pipelines.loading import load_pipeline
 from msfp_cli.pipelines.sampling import call_pipeline

@@ -13,7 +13,7 @@ from msfp_cli.calibration.denoiser_search import held_out_error, search_denoiser
 from msfp_cli.calibration.layer_search import CalibratedLayer
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration, LayerChoice, quantize_
-from msfp_cli.files import refuse_existing
+from msfp_cli.files.directories import refuse_existing
 from msfp_cli.pipelines.conditions import prompts_of
 from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import load_pipeline

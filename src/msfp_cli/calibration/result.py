@@ -19,14 +19,8 @@ from torch import Tensor, nn
 
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.errors import RunError
-from msfp_cli.files import (
-    Json,
-    digest,
-    read_json,
-    read_tensors,
-    refuse_altered,
-    replace_directory,
-)
+from msfp_cli.files.directories import replace_directory
+from msfp_cli.files.documents import Json, digest, read_json, read_tensors, refuse_altered
 from msfp_cli.layers.replace import store_layers_
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.source import ModelSource

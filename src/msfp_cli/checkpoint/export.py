@@ -12,7 +12,7 @@ from torch import nn
 
 from msfp_cli.calibration.result import Calibration, quantize_
 from msfp_cli.checkpoint.quantizer import MSFPConfig, mark_quantized_
-from msfp_cli.files import refuse_existing, replace_directory
+from msfp_cli.files.directories import refuse_existing, replace_directory
 from msfp_cli.finetuning.quantize import quantize_tuned_
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.layers.replace import quantized_layers

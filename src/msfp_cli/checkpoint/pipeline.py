@@ -8,7 +8,7 @@ import torch
 
 from msfp_cli.checkpoint.quantizer import METHOD, REDO, MSFPConfig
 from msfp_cli.errors import ModelError
-from msfp_cli.files import Json, open_tensors, read_json
+from msfp_cli.files.documents import Json, open_tensors, read_json
 from msfp_cli.layers.kernels.registry import AUTO
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.replace import quantized_layers, select_layers

@@ -21,7 +21,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from msfp_cli.errors import CheckpointError, MsfpError
-from msfp_cli.files import Json, digest, open_tensors, refuse_altered
+from msfp_cli.files.documents import Json, digest, open_tensors, refuse_altered
 from msfp_cli.layers.replace import replace_layers_
 from msfp_cli.layers.scheme import LayerScheme
 

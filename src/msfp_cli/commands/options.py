@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional, TypeVar, get_origin
 
 import typer
 
-from msfp_cli.files import Json
+from msfp_cli.files.documents import Json
 from msfp_cli.pipelines.source import ModelSource
 from msfp_cli.recipe import Option, Recipe, options_of
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from msfp_cli.errors import ModelError
-from msfp_cli.files import Json
+from msfp_cli.files.documents import Json
 from msfp_cli.pipelines.source import ModelSource, Sampling
 
 _TURNS = 3

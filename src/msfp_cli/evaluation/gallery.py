@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from msfp_cli.errors import ModelError, RunError
-from msfp_cli.files import open_tensors, read_json, replace_file, write_json
+from msfp_cli.files.atomic import replace_file
+from msfp_cli.files.documents import open_tensors, read_json, write_json
 from msfp_cli.pipelines.sampling import call_pipeline
 from msfp_cli.pipelines.source import Pipeline
 from msfp_cli.pipelines.watch import watch_scheduler

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from msfp_cli.errors import ModelError
-from msfp_cli.files import digest
+from msfp_cli.files.documents import digest
 from msfp_cli.layers.replace import find_layers, quantized_layers
 from msfp_cli.pipelines.denoiser import find_denoisers, fingerprint
 from msfp_cli.pipelines.source import Pipeline

@@ -14,7 +14,7 @@ from torch import Tensor
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.pipeline import read_configs
 from msfp_cli.checkpoint.quantizer import REDO, MSFPConfig
-from msfp_cli.files import digest, open_tensors
+from msfp_cli.files.documents import digest, open_tensors
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.run import Run

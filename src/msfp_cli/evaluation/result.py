@@ -8,7 +8,7 @@ from msfp_cli.errors import RunError
 from msfp_cli.evaluation.cost import Cost
 from msfp_cli.evaluation.gallery import Gallery
 from msfp_cli.evaluation.schema_1 import from_schema_1
-from msfp_cli.files import Json, read_json, write_json
+from msfp_cli.files.documents import Json, read_json, write_json
 from msfp_cli.recording.recipe import RecordRecipe
 
 _SCHEMA = 2  # 1, a field for each metric, can still be read

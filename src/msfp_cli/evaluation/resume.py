@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from msfp_cli.errors import RunError
-from msfp_cli.files import Json, read_json, refuse_foreign, write_json
+from msfp_cli.files.directories import refuse_foreign
+from msfp_cli.files.documents import Json, read_json, write_json
 
 _SETTINGS = "asked.json"
 _PARTS = (_SETTINGS, "trajectories", "pictures", "measured", "signed", "evaluation.json")

@@ -4,7 +4,7 @@ Then ``to_full`` and ``to_reference`` held the distances between sets of picture
 errors of the denoisers, and shares were in 0..1 where the table has percent.
 """
 
-from msfp_cli.files import Json
+from msfp_cli.files.documents import Json
 
 _PER_PICTURE = ("psnr", "ssim", "deep")
 # A distance between sets, by its key against full precision and against real pictures.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import RunError
-from msfp_cli.files import Json
+from msfp_cli.files.documents import Json
 from msfp_cli.finetuning.lora import tuned_names
 from msfp_cli.finetuning.quantize import member_by_timestep
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings

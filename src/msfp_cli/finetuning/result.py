@@ -20,7 +20,8 @@ from torch import Tensor
 
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import RunError
-from msfp_cli.files import Json, digest, read_document, refuse_altered, replace_file
+from msfp_cli.files.atomic import replace_file
+from msfp_cli.files.documents import Json, digest, read_document, refuse_altered
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.run import Run
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from msfp_cli.errors import ModelError
-from msfp_cli.files import digest
+from msfp_cli.files.documents import digest
 from msfp_cli.pipelines.source import Pipeline
 
 # The attribute names under which diffusers' pipelines keep the network that is called once per

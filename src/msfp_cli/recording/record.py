@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from msfp_cli.errors import CalibrationError, ModelError, MsfpError, RunError
-from msfp_cli.files import is_ours
+from msfp_cli.files.directories import is_ours
 from msfp_cli.pipelines.conditions import conditions_for, prompts_of
 from msfp_cli.pipelines.denoiser import (
     DenoiserCall,

@@ -22,14 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from msfp_cli.errors import ModelError, RunError
-from msfp_cli.files import (
+from msfp_cli.files.atomic import replace_file
+from msfp_cli.files.documents import (
     Json,
     TensorFile,
     damaged,
     open_tensors,
     read_header,
     read_json,
-    replace_file,
     write_json,
 )
 from msfp_cli.pipelines.denoiser import DenoiserCall

@@ -9,7 +9,7 @@ from typing import Any
 
 from msfp_cli.evaluation.provenance import Provenance, provenance_of
 from msfp_cli.evaluation.result import Evaluation
-from msfp_cli.files import Json
+from msfp_cli.files.documents import Json
 from msfp_cli.report.comparison import cost_row, embedded_pictures, key_figures, metrics_table
 from msfp_cli.report.components import describe_component
 from msfp_cli.report.reproduce import commands_of, settings_of

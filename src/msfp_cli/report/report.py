@@ -5,7 +5,8 @@ from pathlib import Path
 
 from msfp_cli.errors import UsageError
 from msfp_cli.evaluation.result import Evaluation
-from msfp_cli.files import Json, refuse_existing, replace_directory
+from msfp_cli.files.directories import refuse_existing, replace_directory
+from msfp_cli.files.documents import Json
 from msfp_cli.report.document import gather
 from msfp_cli.report.page import render
 from msfp_cli.report.plots import draw_plots

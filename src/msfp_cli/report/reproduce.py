@@ -9,7 +9,7 @@ from msfp_cli.evaluation.features.reference import BUILT_IN_REFERENCE
 from msfp_cli.evaluation.provenance import Provenance
 from msfp_cli.evaluation.recipe import STEPS_BEFORE, EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation
-from msfp_cli.files import Json
+from msfp_cli.files.documents import Json
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from conftest import Chained
 from msfp_cli.evaluation.metrics.denoisers import denoiser_bytes, input_histograms
-from msfp_cli.files import digest
+from msfp_cli.files.documents import digest
 from msfp_cli.layers.replace import find_layers
 from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers
 from msfp_cli.pipelines.loading import load_pipeline

@@ -1,6 +1,5 @@
-"""Files of ours: written whole or not at all, and read with one line when something is wrong.
+"""JSON documents and tensors of ours: written, and read with one line when something is wrong.
 
-A writer works under a temporary name and renames, so a killed process leaves the old file or none.
 A reader turns whatever `json` and `safetensors` raise, and whatever its caller's parser raises,
 into one line that names the file, says what is wrong, and ends with what to type (`redo`). A file
 that is damaged, altered or newer than this msfp is a `CheckpointError`, a missing one a `RunError`.
@@ -8,10 +7,7 @@ that is damaged, altered or newer than this msfp is a `CheckpointError`, a missi
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -19,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from safetensors import SafetensorError, safe_open
 
 from msfp_cli.errors import CheckpointError, RunError, UsageError
+from msfp_cli.files.atomic import write_text
 
 if TYPE_CHECKING:  # `msfp --help` must not load torch
     from torch import Tensor
@@ -27,100 +24,8 @@ Json: TypeAlias = Any  # what a JSON file holds: a tree of dicts, lists, strings
 TensorFile: TypeAlias = Any  # an open safetensors file: keys(), get_tensor(name), metadata()
 T = TypeVar("T")
 
-# One of these lies in every directory that we write.
-_MARKS = (
-    "recording.json",
-    "calibration.json",
-    "model_index.json",
-    "sheet.png",
-    "report.html",
-)
 # What a parser raises when a document is not of the expected form.
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, UsageError)
-
-
-def is_ours(directory: Path, parts: Collection[str] | None = None) -> bool:
-    """Say whether a directory may be replaced: it is empty, or msfp wrote it.
-
-    Arguments:
-        parts: names of all that msfp writes into such a directory; anything else in it makes it
-            somebody else's. None allows anything beside a file that only msfp writes (people put
-            a README into an export).
-    """
-    if not directory.is_dir():
-        return False
-    names = [path.name for path in directory.iterdir()]
-    if parts is None:
-        return not names or any(mark in names for mark in _MARKS)
-    temporary = tuple(f".{part}" for part in parts)  # left behind by a process that was killed
-    return all(name in parts or name.startswith(temporary) for name in names)
-
-
-def refuse_foreign(directory: Path, parts: Collection[str] | None = None) -> None:
-    """Refuse to replace what msfp did not write, see `is_ours`.
-
-    Raises:
-        RunError: something is there, and it is not ours.
-    """
-    if directory.exists() and not is_ours(directory, parts):
-        raise RunError(
-            f"{directory} was not written by msfp and is not replaced; choose another path"
-        )
-
-
-def refuse_existing(directory: Path, *, overwrite: bool) -> None:
-    """Refuse an output that is already there, before any work is done for it.
-
-    Raises:
-        RunError: it exists and `overwrite` is not set, or msfp did not write it.
-    """
-    if directory.exists() and not overwrite:
-        raise RunError(
-            f"{directory} exists already; use --overwrite to replace it, or choose another path"
-        )
-    refuse_foreign(directory)
-
-
-@contextmanager
-def replace_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary directory that takes the place of `directory` when the block ends well.
-
-    Raises:
-        RunError: `directory` exists and `overwrite` is not set.
-    """
-    refuse_existing(directory, overwrite=overwrite)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    temporary.chmod(0o755)
-    try:
-        yield temporary
-        if directory.exists():
-            old = temporary.with_name(f"{temporary.name}-old")
-            os.replace(directory, old)
-            os.replace(temporary, directory)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name; the file written there becomes `path` when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
-    with replace_file(path) as temporary:
-        temporary.write_text(text, "utf-8")
 
 
 def write_json(path: Path, document: Json) -> None:

@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import pytest
+
+from msfp_cli.files.atomic import replace_file, write_text
+
+
+class Stopped(BaseException):
+    """What ends a process from outside."""
+
+
+def test_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "state.bin"
+    path.write_text("old")
+    with replace_file(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+        assert temporary.parent == path.parent
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Stopped])
+@pytest.mark.parametrize("written", [True, False], ids=["written", "not written"])
+@pytest.mark.parametrize("old", ["old", None])
+def test_old_content_stays_and_nothing_is_left_when_the_block_raises(
+    tmp_path: Path, old: str | None, written: bool, error: type[BaseException]
+) -> None:
+    path = tmp_path / "state.bin"
+    if old is not None:
+        path.write_text(old)
+    with pytest.raises(error), replace_file(path) as temporary:
+        if written:
+            temporary.write_text("half of the ne")
+        raise error
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == (
+        {} if old is None else {"state.bin": old}
+    )
+
+
+def test_leftover_of_a_killed_process_is_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "state.bin"
+    with pytest.raises(Stopped), replace_file(path) as temporary:
+        raise Stopped
+    temporary.write_text("a longer leftover of a process that was killed")
+    with replace_file(path) as again:
+        assert again == temporary
+        again.write_text("new")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"state.bin": "new"}
+
+
+def test_block_that_writes_nothing_does_not_delete_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "state.bin"
+    path.write_text("old")
+    with pytest.raises(FileNotFoundError), replace_file(path):
+        pass
+    assert path.read_text() == "old"
+
+
+def test_missing_directories_are_made_for_a_text(tmp_path: Path) -> None:
+    write_text(tmp_path / "a" / "b" / "run.json", "naïve\n")
+    assert (tmp_path / "a" / "b" / "run.json").read_bytes() == "naïve\n".encode()
+    assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["run.json"]
