@@ -1,0 +1,141 @@
+"""Round a weight for the output of its layer, rather than to the nearest codes.
+
+A layer with weight ``W`` was meant to compute ``W x`` and will compute ``Q x_q``, where ``x_q`` is
+its rounded input and ``Q`` its rounded weight. Over samples of both,
+
+    E |W x - Q x_q|^2 + damping |W - Q|^2  =  |(W' - Q) L|^2 + const,       with
+    H = E x_q x_q^T + damping,   C = E (x - x_q) x_q^T,   W' = W + W C H^-1,   L L^T = H
+
+so ``W'`` is the weight of least error as long as nothing is rounded: it makes up for the rounding
+of the input (Li et al. 2025, arXiv:2504.02692). The damping draws it towards ``W``, because the
+samples are few.
+
+What is left is to find the point ``Q`` of a grid that is nearest to ``W'`` in the metric of ``L``.
+``L`` is lower triangular, so the error of column ``j`` depends on the columns from ``j`` on. Once
+the columns after it are rounded, the best real number for column ``j`` is known, and is rounded:
+
+    q_j = round( w'_j + sum_{i > j} (w'_i - q_i) L_ij / L_jj )
+
+This is Babai's nearest plane, and gives the same codes as GPTQ (Frantar et al. 2022,
+arXiv:2210.17323), which updates the columns that are not rounded yet: its error is pushed onto
+them. GPTQ needs the inverse of ``H``, and this needs its Cholesky factor only. Columns with the
+largest input are rounded first, when most others are left to make up for them.
+
+Weights count in steps of their grid, one scale per output channel, which changes nothing above:
+output channels do not depend on each other.
+"""
+
+import torch
+from torch import Tensor
+
+from msfp_cli.formats.float_format import FloatFormat
+from msfp_cli.formats.rounding import round_steps
+
+_BLOCK = 128  # columns that are rounded one by one, before the rest learns of them
+_INSET = 1 / 16  # of half a cell: how far from its border a moved weight stays
+
+
+def compensated_steps(
+    steps: Tensor, moments: Tensor, cross: Tensor | None, fmt: FloatFormat, dampings: Tensor
+) -> Tensor:
+    """Round a weight so that the output of its layer has the least error.
+
+    Arguments:
+        steps: float32 ``(..., out, k)``, the weight in steps of its grid.
+        moments: float32 ``(..., k, k)``, the sum of ``x_q x_q^T`` over samples of the input.
+        cross: float32 ``(..., k, k)``, the sum of ``(x - x_q) x_q^T`` over the same samples; None
+            where the input is not rounded.
+        fmt: the format of the weight.
+        dampings: float32 ``(d,)``, the values of the damping to try, as shares of the mean of the
+            diagonal of `moments`.
+
+    Returns:
+        float32 ``(d, ..., out, k)``, integers of the format's code book. Where the moments have no
+        Cholesky factor at some damping, all are NaN.
+    """
+    order = moments.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, stable=True)
+    columns = torch.take_along_dim(steps.mT, order[..., None], dim=-2)  # (..., k, out)
+    lower = _damped_factor(_permuted(moments, order), dampings)
+    target = columns.expand(len(dampings), *columns.shape)
+    if cross is not None:
+        missing = _permuted(cross, order).mT @ columns
+        target = target + torch.cholesky_solve(missing.expand(target.shape), lower)
+    rounded = _nearest_plane(target, lower, fmt)
+    back = order.argsort(dim=-1)[..., None].expand(target.shape)
+    return rounded.gather(-2, back).mT.contiguous()
+
+
+def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
+    """Return a matrix with its rows and columns in another order."""
+    rows = torch.take_along_dim(matrix, order[..., None], dim=-2)
+    return torch.take_along_dim(rows, order[..., None, :], dim=-1)
+
+
+def _damped_factor(moments: Tensor, dampings: Tensor) -> Tensor:
+    """Return the Cholesky factor of the moments at each damping, NaN where there is none."""
+    mean = moments.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    added = dampings.view(-1, *[1] * mean.ndim) * mean  # (d, ...)
+    damped = moments.repeat(len(dampings), *[1] * moments.ndim)
+    damped.diagonal(dim1=-2, dim2=-1).add_(added[..., None])
+    lower: Tensor
+    lower, failure = torch.linalg.cholesky_ex(damped)
+    return lower.masked_fill_((failure != 0)[..., None, None], torch.nan)
+
+
+def _nearest_plane(target: Tensor, lower: Tensor, fmt: FloatFormat) -> Tensor:
+    """Return the integers nearest to `target` in the metric of `lower`, last column first.
+
+    Arguments:
+        target: ``(..., k, out)``, a row for each column of the weight.
+        lower: ``(..., k, k)``.
+    """
+    rounded = torch.empty_like(target, memory_format=torch.contiguous_format)
+    errors = torch.zeros_like(rounded)
+    push = lower / lower.diagonal(dim1=-2, dim2=-1)[..., None, :]
+    size = target.shape[-2]
+    for end in range(size, 0, -_BLOCK):
+        start = max(0, end - _BLOCK)
+        after = push[..., end:, start:end].mT @ errors[..., end:, :]
+        for column in range(end - 1, start - 1, -1):
+            best = target[..., column, :] + after[..., column - start, :]
+            rounded[..., column, :] = round_steps(best, fmt)
+            errors[..., column, :] = target[..., column, :] - rounded[..., column, :]
+            before = push[..., column, start:column, None]
+            after[..., : column - start, :] += before * errors[..., None, column, :]
+    return rounded
+
+
+def move_into_cells(weight: Tensor, scale: Tensor, integers: Tensor, fmt: FloatFormat) -> Tensor:
+    """Return a weight that rounds to given integers and is as near to the given one as that allows.
+
+    An element that rounds to its integer is kept. Others are moved to the near side of the cell of
+    their integer, so what begins with the result (a low-rank update, say) begins at these codes.
+
+    Arguments:
+        weight: floating point, ``(out, ...)``.
+        scale: float32, broadcasts against it.
+        integers: of the format's code book, in floating point, shape of the weight.
+
+    Returns:
+        The type and shape of `weight`.
+    """
+    steps = weight.float() / scale
+    levels = torch.tensor(fmt.levels, dtype=torch.float32, device=weight.device)
+    place = torch.bucketize(integers, levels)
+    middles = (levels[1:] + levels[:-1]) / 2
+    ends = levels.new_tensor([torch.inf])
+    to_low = torch.cat([-ends, middles])[place] - integers
+    to_high = torch.cat([middles, ends])[place] - integers
+    reach = 1 - _INSET
+    inside = steps.clamp(integers + reach * to_low, integers + reach * to_high)
+    moved = (inside * scale).to(weight.dtype)
+    # In 16 bits a border may be out of reach; the integer itself is near enough to a number.
+    moved = torch.where(
+        _rounds_to(moved, scale, integers, fmt), moved, (integers * scale).to(moved)
+    )
+    return torch.where(_rounds_to(weight, scale, integers, fmt), weight, moved)
+
+
+def _rounds_to(weight: Tensor, scale: Tensor, integers: Tensor, fmt: FloatFormat) -> Tensor:
+    """Whether each element of a weight rounds to its integer."""
+    return round_steps(weight.float() / scale, fmt) == integers
