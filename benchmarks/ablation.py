@@ -38,12 +38,12 @@ from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import load_calibrated
+from msfp_cli.commands.console import quiet_libraries
 from msfp_cli.files.atomic import write_text
 from msfp_cli.finetuning.finetune import finetune_run
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.result import load_finetunings
-from msfp_cli.pipelines.loading import BUILT_IN, default_prompts, quiet_libraries
-from msfp_cli.pipelines.source import Pipeline
+from msfp_cli.pipelines.loading import BUILT_IN, Pipeline, default_prompts
 from msfp_cli.run import Run
 
 KNOWN = tuple(prompt for prompt in default_prompts(BUILT_IN) if prompt not in UNSEEN)

@@ -31,8 +31,8 @@ def time_calls(calls: int) -> list[float]:
     """Return the seconds of each call of the built-in UNet on eight pictures, in this process."""
     import torch
 
-    from msfp_cli.pipelines.loading import BUILT_IN, load_pipeline, quiet_libraries
-    from msfp_cli.pipelines.source import ModelSource
+    from msfp_cli.commands.console import quiet_libraries
+    from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, load_pipeline
 
     quiet_libraries()
     unet = load_pipeline(ModelSource(model=BUILT_IN), "cpu").unet

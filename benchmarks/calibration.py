@@ -18,8 +18,8 @@ from material import UNSEEN, add_size_options, record_options, source_of
 from msfp_cli.calibration.calibrate import calibrate_
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
-from msfp_cli.pipelines.loading import BUILT_IN_GUIDANCE, load_pipeline, quiet_libraries
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.commands.console import quiet_libraries
+from msfp_cli.pipelines.loading import BUILT_IN_GUIDANCE, ModelSource, load_pipeline
 from msfp_cli.recording.recipe import RecordRecipe
 from msfp_cli.recording.record import record_calls, record_recipes
 from msfp_cli.recording.result import Recording

@@ -28,12 +28,13 @@ from msfp_cli.calibration.calibrate import calibrate_
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import load_calibrated
+from msfp_cli.commands.console import quiet_libraries
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import Grid, fake_quantize
 from msfp_cli.layers.kernels import cpu
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.replace import quantized_layers
-from msfp_cli.pipelines.loading import BUILT_IN_GUIDANCE, load_pipeline, quiet_libraries
+from msfp_cli.pipelines.loading import BUILT_IN_GUIDANCE, load_pipeline
 from msfp_cli.recording.record import record_both
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run

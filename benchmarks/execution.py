@@ -119,8 +119,7 @@ def inputs_of(name: str, denoiser: Any) -> Arguments:  # noqa: ANN401 (a diffuse
 def make_float(name: str, directory: Path) -> None:
     """Write the float32 denoiser."""
     if name == "built-in":
-        from msfp_cli.pipelines.loading import BUILT_IN, load_pipeline
-        from msfp_cli.pipelines.source import ModelSource
+        from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, load_pipeline
 
         load_pipeline(ModelSource(model=BUILT_IN), "cpu").unet.save_pretrained(directory)
         return

@@ -29,6 +29,7 @@ from material import add_size_options, record_options, source_of
 from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
+from msfp_cli.commands.console import quiet_libraries
 from msfp_cli.finetuning.batches import Batches
 from msfp_cli.finetuning.load import Material
 from msfp_cli.finetuning.recipe import FinetuneRecipe
@@ -36,7 +37,7 @@ from msfp_cli.finetuning.student import Student
 from msfp_cli.finetuning.task import TrainingTask, training_task
 from msfp_cli.finetuning.trainer import Trainer
 from msfp_cli.pipelines.denoiser import call_with, find_denoisers
-from msfp_cli.pipelines.loading import load_pipeline, quiet_libraries
+from msfp_cli.pipelines.loading import load_pipeline
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 

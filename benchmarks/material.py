@@ -9,8 +9,7 @@ import argparse
 from dataclasses import replace
 
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_STEPS, default_prompts
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_STEPS, ModelSource, default_prompts
 from msfp_cli.recording.recipe import RecordOptions
 
 NUM_IMAGES = 40

@@ -30,8 +30,7 @@ from msfp_cli.formats.rounding import Grid
 from msfp_cli.layers.replace import find_layers, store_layers_
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.denoiser import replay
-from msfp_cli.pipelines.loading import load_pipeline
-from msfp_cli.pipelines.source import ModelSource, Pipeline
+from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
 from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.recording.record import record_both
 from msfp_cli.recording.result import Recording

@@ -35,10 +35,10 @@ from peer_quantizers import METHODS, Material, Method
 from test_set import BATCH, MAX_TESTS, TestSet
 from torch import Tensor, nn
 
+from msfp_cli.commands.console import quiet_libraries
 from msfp_cli.files.atomic import write_text
 from msfp_cli.layers.replace import find_layers
-from msfp_cli.pipelines.loading import load_pipeline, quiet_libraries
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 from msfp_cli.recording.result import Recording
 
 HERE = Path(__file__).resolve().parent

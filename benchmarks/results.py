@@ -25,14 +25,14 @@ from PIL import Image
 from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.checkpoint.export import export_run
+from msfp_cli.commands.console import quiet_libraries
 from msfp_cli.evaluation.evaluate import evaluate_run
 from msfp_cli.evaluation.metrics.table import Metric, metrics_for
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation, Measurements
 from msfp_cli.finetuning.finetune import finetune_run
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.pipelines.loading import BUILT_IN, quiet_libraries
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import BUILT_IN, ModelSource
 from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.run import Run
 from msfp_cli.sample import contact_sheet

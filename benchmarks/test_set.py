@@ -16,9 +16,8 @@ from torch import Tensor
 
 from msfp_cli.files.atomic import replace_file
 from msfp_cli.pipelines.denoiser import replay
-from msfp_cli.pipelines.loading import BUILT_IN_GUIDANCE, load_pipeline
-from msfp_cli.pipelines.sampling import call_pipeline
-from msfp_cli.pipelines.source import ModelSource, Pipeline, Sampling
+from msfp_cli.pipelines.loading import BUILT_IN_GUIDANCE, ModelSource, Pipeline, load_pipeline
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline
 from msfp_cli.recording.compare import OutputError
 from msfp_cli.recording.recipe import RecordRecipe
 from msfp_cli.recording.record import record_calls

@@ -29,6 +29,7 @@ from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import ExportReport, export_run
 from msfp_cli.commands.app import app
+from msfp_cli.commands.console import quiet_libraries
 from msfp_cli.evaluation.evaluate import evaluate_run
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation
@@ -36,8 +37,7 @@ from msfp_cli.finetuning.finetune import finetune_run
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.result import FinetuneReport, FinetuneState
 from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers
-from msfp_cli.pipelines.loading import BUILT_IN, load_pipeline, quiet_libraries
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, load_pipeline
 from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.recording.record import record_both
 from msfp_cli.recording.result import Recording

@@ -9,7 +9,7 @@ from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.errors import UsageError
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.recipe import Recipe, option, options_of
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
 

@@ -11,7 +11,7 @@ from msfp_cli.evaluation.features.extractors import load_extractor
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.layers.kernels.registry import AUTO, KERNELS
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.recipe import Option, Recipe, options_of
 from msfp_cli.recording.recipe import RecordOptions
 from reference import FORMATS, PAGE, first_sentence, options, page

@@ -10,7 +10,7 @@ from typer.testing import Result
 
 from conftest import Chained, Invoke
 from msfp_cli.pipelines.loading import load_pipeline
-from msfp_cli.pipelines.source import Sampling
+from msfp_cli.pipelines.sampling import Sampling
 from msfp_cli.sample import Sheet, contact_sheet, save_pictures
 
 

@@ -18,7 +18,7 @@ _HOME = {
     "FloatFormat": "formats.float_format",
     "Grid": "formats.rounding",
     "MSFPPipeline": "checkpoint.pipeline",
-    "ModelSource": "pipelines.source",
+    "ModelSource": "pipelines.loading",
     "MsfpError": "errors",
     "RecordRecipe": "recording.recipe",
     "calibrate_": "calibration.calibrate",

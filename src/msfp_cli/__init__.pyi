@@ -12,8 +12,8 @@ from msfp_cli.formats.rounding import dequantize as dequantize
 from msfp_cli.formats.rounding import fake_quantize as fake_quantize
 from msfp_cli.formats.rounding import quantize as quantize
 from msfp_cli.layers.prepare import prepare_ as prepare_
+from msfp_cli.pipelines.loading import ModelSource as ModelSource
 from msfp_cli.pipelines.loading import load_pipeline as load_pipeline
-from msfp_cli.pipelines.source import ModelSource as ModelSource
 from msfp_cli.recording.recipe import RecordRecipe as RecordRecipe
 from msfp_cli.recording.record import record_calls as record_calls
 from msfp_cli.version import __version__ as __version__

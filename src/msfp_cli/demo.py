@@ -16,8 +16,7 @@ from msfp_cli.evaluation.evaluate import evaluate_run
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.finetuning.finetune import finetune_run
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.pipelines.loading import BUILT_IN
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import BUILT_IN, ModelSource
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.report.report import report_run

@@ -12,9 +12,8 @@ from msfp_cli.checkpoint.pipeline import MSFPPipeline, read_configs
 from msfp_cli.files.directories import refuse_existing, replace_directory
 from msfp_cli.files.documents import Json
 from msfp_cli.pipelines.conditions import conditioning_of, expand_conditions
-from msfp_cli.pipelines.loading import load_pipeline
-from msfp_cli.pipelines.sampling import call_pipeline
-from msfp_cli.pipelines.source import ModelSource, Pipeline, Sampling
+from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.run import Run
 

@@ -20,8 +20,7 @@ from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration, LayerChoice, quantize_
 from msfp_cli.errors import CalibrationError, CheckpointError, RunError
 from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
-from msfp_cli.pipelines.loading import BUILT_IN, load_pipeline
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, load_pipeline
 from msfp_cli.recording.result import Recording
 
 Recordings = tuple[Recording, Recording]

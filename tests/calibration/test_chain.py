@@ -17,9 +17,14 @@ from msfp_cli.errors import RunError, UsageError
 from msfp_cli.layers.quantized import QuantConv2d, QuantEmbedding, QuantLinear
 from msfp_cli.pipelines.conditions import conditioning_of, expand_conditions, read_prompts
 from msfp_cli.pipelines.denoiser import find_denoisers
-from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, default_prompts, load_pipeline
-from msfp_cli.pipelines.sampling import call_pipeline
-from msfp_cli.pipelines.source import ModelSource, Sampling
+from msfp_cli.pipelines.loading import (
+    BUILT_IN,
+    BUILT_IN_GUIDANCE,
+    ModelSource,
+    default_prompts,
+    load_pipeline,
+)
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline
 from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.recording.record import record_recipes
 from msfp_cli.run import Run

@@ -31,8 +31,7 @@ from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import ROUTER, TABLE_SIZE
 from msfp_cli.pipelines.denoiser import replay
 from msfp_cli.pipelines.loading import built_in_directory, load_pipeline
-from msfp_cli.pipelines.sampling import call_pipeline
-from msfp_cli.pipelines.source import Sampling
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline
 from msfp_cli.recording.compare import OutputError, output_error
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run

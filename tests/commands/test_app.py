@@ -24,7 +24,7 @@ from msfp_cli.errors import RunError
 from msfp_cli.evaluation.evaluate import evaluate_run
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.run import Run
 
 COMMANDS = [command.name for command in app.registered_commands]

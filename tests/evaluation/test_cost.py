@@ -9,7 +9,8 @@ import torch
 
 from msfp_cli.errors import ModelError
 from msfp_cli.evaluation.cost import Cost, machine, measure_cost
-from msfp_cli.pipelines.source import ModelSource, Sampling
+from msfp_cli.pipelines.loading import ModelSource
+from msfp_cli.pipelines.sampling import Sampling
 
 MIB = 1 << 20
 

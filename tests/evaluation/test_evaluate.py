@@ -46,8 +46,8 @@ from msfp_cli.evaluation.metrics.evidence import Evidence, PictureSet
 from msfp_cli.evaluation.metrics.table import METRICS, compute_metrics
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation, Measurements, SetSizes
-from msfp_cli.pipelines.loading import BUILT_IN, default_prompts, load_pipeline
-from msfp_cli.pipelines.source import ModelSource, Sampling
+from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, default_prompts, load_pipeline
+from msfp_cli.pipelines.sampling import Sampling
 from msfp_cli.recording.compare import layer_errors, output_error
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run

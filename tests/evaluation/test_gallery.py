@@ -8,9 +8,8 @@ from diffusers import DiffusionPipeline
 
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.evaluation.gallery import Gallery, watch_samples
-from msfp_cli.pipelines.loading import load_pipeline
-from msfp_cli.pipelines.sampling import call_pipeline
-from msfp_cli.pipelines.source import ModelSource, Sampling
+from msfp_cli.pipelines.loading import ModelSource, load_pipeline
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline
 from msfp_cli.processes import ALONE, Processes
 from msfp_cli.recording.recipe import RecordRecipe
 from tiny_pipelines import BUILDERS

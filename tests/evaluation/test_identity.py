@@ -13,8 +13,7 @@ from msfp_cli.errors import ModelError
 from msfp_cli.evaluation.identity import identity_of, refuse_other_model
 from msfp_cli.evaluation.models import models_to_evaluate, source_of
 from msfp_cli.layers.replace import quantized_layers
-from msfp_cli.pipelines.loading import load_pipeline
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 
 
 def test_every_model_has_an_identity_of_its_own(

@@ -15,8 +15,7 @@ from msfp_cli.errors import ModelError, RunError, UsageError
 from msfp_cli.evaluation.identity import identity_of
 from msfp_cli.evaluation.models import EvaluatedModel, models_to_evaluate, source_of
 from msfp_cli.layers.replace import quantized_layers
-from msfp_cli.pipelines.loading import load_pipeline
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 from msfp_cli.run import Run
 
 Copied = Callable[..., Path]

@@ -27,8 +27,8 @@ from msfp_cli.commands.options import Options
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.finetuning.trainer import Trainer
+from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.pipelines.rows import join_rows
-from msfp_cli.pipelines.source import ModelSource
 from msfp_cli.recording.compare import OutputError
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run

@@ -26,8 +26,7 @@ from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.quantized import QuantEmbedding, QuantLinear
 from msfp_cli.layers.replace import find_layers, quantized_layers
 from msfp_cli.layers.scheme import LayerScheme
-from msfp_cli.pipelines.loading import load_pipeline
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from conftest import Invoke
-from msfp_cli.errors import ModelError
+from msfp_cli.errors import ModelError, UsageError
 from msfp_cli.pipelines.loading import (
     BUILT_IN,
+    ModelSource,
     choose_device,
     choose_dtype,
     default_prompts,
     load_pipeline,
     resolve_model,
 )
-from msfp_cli.pipelines.source import ModelSource
 
 SUCCESSOR = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -205,3 +205,8 @@ def test_type_follows_from_the_device_unless_given(tiny_source: ModelSource) -> 
     assert choose_dtype("float16", "cpu") == torch.float16
     pipe = load_pipeline(ModelSource(model=tiny_source.model, dtype="bfloat16"), "cpu")
     assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.bfloat16}
+
+
+def test_unknown_dtype_lists_the_known() -> None:
+    with pytest.raises(UsageError, match="'int4'.*float32, float16, bfloat16"):
+        ModelSource(model="x", dtype="int4")

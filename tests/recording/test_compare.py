@@ -6,8 +6,7 @@ from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import load_calibrated
 from msfp_cli.layers.replace import find_layers
 from msfp_cli.pipelines.denoiser import replay
-from msfp_cli.pipelines.loading import load_pipeline
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 from msfp_cli.recording.compare import (
     OutputError,
     SquaredError,

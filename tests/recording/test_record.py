@@ -12,8 +12,7 @@ from diffusers import DDIMPipeline, DiffusionPipeline
 from conftest import Invoke, record_few
 from msfp_cli.errors import CalibrationError, ModelError, RunError
 from msfp_cli.pipelines.denoiser import replay
-from msfp_cli.pipelines.loading import default_prompts
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import ModelSource, default_prompts
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
 from msfp_cli.recording.record import record_both, record_calls, record_recipes
 from msfp_cli.recording.result import Recording

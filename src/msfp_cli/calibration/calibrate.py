@@ -16,8 +16,7 @@ from msfp_cli.calibration.result import Calibration, LayerChoice, quantize_
 from msfp_cli.files.directories import refuse_existing
 from msfp_cli.pipelines.conditions import prompts_of
 from msfp_cli.pipelines.denoiser import find_denoisers
-from msfp_cli.pipelines.loading import load_pipeline
-from msfp_cli.pipelines.source import ModelSource, Pipeline
+from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
 from msfp_cli.recording.record import record_both

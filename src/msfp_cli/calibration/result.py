@@ -23,7 +23,7 @@ from msfp_cli.files.directories import replace_directory
 from msfp_cli.files.documents import Json, digest, read_json, read_tensors, refuse_altered
 from msfp_cli.layers.replace import store_layers_
 from msfp_cli.layers.scheme import LayerScheme
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.recording.recipe import RecordRecipe
 
 _SCHEMA = 1

@@ -18,8 +18,7 @@ from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import TABLE_SIZE
 from msfp_cli.pipelines.denoiser import find_denoisers
-from msfp_cli.pipelines.loading import load_pipeline
-from msfp_cli.pipelines.source import Pipeline
+from msfp_cli.pipelines.loading import Pipeline, load_pipeline
 from msfp_cli.run import Run
 from msfp_cli.version import __version__
 

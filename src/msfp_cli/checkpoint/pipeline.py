@@ -12,8 +12,7 @@ from msfp_cli.files.documents import Json, open_tensors, read_json
 from msfp_cli.layers.kernels.registry import AUTO
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.replace import quantized_layers, select_layers
-from msfp_cli.pipelines.loading import load_pipeline
-from msfp_cli.pipelines.source import ModelSource, Pipeline
+from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
 
 
 def read_configs(directory: Path) -> dict[str, MSFPConfig]:

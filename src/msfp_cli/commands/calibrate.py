@@ -17,7 +17,7 @@ from msfp_cli.commands.options import (
     RunOption,
     with_options,
 )
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.run import DEFAULT_RUN, Run
 
@@ -59,10 +59,10 @@ def calibrate(
     source = options.recipe(ModelSource, model=model or "")
 
     from msfp_cli.calibration.calibrate import calibrate_run
-    from msfp_cli.pipelines.loading import quiet_libraries, resolve_model
+    from msfp_cli.pipelines.loading import resolve_model
     from msfp_cli.status import next_command
 
-    quiet_libraries()
+    console.quiet_libraries()
     resolved, line = resolve_model(model)
     if line:
         console.note(line)

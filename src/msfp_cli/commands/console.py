@@ -3,6 +3,7 @@
 import errno
 import functools
 import json
+import logging
 import os
 import re
 import signal
@@ -66,6 +67,17 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         built.add_row(*row)
     stderr().print(built)
+
+
+def quiet_libraries() -> None:
+    """Silence the notices and bars of diffusers and transformers; msfp has its own progress."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    logging.getLogger("diffusers").setLevel(logging.CRITICAL)
 
 
 class ConsoleProgress:

@@ -31,9 +31,8 @@ def demo(
 ) -> None:
     """Walk the whole chain."""
     from msfp_cli.demo import run_demo
-    from msfp_cli.pipelines.loading import quiet_libraries
 
-    quiet_libraries()
+    console.quiet_libraries()
     report = run_demo(out, device=device, progress=console.ConsoleProgress())
     errors = ", ".join(f"{title} {error:.4f}" for title, error in report.errors.items())
     console.note(

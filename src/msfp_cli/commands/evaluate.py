@@ -17,7 +17,7 @@ from msfp_cli.commands.options import (
     with_options,
 )
 from msfp_cli.evaluation.recipe import EvaluateRecipe
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.progress import SILENT
 from msfp_cli.run import DEFAULT_RUN, Run
 
@@ -72,10 +72,10 @@ def evaluate(
     share_out(num_processes)
 
     from msfp_cli.evaluation.evaluate import evaluate_run
-    from msfp_cli.pipelines.loading import quiet_libraries, resolve_model
+    from msfp_cli.pipelines.loading import resolve_model
 
     state = Run(run)
-    quiet_libraries()
+    console.quiet_libraries()
     evaluation = evaluate_run(
         state,
         export or state.latest_export(),

@@ -38,10 +38,9 @@ def export(
 ) -> None:
     """Write the calibrated and fine-tuned pipeline."""
     from msfp_cli.checkpoint.export import export_run
-    from msfp_cli.pipelines.loading import quiet_libraries
     from msfp_cli.status import next_command
 
-    quiet_libraries()
+    console.quiet_libraries()
     report = export_run(
         Run(run), out, with_finetuning=not calibrated, device=device, overwrite=overwrite
     )

@@ -73,9 +73,8 @@ def finetune(
     share_out(num_processes or 1)
 
     from msfp_cli.finetuning.finetune import finetune_run
-    from msfp_cli.pipelines.loading import quiet_libraries
 
-    quiet_libraries()
+    console.quiet_libraries()
     state = Run(run)
     recipe, done = _recipe(state, options, resume, int(os.environ.get("WORLD_SIZE", 1)))
     if num_processes is None and not done:

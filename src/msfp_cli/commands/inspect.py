@@ -72,9 +72,8 @@ def _inspect_kernels(
 ) -> None:
     """Print which kernel runs which layers of an export, and why others were passed over."""
     from msfp_cli.checkpoint.pipeline import kernels_of
-    from msfp_cli.pipelines.loading import quiet_libraries
 
-    quiet_libraries()
+    console.quiet_libraries()
     kernels = kernels_of(export, pattern, device=device)
     data = {}
     for component, layers in kernels.items():

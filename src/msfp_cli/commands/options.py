@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional, TypeVar, get_origin
 import typer
 
 from msfp_cli.files.documents import Json
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.recipe import Option, Recipe, options_of
 
 R = TypeVar("R", bound=Recipe)

@@ -15,7 +15,8 @@ from msfp_cli.commands.options import (
     RunOption,
     with_options,
 )
-from msfp_cli.pipelines.source import ModelSource, Sampling
+from msfp_cli.pipelines.loading import ModelSource
+from msfp_cli.pipelines.sampling import Sampling
 from msfp_cli.run import DEFAULT_RUN, Run
 
 HELP = """Make pictures with the latest export, or with any exported directory.
@@ -82,10 +83,9 @@ def sample(
     sampling = options.recipe(Sampling)
 
     from msfp_cli.pipelines.conditions import read_prompts
-    from msfp_cli.pipelines.loading import quiet_libraries
     from msfp_cli.sample import sample_run
 
-    quiet_libraries()
+    console.quiet_libraries()
     samples = sample_run(
         Run(run),
         [*(prompt or ()), *(read_prompts(prompts) if prompts else ())],

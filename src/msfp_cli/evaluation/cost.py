@@ -17,7 +17,8 @@ from pathlib import Path
 
 from msfp_cli.errors import ModelError
 from msfp_cli.files.documents import Json
-from msfp_cli.pipelines.source import ModelSource, Sampling
+from msfp_cli.pipelines.loading import ModelSource
+from msfp_cli.pipelines.sampling import Sampling
 
 _TURNS = 3
 
@@ -88,10 +89,9 @@ def _measure(job: Json) -> Cost:
     """
     import torch
 
-    from msfp_cli.pipelines.loading import load_pipeline, quiet_libraries
+    from msfp_cli.pipelines.loading import load_pipeline
     from msfp_cli.pipelines.sampling import call_pipeline
 
-    quiet_libraries()
     start = time.perf_counter()
     pipe = load_pipeline(ModelSource.from_json(job["source"]), job["device"])
     load_seconds = time.perf_counter() - start

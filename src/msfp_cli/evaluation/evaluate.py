@@ -29,8 +29,7 @@ from msfp_cli.evaluation.plan import EvaluationPlan, extractor_for, pictures_to_
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation, Measurements
 from msfp_cli.evaluation.resume import begin, refuse_other_settings
-from msfp_cli.pipelines.loading import choose_device
-from msfp_cli.pipelines.source import ModelSource, Pipeline
+from msfp_cli.pipelines.loading import ModelSource, Pipeline, choose_device
 from msfp_cli.processes import Processes
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.run import Run

@@ -23,8 +23,8 @@ from torch import Tensor
 from msfp_cli.errors import ModelError, RunError
 from msfp_cli.files.atomic import replace_file
 from msfp_cli.files.documents import open_tensors, read_json, write_json
+from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.pipelines.sampling import call_pipeline
-from msfp_cli.pipelines.source import Pipeline
 from msfp_cli.pipelines.watch import watch_scheduler
 from msfp_cli.processes import ALONE, Processes
 from msfp_cli.progress import SILENT, Progress

@@ -10,7 +10,7 @@ from msfp_cli.errors import ModelError
 from msfp_cli.files.documents import digest
 from msfp_cli.layers.replace import find_layers, quantized_layers
 from msfp_cli.pipelines.denoiser import find_denoisers, fingerprint
-from msfp_cli.pipelines.source import Pipeline
+from msfp_cli.pipelines.loading import Pipeline
 
 
 def identity_of(pipe: Pipeline) -> dict[str, str]:

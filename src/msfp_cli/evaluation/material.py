@@ -10,7 +10,7 @@ from msfp_cli.evaluation.gallery import Gallery
 from msfp_cli.evaluation.identity import identity_of
 from msfp_cli.evaluation.models import EvaluatedModel
 from msfp_cli.evaluation.plan import EvaluationPlan
-from msfp_cli.pipelines.source import Pipeline
+from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.recording.record import record_calls
 
 

@@ -12,7 +12,7 @@ from msfp_cli.evaluation.plan import EvaluationPlan
 from msfp_cli.evaluation.result import Measurements
 from msfp_cli.evaluation.resume import read_document
 from msfp_cli.files.atomic import write_text
-from msfp_cli.pipelines.source import Pipeline
+from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.recording.result import Recording
 
 

@@ -13,8 +13,7 @@ from msfp_cli.errors import UsageError
 from msfp_cli.evaluation.provenance import provenance_of
 from msfp_cli.evaluation.recipe import STEPS_BEFORE
 from msfp_cli.pipelines.denoiser import find_denoisers
-from msfp_cli.pipelines.loading import load_pipeline
-from msfp_cli.pipelines.source import ModelSource, Pipeline
+from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 

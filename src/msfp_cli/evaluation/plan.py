@@ -11,8 +11,7 @@ from msfp_cli.evaluation.features.reference import BUILT_IN_REFERENCE
 from msfp_cli.evaluation.gallery import Gallery
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.pipelines.conditions import conditioning_of, conditions_for, prompts_of
-from msfp_cli.pipelines.loading import BUILT_IN, default_prompts
-from msfp_cli.pipelines.source import ModelSource, Pipeline
+from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, Pipeline, default_prompts
 from msfp_cli.processes import Processes
 from msfp_cli.progress import Progress
 from msfp_cli.recording.recipe import RecordRecipe

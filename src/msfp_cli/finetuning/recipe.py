@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from msfp_cli.pipelines.source import MAX_SEED
+from msfp_cli.pipelines.sampling import MAX_SEED
 from msfp_cli.recipe import Recipe, option
 
 LOSSES = ("dfa", "plain")

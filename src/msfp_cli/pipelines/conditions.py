@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from msfp_cli.errors import UsageError
-from msfp_cli.pipelines.loading import default_prompts
-from msfp_cli.pipelines.source import ModelSource, Pipeline
+from msfp_cli.pipelines.loading import ModelSource, Pipeline, default_prompts
 
 
 def conditioning_of(pipe: Pipeline) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from msfp_cli.errors import ModelError
 from msfp_cli.files.documents import digest
-from msfp_cli.pipelines.source import Pipeline
+from msfp_cli.pipelines.loading import Pipeline
 
 # The attribute names under which diffusers' pipelines keep the network that is called once per
 # timestep.

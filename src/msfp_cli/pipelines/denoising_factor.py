@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from msfp_cli.errors import ModelError
-from msfp_cli.pipelines.source import Scheduler
+from msfp_cli.pipelines.loading import Scheduler
 
 
 def denoising_factors(scheduler: Scheduler, *, eta: float | None = None) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,24 @@
-"""Load the user's pipeline with plain ``from_pretrained``, and say in one line why it fails."""
+"""Which pipeline is meant, and loading it with plain ``from_pretrained``.
+
+Where it cannot be loaded, one line says why. torch and diffusers are imported only to load.
+"""
 
 import contextlib
-import logging
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from msfp_cli.errors import ModelError, MsfpError
-from msfp_cli.pipelines.source import ModelSource, Pipeline
+from msfp_cli.recipe import Recipe, option
+
+if TYPE_CHECKING:  # `msfp --help` must not load torch
+    import torch
+
+Pipeline: TypeAlias = Any  # any diffusers pipeline: its class is the user's
+Scheduler: TypeAlias = Any  # any diffusers scheduler
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 BUILT_IN = "msfp:fashion"
 BUILT_IN_STEPS, BUILT_IN_GUIDANCE = 20, 3.0
@@ -19,6 +29,26 @@ _SUCCESSORS = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource(Recipe):
+    """Where a pipeline comes from.
+
+    Arguments:
+        model: a local directory, a hub id, or ``msfp:fashion`` for the built-in pipeline.
+    """
+
+    model: str
+    revision: str | None = option(None, "Revision of a hub model. Default: the newest.")
+    variant: str | None = option(
+        None, "Variant of the weights' files, such as fp16. Default: the files without a variant."
+    )
+    dtype: str | None = option(
+        None,
+        f"Type to compute in: {', '.join(DTYPES)}. Default: float32 on a CPU, else bfloat16.",
+        choices=DTYPES,
+    )
 
 
 def resolve_model(model: str | None) -> tuple[str, str | None]:
@@ -53,6 +83,8 @@ def choose_device(device: str | None) -> str:
     Raises:
         ModelError: the device is not there.
     """
+    import torch
+
     if device is None:
         accelerator = (
             torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -68,23 +100,14 @@ def choose_device(device: str | None) -> str:
     return device
 
 
-def choose_dtype(dtype: str | None, device: str) -> torch.dtype:
+def choose_dtype(dtype: str | None, device: str) -> "torch.dtype":
     """Return the type of every component: by default float32 on a CPU and bfloat16 elsewhere."""
+    import torch
+
     if dtype is not None:
         chosen: torch.dtype = getattr(torch, dtype)
         return chosen
     return torch.float32 if device == "cpu" else torch.bfloat16
-
-
-def quiet_libraries() -> None:
-    """Silence the notices and bars of diffusers and transformers; msfp has its own progress."""
-    import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    logging.getLogger("diffusers").setLevel(logging.CRITICAL)
 
 
 def load_pipeline(source: ModelSource, device: str | None = None) -> Pipeline:

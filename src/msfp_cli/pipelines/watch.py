@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from msfp_cli.pipelines.denoiser import DenoiserCall
-from msfp_cli.pipelines.source import Scheduler
+from msfp_cli.pipelines.loading import Scheduler
 
 # A layer's name, the layer, its positional arguments, and its output.
 LayerReport: TypeAlias = Callable[[str, nn.Module, tuple[Any, ...], Tensor], None]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msfp_cli.errors import UsageError
-from msfp_cli.pipelines.source import Sampling, write_prompts
+from msfp_cli.pipelines.sampling import Sampling, write_prompts
 from msfp_cli.recipe import option
 
 NUM_IMAGES = 800  # default

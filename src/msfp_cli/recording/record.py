@@ -18,9 +18,8 @@ from msfp_cli.pipelines.denoiser import (
     fingerprint,
 )
 from msfp_cli.pipelines.denoising_factor import denoising_factors
-from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE
+from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, ModelSource, Pipeline
 from msfp_cli.pipelines.sampling import call_pipeline
-from msfp_cli.pipelines.source import ModelSource, Pipeline
 from msfp_cli.pipelines.watch import watch_calls, watch_scheduler
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import (

@@ -13,9 +13,14 @@ from msfp_cli.evaluation.features.fashion import (
     garment_in,
     load_classifier,
 )
-from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, BUILT_IN_STEPS, load_pipeline
-from msfp_cli.pipelines.sampling import call_pipeline
-from msfp_cli.pipelines.source import ModelSource, Sampling
+from msfp_cli.pipelines.loading import (
+    BUILT_IN,
+    BUILT_IN_GUIDANCE,
+    BUILT_IN_STEPS,
+    ModelSource,
+    load_pipeline,
+)
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline
 
 
 @pytest.mark.parametrize(

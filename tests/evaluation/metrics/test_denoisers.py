@@ -13,8 +13,7 @@ from msfp_cli.evaluation.metrics.denoisers import denoiser_bytes, input_histogra
 from msfp_cli.files.documents import digest
 from msfp_cli.layers.replace import find_layers
 from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers
-from msfp_cli.pipelines.loading import load_pipeline
-from msfp_cli.pipelines.source import ModelSource
+from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 from msfp_cli.recording.result import Recording
 
 

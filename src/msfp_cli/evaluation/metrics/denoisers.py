@@ -9,7 +9,7 @@ from msfp_cli.calibration.observe import observe
 from msfp_cli.evaluation.result import DenoiserError, Histogram
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers
-from msfp_cli.pipelines.source import Pipeline
+from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.recording.compare import layer_errors, output_error, spread_calls
 from msfp_cli.recording.result import Recording
 

@@ -1,12 +1,4 @@
-import pytest
-
-from msfp_cli.errors import UsageError
-from msfp_cli.pipelines.source import ModelSource, Sampling
-
-
-def test_unknown_dtype_lists_the_known() -> None:
-    with pytest.raises(UsageError, match="'int4'.*float32, float16, bfloat16"):
-        ModelSource(model="x", dtype="int4")
+from msfp_cli.pipelines.sampling import Sampling
 
 
 def test_defaults_take_the_place_of_what_is_none_only() -> None:
