@@ -16,6 +16,7 @@ from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import export_run
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
 from msfp_cli.evaluation.result import Evaluation
+from msfp_cli.files.seal import MARK
 from msfp_cli.finetuning.finetune import finetune_run
 from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.pipelines.denoiser import find_denoisers, replay
@@ -39,10 +40,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file; the version of diffusers is not ours to keep."""
+    """Return the SHA-256 of every file; the version of diffusers is not ours to keep.
+
+    Earlier versions had no seal.
+    """
     found = {}
     for path in sorted(directory.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.name != MARK:
             version = rb'"_diffusers_version": "[^"]*"'
             data = re.sub(version, b'"_diffusers_version": ""', path.read_bytes())
             found[str(path.relative_to(directory))] = hashlib.sha256(data).hexdigest()

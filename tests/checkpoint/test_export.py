@@ -216,7 +216,8 @@ def test_overwriting_never_deletes_what_is_not_ours(
 def test_overwriting_replaces_the_whole_directory(
     tiny_chained: Chained, copied: Callable[..., Path], tmp_path: Path
 ) -> None:
-    (copied(tiny_chained.export, "old") / "stale.bin").write_text("stale")
+    truncate = copied(tiny_chained.export, "old") / "unet" / "config.json"
+    truncate.write_text(truncate.read_text()[:-9])
     export_(tiny_chained.calibration, tmp_path / "old", device="cpu", overwrite=True)
     assert files_of(tmp_path / "old") == files_of(tiny_chained.export)
     assert [p.name for p in tmp_path.iterdir()] == ["old"]

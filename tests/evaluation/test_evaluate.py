@@ -111,13 +111,16 @@ def test_what_is_returned_is_what_is_written(evaluated: Evaluation) -> None:
     written = {path.name for path in evaluated.directory.iterdir()}
     assert written == {
         "asked.json",
+        "msfp.json",
         "trajectories",
         "pictures",
         "measured",
         "signed",
         "evaluation.json",
     }
-    assert json.loads((evaluated.directory / "asked.json").read_text()) == evaluated.settings
+    settings = json.loads((evaluated.directory / "asked.json").read_text())
+    assert settings.pop("sha256")
+    assert settings == evaluated.settings
 
 
 def test_it_says_what_was_asked(evaluated: Evaluation, tiny_chained: Chained) -> None:
@@ -584,9 +587,9 @@ def test_command_prints_metrics_and_what_is_next(here: Path, msfp: Invoke) -> No
 
 def test_json_is_what_the_file_holds(here: Path, msfp: Invoke) -> None:
     result = msfp("evaluate", *ALONE, "--json")
-    assert json.loads(result.stdout) == json.loads(
-        Path("msfp-run/evaluation/evaluation.json").read_text()
-    )
+    document = json.loads(Path("msfp-run/evaluation/evaluation.json").read_text())
+    assert document.pop("sha256")
+    assert json.loads(result.stdout) == document
     found = json.loads(result.stdout)
     assert [model["key"] for model in found["models"]] == ["full", "export"]
 
@@ -945,7 +948,11 @@ def test_directory_of_somebody_else_is_left_alone(
     before = files_of(Path("mine"))
     options = ("--overwrite",) if overwrite else ()
     message = only_line(msfp("evaluate", *ALONE, "--out", "mine", *options), 1)
-    assert message == "mine was not written by msfp and is not replaced; choose another path"
+    assert re.fullmatch(
+        r"mine/(asked.json|thesis.txt) was not written by msfp and is not replaced; move it away, "
+        "or choose another path",
+        message,
+    )
     assert files_of(Path("mine")) == before
 
 

@@ -1,11 +1,19 @@
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 
 from msfp_cli.errors import RunError
-from msfp_cli.files.directories import is_ours, replace_directory
+from msfp_cli.files.directories import (
+    EVALUATION,
+    RECORDING,
+    claim,
+    refuse_foreign,
+    replace_directory,
+)
+from msfp_cli.files.seal import MARK
 
 
 class Stopped(BaseException):
@@ -14,8 +22,8 @@ class Stopped(BaseException):
 
 def existing(directory: Path) -> Path:
     """A directory that msfp wrote."""
-    directory.mkdir()
-    (directory / "calibration.json").write_text("old")
+    with replace_directory(directory) as temporary:
+        (temporary / "calibration.json").write_text("old")
     return directory
 
 
@@ -23,8 +31,8 @@ def test_directory_is_replaced_whole(tmp_path: Path) -> None:
     directory = existing(tmp_path / "out")
     with replace_directory(directory, overwrite=True) as temporary:
         (temporary / "sheet.png").write_text("new")
-        assert [p.name for p in directory.iterdir()] == ["calibration.json"]
-    assert [p.name for p in directory.iterdir()] == ["sheet.png"]
+        assert names_of(directory) == ["calibration.json", MARK]
+    assert names_of(directory) == [MARK, "sheet.png"]
     assert list(tmp_path.iterdir()) == [directory]
 
 
@@ -33,8 +41,15 @@ def test_old_directory_stays_and_nothing_is_left_when_the_block_raises(tmp_path:
     with pytest.raises(Stopped), replace_directory(directory, overwrite=True) as temporary:
         (temporary / "sheet.png").write_text("half")
         raise Stopped
-    assert [p.name for p in directory.iterdir()] == ["calibration.json"]
+    assert names_of(directory) == ["calibration.json", MARK]
     assert list(tmp_path.iterdir()) == [directory]
+
+
+def names_of(directory: Path) -> list[str]:
+    """List the files of a directory and those below."""
+    return sorted(
+        str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
+    )
 
 
 def foreign(directory: Path) -> Path:
@@ -68,28 +83,126 @@ def test_existing_output_is_refused_before_the_block_runs(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def written(directory: Path, files: dict[str, str]) -> Path:
+    """Write files as somebody else would."""
+    for name, text in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+    return directory
+
+
+# Directories as they were before msfp marked its own.
+UNMARKED = {
+    "recording": {"recording.json": '{"num_shards": 1}', "00000.safetensors": ""},
+    "calibration": {"calibration.json": '{"scales_digest": ""}', "scales.safetensors": ""},
+    "evaluation": {"asked.json": '{"num_trajectories": 8}', "pictures/full/00000.safetensors": ""},
+    "export": {
+        "model_index.json": "{}",
+        "unet/config.json": '{"quantization_config": {"quant_method": "msfp"}}',
+        "vae/config.json": "{}",
+    },
+}
+# What has the names of our files, but nothing of ours in them.
+COMMON_NAMES = {
+    "pipeline": {"model_index.json": "{}", "unet/config.json": "{}", "unet/model.safetensors": ""},
+    "calibration": {"calibration.json": "{}"},
+    "pictures": {"sheet.png": ""},
+    "page": {"report.html": "<html>"},
+    "recording": {"recording.json": "{}", "00000.safetensors": ""},
+    "evaluation": {"pictures/holiday/00000.safetensors": "", "measured/pulse.json": "{}"},
+    "leftover": {".calibration.json.tmp": ""},
+}
+
+
+@pytest.mark.parametrize("kind", UNMARKED)
+def test_directories_of_earlier_versions_may_be_replaced(tmp_path: Path, kind: str) -> None:
+    directory = written(tmp_path / "out", UNMARKED[kind])
+    refuse_foreign(directory)
+    (directory / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match=r"out/thesis.txt was not written by msfp and is not repl"):
+        refuse_foreign(directory)
+
+
+@pytest.mark.parametrize("kind", COMMON_NAMES)
+def test_a_common_name_does_not_make_a_directory_ours(tmp_path: Path, kind: str) -> None:
+    directory = written(tmp_path / "out", COMMON_NAMES[kind])
+    with pytest.raises(RunError, match="was not written by msfp and is not replaced; move it away"):
+        with replace_directory(directory, overwrite=True):
+            pytest.fail("the block ran")
+    with pytest.raises(RunError, match="was not written by msfp"):
+        claim(directory, RECORDING)
+    assert names_of(directory) == sorted(COMMON_NAMES[kind])
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "sub/notes.txt", ".notes", "calibration.json/x"])
+def test_a_file_beside_ours_is_not_deleted(tmp_path: Path, name: str) -> None:
+    directory = existing(tmp_path / "out")
+    if name.startswith("calibration.json"):
+        (directory / "calibration.json").unlink()
+    written(directory, {name: "years of work"})
+    with pytest.raises(RunError, match=f"out/{name} was not written by msfp"):
+        with replace_directory(directory, overwrite=True):
+            pytest.fail("the block ran")
+    (directory / name).rename(tmp_path / "moved away")  # as the message says
+    with replace_directory(directory, overwrite=True):
+        pass
+    assert (tmp_path / "moved away").read_text() == "years of work"
+
+
+def test_a_pipeline_saved_over_an_export_is_not_replaced(tmp_path: Path) -> None:
+    directory = tmp_path / "export"
+    with replace_directory(directory) as temporary:
+        written(temporary, UNMARKED["export"])
+    refuse_foreign(directory)
+    written(directory, {"unet/config.json": "{}"})
+    with pytest.raises(RunError, match="model_index.json was not written by msfp"):
+        refuse_foreign(directory)
+
+
+def test_damaged_files_of_ours_may_be_replaced(tmp_path: Path) -> None:
+    directory = tmp_path / "calibration"
+    with replace_directory(directory) as temporary:
+        written(temporary, UNMARKED["calibration"])
+    written(directory, {"scales.safetensors": "altered"})
+    refuse_foreign(directory)
+    (directory / "scales.safetensors").unlink()
+    (directory / MARK).write_text("{")
+    refuse_foreign(directory)
+
+
 @pytest.mark.parametrize(
-    ("names", "parts", "expected"),
+    ("patterns", "name"),
     [
-        ([], None, True),
-        (["calibration.json", "README.md"], None, True),
-        (["recording.json", "00000.safetensors"], None, True),
-        (["README.md"], None, False),
-        ([".calibration.json.tmp"], None, False),
-        ([], ("asked.json", "signed"), True),
-        (["asked.json", "signed"], ("asked.json", "signed"), True),
-        ([".asked.json.tmp", ".signed-abc123"], ("asked.json", "signed"), True),
-        (["asked.json", "README.md"], ("asked.json", "signed"), False),
-        (["calibration.json"], ("asked.json", "signed"), False),
+        (RECORDING, "00000.safetensors"),
+        (RECORDING, ".00012.safetensors.tmp"),
+        (EVALUATION, "pictures/full/00000.safetensors"),
+        (EVALUATION, "measured/.full.json.tmp"),
+        (EVALUATION, ".signed-abc123/scales.safetensors"),
+        (EVALUATION, ".signed-abc_12-old/calibration.json"),
+        (EVALUATION, f"trajectories/{MARK}"),
     ],
 )
-def test_only_what_msfp_wrote_may_be_replaced(
-    tmp_path: Path, names: list[str], parts: tuple[str, ...] | None, expected: bool
+def test_files_of_a_growing_directory_are_ours(
+    tmp_path: Path, patterns: tuple[str, ...], name: str
 ) -> None:
-    for name in names:
-        (tmp_path / name).write_text("something")
-    assert is_ours(tmp_path, parts) is expected
+    claim(tmp_path / "out", patterns)
+    refuse_foreign(written(tmp_path / "out", {name: ""}))
+    claim(tmp_path / "out", patterns)
+    with pytest.raises(RunError, match="years.txt was not written by msfp"):
+        refuse_foreign(
+            written(tmp_path / "out", {name.replace(PurePath(name).name, "years.txt"): ""})
+        )
 
 
-def test_a_file_is_no_directory_of_ours(tmp_path: Path) -> None:
-    assert not is_ours(file(tmp_path / "calibration.json"))
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_modes_follow_the_umask(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        with replace_directory(tmp_path / "out") as temporary:
+            (temporary / "unet").mkdir()
+            (temporary / "unet" / "x").touch(0o600)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    directory, file = 0o777 & ~mask, 0o666 & ~mask
+    assert modes == {"out": directory, "unet": directory, "x": file, MARK: file}

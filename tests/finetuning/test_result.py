@@ -47,7 +47,7 @@ def test_state_that_is_replaced_while_it_is_read_comes_back_whole(
         later.save(path)
         return file
 
-    monkeypatch.setattr("msfp_cli.files.safe_open", open_and_replace)
+    monkeypatch.setattr("msfp_cli.files.documents.safe_open", open_and_replace)
     state = FinetuneState.load(path)
     assert state.step == first.step
     assert all(torch.equal(state.tensors[name], first.tensors[name]) for name in first.tensors)
@@ -94,6 +94,7 @@ def _rewrite(path: Path, change: Callable[[dict, dict], object]) -> None:
     with safe_open(path, framework="pt") as file:
         document = json.loads(file.metadata()["msfp_finetune"])
     tensors = load_file(path)
+    del document["sha256"]  # as earlier versions, which had none
     change(tensors, document)
     save_file(tensors, path, {"msfp_finetune": json.dumps(document)})
 

@@ -188,6 +188,7 @@ def test_interrupted_recording_names_the_missing_shards_and_goes_on(tmp_path: Pa
         "00000.safetensors",
         "00001.safetensors",
         "00002.safetensors",
+        "msfp.json",
         "recording.json",
     ]
 

@@ -16,6 +16,7 @@ def test_page_and_plots_are_written_whole(
     pytest.importorskip("matplotlib")
     written = write_report(tiny_tuned.run, evaluated, tmp_path / "report", overwrite=False)
     assert {path.name for path in (tmp_path / "report").iterdir()} == {
+        "msfp.json",
         written.page.name,
         *(path.name for path in written.plots),
     }

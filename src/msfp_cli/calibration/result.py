@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.errors import RunError
 from msfp_cli.files.directories import replace_directory
-from msfp_cli.files.documents import Json, digest, read_json, read_tensors, refuse_altered
+from msfp_cli.files.documents import (
+    Json,
+    digest,
+    read_json,
+    read_tensors,
+    refuse_altered,
+    to_text,
+)
 from msfp_cli.layers.replace import store_layers_
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.loading import ModelSource
@@ -169,7 +176,7 @@ class Calibration:
             "layers": {component: _to_json(layers) for component, layers in self.layers.items()},
         }
         with replace_directory(directory, overwrite=overwrite) as temporary:
-            (temporary / _DOCUMENT).write_text(json.dumps(document, indent=1))
+            (temporary / _DOCUMENT).write_text(to_text(document, indent=1))
             save_file(flat, temporary / _SCALES)
 
     @classmethod

@@ -1,7 +1,5 @@
 """Measure one model: gather what is known of it, then compute every metric of the table."""
 
-import json
-
 from msfp_cli.evaluation.cost import Cost, measure_cost
 from msfp_cli.evaluation.features.reference import ReferencePictures
 from msfp_cli.evaluation.metrics.denoisers import denoiser_bytes, denoiser_errors
@@ -11,7 +9,7 @@ from msfp_cli.evaluation.models import EvaluatedModel
 from msfp_cli.evaluation.plan import EvaluationPlan
 from msfp_cli.evaluation.result import Measurements
 from msfp_cli.evaluation.resume import read_document
-from msfp_cli.files.atomic import write_text
+from msfp_cli.files.documents import write_json
 from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.recording.result import Recording
 
@@ -44,7 +42,7 @@ def measure_model(
         denoiser_bytes=evidence.denoiser_bytes,
         cost=evidence.cost,
     )
-    write_text(path, json.dumps(measurements.to_json()))
+    write_json(path, measurements.to_json())
     return measurements
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from msfp_cli.errors import RunError
-from msfp_cli.files.directories import refuse_foreign
+from msfp_cli.files.directories import EVALUATION, claim, refuse_foreign
 from msfp_cli.files.documents import Json, read_json, write_json
 
 _SETTINGS = "asked.json"
-_PARTS = (_SETTINGS, "trajectories", "pictures", "measured", "signed", "evaluation.json")
 # Settings that no picture depends on: they may change until the first model is measured.
 _OF_MEASUREMENTS = ("extractor", "reference", "clip", "layers", "cost")
 _T = TypeVar("_T")
@@ -32,7 +31,7 @@ def refuse_other_settings(place: Path, settings: dict[str, Any], *, overwrite: b
         RunError: the directory was not written by msfp, or holds an evaluation with other settings.
         CheckpointError: its settings cannot be read.
     """
-    refuse_foreign(place, _PARTS)
+    refuse_foreign(place)
     if overwrite or not (place / _SETTINGS).exists():
         return
     begun_with = _flat(read_document(place / _SETTINGS, dict))
@@ -50,6 +49,7 @@ def begin(place: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
     """Write the settings; keep what an earlier evaluation with them has, unless `overwrite`."""
     if overwrite and (place / _SETTINGS).exists():
         shutil.rmtree(place)
+    claim(place, EVALUATION)
     write_json(place / _SETTINGS, settings)
 
 

@@ -1,4 +1,5 @@
 """Files of ours: `atomic` writes one, `documents` reads and writes what it holds.
 
-`directories` replaces a directory whole, if it is ours.
+`seal` says what msfp wrote into a directory, and `directories` replaces one whole, if
+all in it is ours.
 """

@@ -9,6 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def follow_umask_(path: Path) -> None:
+    """Give a file or a directory the mode of any new one; safetensors makes its files private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name; the file written there becomes `path` when the block ends well."""
@@ -16,6 +23,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
+        follow_umask_(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

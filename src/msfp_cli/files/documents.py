@@ -7,6 +7,7 @@ that is damaged, altered or newer than this msfp is a `CheckpointError`, a missi
 
 import hashlib
 import json
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,12 +26,36 @@ TensorFile: TypeAlias = Any  # an open safetensors file: keys(), get_tensor(name
 T = TypeVar("T")
 
 # What a parser raises when a document is not of the expected form.
-_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, UsageError)
+_UNREADABLE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    RecursionError,
+    UsageError,
+)
+_SEAL = "sha256"  # the key under which a document has a digest of the rest of it
 
 
 def write_json(path: Path, document: Json) -> None:
-    """Write a JSON file under a temporary name, then rename it."""
-    write_text(path, json.dumps(document, indent=1))
+    """Write a JSON file with a digest of itself, under a temporary name that is then renamed."""
+    write_text(path, to_text(document, indent=1))
+
+
+def to_text(document: Json, *, indent: int | None = None) -> str:
+    """Return a document as JSON text; an object gets a digest of itself as one more key."""
+    plain = json.loads(json.dumps(document))  # tuples become lists, and keys text
+    if isinstance(plain, dict):
+        plain[_SEAL] = _digest_of(plain)
+    return json.dumps(plain, indent=indent)
+
+
+def _digest_of(document: Json) -> str:
+    """Return the SHA-256 of a document in its shortest form, keys sorted."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def damaged(path: Path, reason: object, *, redo: str) -> CheckpointError:
@@ -43,6 +68,24 @@ def damaged(path: Path, reason: object, *, redo: str) -> CheckpointError:
     return CheckpointError(f"{path} is damaged ({reason}); {redo}")
 
 
+def require_file(path: Path, *, redo: str) -> None:
+    """Refuse what cannot be opened as a file; a pipe would be waited for without end.
+
+    Raises:
+        RunError: it is missing, or may not be read.
+        CheckpointError: it is something else than a file.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise damaged(path, "it is not a regular file", redo=redo)
+        path.open("rb").close()
+    except (FileNotFoundError, NotADirectoryError):
+        missing = "is a link to nothing" if path.is_symlink() else "is missing"
+        raise RunError(f"{path} {missing}; {redo}") from None
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from None
+
+
 def _parse(
     path: Path, text: str | bytes, parse: Callable[[Json], T], redo: str, schema: int | None
 ) -> T:
@@ -51,6 +94,10 @@ def _parse(
         document = json.loads(text)
         if schema is not None and document["schema"] > schema:
             raise CheckpointError(f"{path} was written by a newer msfp; upgrade msfp, or {redo}")
+        # Files of earlier versions have no digest of themselves.
+        expected = document.pop(_SEAL, None) if isinstance(document, dict) else None
+        if expected is not None and _digest_of(document) != expected:
+            raise CheckpointError(f"{path} is altered: it does not match its digest; {redo}")
         return parse(document)
     except _UNREADABLE as error:
         raise damaged(path, error, redo=redo) from None
@@ -65,14 +112,11 @@ def read_json(path: Path, parse: Callable[[Json], T], *, redo: str, schema: int 
         schema: the newest ``schema`` that this msfp reads; None for a file without one.
 
     Raises:
-        RunError: there is no such file.
-        CheckpointError: it is damaged, or newer than this msfp.
+        RunError: there is no such file, or it may not be read.
+        CheckpointError: it is damaged, altered, or newer than this msfp.
     """
-    try:
-        text = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise RunError(f"{path} is missing; {redo}") from None
-    return _parse(path, text, parse, redo, schema)
+    require_file(path, redo=redo)
+    return _parse(path, path.read_bytes(), parse, redo, schema)
 
 
 def read_header(
@@ -97,11 +141,10 @@ def open_tensors(path: Path, *, redo: str) -> Iterator[TensorFile]:
         RunError: there is no such file.
         CheckpointError: it is damaged.
     """
+    require_file(path, redo=redo)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except FileNotFoundError:
-        raise RunError(f"{path} is missing; {redo}") from None
     except SafetensorError as error:
         raise damaged(path, error, redo=redo) from None
 

@@ -11,7 +11,6 @@ The order of the data and the learning rate are functions of the update's number
 has to be kept.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import RunError
 from msfp_cli.files.atomic import replace_file
-from msfp_cli.files.documents import Json, digest, read_document, refuse_altered
+from msfp_cli.files.documents import Json, digest, read_document, refuse_altered, to_text
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.run import Run
 
@@ -118,7 +117,7 @@ class FinetuneState:
             "digest": digest(self.tensors),
         }
         with replace_file(path) as temporary:
-            save_file(self.tensors, temporary, metadata={_HEADER: json.dumps(document)})
+            save_file(self.tensors, temporary, metadata={_HEADER: to_text(document)})
 
     @classmethod
     def load(cls, path: Path) -> "FinetuneState":

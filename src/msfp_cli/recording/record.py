@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from msfp_cli.errors import CalibrationError, ModelError, MsfpError, RunError
-from msfp_cli.files.directories import is_ours
+from msfp_cli.files.directories import refuse_foreign
 from msfp_cli.pipelines.conditions import conditions_for, prompts_of
 from msfp_cli.pipelines.denoiser import (
     DenoiserCall,
@@ -215,9 +215,13 @@ def record_both(
     for recipe, directory, title in zip(
         recipes, (run.recording, run.held_out), ("Recording", "Recording held-out"), strict=True
     ):
-        if overwrite and is_ours(directory):
-            if not _is_of(directory, _settings_of(pipe, source, recipe)):
-                shutil.rmtree(directory)
+        if (
+            overwrite
+            and directory.exists()
+            and not _is_of(directory, _settings_of(pipe, source, recipe))
+        ):
+            refuse_foreign(directory)
+            shutil.rmtree(directory)
         recordings.append(
             record_calls(
                 pipe,

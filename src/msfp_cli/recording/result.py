@@ -23,6 +23,7 @@ from torch import Tensor
 
 from msfp_cli.errors import ModelError, RunError
 from msfp_cli.files.atomic import replace_file
+from msfp_cli.files.directories import RECORDING, claim
 from msfp_cli.files.documents import (
     Json,
     TensorFile,
@@ -30,6 +31,7 @@ from msfp_cli.files.documents import (
     open_tensors,
     read_header,
     read_json,
+    to_text,
     write_json,
 )
 from msfp_cli.pipelines.denoiser import DenoiserCall
@@ -40,8 +42,9 @@ _SCHEMA = 1
 _MANIFEST = "recording.json"
 _HEADER = "record"  # of a shard: the key under which its calls lie
 _TENSOR, _DICT = "$tensor", "$dict"  # how JSON tells a tensor and a dict from plain values
+_MAX_SHARDS = 100_000
 _REDO = "run `msfp calibrate --overwrite`"
-_REDO_SHARD = "delete it and run `msfp calibrate` again"
+_REDO_SHARD = "delete it and run the same `msfp calibrate` again, with --overwrite"
 
 
 def _hash(tensor: Tensor) -> str:
@@ -120,7 +123,31 @@ def size_bytes(calls: list[DenoiserCall]) -> int:
 
 
 def _parse_manifest(document: Json) -> tuple[dict[str, Any], int]:
-    return document["recipe"], document["num_shards"]
+    num_shards = int(document["num_shards"])
+    if not 1 <= num_shards <= _MAX_SHARDS:
+        raise ValueError(f"it counts {num_shards} shards")
+    return document["recipe"], num_shards
+
+
+def _identity(recipe: dict[str, Any], num_shards: int) -> str:
+    """Return a digest of what was asked, by which each shard names its recording."""
+    text = json.dumps([recipe, num_shards], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _refuse_other_shards(directory: Path, identity: str) -> None:
+    """Refuse shards of a recording whose manifest is gone, unless they say that they belong here.
+
+    Raises:
+        RunError: one belongs to another recording, or was written before shards named theirs.
+    """
+    for path in sorted(directory.glob(RECORDING[1])):
+        home = read_header(path, _HEADER, lambda document: document.get("recording"), redo=_REDO)
+        if home != identity:
+            raise RunError(
+                f"{directory} has lost its {_MANIFEST}, and {path.name} was recorded with other "
+                "settings; use --overwrite, or another --run"
+            )
 
 
 class Recording:
@@ -139,6 +166,7 @@ class Recording:
         self.recipe, self.num_shards = read_json(
             directory / _MANIFEST, _parse_manifest, redo=_REDO, schema=_SCHEMA
         )
+        self._identity = _identity(self.recipe, self.num_shards)
         self._shard_of_tensor: dict[str, Path] = {}
         self._intact: set[str] = set()  # tensors that were compared with their names
 
@@ -158,6 +186,8 @@ class Recording:
                     f"{directory} was recorded with other settings; "
                     "use --overwrite, or another --run"
                 )
+        _refuse_other_shards(directory, _identity(recipe, num_shards))
+        claim(directory, RECORDING)
         manifest = {"schema": _SCHEMA, "recipe": recipe, "num_shards": num_shards}
         write_json(directory / _MANIFEST, manifest)
         return cls(directory)
@@ -185,7 +215,8 @@ class Recording:
         encoded, tensors = encode_calls(calls)
         stored = self._tensor_index()
         fresh = {name: tensor for name, tensor in tensors.items() if name not in stored}
-        header = {_HEADER: json.dumps({"calls": encoded, "factors": factors})}
+        document = {"calls": encoded, "factors": factors, "recording": self._identity}
+        header = {_HEADER: to_text(document)}
         path = self.shard_path(index)
         with replace_file(path) as temporary:
             save_file(fresh, temporary, metadata=header)
@@ -216,7 +247,13 @@ class Recording:
 
     def _read_header(self, index: int, parse: Callable[[Json], T]) -> T:
         """Read what a shard's header says of its calls."""
-        return read_header(self._existing(index), _HEADER, parse, redo=_REDO_SHARD)
+
+        def parse_own(document: Json) -> T:
+            if document.get("recording", self._identity) != self._identity:
+                raise ValueError("it belongs to another recording")
+            return parse(document)
+
+        return read_header(self._existing(index), _HEADER, parse_own, redo=_REDO_SHARD)
 
     def _read_tensor(self, file: TensorFile, name: str, path: Path) -> Tensor:
         """Read a tensor; the first time, compare it with the hash that names it."""

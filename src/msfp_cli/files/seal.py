@@ -1,0 +1,174 @@
+"""What msfp wrote into a directory: `msfp.json` says it, in every directory of ours.
+
+Where a directory is finished at once (an export, a calibration, pictures, a report), the file is a
+seal: it has the size and the SHA-256 of every other file, so that a changed one can be refused
+before it is used. Where a directory grows (a recording, an evaluation), the file has patterns of
+the names that msfp gives its files there, and each of them has a digest of its own.
+
+Either way it answers whose a file is: ours, or one that somebody put beside them (`directories`).
+"""
+
+import hashlib
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
+
+from msfp_cli.errors import CheckpointError
+from msfp_cli.files.documents import Json, read_json, require_file, to_text
+
+MARK = "msfp.json"
+_SCHEMA = 1
+_BLOCK = 1 << 20  # bytes that are read at a time
+# What `atomic` and `directories` call a file or a directory that is not finished.
+_TEMPORARY = re.compile(r"\.(.+?)(\.tmp|-[a-z0-9_]+(-old)?)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SealedFile:
+    """A file as it was written: its size in bytes, and the SHA-256 of its content."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> "SealedFile":
+        """Read a file, a block at a time."""
+        sha = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                sha.update(block)
+            return cls(size=file.tell(), sha256=sha.hexdigest())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seal:
+    """What `msfp.json` says.
+
+    Arguments:
+        files: by their path in the directory, with "/".
+        patterns: of further paths that msfp writes there, as in `fnmatch`, part by part.
+    """
+
+    files: Mapping[str, SealedFile] = field(default_factory=dict)
+    patterns: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, directory: Path) -> "Seal":
+        """Seal all files of a directory."""
+        return cls(files={name: SealedFile.of(directory / name) for name in _names(directory)})
+
+    def to_text(self) -> str:
+        """Return the content of `msfp.json`."""
+        files = {name: asdict(file) for name, file in self.files.items()}
+        document = {"schema": _SCHEMA, "patterns": list(self.patterns), "files": files}
+        return to_text(document, indent=1)
+
+    @classmethod
+    def load(cls, directory: Path, *, redo: str) -> "Seal | None":
+        """Read `msfp.json`; None where there is none, as in directories of earlier versions.
+
+        Raises:
+            CheckpointError: it is damaged, altered, or newer than this msfp.
+        """
+        path = directory / MARK
+        if not path.exists() and not path.is_symlink():
+            return None
+
+        def parse(document: Json) -> Seal:
+            files = {name: SealedFile(**entry) for name, entry in document["files"].items()}
+            return cls(files=files, patterns=tuple(document["patterns"]))
+
+        return read_json(path, parse, redo=redo, schema=_SCHEMA)
+
+    def strangers(self, directory: Path) -> Iterator[str]:
+        """Yield the paths of files that msfp did not write."""
+        for name in _names(directory):
+            if name not in self.files and not is_named(name, self.patterns):
+                yield name
+
+    def refuse_altered(self, directory: Path, names: Iterable[str], *, redo: str) -> None:
+        """Compare the content of files with the seal.
+
+        Raises:
+            CheckpointError: one differs.
+        """
+        for name in names:
+            if SealedFile.of(directory / name) != self.files[name]:
+                raise _altered(directory / name, redo)
+
+    def refuse_other_files(self, directory: Path, *, redo: str) -> None:
+        """Look for files that are missing, of another size, or added where a loader reads them.
+
+        A loader takes whatever has a certain name in the folder of a component, so a file that was
+        added there may change what is loaded. Nothing reads files beside ``model_index.json``.
+
+        Raises:
+            RunError: one is missing, or may not be read.
+            CheckpointError: one is of another size, or was added.
+        """
+        for name, file in self.files.items():
+            require_file(directory / name, redo=redo)
+            if (directory / name).stat().st_size != file.size:
+                raise _altered(directory / name, redo)
+        for name in self.strangers(directory):
+            folder = PurePath(name).parts[0]
+            if "/" in name and any(ours.startswith(f"{folder}/") for ours in self.files):
+                raise CheckpointError(f"{directory / name} was not written by msfp; {redo}")
+
+
+def is_named(name: str, patterns: Collection[str]) -> bool:
+    """Whether a path, or the one that an unfinished file is to have, fits one of the patterns."""
+    parts = [_finished(part) for part in PurePath(name).parts]
+    return any(_fits(parts, pattern.split("/")) for pattern in patterns)
+
+
+def _fits(parts: list[str], patterns: list[str]) -> bool:
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+
+
+def _finished(name: str) -> str:
+    """Return the name that a file or directory is to have when it is finished."""
+    match = _TEMPORARY.fullmatch(name)
+    return name if match is None else match[1]
+
+
+def _names(directory: Path) -> list[str]:
+    """List the files of a directory and those below, but neither `msfp.json` nor what it hides."""
+    paths = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = sorted(path.relative_to(directory).as_posix() for path in paths)
+    return [name for name in names if name != MARK]
+
+
+def _altered(path: Path, redo: str) -> CheckpointError:
+    return CheckpointError(f"{path} is altered: it is not the file that msfp wrote; {redo}")
+
+
+@contextmanager
+def checked(directory: Path, *, redo: str) -> Iterator[None]:
+    """Compare a directory with its seal; without a seal there is nothing to compare.
+
+    Names, sizes and all small files are compared before the block runs, and safetensors files in a
+    thread beside it, because hashing them takes as long as reading them. What they say comes before
+    any error of the block, which has read the same files.
+
+    Raises:
+        CheckpointError: a file is altered, or was added where a loader reads it.
+        RunError: a file is missing.
+    """
+    seal = Seal.load(directory, redo=redo)
+    if seal is None:
+        yield
+        return
+    seal.refuse_other_files(directory, redo=redo)
+    large = [name for name in seal.files if name.endswith(".safetensors")]
+    seal.refuse_altered(directory, seal.files.keys() - set(large), redo=redo)
+    with ThreadPoolExecutor(1) as pool:
+        comparison = pool.submit(seal.refuse_altered, directory, large, redo=redo)
+        try:
+            yield
+        finally:
+            comparison.result()
