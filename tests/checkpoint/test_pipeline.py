@@ -18,7 +18,10 @@ import msfp_cli
 from conftest import Chained, Finetuned, Invoke
 from msfp_cli.checkpoint.pipeline import MSFPPipeline, read_configs
 from msfp_cli.checkpoint.quantizer import MSFPConfig
-from msfp_cli.errors import CheckpointError, ModelError, MsfpError, UsageError
+from msfp_cli.checkpoint.reseal import reseal
+from msfp_cli.errors import CheckpointError, ModelError, MsfpError, RunError, UsageError
+from msfp_cli.files.directories import refuse_foreign
+from msfp_cli.files.documents import digest
 from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import ROUTER
@@ -149,7 +152,7 @@ DAMAGES: dict[Damage, str] = {
     flip_scale_bit: "altered",
     lose_codes: "altered",
     lose_bias: "altered",
-    lose_digest: "no msfp digest",
+    lose_digest: "no msfp digest|altered",
     newer_schema: "upgrade",
     nameless_schema: "layout",
     unknown_key: "rotation",
@@ -442,3 +445,127 @@ def test_sampling_a_fine_tuned_export_works(
 ) -> None:
     result = msfp("sample", copied(tiny_tuned.export), "--out", "pictures", "--device", "cpu")
     assert (result.exit_code, result.stdout) == (0, "pictures/sheet.png\n"), result.stderr
+
+
+def change_model(directory: Path, key: str, value: object) -> None:
+    """Change a setting of the denoiser's architecture."""
+    path = directory / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    assert key in config
+    config[key] = value
+    path.write_text(json.dumps(config))
+
+
+ARCHITECTURE = {
+    "norm_eps": 1e-3,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "act_fn": "gelu",
+    "norm_num_groups": 2,
+    "mid_block_scale_factor": 2,
+    "center_input_sample": True,
+    "downsample_padding": 0,
+}
+
+
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+@pytest.mark.parametrize("key", ARCHITECTURE)
+def test_altered_architecture_is_refused(
+    tiny_chained: Chained, copied: Callable[..., Path], key: str, entry: str
+) -> None:
+    directory = copied(tiny_chained.export)
+    change_model(directory, key, ARCHITECTURE[key])
+    with pytest.raises(CheckpointError, match="altered.*msfp export --reseal"):
+        ENTRY_POINTS[entry](directory)
+
+
+def test_altered_parts_that_are_not_quantized_are_refused(
+    prompted_chained: Chained, copied: Callable[..., Path]
+) -> None:
+    directory = copied(prompted_chained.export)
+    names = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
+    assert len(names) > 8
+    for name in names:
+        before = (directory / name).read_bytes()
+        flip(directory / name, -2, 1)
+        with pytest.raises(CheckpointError, match=f"{name.name} is (altered|damaged)"):
+            _from_wrapper(directory)
+        (directory / name).write_bytes(before)
+    _from_wrapper(directory)
+
+
+def test_a_change_on_purpose_is_loaded_unchecked_or_sealed_again(
+    tiny_chained: Chained, copied: Callable[..., Path], msfp: Invoke
+) -> None:
+    directory = copied(tiny_chained.export)
+    (directory / "README.md").write_text("mine")
+    change_model(directory, "norm_eps", 1e-3)
+    assert MSFPPipeline.from_pretrained(directory, check=False).unet.config["norm_eps"] == 1e-3
+    result = msfp("export", "--reseal", directory)
+    assert (result.exit_code, result.stdout) == (0, f"{directory}\n"), result.stderr
+    for entry in ENTRY_POINTS.values():
+        assert entry(directory).unet.config["norm_eps"] == 1e-3
+    with pytest.raises(RunError, match="README.md was not written by msfp"):
+        refuse_foreign(directory)
+
+
+def test_resealing_what_is_unchanged_changes_nothing(
+    tiny_chained: Chained, copied: Callable[..., Path]
+) -> None:
+    directory = copied(tiny_chained.export)
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    reseal(directory)
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+
+
+def rewrite_signed(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors as a faulty writer would: with a digest that fits, and no seal."""
+    path = tensors_of(directory / "unet")
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    change(tensors)
+    save_file(tensors, path, {**header, "msfp_digest": digest(tensors)})
+    (directory / "msfp.json").unlink()
+
+
+def fill(ending: str, value: float) -> Callable[[dict[str, torch.Tensor]], object]:
+    """Return what fills the first tensor with such a name."""
+    return lambda tensors: tensors[next(n for n in tensors if n.endswith(ending))].fill_(value)
+
+
+def drop(ending: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    """Return what takes the first tensor with such a name out."""
+    return lambda tensors: tensors.pop(next(n for n in tensors if n.endswith(ending)))
+
+
+def as_float(tensors: dict[str, torch.Tensor]) -> None:
+    """Write the router's table as floats."""
+    tensors[f"{ROUTER}.table"] = tensors[f"{ROUTER}.table"].float()
+
+
+SIGNED = {
+    "scale NaN": (fill(".weight_scale", float("nan")), "not positive and finite"),
+    "scale negative": (fill(".weight_scale", -1.0), "not positive and finite"),
+    "scale 0": (fill(".weight_scale", 0.0), "not positive and finite"),
+    "scale 1e38": (fill(".weight_scale", 1e38), "not positive and finite"),
+    "bias NaN": (fill(".bias", float("nan")), "NaN or an infinity"),
+    "codes gone": (drop(".weight_codes"), "weight_codes is missing"),
+    "bias gone": (drop(".bias"), "bias is missing"),
+    "table gone": (drop(".table"), "table is missing"),
+    "table 255": (fill(".table", 255), "member that there is not"),
+    "table float": (as_float, "is of type torch.float32"),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+@pytest.mark.parametrize("case", SIGNED)
+def test_what_a_faulty_writer_signed_is_refused(
+    tiny_tuned: Finetuned, copied: Callable[..., Path], case: str, entry: str
+) -> None:
+    change, message = SIGNED[case]
+    directory = copied(tiny_tuned.export)
+    rewrite_signed(directory, change)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        ENTRY_POINTS[entry](directory)
+    assert len(str(caught.value).splitlines()) == 1

@@ -172,8 +172,7 @@ def save_pipeline(pipe: Pipeline, directory: Path, *, overwrite: bool = False) -
         for path in sorted(temporary.rglob("*.json")):
             _forget_origin_(path)
         for path in sorted(temporary.rglob("*.safetensors")):
-            _sort_header_(path)
-            path.chmod(0o644)  # safetensors makes them private to the user
+            sort_header_(path)
 
 
 def _forget_origin_(path: Path) -> None:
@@ -183,7 +182,7 @@ def _forget_origin_(path: Path) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def _sort_header_(path: Path) -> None:
+def sort_header_(path: Path) -> None:
     """Sort the metadata in a safetensors header, which safetensors writes in a random order."""
     with path.open("r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))

@@ -6,13 +6,17 @@ from typing import Any
 
 import torch
 
-from msfp_cli.checkpoint.quantizer import METHOD, REDO, MSFPConfig
+from msfp_cli.checkpoint.contents import REDO, unchecked
+from msfp_cli.checkpoint.quantizer import METHOD, MSFPConfig
 from msfp_cli.errors import ModelError
 from msfp_cli.files.documents import Json, open_tensors, read_json
+from msfp_cli.files.seal import checked
 from msfp_cli.layers.kernels.registry import AUTO
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.replace import quantized_layers, select_layers
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
+
+_REDO = f"{REDO}, or load it with check=False"
 
 
 def read_configs(directory: Path) -> dict[str, MSFPConfig]:
@@ -98,6 +102,7 @@ class MSFPPipeline:
         device: str | None = None,
         kernel: str = AUTO,
         keep_packed: bool = False,
+        check: bool = True,
     ) -> "MSFPPipeline":
         """Load an exported directory.
 
@@ -109,6 +114,8 @@ class MSFPPipeline:
                 that can.
             keep_packed: keep weights in 4 bits in memory, too: half the memory, and slower.
 
+            check: whether to refuse files that were changed since msfp wrote them, see `seal`.
+
         Raises:
             ModelError: it is not an export.
             CheckpointError: it is truncated, altered, or newer than this msfp.
@@ -117,9 +124,10 @@ class MSFPPipeline:
         directory = Path(directory)
         configs = read_configs(directory)
         name = None if dtype is None else str(dtype).removeprefix("torch.")
-        pipe = load_pipeline(ModelSource(model=str(directory), dtype=name), device)
-        for component in configs:
-            prepare_(getattr(pipe, component), kernel, keep_packed=keep_packed)
+        with checked(directory, redo=_REDO) if check else unchecked():
+            pipe = load_pipeline(ModelSource(model=str(directory), dtype=name), device)
+            for component in configs:
+                prepare_(getattr(pipe, component), kernel, keep_packed=keep_packed)
         return cls(pipe, configs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the pipeline's own signature)

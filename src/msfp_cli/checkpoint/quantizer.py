@@ -2,14 +2,13 @@
 
 With these two registered, ``DiffusionPipeline.from_pretrained(export)`` returns the stock pipeline
 with quantized layers, and ``save_pretrained`` writes it again. The float weights never exist:
-layers are replaced while the model is on the meta device. A digest over every tensor of the
-denoiser lies in the safetensors header and is checked before anything is loaded, so an altered file
-is refused rather than sampled from. Without the import of `msfp_cli`, diffusers does not know the
+layers are replaced while the model is on the meta device. `contents` compares the files with the
+digest and the config in their header before anything is loaded, so an altered one is refused rather
+than sampled from. Without the import of `msfp_cli`, diffusers does not know the
 method ``msfp`` and refuses by itself.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -20,8 +19,9 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from msfp_cli.checkpoint.contents import Contents, header_of, model_text
 from msfp_cli.errors import CheckpointError, MsfpError
-from msfp_cli.files.documents import Json, digest, open_tensors, refuse_altered
+from msfp_cli.files.documents import Json
 from msfp_cli.layers.replace import replace_layers_
 from msfp_cli.layers.scheme import LayerScheme
 
@@ -29,9 +29,6 @@ DiffusersModel: TypeAlias = Any  # diffusers is untyped
 
 SCHEMA_VERSION = 1
 METHOD = "msfp"
-_CONFIG = "quantization_config"  # keys of the safetensors header
-_DIGEST = "msfp_digest"
-REDO = "export or download it again"
 
 
 class _Method(str, Enum):
@@ -143,10 +140,8 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
             if isinstance(checkpoint_files, str)
             else list(checkpoint_files or [])
         )
-        if verify_digest([Path(path) for path in paths]) != _to_text(self.quantization_config):
-            raise CheckpointError(
-                f"{paths[0]} and its config.json disagree: one of them is altered; export again"
-            )
+        self._contents = Contents.read([Path(path) for path in paths])
+        self._contents.refuse_other_config(to_text(self.quantization_config))
         return loaded_keys
 
     def _process_model_before_weight_loading(
@@ -156,10 +151,18 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
         **kwargs: Json,
     ) -> None:
         config: MSFPConfig = self.quantization_config
+        self._contents.refuse_other_model(model)
+        self.note_model(model)
         replace_layers_(model, config.table(), timestep_unit=config.timestep_unit)
+        self._contents.refuse_misfit(model)
+        del self._contents  # which keeps the files open
         if keep_in_fp32_modules is not None:
             keep_in_fp32_modules.append("weight_scale")
         model.register_to_config(quantization_config=config)
+
+    def note_model(self, model: DiffusersModel) -> None:
+        """Remember the model's config, which is written beside its tensors."""
+        self._model_text = model_text(json.loads(model.to_json_string()))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Json) -> nn.Module:
         return model
@@ -168,8 +171,8 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the tensors, and for their header the config and the digest."""
-        header = {_CONFIG: _to_text(self.quantization_config), _DIGEST: digest(state_dict)}
-        return state_dict, header
+        config = to_text(self.quantization_config)
+        return state_dict, header_of(state_dict, config, self._model_text)
 
     @property
     def is_serializable(self) -> bool:
@@ -189,37 +192,16 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
 
 def mark_quantized_(denoiser: DiffusersModel, config: MSFPConfig) -> None:
     """Mark an in-memory denoiser as quantized, so that ``save_pretrained`` writes it as such."""
-    denoiser.hf_quantizer = MSFPQuantizer(config, pre_quantized=True)
+    quantizer = MSFPQuantizer(config, pre_quantized=True)
+    quantizer.note_model(denoiser)
+    denoiser.hf_quantizer = quantizer
     denoiser.is_quantized = True
     denoiser.register_to_config(quantization_config=config)
 
 
-def _to_text(config: MSFPConfig) -> str:
+def to_text(config: MSFPConfig) -> str:
     """Return the config as it lies in the safetensors header."""
     return json.dumps(config.to_dict(), sort_keys=True)
-
-
-def verify_digest(paths: Sequence[Path]) -> str:
-    """Compare the tensors of a checkpoint with the digest in its header.
-
-    Returns:
-        The config that lies beside the digest, as text.
-
-    Raises:
-        CheckpointError: a file is truncated, altered, or was not written by msfp.
-    """
-    header: dict[str, str] = {}
-    tensors: dict[str, Tensor] = {}
-    for path in paths:
-        with open_tensors(path, redo=REDO) as file:
-            header |= file.metadata() or {}
-            tensors |= {name: file.get_tensor(name) for name in sorted(file.keys())}
-    if _DIGEST not in header:
-        raise CheckpointError(
-            f"{paths[0] if paths else 'the checkpoint'} has no msfp digest; export it again"
-        )
-    refuse_altered(paths[0], tensors, header[_DIGEST], redo=REDO)
-    return header.get(_CONFIG, "")
 
 
 # diffusers has no function for this: its registry is two plain dicts.

@@ -18,6 +18,8 @@ Examples:
     msfp export
 
     msfp export --out dresses-fp4 --overwrite
+
+    msfp export --reseal dresses-fp4
 """
 
 
@@ -32,6 +34,14 @@ def export(
             "--calibrated", help="Export the calibrated model, without the run's fine-tuning."
         ),
     ] = False,
+    reseal: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write nothing new, but accept the files of the export DIR as they are now, after "
+            "they were changed on purpose.",
+        ),
+    ] = None,
     device: DeviceOption = None,
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
@@ -41,6 +51,12 @@ def export(
     from msfp_cli.status import next_command
 
     console.quiet_libraries()
+    if reseal is not None:
+        from msfp_cli.checkpoint.reseal import reseal as seal_again
+
+        seal_again(reseal)
+        console.result(str(reseal), {"directory": str(reseal)}, as_json=json_)
+        return
     report = export_run(
         Run(run), out, with_finetuning=not calibrated, device=device, overwrite=overwrite
     )

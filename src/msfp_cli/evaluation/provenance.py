@@ -12,8 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 from msfp_cli.calibration.result import Calibration
+from msfp_cli.checkpoint.contents import REDO
 from msfp_cli.checkpoint.pipeline import read_configs
-from msfp_cli.checkpoint.quantizer import REDO, MSFPConfig
+from msfp_cli.checkpoint.quantizer import MSFPConfig
 from msfp_cli.files.documents import digest, open_tensors
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.layers.scheme import LayerScheme

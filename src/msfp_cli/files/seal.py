@@ -57,9 +57,10 @@ class Seal:
     patterns: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, directory: Path) -> "Seal":
-        """Seal all files of a directory."""
-        return cls(files={name: SealedFile.of(directory / name) for name in _names(directory)})
+    def of(cls, directory: Path, patterns: tuple[str, ...] | None = None) -> "Seal":
+        """Seal the files of a directory; without patterns of their paths, all of them."""
+        names = [n for n in _names(directory) if patterns is None or is_named(n, patterns)]
+        return cls(files={name: SealedFile.of(directory / name) for name in names})
 
     def to_text(self) -> str:
         """Return the content of `msfp.json`."""

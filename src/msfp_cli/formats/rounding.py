@@ -61,6 +61,11 @@ class Grid:
         return self.scale * self.format.largest
 
 
+def are_scales(scale: Tensor) -> bool:
+    """Whether all elements can be scales: positive, and finite times any integer of 8 bits."""
+    return bool(((scale > 0) & torch.isfinite(scale.float() * 2**8)).all())
+
+
 def per_channel(scale: Tensor, num_dims: int) -> Tensor:
     """Shape one scale per output channel so that it broadcasts against a weight: ``(out, 1, ...)``.
 

@@ -1,0 +1,169 @@
+"""What a denoiser's safetensors files hold, and whether it fits the model that is to take it.
+
+The header has two texts and a digest: the ``quantization_config``, the rest of the model's config,
+and the SHA-256 of all tensors. So both loaders, ours and stock ``from_pretrained``, refuse a config
+or a tensor that was altered, one that is missing, and a value that cannot be (a scale of NaN, a
+timestep's member that the hub does not have).
+"""
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msfp_cli.errors import CheckpointError
+from msfp_cli.files.documents import Json, digest, open_tensors, read_tensors, refuse_altered
+from msfp_cli.formats.rounding import are_scales
+from msfp_cli.layers.replace import quantized_layers
+from msfp_cli.layers.routing import ROUTER
+
+CONFIG, MODEL, DIGEST = "quantization_config", "model_config", "msfp_digest"  # header keys
+REDO = (
+    "export or download it again, or, if it was changed on purpose, run `msfp export --reseal DIR`"
+)
+_IS_CHECKED = ContextVar("is_checked", default=True)
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Load what was altered as well, while the context is open."""
+    token = _IS_CHECKED.set(False)
+    try:
+        yield
+    finally:
+        _IS_CHECKED.reset(token)
+
+
+def model_text(config: Mapping[str, Any]) -> str:
+    """Return a model's config as it lies in the header: without the part that is ours.
+
+    Arguments:
+        config: as in ``config.json``; keys with an underscore are of no model, but its class.
+    """
+    own = {key: value for key, value in config.items() if key[0] != "_" and key != CONFIG}
+    return json.dumps({"_class_name": config.get("_class_name"), **own}, sort_keys=True)
+
+
+def header_of(tensors: Mapping[str, Tensor], config: str, model: str) -> dict[str, str]:
+    """Return what the header of a denoiser's files holds."""
+    return {CONFIG: config, MODEL: model, DIGEST: digest(tensors)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a denoiser's files hold.
+
+    Arguments:
+        path: the first of them, for errors.
+        header: see `header_of`; files of earlier versions lack `MODEL`.
+        tensors: by name, mapped from the files.
+    """
+
+    path: Path
+    header: Mapping[str, str]
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def read(cls, paths: Sequence[Path]) -> "Contents":
+        """Read the files and compare their tensors with the digest.
+
+        Raises:
+            CheckpointError: a file is truncated, altered, or was not written by msfp.
+        """
+        header: dict[str, str] = {}
+        tensors: dict[str, Tensor] = {}
+        for path in paths:
+            with open_tensors(path, redo=REDO) as file:
+                header |= file.metadata() or {}
+            tensors |= read_tensors(path, redo=REDO)
+        if DIGEST not in header:
+            raise CheckpointError(
+                f"{paths[0] if paths else 'the checkpoint'} has no msfp digest; export it again"
+            )
+        if _IS_CHECKED.get():
+            refuse_altered(paths[0], tensors, header[DIGEST], redo=REDO)
+        contents = cls(path=paths[0], header=header, tensors=tensors)
+        contents._refuse_bad_values()
+        return contents
+
+    def _refuse_bad_values(self) -> None:
+        """Refuse scales that are none, and what is not finite."""
+        for name, tensor in self.tensors.items():
+            is_scale = name.endswith(".weight_scale")
+            if is_scale and not are_scales(tensor):
+                raise self._error(f"{name} holds a scale that is not positive and finite")
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise self._error(f"{name} holds a NaN or an infinity")
+
+    def _error(self, reason: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is damaged ({reason}); {REDO}")
+
+    def refuse_other_config(self, config: str) -> None:
+        """Compare the header with the ``quantization_config`` that diffusers read."""
+        if _IS_CHECKED.get() and self.header.get(CONFIG) != config:
+            raise CheckpointError(
+                f"{self.path} and its config.json disagree: one of them is altered; {REDO}"
+            )
+
+    def refuse_other_model(self, model: Any) -> None:  # noqa: ANN401 (diffusers is untyped)
+        """Compare the header with the config of a model that was just built, on any device.
+
+        A key that the header lacks is of a later diffusers, and has its default.
+        """
+        if not _IS_CHECKED.get() or MODEL not in self.header:
+            return
+        expected = json.loads(self.header[MODEL])
+        actual = json.loads(model.to_json_string())
+        for key, default in _defaults(type(model)).items():
+            if key in actual and actual[key] != expected.get(key, default):
+                raise self._other_model(key)
+        if expected["_class_name"] != type(model).__name__:
+            raise self._other_model("_class_name")
+
+    def _other_model(self, key: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} and its config.json disagree on {key!r}: one of them is altered; {REDO}"
+        )
+
+    def refuse_misfit(self, model: nn.Module) -> None:
+        """Refuse files that lack a tensor of the model, or have it in another shape or kind."""
+        for name, place in model.state_dict().items():
+            tensor = self.tensors.get(name)
+            if tensor is None:
+                raise self._error(f"{name} is missing")
+            if tensor.shape != place.shape:
+                raise self._error(f"{name} is of another shape")
+            if _kind(tensor) != _kind(place):
+                raise self._error(f"{name} is of type {tensor.dtype}")
+        self._refuse_unknown_members(model)
+
+    def _refuse_unknown_members(self, model: nn.Module) -> None:
+        """Refuse a router's table that names a member which a layer does not have."""
+        table = self.tensors.get(f"{ROUTER}.table")
+        layers = quantized_layers(model)
+        hubs = [layers[name].scheme.hub for name in sorted(layers) if layers[name].scheme.hub > 1]
+        if table is not None and (table >= torch.tensor(hubs, dtype=torch.int16)).any():
+            raise self._error(f"{ROUTER}.table names a member that there is not")
+
+
+def _kind(tensor: Tensor) -> str:
+    """Return the type of whole numbers; floating-point types are converted into each other."""
+    return "float" if tensor.is_floating_point() else str(tensor.dtype)
+
+
+def _defaults(model_class: type) -> dict[str, Json]:
+    """Return the settings of a class of models, with their defaults as JSON values."""
+    parameters = inspect.signature(model_class).parameters
+    return {name: _as_json(each.default) for name, each in parameters.items()}
+
+
+def _as_json(value: Any) -> Json:  # noqa: ANN401 (a default of any kind)
+    """Return a value as it comes back from JSON."""
+    return json.loads(json.dumps(value, default=str))
