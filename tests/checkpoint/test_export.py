@@ -348,7 +348,7 @@ def test_table_of_the_export_is_the_routers_choice_at_every_trained_timestep(
     switching = [name for name in sorted(names) if len(set(members[name])) > 1]
     router = denoiser.get_submodule(ROUTER)
     for position, timestep in enumerate(sorted(tiny_tuned.tuned.timesteps, reverse=True)):
-        for name, choice in zip(switching, router.choices(timestep), strict=True):
+        for name, choice in zip(switching, router(timestep), strict=True):
             assert sorted(set(members[name]))[choice] == members[name][position]
 
 

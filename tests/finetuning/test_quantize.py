@@ -84,9 +84,7 @@ def test_layers_hold_the_members_that_serve_and_switch_as_the_router_does(
     hubs = {name: layer.scheme.hub for name, layer in quantized_layers(denoiser).items()}
     assert {1, 3} <= set(hubs.values())
     for timestep in tuned.timesteps:
-        members = dict(
-            zip((n for n in sorted(names) if hubs[n] > 1), table.choices(timestep), strict=True)
-        )
+        members = dict(zip((n for n in sorted(names) if hubs[n] > 1), table(timestep), strict=True))
         for name, (choice,) in zip(names, router([timestep]), strict=True):
             layer, weight = quantized_layers(denoiser)[name], floats[name].weight
             a, b = (best[f"{name}.{part}.{choice.member}"] for part in ("lora_a", "lora_b"))

@@ -11,6 +11,7 @@ method ``msfp`` and refuses by itself.
 import json
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,7 +21,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from msfp_cli.checkpoint.contents import Contents, header_of, model_text
-from msfp_cli.errors import CheckpointError, MsfpError
+from msfp_cli.errors import CheckpointError, MsfpError, UsageError
 from msfp_cli.files.documents import Json
 from msfp_cli.layers.replace import replace_layers_
 from msfp_cli.layers.scheme import LayerScheme
@@ -165,6 +166,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
         self._model_text = model_text(json.loads(model.to_json_string()))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Json) -> nn.Module:
+        _adapt_(model)
         return model
 
     def get_state_dict_and_metadata(
@@ -195,8 +197,28 @@ def mark_quantized_(denoiser: DiffusersModel, config: MSFPConfig) -> None:
     quantizer = MSFPQuantizer(config, pre_quantized=True)
     quantizer.note_model(denoiser)
     denoiser.hf_quantizer = quantizer
-    denoiser.is_quantized = True
     denoiser.register_to_config(quantization_config=config)
+    _adapt_(denoiser)
+
+
+def _adapt_(denoiser: DiffusersModel) -> None:
+    """Tell diffusers what our layers can do that others cannot, and the other way round.
+
+    ``is_quantized`` forbids to change the type of what is in floating point, which `from_pipe`
+    does; our scales keep theirs. A fused layer would be in floating point.
+    """
+    denoiser.is_quantized = False
+    for method in ("fuse_lora", "fuse_qkv_projections"):
+        if hasattr(denoiser, method):
+            setattr(denoiser, method, partial(_refuse_fusing, method))
+
+
+def _refuse_fusing(method: str, *args: object, **kwargs: object) -> None:
+    raise UsageError(
+        f"{method} would replace quantized weights by others in floating point; leave it out (a "
+        "LoRA works as an adapter), or fuse the full-precision pipeline and run `msfp calibrate` "
+        "on that"
+    )
 
 
 def to_text(config: MSFPConfig) -> str:

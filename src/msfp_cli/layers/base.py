@@ -21,12 +21,17 @@ class QuantizedLayer(nn.Module, ABC):
     kind: ClassVar[str]  # the name of its row
     scheme: LayerScheme
     weight_shape: torch.Size
+    weight_dtype: torch.dtype  # of the model: what a float weight would have
     bias: Any  # nn.Parameter or None, which torch declares differently in its layers
 
     @property
     @abstractmethod
     def weight(self) -> Tensor:
-        """The weight in floating point, shape of the float layer's."""
+        """The weight in the model's type, shape of the float layer's."""
+
+    @abstractmethod
+    def float_weight(self) -> Tensor:
+        """Return the weight in floating point; float32 where it is held as codes."""
 
     @abstractmethod
     def codes(self, member: int | Tensor = 0) -> Tensor:
@@ -37,8 +42,12 @@ class QuantizedLayer(nn.Module, ABC):
         """Return the integers of a member's weight, int8, shape of the float weight."""
 
     @abstractmethod
-    def member(self) -> int | Tensor:
-        """Return which member of the layer's hub serves the timestep that the denoiser is at."""
+    def member(self, otherwise: int | None = None) -> int | Tensor:
+        """Return which member of the layer's hub serves the timestep that the denoiser is at.
+
+        Arguments:
+            otherwise: the answer if the denoiser is not running, which is an error without it.
+        """
 
     @abstractmethod
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:

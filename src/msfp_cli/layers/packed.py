@@ -3,7 +3,8 @@
 The state is two buffers: ``weight_codes``, packed, one row per member of the layer's hub, and
 ``weight_scale``, float32, one per output channel or per row of a table. A kernel may hold the
 weight in a form of its own. Then there is no ``weight_codes``: codes are made from the kernel's
-integers when they are asked for, and `PackedLayer.restore_` takes them back.
+integers when they are asked for, and `PackedLayer.restore_` takes them back. If somebody else puts
+codes there, an offloader say, it is those that count.
 """
 
 import torch
@@ -13,6 +14,7 @@ from msfp_cli.formats.packing import pack, packed_size, unpack, unpack_integers
 from msfp_cli.formats.rounding import Grid, dequantize, per_channel, quantize
 from msfp_cli.layers.base import QuantizedLayer
 from msfp_cli.layers.kernels.kernel import Kernel
+from msfp_cli.layers.weight import PackedWeight
 
 
 class PackedLayer(QuantizedLayer):
@@ -31,29 +33,61 @@ class PackedLayer(QuantizedLayer):
     def restore_(self) -> None:
         """Let go of the kernel, and take back the codes; the next call chooses again."""
         if self._weight_holder is not None:
-            self._buffers["weight_codes"] = self.packed_codes()
+            device = self.get_buffer("weight_scale").device
+            self._buffers["weight_codes"] = self.packed_codes().to(device)
         self.kernel = None
 
     @property
     def _weight_holder(self) -> Kernel | None:
         """The kernel, if it holds the weight in the place of the layer's codes."""
-        return self.kernel if self.kernel is not None and self.kernel.holds_weight else None
+        if self.kernel is None or not self.kernel.holds_weight or "weight_codes" in self._buffers:
+            return None
+        return self.kernel
+
+    def source(self) -> tuple[tuple[int, int, torch.device], ...]:
+        """Return what tells whether the tensors that a kernel was made from have changed."""
+        tensors = [self._buffers.get(name) for name in ("weight_codes", "weight_scale")]
+        return tuple(
+            (id(tensor), 0 if tensor.is_inference() else tensor._version, tensor.device)
+            for tensor in tensors
+            if tensor is not None
+        )
 
     @property
     def weight(self) -> Tensor:
-        """The weight in floating point; dequantized to float32 where it is held as codes.
+        """The weight in the model's type; where it is held as codes, a `PackedWeight`.
 
-        Raises:
-            MsfpError: the layer's hub has several members, and its denoiser is not running.
+        It is that of the member that serves, and of the first while the denoiser is not running.
         """
         parameter = self._parameters.get("weight")
         if parameter is not None:
             return parameter
         if "weight_scale" not in self._buffers:
             raise AttributeError("weight")  # so torch sees that it may be registered
+        if torch.compiler.is_compiling():
+            return self._typed_weight()
+        device = self.get_buffer("weight_scale").device
+        return PackedWeight(self._typed_weight, self.weight_shape, self.weight_dtype, device)
+
+    def _typed_weight(self) -> Tensor:
+        member = self.member(otherwise=0)
+        return self._dequantize(member).to(self.weight_dtype)
+
+    def float_weight(self) -> Tensor:
+        """Return the weight in floating point, dequantized to float32 where it is held as codes.
+
+        Raises:
+            MsfpError: the layer's hub has several members, and its denoiser is not running.
+        """
+        parameter: Tensor | None = self._parameters.get("weight")
+        if parameter is not None:
+            return parameter
+        return self._dequantize(self.member())
+
+    def _dequantize(self, member: int | Tensor) -> Tensor:
         if self._weight_holder is not None:
-            return self.integers(self.member()).float() * self.weight_grid().scale
-        return dequantize(self.codes(self.member()), self.weight_grid())
+            return self.integers(member).float() * self.weight_grid().scale
+        return dequantize(self.codes(member), self.weight_grid())
 
     def codes(self, member: int | Tensor = 0) -> Tensor:
         """Return the codes of a member's weight, uint8, shape of the float weight."""

@@ -1,7 +1,8 @@
 """Layers that hold 4-bit codes and round their input, and tables that hold codes.
 
 All subclass torch's own layers, so libraries that ask ``isinstance(layer, nn.Linear)`` (PEFT among
-them) see what they expect; ``layer.weight`` dequantizes on the fly. The state is two buffers,
+them) see what they expect; ``layer.weight`` is dequantized when it is used (see `weight`). The
+state is two buffers,
 ``weight_codes`` (packed, one row per member of the layer's hub) and ``weight_scale`` (float32, one
 per output channel, or per row of a table), beside the float bias. What is one number per layer
 (formats, the input's scale and zero point) is not a tensor: it is a `LayerScheme`, a plain value
@@ -16,7 +17,9 @@ A layer has a kernel, which runs it, or none yet. Without one it has its codes, 
 when it first runs, for the device it is on then. A kernel may hold the weight in a form of its own,
 and then the layer drops its codes. They come back (`Quantized.restore_`) whenever something changes
 them or the layer moves to another device, and are made from the kernel's weight to be saved or
-copied.
+copied. What a kernel computed from codes and scales it computes again if these are other tensors
+than before, or were written to; from then on the codes stay packed, as offloaders do this at each
+call. A bias is read at each call.
 """
 
 from collections.abc import Callable
@@ -37,6 +40,16 @@ from msfp_cli.layers.routing import Route
 from msfp_cli.layers.scheme import LayerScheme
 
 Self = TypeVar("Self", bound="Quantized")
+# Where torch keeps a module's hooks.
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
 
 
 class KernelChoice(NamedTuple):
@@ -57,10 +70,21 @@ class Quantized(PackedLayer):
 
     route: Route[int | Tensor] | None
 
+    def __new__(cls: type[Self], *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 (torch's signature)
+        """Make a quantized layer of a float one; of torch's own arguments, a float layer.
+
+        PEFT makes the two convolutions of a LoRA with ``type(layer)(in_channels, rank, ...)``.
+        """
+        if args and not isinstance(args[0], nn.Module):
+            twin: Self = KINDS[cls.kind].float_class(*args, **kwargs)  # type: ignore[assignment]
+            return twin
+        return super().__new__(cls)
+
     def __init__(self, layer: FloatLayer, scheme: LayerScheme) -> None:
         self._copy_settings(layer)
         self.scheme = scheme
         self.weight_shape = layer.weight.shape
+        self.weight_dtype = layer.weight.dtype
         self.route = None
         self.slot = 0  # the layer's place in the choices of its route
         self.kernel = None
@@ -80,6 +104,8 @@ class Quantized(PackedLayer):
             if name not in not_settings:
                 self.__dict__[name] = value
         self.training = layer.training
+        for name in _HOOKS:  # the very dictionaries, so that their handles still remove them
+            self.__dict__[name] = layer.__dict__[name]
 
     # the kernel
 
@@ -102,21 +128,38 @@ class Quantized(PackedLayer):
         self.kernel = kernel_class(self, keep_packed=keep_packed)
         if self.kernel.holds_weight:
             del self._buffers["weight_codes"]
+        self._kernel_source = self.source()
         return reason
 
-    def _choose_once(self) -> None:
-        """Choose a kernel at the first call; compiled calls take the layer as it is."""
-        if self.kernel is None and not torch.compiler.is_compiling():
-            self.prepare_(self.kernel_choice.name, keep_packed=self.kernel_choice.keep_packed)
+    def _choose_kernel(self) -> None:
+        """Choose a kernel at the first call, and again if codes or scales were changed since.
 
-    def forward(self, x: Tensor) -> Tensor:
+        Compiled calls take the layer as it is.
+        """
+        if torch.compiler.is_compiling():
+            return
+        name, keep_packed = self.kernel_choice
+        if self.kernel is None:
+            self.prepare_(name, keep_packed=keep_packed)
+        elif self.source() != self._kernel_source:
+            self.prepare_(name, keep_packed=True)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name, by which models call)
         """Round the input, run the layer; the kernel decides how."""
-        self._choose_once()
-        return simulate(self, x) if self.kernel is None else self.kernel(self, x)
+        self._choose_kernel()
+        return simulate(self, input) if self.kernel is None else self.kernel(self, input)
 
-    def member(self) -> int | Tensor:
-        """Return which member serves the current timestep; a tensor while the call is compiled."""
-        return 0 if self.route is None else self.route.of(self.slot)
+    def member(self, otherwise: int | None = None) -> int | Tensor:
+        """Return which member serves the current timestep; a tensor while the call is compiled.
+
+        Arguments:
+            otherwise: the answer if the denoiser is not running, which is an error without it.
+        """
+        if self.route is None:
+            return 0
+        if otherwise is not None and not self.route.is_open():
+            return otherwise
+        return self.route.of(self.slot)
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """Run the float operation with the given weight and the layer's own bias."""
@@ -132,8 +175,11 @@ class Quantized(PackedLayer):
     def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:  # noqa: ANN401 (torch's signature)
         """Move or convert the layer, but not its scales: float16 would turn small ones to 0."""
         scale = self._buffers.get("weight_scale")
-        if scale is not None and fn(scale[:0]).device != scale.device:
-            self.restore_()
+        if scale is not None:
+            like = fn(torch.empty(0, dtype=self.weight_dtype, device=scale.device))
+            self.weight_dtype = like.dtype
+            if like.device != scale.device:
+                self.restore_()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if scale is not None:
             moved = self.get_buffer("weight_scale")
@@ -227,16 +273,10 @@ class QuantEmbedding(Quantized, nn.Embedding):  # type: ignore[misc, override]  
 
     kind: ClassVar[str] = "embedding"
 
-    def __init__(self, layer: FloatLayer, scheme: LayerScheme) -> None:
-        super().__init__(layer, scheme)
-        # The input is whole numbers, so only this says which type the rows have; it moves with the
-        # module.
-        self.register_buffer("like", torch.empty(0, dtype=layer.weight.dtype), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Look rows up."""
-        self._choose_once()
-        return look_up(self, x)
+        self._choose_kernel()
+        return look_up(self, input)
 
 
 def _multiply(layer: FloatLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

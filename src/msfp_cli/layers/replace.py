@@ -11,6 +11,7 @@ from msfp_cli.layers.base import FloatLayer
 from msfp_cli.layers.quantized import Quantized, find_kind, kind_of
 from msfp_cli.layers.routing import RouterTable
 from msfp_cli.layers.scheme import LayerScheme
+from msfp_cli.layers.weight import answer_for_weights
 
 
 def find_layers(denoiser: nn.Module) -> dict[str, FloatLayer]:
@@ -73,6 +74,8 @@ def replace_layers_(
     for name, new in replaced.items():
         replace_module_(denoiser, name, new)
     _attach_router_(denoiser, replaced, timestep_unit)
+    if answer_for_weights not in denoiser._state_dict_hooks.values():
+        denoiser._register_state_dict_hook(answer_for_weights)
     return replaced
 
 

@@ -3,12 +3,15 @@
 The choice depends on the timestep alone, so an exported router is a table, ``timestep -> member``,
 for every layer that switches. `RouterTable` reads the timestep of each call where it arrives, in
 the denoiser's own arguments, holds the choice while that call runs, and lets go of it whatever
-happens; no layer ever counts its calls. A layer that is asked to choose while its denoiser is not
+happens; no layer ever counts its calls. Threads may share a denoiser: the choice belongs to the
+call, and so to the thread that makes it. A layer that is asked to choose while its denoiser is not
 running raises.
 """
 
 import inspect
+import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -26,15 +29,33 @@ class Route(Generic[T]):
     """The choice of every layer during one call of the denoiser, and none outside of a call."""
 
     def __init__(self) -> None:
-        self._choices: Sequence[T] | None = None
+        self._by_thread: dict[int, Sequence[T]] = {}
 
     def open(self, choices: Sequence[T]) -> None:
-        """Hold one choice per layer until `close`."""
-        self._choices = choices
+        """Hold one choice per layer for this thread until `close`."""
+        self._by_thread[_thread()] = choices
 
     def close(self) -> None:
-        """Let go of the choices."""
-        self._choices = None
+        """Let go of this thread's choices."""
+        self._by_thread.pop(_thread(), None)
+
+    def _choices(self) -> Sequence[T] | None:
+        """Return this thread's choices, or the only ones that there are.
+
+        On a GPU, autograd runs backward passes, and what they compute again, in its own threads.
+        """
+        own = self._by_thread.get(_thread())
+        if own is not None or len(self._by_thread) != 1:
+            return own
+        return next(iter(self._by_thread.values()), None)
+
+    def is_open(self) -> bool:
+        """Whether a call of the denoiser is running here."""
+        return self._choices() is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs: a call that runs here does not run there."""
+        return {"_by_thread": {}}
 
     def of(self, slot: int) -> T:
         """Return the choice of the layer in row `slot`.
@@ -42,12 +63,18 @@ class Route(Generic[T]):
         Raises:
             MsfpError: the denoiser is not running, so no timestep is known.
         """
-        if self._choices is None:
+        choices = self._choices()
+        if choices is None:
             raise MsfpError(
                 "a layer with a LoRA hub ran outside its denoiser; "
                 "call the denoiser, which knows the timestep"
             )
-        return self._choices[slot]
+        return choices[slot]
+
+
+def _thread() -> int:
+    """Return the number of this thread; a graph that is traced serves them all."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def table_index(timestep: float, unit: float) -> int:
@@ -84,6 +111,27 @@ def shared_timestep(value: Any) -> float:  # noqa: ANN401 (tensor or number, as 
     return float(values[0])
 
 
+class _Row(Sequence[int]):
+    """A row of a router's table, read when the first layer asks.
+
+    By then the denoiser runs, and whatever offloads it has brought the table back.
+    """
+
+    def __init__(self, router: "RouterTable", timestep: float) -> None:
+        self._read = partial(router, timestep)
+        self._row: list[int] | None = None
+
+    def __len__(self) -> int:
+        """Return how many layers switch."""
+        return len(self._row or self._read())
+
+    def __getitem__(self, slot: Any) -> Any:  # noqa: ANN401 (Sequence's signature)
+        """Return the member that serves the layer in row `slot`."""
+        if self._row is None:
+            self._row = self._read()
+        return self._row[slot]
+
+
 class RouterTable(nn.Module):
     """The router of an exported denoiser: a table and the hooks that read it.
 
@@ -102,8 +150,11 @@ class RouterTable(nn.Module):
             "table", torch.zeros(TABLE_SIZE, num_layers, dtype=torch.uint8, device=device)
         )
 
-    def choices(self, timestep: float) -> list[int]:
-        """Return the member that serves each layer at a timestep."""
+    def forward(self, timestep: float) -> list[int]:
+        """Return the member that serves each layer at a timestep.
+
+        This is ``forward`` because offloaders bring a module's tensors back for that.
+        """
         row: list[int] = self.get_buffer("table")[table_index(timestep, self.unit)].tolist()
         return row
 
@@ -131,7 +182,7 @@ class RouterTable(nn.Module):
         if torch.compiler.is_compiling() and isinstance(timestep, Tensor):
             self.route.open(self.compiled_choices(timestep))
         else:
-            self.route.open(self.choices(shared_timestep(timestep)))
+            self.route.open(_Row(self, shared_timestep(timestep)))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
         self.route.close()

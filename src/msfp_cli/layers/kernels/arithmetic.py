@@ -6,10 +6,11 @@ weight ``w = s_w q_w``
     y[o] = sum(q_a q_w[o]) * factor[o] + constant[o]
     factor[o] = s_a s_w[o]        constant[o] = z s_w[o] sum(q_w[o]) + bias[o]
 
-The sum is exact. It is rounded to float32, multiplied, rounded, added to, and rounded again, in
-this order, so kernels that follow it agree to the last bit, whoever multiplies. The few layers kept
-at 8 bits may have integers of up to 16 bits: these are two planes of bytes, two such products, the
-second without a constant, and their sum.
+The bias is the model's parameter, so it is read at each call; the rest is computed once. The sum is
+exact. It is rounded to float32, multiplied, rounded, added to, and rounded again, in this order, so
+kernels that follow it agree to the last bit, whoever multiplies. The few layers kept at 8 bits may
+have integers of up to 16 bits: these are two planes of bytes, two such products, the second without
+a constant, and their sum.
 
 A convolution pads with real zeros, not with ``z``, so the constant is too much where the kernel
 reaches over the edge. Those outputs are a frame, at most as wide as the padding: `subtract_frame_`
@@ -37,7 +38,8 @@ class Arithmetic(NamedTuple):
     Arguments:
         shift: what makes the integers of a signed input unsigned.
         geometry: how a convolution slides; None for a Linear layer.
-        factors, constants: float32 ``(members, out)``.
+        factors: float32 ``(members, out)``.
+        shares: the zero point's share of an output, float64 ``(members, out)``.
         frames: the zero point's share of each tap, float32 ``(members, out, kernel height, kernel
             width)``; None where no window sees padding, or where that makes no difference.
     """
@@ -45,19 +47,18 @@ class Arithmetic(NamedTuple):
     shift: int
     geometry: Geometry | None
     factors: Tensor
-    constants: Tensor
+    shares: Tensor
     frames: Tensor | None
 
     @classmethod
     def of(cls, layer: QuantizedLayer, integers: Sequence[Tensor]) -> "Arithmetic":
-        """Fold scales into one factor per output channel, zero point and bias into one constant.
+        """Fold scales into one factor per output channel, and the zero point into one share.
 
         Arguments:
             integers: int8, shape of the layer's weight, one per member.
         """
         grids = [grid for grid in layer.scheme.inputs() if grid is not None]
         scale = layer.get_buffer("weight_scale").double()
-        bias = 0.0 if layer.bias is None else layer.bias.detach().double()
         shares = [
             tap_sums(weight) * (scale * grid.zero_point).view(-1, 1, 1)
             for weight, grid in zip(integers, grids, strict=True)
@@ -69,7 +70,7 @@ class Arithmetic(NamedTuple):
             shift=fmt.largest if fmt.signed else 0,
             geometry=geometry,
             factors=torch.stack([(scale * grid.scale).float() for grid in grids]),
-            constants=torch.stack([(share.sum(dim=(1, 2)) + bias).float() for share in shares]),
+            shares=torch.stack([share.sum(dim=(1, 2)) for share in shares]),
             frames=(
                 torch.stack(shares).float()
                 if pads and any(grid.zero_point for grid in grids)
@@ -77,10 +78,27 @@ class Arithmetic(NamedTuple):
             ),
         )
 
-    def of_member(self, member: int | Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return factor, constant and frame of one member, an index or a tensor of one."""
+    def of_member(
+        self, member: int | Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return factor, constant and frame of one member, an index or a tensor of one.
+
+        Arguments:
+            bias: the layer's, as it is now.
+        """
         frame = None if self.frames is None else _pick(self.frames, member)
-        return _pick(self.factors, member), _pick(self.constants, member), frame
+        constant = add_bias(_pick(self.shares, member), bias)
+        return _pick(self.factors, member), constant, frame
+
+
+def add_bias(shares: Tensor, bias: Tensor | None) -> Tensor:
+    """Return constants, the zero point's shares plus the bias; float32 ``(..., out)``.
+
+    Arguments:
+        shares: float64 ``(..., out)``.
+        bias: ``(out,)``, as it is now.
+    """
+    return shares.float() if bias is None else (shares + bias.detach()).float()
 
 
 def _pick(rows: Tensor, member: int | Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class Cpu(Kernel):
         return refusal_of_integers(layer) or _refusal_here(layer) or _refusal_of_sums(layer)
 
     def __init__(self, layer: QuantizedLayer, *, keep_packed: bool) -> None:
-        """Lay out the weights, and fold scales, zero point and bias."""
+        """Lay out the weights, and fold scales and zero point."""
         integers = [layer.integers(member) for member in range(layer.scheme.hub)]
         self.arithmetic = Arithmetic.of(layer, integers)
         self.holds_weight = not keep_packed
@@ -89,7 +89,7 @@ class Cpu(Kernel):
     ) -> "CpuOperands":
         """Gather what is multiplied; of weights that are kept packed, one is unpacked here."""
         geometry = self.arithmetic.geometry
-        factor, constant, frame = self.arithmetic.of_member(member)
+        factor, constant, frame = self.arithmetic.of_member(member, layer.bias)
         return CpuOperands(
             planes=planes,
             weights=self.weights if self.holds_weight else [layer.integers(member)],

@@ -25,7 +25,7 @@ from torch import Tensor
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.layers.base import QuantizedLayer
 from msfp_cli.layers.kernels import int8
-from msfp_cli.layers.kernels.arithmetic import KINDS_IN_INTEGERS, refusal_of_geometry
+from msfp_cli.layers.kernels.arithmetic import KINDS_IN_INTEGERS, add_bias, refusal_of_geometry
 from msfp_cli.layers.kernels.geometry import Geometry, num_window_kinds
 from msfp_cli.layers.kernels.kernel import Kernel
 from msfp_cli.layers.kernels.simulated import simulate
@@ -58,7 +58,7 @@ class Cuda(Kernel):
         return refusal_of_device(layer, _TURING) or _refusal_of_numbers(layer, weight, grid.format)
 
     def __init__(self, layer: QuantizedLayer, *, keep_packed: bool) -> None:
-        """Lay out the weights, and fold scales, zero point and bias."""
+        """Lay out the weights, and fold scales and zero point."""
         grids = [grid for grid in layer.scheme.inputs() if grid is not None]
         members = range(len(grids))
         scale = layer.get_buffer("weight_scale")
@@ -70,7 +70,7 @@ class Cuda(Kernel):
         self.holds_weight = not keep_packed
         self.fused = triton_ops(scale.device) is not None
         integers = [layer.integers(member) for member in members]
-        self.tensors = int8.Int8Layer.of(integers, grids, scale, layer.bias, self.geometry)
+        self.tensors = int8.Int8Layer.of(integers, grids, scale, self.geometry)
         numbers = [[grid.scale, grid.zero_point] for grid in grids]
         self.numbers = torch.tensor(numbers, device=scale.device)
         self.members = torch.arange(len(grids), device=scale.device)
@@ -119,7 +119,8 @@ class Cuda(Kernel):
             at: the member that runs, int64 ``(1,)`` on the layer's device.
         """
         planes = self.round(x, at)
-        tensors = self.tensors
+        constants = add_bias(self.tensors.constants, layer.bias)
+        tensors = self.tensors._replace(constants=constants)
         if not self.holds_weight:  # unpack one, and pick what goes with it
             weights = int8.lay_out(layer.integers(at))[None]
             tensors = int8.Int8Layer(weights, *(rows.index_select(0, at) for rows in tensors[1:]))

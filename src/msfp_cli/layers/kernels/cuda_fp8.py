@@ -16,7 +16,7 @@ from torch.nn import functional
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.layers.base import QuantizedLayer
 from msfp_cli.layers.kernels import int8
-from msfp_cli.layers.kernels.arithmetic import KINDS_IN_INTEGERS
+from msfp_cli.layers.kernels.arithmetic import KINDS_IN_INTEGERS, add_bias
 from msfp_cli.layers.kernels.cuda import Cuda, keep_in_place, refusal_of_device
 from msfp_cli.layers.kernels.kernel import Kernel
 
@@ -55,7 +55,7 @@ class CudaFp8(Kernel):
         if self.product is None or self.cuda.simulates(x):
             return self.cuda(layer, x)
         codes = self.cuda.round(x, self.cuda.members, self.product.input_exponent)[0]
-        y = self.product.multiply(codes.view(-1, x.shape[-1]))
+        y = self.product.multiply(codes.view(-1, x.shape[-1]), layer.bias)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def integers(self, member: int | Tensor) -> Tensor:
@@ -70,14 +70,15 @@ class Float8Product(NamedTuple):
 
     Arguments:
         weights: float8 ``(out, row)``, both filled up with zeros.
-        factors, constants: float32 ``(1, out)``.
+        factors: float32 ``(1, out)``.
+        shares: of the zero point, float64 ``(1, out)``.
         one: a scale that `torch._scaled_mm` wants, float32 ``()``.
         input_exponent, weight_exponent: the powers of two that make float8 of integers.
     """
 
     weights: Tensor
     factors: Tensor
-    constants: Tensor
+    shares: Tensor
     one: Tensor
     input_exponent: int
     weight_exponent: int
@@ -94,7 +95,7 @@ class Float8Product(NamedTuple):
         product = cls(
             weights=(filled.float() * 2.0**weight_exponent).to(torch.float8_e4m3fn),
             factors=cuda.tensors.factors * 2.0 ** -(input_exponent + weight_exponent),
-            constants=cuda.tensors.constants[0],
+            shares=cuda.tensors.constants[0],
             one=torch.ones((), device=rows.device),
             input_exponent=input_exponent,
             weight_exponent=weight_exponent,
@@ -102,7 +103,7 @@ class Float8Product(NamedTuple):
         keep_in_place(*product[:4])
         return product
 
-    def multiply(self, codes: Tensor) -> Tensor:
+    def multiply(self, codes: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply rows of float8, ``(rows, in)``, and return the layer's output in float32."""
         missing = self.weights.shape[1] - codes.shape[1]
         if missing:
@@ -110,7 +111,9 @@ class Float8Product(NamedTuple):
         sums = torch._scaled_mm(
             codes, self.weights.t(), self.one, self.one, out_dtype=torch.float32
         )
-        return torch.addcmul(self.constants, sums[:, : self.factors.shape[1]], self.factors)
+        return torch.addcmul(
+            add_bias(self.shares, bias), sums[:, : self.factors.shape[1]], self.factors
+        )
 
     def integers(self) -> Tensor:
         """Return the integers of the weight, int8, as they were laid out."""

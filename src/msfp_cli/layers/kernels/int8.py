@@ -44,7 +44,8 @@ class Int8Layer(NamedTuple):
     Arguments:
         weights: int8 ``(members, out, row)``: tap by tap, a group's channels each, then zeros.
         factors: float32 ``(members, out)``: the input's scale times the weight's.
-        constants: float32 ``(members, kinds of window, out)``: bias and the zero point's share.
+        constants: ``(members, kinds of window, out)``: the zero point's share, float64; for a call,
+            float32 and with the bias.
         offsets: int32 ``(members, out)``: what the shift of the input took from the sum.
     """
 
@@ -59,10 +60,9 @@ class Int8Layer(NamedTuple):
         integers: list[Tensor],
         grids: list[Grid],
         weight_scale: Tensor,
-        bias: Tensor | None,
         geometry: Geometry,
     ) -> "Int8Layer":
-        """Lay a layer's weights out, and fold its scales, zero point and bias.
+        """Lay a layer's weights out, and fold its scales and its zero point.
 
         Arguments:
             integers: int8, shape of the layer's weight, one per member.
@@ -71,12 +71,11 @@ class Int8Layer(NamedTuple):
         """
         sums = [tap_sums(weight) for weight in integers]
         scale = weight_scale.double()
-        added = 0.0 if bias is None else bias.detach().double()
         shares = [
             taps * (scale * grid.zero_point).view(-1, 1, 1)
             for taps, grid in zip(sums, grids, strict=True)
         ]
-        constants = [constants_of(share, added, geometry) for share in shares]
+        constants = [constants_of(share, geometry) for share in shares]
         kinds = max(len(constant) for constant in constants)
         shift = shift_of(grids[0].format)
         offsets = [(taps.sum(dim=(1, 2)) * shift).to(torch.int32) for taps in sums]
@@ -117,20 +116,18 @@ def take_back(rows: Tensor, shape: torch.Size) -> Tensor:
     return plain.reshape(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2).contiguous()
 
 
-def constants_of(share: Tensor, bias: Tensor | float, geometry: Geometry) -> Tensor:
-    """Return what is added to an output, by kind of window: float32, ``(kinds, out)``.
+def constants_of(share: Tensor, geometry: Geometry) -> Tensor:
+    """Return what is added to an output, by kind of window: float64, ``(kinds, out)``.
 
     Arguments:
         share: float64 ``(out, kernel height, kernel width)``, the zero point's share of every tap.
-        bias: float64 ``(out,)``.
 
     There is one kind where no window reaches over the edge, or where that makes no difference.
     """
     if not any(geometry.padding) or not bool(share.any()):
-        return (share.sum(dim=(1, 2)) + bias).float()[None]
+        return share.sum(dim=(1, 2))[None]
     vertical, horizontal = [taps_of_kinds(taps).to(share.device) for taps in geometry.kernel]
-    by_kind = torch.einsum("oij,ri,cj->rco", share, vertical, horizontal)
-    return (by_kind.flatten(0, 1) + bias).float()
+    return torch.einsum("oij,ri,cj->rco", share, vertical, horizontal).flatten(0, 1)
 
 
 def round_to_bytes(

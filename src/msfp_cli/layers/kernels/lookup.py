@@ -21,7 +21,7 @@ def look_up(table: QuantizedLayer, index: Tensor) -> Tensor:
         index: whole numbers, any shape.
 
     Returns:
-        ``(*index.shape, embedding_dim)``, in the type of the table's `like`.
+        ``(*index.shape, embedding_dim)``, in the type of the model.
     """
     fmt = table.weight_format()
     flat = index.reshape(-1)
@@ -32,7 +32,7 @@ def look_up(table: QuantizedLayer, index: Tensor) -> Tensor:
         packed = table.get_buffer("weight_codes").view(count, -1).index_select(0, flat)
         codes = unpack(packed.view(-1), fmt.bits, (len(flat), width))
     scale = table.get_buffer("weight_scale").index_select(0, flat)
-    rows = dequantize(codes, Grid(fmt, scale[:, None])).to(table.get_buffer("like").dtype)
+    rows = dequantize(codes, Grid(fmt, scale[:, None])).to(table.weight_dtype)
     return rows.view(*index.shape, width)
 
 

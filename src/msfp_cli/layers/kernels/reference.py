@@ -41,7 +41,7 @@ class Reference(Kernel):
         return refusal_of_integers(layer)
 
     def __init__(self, layer: QuantizedLayer, *, keep_packed: bool) -> None:
-        """Fold scales, zero point and bias; the layer's codes are read at each call."""
+        """Fold scales and zero point; the layer's codes are read at each call."""
         integers = [layer.integers(member) for member in range(layer.scheme.hub)]
         self.arithmetic = Arithmetic.of(layer, integers)
 
@@ -65,7 +65,7 @@ def run_reference(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> T
         return run_reference(layer, x[None], arithmetic)[0]
     member = layer.member()
     grid = input_grid(layer, member)
-    factor, constant, frame = arithmetic.of_member(member)
+    factor, constant, frame = arithmetic.of_member(member, layer.bias)
     along = (-1, 1, 1) if geometry else (-1,)
     weight = layer.integers(member).to(_exact_type(layer, grid.format))
     planes = _planes(x.detach().float(), grid, arithmetic.shift)

@@ -21,7 +21,7 @@ def simulate(layer: QuantizedLayer, x: Tensor) -> Tensor:
     """Run `layer` on `x` in the type of `x`; gradients reach `x`."""
     if layer.scheme.input is not None:
         x = fake_quantize(x, input_grid(layer, layer.member()))
-    return layer.apply_weight(x, layer.weight.to(x.dtype))
+    return layer.apply_weight(x, layer.float_weight().to(x.dtype))
 
 
 class Simulated(Kernel):

@@ -1,0 +1,269 @@
+"""What diffusers' users do to a loaded export: adapters, offload, copies, threads."""
+
+import copy
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from torch import Tensor
+
+from conftest import Chained, Finetuned
+from msfp_cli.errors import UsageError
+from msfp_cli.layers.replace import quantized_layers
+
+# PEFT warns of a second adapter.
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+Pipe = Any
+
+
+@pytest.fixture(scope="module", params=["one set of weights", "hub"])
+def export(
+    request: pytest.FixtureRequest, prompted_chained: Chained, prompted_tuned: Finetuned
+) -> Path:
+    """Return a text-to-image export, with and without layers that switch."""
+    return prompted_chained.export if request.param != "hub" else prompted_tuned.export
+
+
+def load(directory: Path, **options: object) -> Pipe:
+    pipe = DiffusionPipeline.from_pretrained(directory, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: Pipe, **options: object) -> np.ndarray:
+    generator = torch.Generator().manual_seed(0)
+    arguments = {"num_inference_steps": 2, "output_type": "np", **options}
+    return pipe("a cat", generator=generator, **arguments).images
+
+
+def add_lora(pipe: Pipe, name: str = "a", seed: int = 0, **options: object) -> None:
+    config = pytest.importorskip("peft").LoraConfig
+    torch.manual_seed(seed)
+    settings = {"r": 4, "init_lora_weights": False, "target_modules": ATTENTION, **options}
+    pipe.unet.add_adapter(config(**settings), name)
+
+
+def kohya(name: str, *shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    down, up = shapes
+    return {
+        f"{name}.lora_down.weight": torch.randn(down),
+        f"{name}.lora_up.weight": torch.randn(up),
+        f"{name}.alpha": torch.tensor(4.0),
+    }
+
+
+def is_different(one: np.ndarray, other: np.ndarray) -> bool:
+    return bool(abs(one - other).max() > 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_called", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_lora_changes_pictures_and_its_removal_restores_them(
+    export: Path, dora: bool, is_called: bool, dtype: torch.dtype
+) -> None:
+    before = draw(load(export, dtype=dtype), output_type="latent").float().numpy()
+    pipe = load(export, dtype=dtype)
+    if is_called:
+        draw(pipe, output_type="latent")
+    add_lora(pipe, use_dora=dora)
+    assert is_different(draw(pipe, output_type="latent").float().numpy(), before)
+    pipe.unload_lora_weights()
+    assert np.array_equal(draw(pipe, output_type="latent").float().numpy(), before)
+
+
+def test_several_adapters_are_chosen_scaled_and_deleted(export: Path) -> None:
+    pipe = load(export)
+    before = draw(pipe)
+    add_lora(pipe, "a")
+    one = draw(pipe)
+    add_lora(pipe, "b", seed=1, r=2)
+    pipe.set_adapters(["a", "b"], [1.0, 0.5])
+    assert is_different(draw(pipe), one)
+    pipe.set_adapters(["a", "b"], [0.0, 0.0])
+    assert np.abs(draw(pipe) - before).max() < 1e-5
+    pipe.delete_adapters("b")
+    pipe.set_adapters("a")
+    assert np.array_equal(draw(pipe), one)
+    pipe.disable_lora()
+    assert np.array_equal(draw(pipe), before)
+
+
+def test_lora_in_kohyas_names_on_a_convolution(export: Path) -> None:
+    pytest.importorskip("peft")
+    pipe = load(export)
+    before = draw(pipe)
+    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    pipe.load_lora_weights(kohya(name, (4, 16, 1, 1), (16, 4, 1, 1)))
+    assert is_different(draw(pipe), before)
+    pipe.unload_lora_weights()
+    assert np.array_equal(draw(pipe), before)
+
+
+def test_lora_of_a_transformer_is_loaded(calibrated: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from msfp_cli.checkpoint.export import export_run
+
+    export_run(calibrated("FluxPipeline"), tmp_path / "flux")
+    pipe = load(tmp_path / "flux")
+    key = "transformer.transformer_blocks.0.attn.to_q.lora_"
+    lora = {f"{key}A.weight": torch.randn(4, 32), f"{key}B.weight": torch.randn(32, 4)}
+    size = {"height": 32, "width": 32}
+    before = draw(pipe, **size)
+    for _ in range(2):  # the second beside the first
+        pipe.load_lora_weights(dict(lora))
+        assert is_different(draw(pipe, **size), before)
+    pipe.unload_lora_weights()
+    assert np.array_equal(draw(pipe, **size), before)
+
+
+def test_lora_is_saved_and_loaded_again(export: Path, tmp_path: Path) -> None:
+    pipe = load(export)
+    add_lora(pipe)
+    with_lora = draw(pipe)
+    pipe.unet.save_lora_adapter(tmp_path, "a")
+    again = load(export)
+    name = "pytorch_lora_weights.safetensors"
+    again.unet.load_lora_adapter(tmp_path, prefix=None, weight_name=name)
+    assert np.array_equal(draw(again), with_lora)
+
+
+def test_gradients_reach_a_lora(export: Path) -> None:
+    pipe = load(export)
+    add_lora(pipe, init_lora_weights=True)
+    pipe.unet.requires_grad_(False)
+    trained = [p for n, p in pipe.unet.named_parameters() if "lora_B" in n]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    sample, text = torch.randn(2, 4, 16, 16), torch.randn(2, 5, 32)
+    pipe.unet(sample, torch.tensor(500), encoder_hidden_states=text)[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in trained)
+
+
+@pytest.mark.parametrize("method", ["fuse_lora", "fuse_qkv_projections"])
+def test_fusing_is_refused_before_anything_changes(export: Path, method: str) -> None:
+    pipe = load(export)
+    if method == "fuse_lora":
+        add_lora(pipe)
+    before = draw(pipe)
+    with pytest.raises(UsageError, match=f"{method} would replace quantized weights"):
+        getattr(pipe, method)()
+    assert np.array_equal(draw(pipe), before)
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+@pytest.mark.parametrize("is_called", [False, True])
+def test_group_offload_leaves_pictures_as_they_are(
+    export: Path, tmp_path: Path, kind: str, place: str, is_called: bool
+) -> None:
+    pipe, cpu = load(export), torch.device("cpu")
+    before = draw(load(export))
+    if is_called:
+        draw(pipe)
+    pipe.unet.enable_group_offload(
+        onload_device=cpu,
+        offload_device=cpu,
+        offload_type=kind,
+        num_blocks_per_group=1 if kind == "block_level" else None,
+        offload_to_disk_path=str(tmp_path) if place == "disk" else None,
+    )
+    for _ in range(2):
+        assert np.array_equal(draw(pipe), before)
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_sequential_offload_leaves_pictures_as_they_are(
+    export: Path, offload_buffers: bool
+) -> None:
+    from accelerate import cpu_offload
+
+    pipe = load(export)
+    before = draw(load(export))
+    cpu_offload(pipe.unet, torch.device("cpu"), offload_buffers=offload_buffers)
+    for _ in range(2):
+        assert np.array_equal(draw(pipe), before)
+
+
+def test_pipelines_are_made_from_an_export(export: Path) -> None:
+    pipe = load(export)
+    before = draw(pipe)
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    picture = torch.rand(1, 3, 32, 32)
+    assert other("a cat", image=picture, num_inference_steps=2, output_type="np").images.shape
+    assert np.array_equal(draw(pipe), before)
+
+
+def test_change_of_type_is_that_of_a_load_in_this_type(export: Path) -> None:
+    converted = load(export)
+    draw(converted)
+    converted.to(dtype=torch.bfloat16)
+    scales = [layer.weight_scale.dtype for layer in quantized_layers(converted.unet).values()]
+    assert set(scales) == {torch.float32}
+    loaded = load(export, dtype=torch.bfloat16)
+    one, other = draw(converted, output_type="latent"), draw(loaded, output_type="latent")
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("is_called", [False, True])
+def test_layerwise_casting_runs(export: Path, is_called: bool) -> None:
+    pipe = load(export)
+    if is_called:
+        draw(pipe)
+    pipe.unet.enable_layerwise_casting(torch.bfloat16, torch.float32)
+    assert np.isfinite(draw(pipe)).all()
+
+
+@pytest.mark.parametrize("is_called", [False, True])
+def test_copy_draws_the_same_pictures(export: Path, is_called: bool) -> None:
+    pipe = load(export)
+    before = draw(load(export))
+    if is_called:
+        draw(pipe)
+    pipe.unet = copy.deepcopy(pipe.unet)
+    assert np.array_equal(draw(pipe), before)
+
+
+def test_callback_that_raises_leaves_nothing_behind(export: Path) -> None:
+    pipe = load(export)
+    before = draw(pipe)
+
+    def fail(*_: object) -> dict:
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError, match="stop"):
+        draw(pipe, callback_on_step_end=fail)
+    assert np.array_equal(draw(pipe), before)
+
+
+def test_threads_share_a_denoiser(prompted_tuned: Finetuned) -> None:
+    unet = load(prompted_tuned.export).unet
+    sample, text = torch.randn(1, 4, 16, 16), torch.randn(1, 5, 32)
+
+    @torch.no_grad()
+    def call(timestep: int) -> Tensor:
+        return unet(sample, torch.tensor(timestep), encoder_hidden_states=text)[0]
+
+    timesteps = (999, 1, 500, 250)
+    expected = {timestep: call(timestep) for timestep in timesteps}
+    wrong = list[int]()
+
+    def repeat(timestep: int) -> None:
+        for _ in range(10):
+            if not torch.equal(call(timestep), expected[timestep]):
+                wrong.append(timestep)
+
+    threads = [threading.Thread(target=repeat, args=(t,)) for t in timesteps]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
