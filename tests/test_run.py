@@ -1,6 +1,7 @@
 """The run directory: where things are, and what it remembers."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,11 @@ from msfp_cli.checkpoint.export import export_run
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.run import Run
 from msfp_cli.status import next_command, status_of
+
+
+def export_at(directory: Path) -> None:
+    directory.mkdir()
+    (directory / "model_index.json").touch()
 
 
 def test_missing_run_directory_says_how_to_make_one(tmp_path: Path) -> None:
@@ -38,7 +44,7 @@ def test_export_outside_of_the_run_is_found_from_any_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("dresses-fp4").mkdir()
+    export_at(Path("dresses-fp4"))
     Path("run").mkdir()
     Run(Path("run")).remember_export(Path("dresses-fp4"))
     monkeypatch.chdir(tmp_path / "run")
@@ -49,7 +55,7 @@ def test_latest_export_replaces_the_one_before_and_other_keys_stay(tmp_path: Pat
     run = Run(tmp_path)
     (tmp_path / "run.json").write_text('{"samples": "samples/001"}')
     for name in ("first", "second"):
-        (tmp_path / name).mkdir()
+        export_at(tmp_path / name)
         run.remember_export(tmp_path / name)
     assert run.latest_export() == tmp_path / "second"
     assert '"samples": "samples/001"' in (tmp_path / "run.json").read_text()
@@ -57,9 +63,9 @@ def test_latest_export_replaces_the_one_before_and_other_keys_stay(tmp_path: Pat
 
 def test_deleted_export_counts_as_none(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    (tmp_path / "export").mkdir()
+    export_at(tmp_path / "export")
     run.remember_export(tmp_path / "export")
-    (tmp_path / "export").rmdir()
+    (tmp_path / "export" / "model_index.json").unlink()
     with pytest.raises(RunError, match="holds no export yet"):
         run.latest_export()
 
@@ -73,13 +79,51 @@ def test_memory_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, conte
 
 def test_samples_are_numbered_on(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    assert run.next_samples() == tmp_path / "samples" / "001"
+    with run.new_samples() as first:
+        assert first == tmp_path / "samples" / "001"
+    assert not run.samples.exists()
     for name in ("001", "007", "mine", "100 best"):
         (tmp_path / "samples" / name).mkdir(parents=True)
-    assert run.next_samples().name == "008"
+    with run.new_samples() as directory:
+        assert directory.name == "008"
 
 
 def test_samples_are_numbered_beyond_three_digits(tmp_path: Path) -> None:
     for name in ("999", "1000"):
         (tmp_path / "samples" / name).mkdir(parents=True)
-    assert Run(tmp_path).next_samples().name == "1001"
+    with Run(tmp_path).new_samples() as directory:
+        assert directory.name == "1001"
+
+
+def test_two_who_make_samples_get_directories_of_their_own(tmp_path: Path) -> None:
+    with Run(tmp_path).new_samples() as first, ThreadPoolExecutor(1) as other:
+        second = other.submit(lambda: Run(tmp_path).new_samples().__enter__()).result()
+    assert (first.name, second.name) == ("001", "002")
+
+
+def test_export_without_run_json_is_found(tmp_path: Path) -> None:
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "model_index.json").touch()
+    assert Run(tmp_path).latest_export() == tmp_path / "export"
+
+
+def test_lock_cleans_the_run_and_leaves_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.recording.mkdir(parents=True)
+    (run.directory / ".export.msfp-tmp").mkdir()
+    (run.recording / ".00001.safetensors.msfp-tmp").touch()
+    (run.directory / ".notes.tmp").touch()
+    with run.lock():
+        assert sorted(path.name for path in run.directory.iterdir()) == [
+            ".msfp-lock",
+            ".notes.tmp",
+            "recording",
+        ]
+    assert sorted(path.name for path in run.directory.rglob("*")) == [".notes.tmp", "recording"]
+
+
+def test_run_that_nothing_came_into_is_not_made(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with run.lock(create=True):
+        assert run.directory.is_dir()
+    assert not run.directory.exists()

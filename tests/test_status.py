@@ -96,7 +96,7 @@ def test_after_the_export_come_pictures_then_figures_then_the_page(tuned_run: Ru
         os.utime(path, (when + seconds, when + seconds))
 
     assert next_command(tuned_run).startswith("msfp sample")
-    tuned_run.next_samples().mkdir(parents=True)
+    (tuned_run.samples / "001").mkdir(parents=True)
     assert next_command(tuned_run) == f"msfp evaluate{option}"
     make(figures, 1)
     assert next_command(tuned_run) == f"msfp report{option}"

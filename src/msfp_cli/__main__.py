@@ -1,14 +1,26 @@
 """``python -m msfp_cli`` and the console script ``msfp``."""
 
 import os
-
-from msfp_cli.commands.app import app
+import signal
+import sys
+from types import FrameType
 
 
 def main() -> None:
     """Run the command line."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored
+        signal.signal(signal.SIGINT, _stop_before_the_start)
     let_threads_sleep()
+    from msfp_cli.commands.app import app  # takes long enough for an impatient user
+
     app(prog_name="msfp")
+
+
+def _stop_before_the_start(number: int, frame: FrameType | None) -> None:
+    """Say what Ctrl-C did while no command has begun."""
+    sys.stderr.write("error: stopped before anything was done\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def let_threads_sleep() -> None:

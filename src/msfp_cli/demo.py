@@ -58,6 +58,12 @@ def run_demo(
 ) -> DemoReport:
     """Calibrate, fine-tune shortly, export, evaluate and report the built-in pipeline."""
     run = Run(directory)
+    with run.lock(create=True):
+        return _run_demo(run, device, progress)
+
+
+def _run_demo(run: Run, device: str | None, progress: Progress) -> DemoReport:
+    """Walk the chain in a run that nobody else writes to."""
     source = ModelSource(model=BUILT_IN)
     few = RecordOptions(num_images=_RECORDED)
     calibrate_run(
@@ -80,7 +86,7 @@ def run_demo(
         run, run.export, options, device=device, overwrite=True, progress=progress
     )
     written = report_run(run, pictures=len(_PROMPTS), overwrite=True)
-    sheet = directory / "demo.png"
+    sheet = run.directory / "demo.png"
     galleries = [evaluation.gallery(model.key).pictures() for model in evaluation.models]
     rows = [_images(pictures[: len(_PROMPTS)]) for pictures in galleries]
     contact_sheet(rows, titles=[model.title for model in evaluation.models]).save(sheet)

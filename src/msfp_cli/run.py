@@ -15,11 +15,21 @@ A `Run` is a set of paths. What lies there is loaded by the module that also wri
         report/          the page about it
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import wraps
+from itertools import count
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 from msfp_cli.errors import RunError
+from msfp_cli.files.atomic import clean
 from msfp_cli.files.documents import Json, read_json, write_json
+from msfp_cli.files.lock import beside, only_writer
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 DEFAULT_RUN = Path("msfp-run")
 
@@ -80,21 +90,57 @@ class Run:
                 f"no run directory {self.directory} here; `msfp calibrate` makes one, or give --run"
             )
 
+    @contextmanager
+    def lock(self, place: Path | None = None, *, create: bool = False) -> Iterator[None]:
+        """Be the only process that writes to the run, and delete what killed ones have left.
+
+        Arguments:
+            place: a directory that is written instead; the run is only read then.
+            create: make the run if there is none; if nothing comes into it, it is deleted.
+
+        Raises:
+            RunError: another process writes there, or the run does not exist.
+        """
+        if place is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with only_writer(place, beside(place)):
+                yield
+            return
+        if create:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        self.require()
+        with ExitStack() as stack:
+            stack.callback(_remove_if_empty, self.directory)
+            stack.enter_context(only_writer(self.directory, self.directory / ".msfp-lock"))
+            self._clean()
+            yield
+
+    def _clean(self) -> None:
+        """Delete what killed processes have left, but nothing of `msfp sample`, which may run."""
+        clean(self.directory)
+        for place in (self.recording, self.held_out, self.directory / "finetune"):
+            clean(place)
+
     def remember_export(self, export: Path) -> None:
         """Note in ``run.json`` where an export was written, so that later commands find it."""
-        place = export.resolve()
+        memory = {**self._memory(), "export": self.name_of(export)}
+        write_json(self.directory / "run.json", memory)
+
+    def name_of(self, path: Path) -> str:
+        """Return what the run's files call a path: relative inside the run, so that it can move."""
+        place = path.resolve()
         here = self.directory.resolve()
-        # Relative if it lies inside the run, so that the run directory can be moved.
-        path = place.relative_to(here) if place.is_relative_to(here) else place
-        write_json(self.directory / "run.json", {**self._memory(), "export": str(path)})
+        return str(place.relative_to(here) if place.is_relative_to(here) else place)
+
+    def place_of(self, name: str) -> Path:
+        """Undo `name_of`; earlier versions wrote paths relative to the working directory."""
+        inside = self.directory / name
+        return inside if inside.exists() else Path(name)
 
     def find_export(self) -> Path | None:
         """Return the latest export, None if there is none or if it was deleted."""
-        place = self._memory().get("export")
-        if place is None:
-            return None
-        export = self.directory / place
-        return export if export.is_dir() else None
+        places = [self.directory / self._memory().get("export", ""), self.export]
+        return next((place for place in places if (place / "model_index.json").exists()), None)
 
     def latest_export(self) -> Path:
         """Return the latest export.
@@ -115,11 +161,44 @@ class Run:
             return {}
         return read_json(path, _parse_memory, redo="delete it and export again")
 
-    def next_samples(self) -> Path:
-        """Return a new directory for pictures: ``samples/001``, ``samples/002`` and so on."""
-        names = [path.name for path in self.samples.glob("[0-9]*")]
-        numbers = [int(name) for name in names if name.isdecimal()]
-        return self.samples / f"{max(numbers, default=0) + 1:03d}"
+    @contextmanager
+    def new_samples(self) -> Iterator[Path]:
+        """Yield a new directory for pictures: ``samples/001``, ``samples/002`` and so on.
+
+        No other process gets the same one while the context is open.
+        """
+        numbers = [int(path.name) for path in self.samples.glob("[0-9]*") if path.name.isdecimal()]
+        self.samples.mkdir(parents=True, exist_ok=True)
+        for number in count(max(numbers, default=0) + 1):
+            directory = self.samples / f"{number:03d}"
+            with ExitStack() as stack:
+                stack.callback(_remove_if_empty, self.samples)
+                try:
+                    stack.enter_context(only_writer(directory, beside(directory)))
+                except RunError:  # another process makes pictures for it
+                    continue
+                if directory.exists():
+                    continue
+                yield directory
+                return
+
+
+def locked(
+    function: Callable[Concatenate[Run, P], T],
+) -> Callable[Concatenate[Run, P], T]:
+    """Let a function be the only writer to the run that it takes as its first argument."""
+
+    @wraps(function)
+    def wrapper(run: Run, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with run.lock():
+            return function(run, *args, **kwargs)
+
+    return wrapper
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with suppress(OSError):
+        directory.rmdir()
 
 
 def _parse_memory(document: Json) -> dict[str, str]:

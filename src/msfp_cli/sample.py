@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,26 +80,26 @@ def sample_run(
     """
     export = export or run.latest_export()
     config = next(iter(read_configs(export).values()))
-    directory = directory or run.next_samples()
-    refuse_existing(directory, overwrite=overwrite)
-    sampling = sampling.or_else(config.sampling)
-    pipe = MSFPPipeline.from_pretrained(
-        export,
-        dtype=None if dtype is None else getattr(torch, dtype),
-        device=device,
-        kernel=kernel,
-        keep_packed=keep_packed,
-    ).pipe
-    conditions = expand_conditions(prompts, num_images, conditioning_of(pipe))
-    sheets = [make_pictures(pipe, conditions, sampling, title="MSFP", progress=progress)]
-    if compare:
-        source = ModelSource(**config.source)
-        full = load_pipeline(replace(source, dtype=dtype or source.dtype), device)
-        title = "full precision"
-        sheet = make_pictures(full, conditions, sampling, title=title, progress=progress)
-        sheets.insert(0, sheet)
-    path = save_pictures(sheets, conditions, sampling, directory, overwrite=overwrite)
-    return Samples(sheet=path, num_pictures=len(conditions))
+    with nullcontext(directory) if directory else run.new_samples() as place:
+        refuse_existing(place, overwrite=overwrite)
+        sampling = sampling.or_else(config.sampling)
+        pipe = MSFPPipeline.from_pretrained(
+            export,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            device=device,
+            kernel=kernel,
+            keep_packed=keep_packed,
+        ).pipe
+        conditions = expand_conditions(prompts, num_images, conditioning_of(pipe))
+        sheets = [make_pictures(pipe, conditions, sampling, title="MSFP", progress=progress)]
+        if compare:
+            source = ModelSource(**config.source)
+            full = load_pipeline(replace(source, dtype=dtype or source.dtype), device)
+            title = "full precision"
+            sheet = make_pictures(full, conditions, sampling, title=title, progress=progress)
+            sheets.insert(0, sheet)
+        path = save_pictures(sheets, conditions, sampling, place, overwrite=overwrite)
+        return Samples(sheet=path, num_pictures=len(conditions))
 
 
 def make_pictures(

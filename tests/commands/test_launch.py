@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
         (tmp_path / "python").write_text(f"#!/bin/sh\ncd '{tmp_path}'\n{script}\n")
         (tmp_path / "python").chmod(0o755)
         with pytest.raises(typer.Exit) as ended:
-            launch.share_out(2)
+            launch.share_out(2, nullcontext())
         return ended.value.exit_code
 
     return launch_two
@@ -181,7 +182,7 @@ def launching(directory: Path) -> str:
         "from msfp_cli.commands.app import launch\n"
         f"sys.executable = '{directory}/python'\n"
         "try:\n"
-        "    launch.share_out(2)\n"
+        "    launch.share_out(2, nullcontext())\n"
         "except typer.Exit as ended:\n"
         "    sys.exit(ended.exit_code)\n"
     )
@@ -209,7 +210,7 @@ def test_one_process_and_those_that_were_launched_do_the_work(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if inside:
         monkeypatch.setenv("WORLD_SIZE", "2")
-    launch.share_out(num_processes)
+    launch.share_out(num_processes, nullcontext())
 
 
 @pytest.mark.parametrize(

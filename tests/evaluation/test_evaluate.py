@@ -443,7 +443,7 @@ def test_evaluation_killed_at_every_write_equals_an_uninterrupted_one(
         rename(source, target)
 
     def kept() -> set[str]:
-        return {name for name in files_of(place) if not name.endswith(".tmp")}
+        return {name for name in files_of(place) if not name.endswith(".msfp-tmp")}
 
     monkeypatch.setattr(os, "replace", stop)
     for attempt in itertools.count():
@@ -504,7 +504,8 @@ def test_finished_evaluation_is_read_and_not_drawn_again(
 
 
 @pytest.mark.parametrize(
-    "leftover", [".asked.json.tmp", ".evaluation.json.tmp", ".signed-abc123/scales.safetensors"]
+    "leftover",
+    [".asked.json.msfp-tmp", ".evaluation.json.msfp-tmp", ".signed.msfp-tmp/scales.safetensors"],
 )
 def test_leftovers_of_a_killed_process_do_not_stop_it(
     leftover: str, evaluated: Evaluation, tiny_chained: Chained, copied: Copied

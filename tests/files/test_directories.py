@@ -1,15 +1,18 @@
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path, PurePath
 
 import pytest
 
 from msfp_cli.errors import RunError
+from msfp_cli.files import directories
+from msfp_cli.files.atomic import exchange
 from msfp_cli.files.directories import (
     EVALUATION,
     RECORDING,
     claim,
+    recover,
     refuse_foreign,
     replace_directory,
 )
@@ -110,7 +113,7 @@ COMMON_NAMES = {
     "page": {"report.html": "<html>"},
     "recording": {"recording.json": "{}", "00000.safetensors": ""},
     "evaluation": {"pictures/holiday/00000.safetensors": "", "measured/pulse.json": "{}"},
-    "leftover": {".calibration.json.tmp": ""},
+    "leftover": {".calibration.json.msfp-tmp": ""},
 }
 
 
@@ -174,11 +177,11 @@ def test_damaged_files_of_ours_may_be_replaced(tmp_path: Path) -> None:
     ("patterns", "name"),
     [
         (RECORDING, "00000.safetensors"),
-        (RECORDING, ".00012.safetensors.tmp"),
+        (RECORDING, ".00012.safetensors.msfp-tmp"),
         (EVALUATION, "pictures/full/00000.safetensors"),
-        (EVALUATION, "measured/.full.json.tmp"),
-        (EVALUATION, ".signed-abc123/scales.safetensors"),
-        (EVALUATION, ".signed-abc_12-old/calibration.json"),
+        (EVALUATION, "measured/.full.json.msfp-tmp"),
+        (EVALUATION, ".signed.msfp-tmp/scales.safetensors"),
+        (EVALUATION, ".signed.msfp-old/calibration.json"),
         (EVALUATION, f"trajectories/{MARK}"),
     ],
 )
@@ -206,3 +209,38 @@ def test_modes_follow_the_umask(tmp_path: Path, mask: int) -> None:
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
     directory, file = 0o777 & ~mask, 0o666 & ~mask
     assert modes == {"out": directory, "unet": directory, "x": file, MARK: file}
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_old_directory_is_there_whole_whenever_a_swap_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(directories, "exchange", lambda one, other: False)
+    for last in range(8):
+        directory = existing(tmp_path / str(last))
+        calls = iter(range(last))
+
+        def dying(*arguments: object, calls: Iterator[int] = calls, **rest: object) -> None:
+            if next(calls, None) is None:
+                raise Stopped
+
+        with monkeypatch.context() as patch, suppress(Stopped):
+            for owner, name in ((os, "rename"), (directories, "delete")):
+                real = getattr(owner, name)
+                patch.setattr(owner, name, lambda *a, real=real: (dying(), real(*a))[1])
+            with replace_directory(directory, overwrite=True) as temporary:
+                (temporary / "sheet.png").write_text("new")
+        recover(directory)
+        assert names_of(directory) in (["calibration.json", MARK], [MARK, "sheet.png"])
+        assert [path.name for path in tmp_path.iterdir()] == [directory.name]
+        (directory).rename(tmp_path.parent / f"done-{can_exchange}-{last}")
+
+
+def test_two_directories_exchange_their_names(tmp_path: Path) -> None:
+    one = existing(tmp_path / "one")
+    other = foreign(tmp_path / "other")
+    if exchange(one, other):
+        assert (one / "thesis.txt").exists()
+        assert (other / "calibration.json").exists()
+    assert not exchange(one, tmp_path / "nowhere")

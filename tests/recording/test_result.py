@@ -178,7 +178,7 @@ def test_interrupted_recording_names_the_missing_shards_and_goes_on(tmp_path: Pa
     recording = make(tmp_path, 3)
     assert recording.missing_shards() == [0, 1, 2]
     recording.write_shard(1, [call()])
-    (tmp_path / ".00002.safetensors.tmp").write_bytes(b"half a shard")
+    (tmp_path / ".00002.safetensors.msfp-tmp").write_bytes(b"half a shard")
     again = make(tmp_path, 3)
     assert again.missing_shards() == [0, 2]
     for index in again.missing_shards():

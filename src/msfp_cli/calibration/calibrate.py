@@ -90,14 +90,16 @@ def calibrate_run(
             `overwrite` is not set.
         ModelError, CalibrationError: as said by what they wrap.
     """
-    refuse_existing(run.calibration, overwrite=overwrite)
-    words = [*recipe.words(), *options.words(), *source.words()]
-    options = replace(options, prompts=prompts_of(options.prompts))  # before the model is loaded
-    pipe = load_pipeline(source, device)
-    recording, held_out = record_both(
-        pipe, run, source, options, overwrite=overwrite, progress=progress
-    )
-    calibration = calibrate_(pipe, recording, held_out, recipe, progress=progress)
-    calibration = replace(calibration, options=words)
-    calibration.save(run.calibration, overwrite=overwrite)
-    return calibration
+    with run.lock(create=True):
+        refuse_existing(run.calibration, overwrite=overwrite)
+        words = [*recipe.words(), *options.words(), *source.words()]
+        prompts = prompts_of(options.prompts)  # before the model is loaded
+        options = replace(options, prompts=prompts)
+        pipe = load_pipeline(source, device)
+        recording, held_out = record_both(
+            pipe, run, source, options, overwrite=overwrite, progress=progress
+        )
+        calibration = calibrate_(pipe, recording, held_out, recipe, progress=progress)
+        calibration = replace(calibration, options=words)
+        calibration.save(run.calibration, overwrite=overwrite)
+        return calibration

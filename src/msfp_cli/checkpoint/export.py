@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,7 @@ from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import TABLE_SIZE
 from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import Pipeline, load_pipeline
-from msfp_cli.run import Run
+from msfp_cli.run import Run, locked
 from msfp_cli.version import __version__
 
 
@@ -95,8 +95,13 @@ def export_(
     tuned: Mapping[str, FinetuneState] | None = None,
     device: str | None = None,
     overwrite: bool = False,
+    remember: Callable[[Path], None] = lambda directory: None,
 ) -> ExportReport:
     """Quantize the calibrated model, fine-tuned or not, and write it.
+
+    Arguments:
+        remember: called with the directory as the last thing before the export gets its name, so
+            that whoever notes where it is never misses one.
 
     Raises:
         RunError: the directory exists and `overwrite` is not set, or a fine-tuning began with
@@ -107,7 +112,9 @@ def export_(
     half = sum(
         _half_precision_bytes(calibration, component, part) for component, part in denoisers.items()
     )
-    save_pipeline(pipe, directory, overwrite=overwrite)
+    with replace_directory(directory, overwrite=overwrite) as temporary:
+        _write(pipe, temporary)
+        remember(directory)
     size = sum(_safetensors_bytes(directory / component) for component in denoisers)
     layers = chain.from_iterable(quantized_layers(part).values() for part in denoisers.values())
     switching = [layer for layer in layers if layer.scheme.hub > 1]
@@ -126,6 +133,7 @@ def _safetensors_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
+@locked
 def export_run(
     run: Run,
     directory: Path | None = None,
@@ -149,9 +157,14 @@ def export_run(
     calibration = Calibration.load(run.calibration)
     finetunings = load_finetunings(run, calibration) if with_finetuning else {}
     refuse_existing(directory, overwrite=overwrite)
-    report = export_(calibration, directory, tuned=finetunings, device=device, overwrite=overwrite)
-    run.remember_export(directory)
-    return report
+    return export_(
+        calibration,
+        directory,
+        tuned=finetunings,
+        device=device,
+        overwrite=overwrite,
+        remember=run.remember_export,
+    )
 
 
 def _half_precision_bytes(calibration: Calibration, component: str, denoiser: nn.Module) -> int:
@@ -168,11 +181,15 @@ def save_pipeline(pipe: Pipeline, directory: Path, *, overwrite: bool = False) -
         RunError: the directory exists and `overwrite` is not set.
     """
     with replace_directory(directory, overwrite=overwrite) as temporary:
-        pipe.save_pretrained(temporary, safe_serialization=True)
-        for path in sorted(temporary.rglob("*.json")):
-            _forget_origin_(path)
-        for path in sorted(temporary.rglob("*.safetensors")):
-            sort_header_(path)
+        _write(pipe, temporary)
+
+
+def _write(pipe: Pipeline, directory: Path) -> None:
+    pipe.save_pretrained(directory, safe_serialization=True)
+    for path in sorted(directory.rglob("*.json")):
+        _forget_origin_(path)
+    for path in sorted(directory.rglob("*.safetensors")):
+        sort_header_(path)
 
 
 def _forget_origin_(path: Path) -> None:

@@ -51,6 +51,7 @@ def _root(
     ] = False,
 ) -> None:
     """Act on the options that come before a command."""
+    console.hear_interrupts()
     launch.end_with_launcher()
     if debug:
         console.show_tracebacks()

@@ -134,6 +134,13 @@ def guarded(command: F) -> F:
     return wrapper  # type: ignore[return-value]
 
 
+def hear_interrupts() -> None:
+    """Let Ctrl-C interrupt the command, which then says so, unless it is ignored."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether the user asked to stop, by Ctrl-C or a polite kill.

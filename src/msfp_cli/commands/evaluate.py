@@ -69,12 +69,12 @@ def evaluate(
 ) -> None:
     """Measure an export."""
     recipe = options.recipe(EvaluateRecipe)
-    share_out(num_processes)
+    state = Run(run)
+    share_out(num_processes, state.lock(out, create=True))
 
     from msfp_cli.evaluation.evaluate import evaluate_run
     from msfp_cli.pipelines.loading import resolve_model
 
-    state = Run(run)
     console.quiet_libraries()
     evaluation = evaluate_run(
         state,

@@ -70,15 +70,15 @@ def finetune(
 ) -> None:
     """Train LoRA hubs and a router."""
     options.recipe(FinetuneRecipe)  # what is wrong is refused before torch is loaded
-    share_out(num_processes or 1)
+    state = Run(run)
+    share_out(num_processes or 1, state.lock())
 
     from msfp_cli.finetuning.finetune import finetune_run
 
     console.quiet_libraries()
-    state = Run(run)
     recipe, done = _recipe(state, options, resume, int(os.environ.get("WORLD_SIZE", 1)))
     if num_processes is None and not done:
-        share_out(processes_for(recipe.calls_per_update, device))
+        share_out(processes_for(recipe.calls_per_update, device), state.lock())
     with console.stop_on_interrupt() as stop:
         reports = finetune_run(
             state,

@@ -15,12 +15,14 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Annotated
 
 import typer
 
 from msfp_cli.commands import console
+from msfp_cli.files.lock import inherited
 
 ProcessesOption = Annotated[int, typer.Option(min=1, help="Local processes that share the work.")]
 _GRACE_SECONDS = 5
@@ -33,10 +35,16 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def share_out(num_processes: int) -> None:
-    """Run this command line in several processes if several are requested, and exit as they do."""
+def share_out(num_processes: int, lock: AbstractContextManager[None]) -> None:
+    """Run this command line in several processes if several are requested, and exit as they do.
+
+    Arguments:
+        lock: held while they run, and by them until the last is gone.
+    """
     if num_processes > 1 and "WORLD_SIZE" not in os.environ:
-        raise typer.Exit(_launch(num_processes))
+        with lock:
+            code = _launch(num_processes)
+        raise typer.Exit(code)
 
 
 def end_with_launcher() -> None:
@@ -81,7 +89,11 @@ def _launch(num_processes: int) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared: dict[str, object] = {
+        "WORLD_SIZE": num_processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     threads = os.environ.get(_THREADS, max(1, _cores() // num_processes))
     command = [sys.executable, "-m", "msfp_cli", *sys.argv[1:]]
     # The processes hear of Ctrl-C themselves. Their input ends when this process does: nobody else
@@ -95,12 +107,21 @@ def _launch(num_processes: int) -> int:
     ):
         processes: list[subprocess.Popen[bytes]] = []
         _pass_on(signal.SIGTERM, processes)
+        variables, descriptors = inherited()
+        shared |= variables
         for rank in range(num_processes):
             own = {**shared, "RANK": rank, "LOCAL_RANK": rank, _THREADS: threads, _LAUNCHED: 1}
             environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
             out, err = (subprocess.DEVNULL, aside) if rank else (None, None)
             processes.append(
-                subprocess.Popen(command, env=environment, stdin=given, stdout=out, stderr=err)
+                subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=given,
+                    stdout=out,
+                    stderr=err,
+                    pass_fds=descriptors,
+                )
             )
         codes = _wait_for_all(processes)
         if any(codes) and codes[0] in (0, -signal.SIGKILL, console.LEFT_ALONE):

@@ -59,9 +59,27 @@ def evaluate_run(
         RunError: the directory holds an evaluation with other settings or of another export.
         ModelError: the export is of another model than `against`.
     """
+    with run.lock(directory, create=True):
+        place = directory or run.evaluation
+        return _evaluate(
+            run, export, recipe, against, place, device, overwrite=overwrite, progress=progress
+        )
+
+
+def _evaluate(
+    run: Run,
+    export: Path,
+    recipe: EvaluateRecipe,
+    against: ModelSource | None,
+    place: Path,
+    device: str | None,
+    *,
+    overwrite: bool,
+    progress: Progress,
+) -> Evaluation:
+    """Evaluate an export in a directory that nobody else writes to."""
     device = choose_device(device)
     processes = Processes.current(device)
-    place = directory or run.evaluation
     words = recipe.words() + ([] if against is None else ["--against", against.model])
     recipe = with_prompts(recipe)
     source = against or source_of(export)
@@ -79,6 +97,7 @@ def evaluate_run(
         progress=progress,
     )
     settings = plan.settings([model.key for model in models])
+    settings["export"] = run.name_of(export)
     refuse_other_settings(place, settings, overwrite=overwrite)
     require_reference(plan)
     refuse_other_model(full, models[-1].load())

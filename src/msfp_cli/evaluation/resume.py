@@ -5,12 +5,12 @@ calls, measurements) is kept, so a directory is never continued with settings th
 evaluations.
 """
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from msfp_cli.errors import RunError
+from msfp_cli.files.atomic import remove
 from msfp_cli.files.directories import EVALUATION, claim, refuse_foreign
 from msfp_cli.files.documents import Json, read_json, write_json
 
@@ -48,7 +48,7 @@ def refuse_other_settings(place: Path, settings: dict[str, Any], *, overwrite: b
 def begin(place: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
     """Write the settings; keep what an earlier evaluation with them has, unless `overwrite`."""
     if overwrite and (place / _SETTINGS).exists():
-        shutil.rmtree(place)
+        remove(place)
     claim(place, EVALUATION)
     write_json(place / _SETTINGS, settings)
 

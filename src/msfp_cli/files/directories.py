@@ -5,14 +5,20 @@ begin with `refuse_foreign`, the one place that decides whether something may be
 """
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from msfp_cli.errors import MsfpError, RunError
-from msfp_cli.files.atomic import follow_umask_, write_text
+from msfp_cli.files.atomic import (
+    delete,
+    exchange,
+    flush,
+    follow_umask_,
+    temporary_of,
+    write_text,
+)
+from msfp_cli.files.lock import beside, only_writer
 from msfp_cli.files.seal import MARK, Seal
 
 # The files of directories that grow.
@@ -113,24 +119,54 @@ def claim(directory: Path, patterns: tuple[str, ...]) -> None:
 def replace_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary directory that takes the place of `directory` when the block ends well.
 
+    One process at a time may do so. What a killed one has left is put right before the block runs.
+
     Raises:
-        RunError: `directory` exists and `overwrite` is not set, or something in it is not ours.
+        RunError: `directory` exists and `overwrite` is not set, something in it is not ours, or
+            another process writes it.
     """
-    refuse_existing(directory, overwrite=overwrite)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    follow_umask_(temporary)
-    try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            follow_umask_(path)
-        (temporary / MARK).write_text(Seal.of(temporary).to_text())
-        if directory.exists():
-            old = temporary.with_name(f"{temporary.name}-old")
-            os.replace(directory, old)
-            os.replace(temporary, directory)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with only_writer(directory, beside(directory)):
+        recover(directory)
+        refuse_existing(directory, overwrite=overwrite)
+        temporary = temporary_of(directory)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for path in temporary.rglob("*"):
+                follow_umask_(path)
+            (temporary / MARK).write_text(Seal.of(temporary).to_text())
+            for path in temporary.rglob("*"):
+                flush(path)
+            _swap(temporary, directory)
+            flush(directory.parent)
+        finally:
+            delete(temporary)
+
+
+def recover(directory: Path) -> None:
+    """Put right what a process has left that was killed while it replaced a directory.
+
+    To be called by whoever may write it, and by nobody else.
+    """
+    old = _old(directory)
+    if directory.exists():
+        delete(old)
+    elif old.exists():  # killed between two renames
+        os.rename(old, directory)
+    delete(temporary_of(directory))
+
+
+def _swap(new: Path, directory: Path) -> None:
+    """Give a directory the name of another, whose content then has the new one's, if any."""
+    if not directory.exists():
+        os.rename(new, directory)
+    elif not exchange(new, directory):
+        os.rename(directory, _old(directory))
+        os.rename(new, directory)
+        delete(_old(directory))
+
+
+def _old(directory: Path) -> Path:
+    """Return the name of the old directory while it is replaced by two renames."""
+    return directory.with_name(f".{directory.name}.msfp-old")

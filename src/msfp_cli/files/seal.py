@@ -24,7 +24,7 @@ MARK = "msfp.json"
 _SCHEMA = 1
 _BLOCK = 1 << 20  # bytes that are read at a time
 # What `atomic` and `directories` call a file or a directory that is not finished.
-_TEMPORARY = re.compile(r"\.(.+?)(\.tmp|-[a-z0-9_]+(-old)?)")
+_TEMPORARY = re.compile(r"\.(.+?)\.msfp-(tmp|old)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,7 @@ def _names(directory: Path) -> list[str]:
     """List the files of a directory and those below, but neither `msfp.json` nor what it hides."""
     paths = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
     names = sorted(path.relative_to(directory).as_posix() for path in paths)
-    return [name for name in names if name != MARK]
+    return [name for name in names if name != MARK and not name.endswith(".msfp-lock")]
 
 
 def _altered(path: Path, redo: str) -> CheckpointError:

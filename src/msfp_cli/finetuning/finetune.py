@@ -24,9 +24,10 @@ from msfp_cli.finetuning.task import refuse_different_replay, training_task
 from msfp_cli.finetuning.trainer import Trainer
 from msfp_cli.pipelines.loading import choose_device
 from msfp_cli.progress import SILENT, Progress
-from msfp_cli.run import Run
+from msfp_cli.run import Run, locked
 
 
+@locked
 def finetune_run(
     run: Run,
     recipe: FinetuneRecipe,

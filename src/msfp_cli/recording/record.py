@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from msfp_cli.errors import CalibrationError, ModelError, MsfpError, RunError
+from msfp_cli.files.atomic import remove
 from msfp_cli.files.directories import refuse_foreign
 from msfp_cli.pipelines.conditions import conditions_for, prompts_of
 from msfp_cli.pipelines.denoiser import (
@@ -221,7 +222,7 @@ def record_both(
             and not _is_of(directory, _settings_of(pipe, source, recipe))
         ):
             refuse_foreign(directory)
-            shutil.rmtree(directory)
+            remove(directory)
         recordings.append(
             record_calls(
                 pipe,

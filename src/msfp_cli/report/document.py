@@ -4,7 +4,6 @@
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 from msfp_cli.evaluation.provenance import Provenance, provenance_of
@@ -25,7 +24,7 @@ def gather(run: Run, evaluation: Evaluation, pictures: int) -> dict[str, Any]:
         pictures: prompts to show.
     """
     models = evaluation.models
-    provenance = provenance_of(run, Path(evaluation.settings["export"]))
+    provenance = provenance_of(run, run.place_of(evaluation.settings["export"]))
     document = {
         "title": "msfp report",
         "model": evaluation.settings["against"]["model"],

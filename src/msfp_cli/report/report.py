@@ -55,9 +55,10 @@ def report_run(
     if evaluation is None:
         run.require()
     result = Evaluation.load(evaluation or run.evaluation)
-    return write_report(
-        run, result, directory or run.report, pictures=pictures, overwrite=overwrite
-    )
+    with run.lock(directory, create=True):
+        return write_report(
+            run, result, directory or run.report, pictures=pictures, overwrite=overwrite
+        )
 
 
 def write_report(
