@@ -177,12 +177,12 @@ def test_input_of_launched_processes_ends_when_the_launcher_is_killed(tmp_path: 
 def launching(directory: Path) -> str:
     """Return a program that runs a script of this directory as two processes."""
     return (
-        "import sys\n"
+        "import contextlib, sys\n"
         "import typer\n"
         "from msfp_cli.commands.app import launch\n"
         f"sys.executable = '{directory}/python'\n"
         "try:\n"
-        "    launch.share_out(2, nullcontext())\n"
+        "    launch.share_out(2, contextlib.nullcontext())\n"
         "except typer.Exit as ended:\n"
         "    sys.exit(ended.exit_code)\n"
     )
