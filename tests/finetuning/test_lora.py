@@ -418,3 +418,8 @@ def test_grid_that_ran_away_is_still_a_number(growth: float) -> None:
     """The training loss says that it diverged."""
     moved = moved_input(Grid(FloatFormat.parse("ue2m2"), 0.1, -0.2), growth, 0.0)
     assert 0 <= moved.scale < math.inf
+
+
+def test_layer_in_training_has_the_weight_of_its_float_layer() -> None:
+    layer = tuned_layer(nn.Linear(6, 5))
+    assert layer.weight is layer.layer.weight

@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from msfp_cli.errors import ModelError
+from msfp_cli.errors import ModelError, UsageError
 from msfp_cli.pipelines.denoiser import (
     DenoiserCall,
     find_denoisers,
     fingerprint,
+    refuse_changed,
     replay,
 )
+from tiny_pipelines import build_tiny
 
 
 class Denoiser(nn.Module):
@@ -201,3 +203,40 @@ def test_parameters_of_any_size_are_sampled_from_their_first_element(
         assert fingerprint(net) != before
     else:
         assert fingerprint(nn.Module()) != before
+
+
+class Guests:
+    """What people do to a pipeline before they calibrate it, and what undoes it."""
+
+    @staticmethod
+    def adapters(pipe: Any) -> None:  # noqa: ANN401 (a pipeline)
+        config = pytest.importorskip("peft").LoraConfig
+        pipe.unet.add_adapter(config(target_modules=["to_q"]), "style")
+
+    @staticmethod
+    def offload(pipe: Any) -> None:  # noqa: ANN401 (a pipeline)
+        cpu = torch.device("cpu")
+        pipe.unet.enable_group_offload(cpu, cpu, offload_type="leaf_level")
+
+
+@pytest.mark.parametrize(
+    ("guest", "message"),
+    [(Guests.adapters, "unet has adapters .style.; call"), (Guests.offload, "is not offloaded")],
+)
+def test_denoiser_with_guests_is_refused(guest: Callable[..., None], message: str) -> None:
+    pipe = build_tiny("StableDiffusionPipeline")
+    refuse_changed("unet", pipe.unet)
+    guest(pipe)
+    with pytest.raises(UsageError, match=message):
+        refuse_changed("unet", pipe.unet)
+
+
+def test_denoiser_whose_hooks_were_removed_is_not_refused() -> None:
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    unet = cpu_offload(build_tiny("StableDiffusionPipeline").unet, torch.device("cpu"))
+    with pytest.raises(UsageError, match="not offloaded"):
+        refuse_changed("unet", unet)
+    remove_hook_from_submodules(unet)
+    refuse_changed("unet", unet)

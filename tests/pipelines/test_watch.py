@@ -151,11 +151,12 @@ def test_layers_are_reported_by_name_with_inputs_and_outputs_each_time_they_run(
     with watch_layers(layers, lambda *report: reports.append(report)):
         hidden = layers["first"](draw(1))
         output = layers["second"](hidden)
-        layers["first"](draw(2))
+        layers["first"](input=draw(2))
     layers["first"](draw(3))
     assert [name for name, *_ in reports] == ["first", "second", "first"]
     name, layer, args, result = reports[1]
     assert layer is layers["second"] and args[0] is hidden and result is output
+    assert torch.equal(reports[2][2][0], draw(2))
 
 
 @pytest.mark.parametrize("layers", [{}, {"a": nn.Linear(2, 2)}], ids=len)

@@ -310,3 +310,17 @@ def test_unrecordable_argument_is_named(tmp_path: Path, value: object, kind: str
     with pytest.raises(ModelError, match=f"'arguments.added.odd' of type {kind}"):
         recording.write_shard(0, [call(added={"odd": value})])
     assert recording.missing_shards() == [0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3,), (1, 1), (0,)], ids=str)
+def test_an_expanded_timestep_is_recorded(
+    shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    timestep = torch.tensor(7).to(dtype).expand(shape)
+    call = DenoiserCall(
+        component="unet", timestep=7.0, arguments={"timestep": timestep}, output=torch.ones(1)
+    )
+    recording = Recording.create(tmp_path / "recording", {}, 1)
+    recording.write_shard(0, [call])
+    assert torch.equal(recording.shard(0)[0].arguments["timestep"], timestep)

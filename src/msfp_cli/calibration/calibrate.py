@@ -15,7 +15,7 @@ from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration, LayerChoice, quantize_
 from msfp_cli.files.directories import refuse_existing
 from msfp_cli.pipelines.conditions import prompts_of
-from msfp_cli.pipelines.denoiser import find_denoisers
+from msfp_cli.pipelines.denoiser import find_denoisers, refuse_changed
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
@@ -40,8 +40,11 @@ def calibrate_(
 
     Raises:
         CalibrationError: a weight or an activation holds a NaN or infinity.
+        UsageError: a denoiser has adapters or is offloaded.
     """
     denoisers = find_denoisers(pipe)
+    for component, denoiser in denoisers.items():
+        refuse_changed(component, denoiser)
     results: dict[str, dict[str, CalibratedLayer]] = {}
     for component, denoiser in denoisers.items():
         layers = search_denoiser(component, denoiser, recording, recipe, progress)

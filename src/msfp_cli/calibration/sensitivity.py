@@ -49,10 +49,14 @@ def quantized_alone(layer: FloatLayer, scheme: LayerScheme, scale: Tensor | None
             layer.weight.data = fake_quantize(weight, Grid(scheme.weight, rows))
         if scheme.input is not None:
             hook = functools.partial(_quantize_input, scheme.input)
-            undo.callback(layer.register_forward_pre_hook(hook).remove)
+            handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+            undo.callback(handle.remove)
         yield
 
 
-def _quantize_input(grid: Grid, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Quantize the first argument of a layer; a forward pre-hook of torch."""
-    return fake_quantize(args[0], grid), *args[1:]
+def _quantize_input(
+    grid: Grid, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Quantize the one argument of a layer; a forward pre-hook of torch."""
+    given = (*args, *kwargs.values())
+    return (fake_quantize(given[0], grid),), {}

@@ -191,6 +191,12 @@ class TunedLayer(nn.Module):
         shifts = [torch.zeros(2, device=layer.weight.device) for _ in range(recipe.hub_size)]
         self.input_shift = nn.ParameterList(shifts) if trained else None
 
+    @property
+    def weight(self) -> Tensor:
+        """The float layer's weight, for models that read its type or its shape."""
+        weight: Tensor = self.layer.weight
+        return weight
+
     @torch.no_grad()
     def _beginning(
         self, recipe: FinetuneRecipe, generator: torch.Generator
@@ -236,7 +242,7 @@ class TunedLayer(nn.Module):
         unit = float(self.input.scale) * (not self.input.format.signed)
         return fake_quantize_learned(x, grid, shift, unit)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Give each chosen member its rows, and put what they return in order again.
 
         Raises:
@@ -245,16 +251,16 @@ class TunedLayer(nn.Module):
         """
         choices = self.route.of(self.slot)
         if len(choices) == 1:
-            return self._with_member(x, choices[0])
+            return self._with_member(input, choices[0])
         rows_of_choices = chain.from_iterable(choice.rows for choice in choices)
-        order = torch.tensor(list(rows_of_choices), device=x.device)
-        if len(x) % len(order):
+        order = torch.tensor(list(rows_of_choices), device=input.device)
+        if len(input) % len(order):
             raise MsfpError(
-                f"a layer's input of shape {tuple(x.shape)} does not begin with the {len(order)} "
-                "rows of the call, so they cannot be given to the members of its hub; "
-                "give --hub-size 1"
+                f"a layer's input of shape {tuple(input.shape)} does not begin with "
+                f"the {len(order)} rows of the call, so they cannot be given to the members of "
+                "its hub; give --hub-size 1"
             )
-        rows = x.reshape(len(order), -1, *x.shape[1:]).index_select(0, order)
+        rows = input.reshape(len(order), -1, *input.shape[1:]).index_select(0, order)
         parts = torch.split(rows, [len(choice.rows) for choice in choices])
         outputs = [
             self._with_member(part.flatten(0, 1), choice)

@@ -99,7 +99,7 @@ class Quantized(PackedLayer):
     def _copy_settings(self, layer: FloatLayer) -> None:
         """Become an empty module with the float layer's attributes, but not its tensors."""
         nn.Module.__init__(self)
-        not_settings = {"weight", "bias"} | self.__dict__.keys()
+        not_settings = {"weight", "bias", "forward"} | self.__dict__.keys()
         for name, value in layer.__dict__.items():
             if name not in not_settings:
                 self.__dict__[name] = value
@@ -144,7 +144,7 @@ class Quantized(PackedLayer):
         elif self.source() != self._kernel_source:
             self.prepare_(name, keep_packed=True)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name, by which models call)
+    def forward(self, input: Tensor) -> Tensor:
         """Round the input, run the layer; the kernel decides how."""
         self._choose_kernel()
         return simulate(self, input) if self.kernel is None else self.kernel(self, input)
@@ -273,7 +273,7 @@ class QuantEmbedding(Quantized, nn.Embedding):  # type: ignore[misc, override]  
 
     kind: ClassVar[str] = "embedding"
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
+    def forward(self, input: Tensor) -> Tensor:
         """Look rows up."""
         self._choose_kernel()
         return look_up(self, input)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msfp_cli.errors import ModelError
+from msfp_cli.errors import ModelError, UsageError
 from msfp_cli.files.documents import digest
 from msfp_cli.pipelines.loading import Pipeline
 
@@ -67,6 +67,32 @@ def find_denoisers(pipe: Pipeline) -> dict[str, nn.Module]:
             "msfp quantizes pipelines whose UNet or transformer is called once per timestep"
         )
     return denoisers
+
+
+def refuse_changed(component: str, denoiser: nn.Module) -> None:
+    """Refuse a denoiser that has adapters, or whose layers are offloaded.
+
+    Raises:
+        UsageError: the adapters' own matrices would be quantized, or hooks be lost.
+    """
+    adapters: dict[str, Any] | None = getattr(denoiser, "peft_config", None)
+    if adapters:
+        raise UsageError(
+            f"{component} has adapters ({', '.join(adapters)}); call "
+            "`pipe.fuse_lora()` and `pipe.unload_lora_weights()` before calibrating"
+        )
+    wrapped = [name for name, module in denoiser.named_modules() if _is_wrapped(module)]
+    if wrapped:
+        raise UsageError(
+            f"{component}: the forward of module {wrapped[0]!r} is replaced, as offloading does; "
+            "calibrate a pipeline that is not offloaded"
+        )
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether a module runs another forward than its class's."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def _is_denoiser(component: object) -> bool:

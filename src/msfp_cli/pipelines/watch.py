@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from msfp_cli.pipelines.denoiser import DenoiserCall
 from msfp_cli.pipelines.loading import Scheduler
 
-# A layer's name, the layer, its positional arguments, and its output.
+# A layer's name, the layer, its arguments in the order they were given in, and its output.
 LayerReport: TypeAlias = Callable[[str, nn.Module, tuple[Any, ...], Tensor], None]
 
 
@@ -24,9 +24,22 @@ def watch_layers(layers: Mapping[str, nn.Module], report: LayerReport) -> Iterat
     """Report every run of some layers while the context is open."""
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            handle = layer.register_forward_hook(functools.partial(report, name))
+            hook = functools.partial(_report_layer, name, report)
+            handle = layer.register_forward_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
         yield
+
+
+def _report_layer(
+    name: str,
+    report: LayerReport,
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor,
+) -> None:
+    """Report one run; some models call their layers by keyword."""
+    report(name, layer, (*args, *kwargs.values()), output)
 
 
 @contextmanager

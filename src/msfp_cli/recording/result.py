@@ -51,7 +51,9 @@ def _hash(tensor: Tensor) -> str:
     """Name a tensor by its content, type and shape."""
     sha = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     if tensor.numel():
-        sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        # An expanded tensor of one element counts as contiguous, but has no stride to be viewed by.
+        dense = tensor.clone(memory_format=torch.contiguous_format)
+        sha.update(dense.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()[:32]
 
 
