@@ -135,8 +135,27 @@ def test_prompts_are_read_one_a_line_without_empty_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (b"\xef\xbb\xbfa cat\r\na dog\r\n", ("a cat", "a dog")),
+        ("a\u2028b\nc\x0cd".encode(), ("a\u2028b", "c\x0cd")),
+    ],
+)
+def test_prompts_are_plain_text_as_editors_write_it(
+    tmp_path: Path, content: bytes, prompts: tuple[str, ...]
+) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content)
+    assert read_prompts(tmp_path / "prompts.txt") == prompts
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot read prompts"), (b"\n \n", "no prompts"), (b"\xff\xfe\x00", "cannot read")],
+    [
+        (None, "cannot read prompts"),
+        (b"\n \n", "no prompts"),
+        (b"\xff\xfe\x00", "save it as UTF-8"),
+        ("a cat\na dog\n".encode("utf-16-le"), "it is in UTF-16; save it as UTF-8"),
+    ],
 )
 def test_useless_prompt_files_are_refused(
     tmp_path: Path, content: bytes | None, message: str

@@ -9,10 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from diffusers import (
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 
 from conftest import Chained, Finetuned
+from msfp_cli.checkpoint.pipeline import MSFPPipeline
 from msfp_cli.errors import UsageError
 from msfp_cli.layers.replace import quantized_layers
 
@@ -242,6 +248,22 @@ def test_callback_that_raises_leaves_nothing_behind(export: Path) -> None:
     with pytest.raises(KeyError, match="stop"):
         draw(pipe, callback_on_step_end=fail)
     assert np.array_equal(draw(pipe), before)
+
+
+def test_scheduler_set_on_our_pipeline_acts(export: Path) -> None:
+    ours, stock = MSFPPipeline.from_pretrained(export, device="cpu"), load(export)
+    for pipe in (ours, stock):
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert ours.pipe.scheduler is ours.scheduler
+    assert np.array_equal(draw(ours), draw(stock))
+    assert is_different(draw(ours), draw(load(export)))
+
+
+def test_device_map_to_the_disk_is_refused(export: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot leave quantized layers on the disk"):
+        UNet2DConditionModel.from_pretrained(
+            export, subfolder="unet", device_map={"": "disk"}, offload_folder=tmp_path
+        )
 
 
 def test_threads_share_a_denoiser(prompted_tuned: Finetuned) -> None:

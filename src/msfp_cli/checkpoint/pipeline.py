@@ -134,6 +134,13 @@ class MSFPPipeline:
         """Call the stock pipeline."""
         return self.pipe(*args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+        """Set components and everything else on the stock pipeline, where it acts."""
+        if name in ("pipe", "configs"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.pipe, name, value)
+
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         """Hand everything else to the stock pipeline."""
         if name == "pipe":  # not yet set, as while unpickling

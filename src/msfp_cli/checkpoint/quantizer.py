@@ -132,6 +132,20 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
                 "make one with `msfp calibrate` and `msfp export`"
             )
 
+    def validate_environment(
+        self, *args: object, device_map: object = None, **kwargs: Json
+    ) -> None:
+        """Refuse to leave layers on the disk; codes are buffers, which accelerate does not load.
+
+        Raises:
+            UsageError: the device map names the disk.
+        """
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise UsageError(
+                "device_map cannot leave quantized layers on the disk; load them, then call "
+                "`enable_group_offload(..., offload_to_disk_path=...)`"
+            )
+
     def maybe_update_loaded_keys(
         self, loaded_keys: list[str], checkpoint_files: list[str] | str | None
     ) -> list[str]:

@@ -29,10 +29,13 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         UsageError: the file cannot be read or holds no prompt.
     """
     try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+        text = path.read_text("utf-8-sig")  # a mark at the beginning is not part of the prompt
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or f"it is not UTF-8 ({error}); save it as UTF-8"
         raise UsageError(f"cannot read prompts from {path}: {reason}") from None
+    if "\0" in text:
+        raise UsageError(f"cannot read prompts from {path}: it is in UTF-16; save it as UTF-8")
+    lines = [line.strip() for line in text.split("\n")]  # not at every mark that Unicode calls one
     prompts = tuple(line for line in lines if line)
     if not prompts:
         raise UsageError(f"{path} holds no prompts; write one a line")
