@@ -28,7 +28,7 @@ from material import add_size_options, record_options, source_of
 
 from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.recipe import CalibrateRecipe
-from msfp_cli.calibration.result import Calibration
+from msfp_cli.calibration.result import Calibration, move_weights_
 from msfp_cli.commands.console import quiet_libraries
 from msfp_cli.finetuning.batches import Batches
 from msfp_cli.finetuning.load import Material
@@ -76,6 +76,7 @@ class Clock:
 def train_msfp(calibration: Calibration, task: TrainingTask, clock: Clock) -> None:
     """Train as `msfp finetune` does with the default recipe until the clock stops it."""
     unet = find_denoisers(load_pipeline(calibration.source, "cpu"))["unet"]
+    move_weights_(unet, calibration, "unet")
     student = Student(
         unet, calibration.table("unet"), calibration.scales["unet"], task.recipe, task.unit
     )

@@ -55,8 +55,14 @@ QUICK = CalibrateRecipe(max_samples=1000, sensitivity_calls=1, keep=EVERY_LAYER)
 TWO_PICTURES = RecordOptions(num_images=2, num_inference_steps=2, batch_size=2)
 # Three shards of three timesteps, one of them held out.
 SIX_PICTURES = RecordOptions(num_images=6, num_inference_steps=3, batch_size=2)
+# To the nearest, where a few updates of training gain enough to be told from noise.
 CHEAP = CalibrateRecipe(
-    max_samples=200, sensitivity_calls=1, lift=0.0, formats="e2m1,ue2m2", keep=EVERY_LAYER
+    max_samples=200,
+    sensitivity_calls=1,
+    lift=0.0,
+    formats="e2m1,ue2m2",
+    keep=EVERY_LAYER,
+    rounding="nearest",
 )
 FEW_UPDATES = FinetuneRecipe(
     steps=6,

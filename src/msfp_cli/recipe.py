@@ -31,6 +31,8 @@ class Option:
         write: undoes `read`.
         is_typed: whether commands offer it; otherwise only Python does.
         formerly: its key in files of earlier versions.
+        before: what held in versions that did not have it, whose files lack it; None makes its
+            absence an error.
     """
 
     help: str
@@ -43,6 +45,7 @@ class Option:
     write: Callable[[Any], str] = str
     is_typed: bool = True
     formerly: str | None = None
+    before: str | None = None
 
     @property
     def name(self) -> str:
@@ -105,8 +108,10 @@ class Recipe:
             ValueError: a key is unknown or missing; whoever reads the file says which and what to
                 do.
         """
-        renamed = {each.formerly: name for name, each in options_of(cls).items()}
-        values = {renamed.get(key, key): value for key, value in data.items()}
+        options = options_of(cls)
+        renamed = {each.formerly: name for name, each in options.items()}
+        values = {n: each.before for n, each in options.items() if each.before is not None}
+        values |= {renamed.get(key, key): value for key, value in data.items()}
         if odd := sorted(values.keys() ^ {each.name for each in fields(cls)}):
             raise ValueError(f"settings do not fit this version of msfp: key {odd[0]!r}")
         return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})

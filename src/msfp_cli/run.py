@@ -55,6 +55,11 @@ class Run:
         """The calibration's directory."""
         return self.directory / "calibration"
 
+    @property
+    def unfinished_codes(self) -> Path:
+        """The directory with the weights that a calibration has rounded before it is finished."""
+        return self.directory / ".unfinished-codes"
+
     def finetuned(self, component: str) -> Path:
         """Return the file with the fine-tuning of a denoiser."""
         return self.directory / "finetune" / f"{component}.safetensors"

@@ -1,7 +1,7 @@
 """What calibration chooses, what it refuses, and that it depends on its recipe alone."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, load_pipeline
 from msfp_cli.recording.result import Recording
 
 Recordings = tuple[Recording, Recording]
+Tensors = Mapping[str, Mapping[str, torch.Tensor]]
 UNLIFTED = CalibrateRecipe(max_samples=4000, lift=0.0)
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -36,13 +37,18 @@ def chosen(calibration: Calibration) -> dict[str, LayerChoice]:
 def assert_same_calibration(left: Calibration, right: Calibration) -> None:
     """Compare every field; tensors have no plain equality."""
     # What was typed is kept by `calibrate_run` only.
-    assert replace(left, scales={}, options=None) == replace(right, scales={}, options=None)
-    assert left.scales.keys() == right.scales.keys()
-    for component, scales in left.scales.items():
-        assert scales.keys() == right.scales[component].keys()
-        assert all(
-            torch.equal(scale, right.scales[component][name]) for name, scale in scales.items()
-        )
+    no_tensors = {"scales": {}, "codes": {}, "options": None}
+    assert replace(left, **no_tensors) == replace(right, **no_tensors)
+    assert_same_tensors(left.scales, right.scales)
+    assert_same_tensors(left.codes, right.codes)
+
+
+def assert_same_tensors(left: Tensors, right: Tensors) -> None:
+    """Compare tensors by component and layer."""
+    assert left.keys() == right.keys()
+    for component, tensors in left.items():
+        assert tensors.keys() == right[component].keys()
+        assert all(torch.equal(each, right[component][name]) for name, each in tensors.items())
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,8 @@ def fashion_errors(fashion_recordings: Recordings) -> dict[str, float]:
     errors = {}
     for formats in ("mixed", "signed", "integer"):
         pipe = load_pipeline(ModelSource(model=BUILT_IN), "cpu")
-        calibration = calibrate_(pipe, *fashion_recordings, replace(UNLIFTED, formats=formats))
+        recipe = replace(UNLIFTED, formats=formats, rounding="nearest")
+        calibration = calibrate_(pipe, *fashion_recordings, recipe)
         assert all(
             layer.reason != "lifted" and layer.sensitivity is None
             for layer in chosen(calibration).values()
@@ -285,7 +292,7 @@ def test_calibration_comes_back_from_disk_as_it_was(
     loaded = Calibration.load(tmp_path / "calibration")
     assert_same_calibration(loaded, fashion_chained.calibration)
     loaded.save(tmp_path / "again")
-    for name in ("calibration.json", "scales.safetensors"):
+    for name in ("calibration.json", "scales.safetensors", "codes.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (
             tmp_path / "calibration" / name
         ).read_bytes()

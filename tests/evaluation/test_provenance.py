@@ -1,8 +1,11 @@
 """Which calibration and fine-tunings an export came from."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from conftest import Chained, Finetuned
+from msfp_cli.calibration.result import Calibration
 from msfp_cli.evaluation.provenance import provenance_of
 from msfp_cli.run import Run
 
@@ -18,6 +21,16 @@ def test_calibrated_export_holds_no_fine_tuning(tiny_chained: Chained) -> None:
     provenance = provenance_of(tiny_chained.run, tiny_chained.export)
     assert provenance.tables["unet"] == tiny_chained.calibration.table("unet")
     assert not provenance.is_tuned and provenance.finetunings == {}
+
+
+def test_export_of_other_codes_did_not_come_from_the_calibration(
+    tiny_chained: Chained, copied: Callable[..., Path]
+) -> None:
+    run = Run(copied(tiny_chained.run.directory))
+    calibration = Calibration.load(run.calibration)
+    codes = {name: packed ^ 1 for name, packed in calibration.codes["unet"].items()}
+    replace(calibration, codes={"unet": codes}).save(run.calibration, overwrite=True)
+    assert provenance_of(run, tiny_chained.export).calibration is None
 
 
 def test_export_of_another_run_has_no_calibration(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from conftest import Finetuned
+from msfp_cli.calibration.result import move_weights_
 from msfp_cli.errors import RunError
 from msfp_cli.finetuning.lora import moved_input, tuned_names
 from msfp_cli.finetuning.quantize import (
@@ -75,7 +76,9 @@ def test_layers_hold_the_members_that_serve_and_switch_as_the_router_does(
     tiny_tuned: Finetuned,
 ) -> None:
     calibration, tuned = tiny_tuned.calibration, tiny_tuned.tuned
-    floats = find_layers(load_pipeline(calibration.source, "cpu").unet)
+    unet = load_pipeline(calibration.source, "cpu").unet
+    move_weights_(unet, calibration, "unet")
+    floats = find_layers(unet)
     denoiser = quantize_tuned_(
         load_pipeline(calibration.source, "cpu").unet, calibration, "unet", tuned
     )

@@ -15,6 +15,7 @@ import pytest
 from scripts.run_script import run_script
 
 TINY = "StableDiffusionPipeline"
+BITS = ("4/4", "4/8", "4/16")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
@@ -23,6 +24,22 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc"
 def cells(line: str) -> list[str]:
     """Return the cells of a table's line."""
     return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_rounding_compares_nearest_with_compensated(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = ("--num-images", 2, "--steps", 2, "--num-tests", 1, "--work", tmp_path / "work")
+    page = tmp_path / "page.md"
+    lines = run_script(
+        "benchmarks/rounding.py", "--model", tiny(TINY), *options, "--markdown", page
+    )
+    rows = [cells(line) for line in lines[:6]]
+    assert [row[:2] for row in rows] == [
+        [bits, rounding] for bits in BITS for rounding in ("nearest", "compensated")
+    ]
+    assert all(0 < float(row[2]) < 1 for row in rows)
+    assert lines[0] in page.read_text()
 
 
 def test_calibration_compares_formats_and_lists_the_layers_fed_by_silu(

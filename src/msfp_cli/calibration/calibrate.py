@@ -1,16 +1,26 @@
 """Calibrate a pipeline: the workflow behind `msfp calibrate`.
 
 The denoiser's calls are recorded, `search_denoiser` chooses a format, maximum and zero point for
-every layer, and the whole is quantized and measured on held-out calls.
+every layer, `compensate` rounds the weights, and the whole is quantized and measured on held-out
+calls.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from msfp_cli.calibration.denoiser_search import held_out_error, search_denoiser, unused_layers
-from msfp_cli.calibration.layer_search import CalibratedLayer
+from msfp_cli.calibration.compensate import RoundedWeight, compensate
+from msfp_cli.calibration.denoiser_search import (
+    choices_of,
+    held_out_error,
+    observed_shards,
+    scales_of,
+    search_denoiser,
+    unused_layers,
+)
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration, LayerChoice, quantize_
 from msfp_cli.files.directories import refuse_existing
@@ -31,12 +41,14 @@ def calibrate_(
     recipe: CalibrateRecipe,
     *,
     progress: Progress = SILENT,
+    work: Path | None = None,
 ) -> Calibration:
     """Calibrate every denoiser of a pipeline, and leave them quantized in place.
 
     Arguments:
         recording: calls to choose on.
         held_out: calls to measure on.
+        work: where finished parts of compensation are kept, so that a killed run goes on.
 
     Raises:
         CalibrationError: a weight or an activation holds a NaN or infinity.
@@ -45,7 +57,7 @@ def calibrate_(
     denoisers = find_denoisers(pipe)
     for component, denoiser in denoisers.items():
         refuse_changed(component, denoiser)
-    results: dict[str, dict[str, CalibratedLayer]] = {}
+    results = {}
     for component, denoiser in denoisers.items():
         layers = search_denoiser(component, denoiser, recording, recipe, progress)
         if layers:
@@ -54,13 +66,15 @@ def calibrate_(
         source=ModelSource.from_json(recording.recipe["source"]),
         record=RecordRecipe.from_json(recording.recipe["record"]),
         recipe=recipe,
-        layers={component: _choices(layers) for component, layers in results.items()},
-        scales={component: _scales(layers) for component, layers in results.items()},
+        layers={component: choices_of(layers) for component, layers in results.items()},
+        scales={component: scales_of(layers) for component, layers in results.items()},
         unused={
             component: unused_layers(denoisers[component], layers)
             for component, layers in results.items()
         },
     )
+    if recipe.rounding == "compensated" and recipe.weights is not None:
+        calibration = _compensated(calibration, denoisers, recording, progress, work)
     errors = {}
     for component in results:
         quantize_(denoisers[component], calibration, component)
@@ -68,12 +82,43 @@ def calibrate_(
     return replace(calibration, held_out_error=errors)
 
 
-def _choices(layers: Mapping[str, CalibratedLayer]) -> dict[str, LayerChoice]:
-    return {name: layer.choice for name, layer in layers.items()}
+def _compensated(
+    calibration: Calibration,
+    denoisers: Mapping[str, nn.Module],
+    recording: Recording,
+    progress: Progress,
+    work: Path | None,
+) -> Calibration:
+    """Round every weight for the output of its layer."""
+    shards = observed_shards(recording)
+    rounded = {
+        component: compensate(
+            component, denoisers[component], recording, shards, calibration, progress, work
+        )
+        for component in calibration.layers
+    }
+    return replace(
+        calibration,
+        codes={component: _codes(weights) for component, weights in rounded.items()},
+        layers={
+            component: _with_compensation(layers, rounded[component])
+            for component, layers in calibration.layers.items()
+        },
+    )
 
 
-def _scales(layers: Mapping[str, CalibratedLayer]) -> dict[str, Tensor]:
-    return {name: layer.scale for name, layer in layers.items() if layer.scale is not None}
+def _codes(weights: Mapping[str, RoundedWeight]) -> dict[str, Tensor]:
+    return {name: each.codes for name, each in weights.items() if each.codes is not None}
+
+
+def _with_compensation(
+    layers: Mapping[str, LayerChoice], weights: Mapping[str, RoundedWeight]
+) -> dict[str, LayerChoice]:
+    """Note in the layers' choices how their weights were rounded."""
+    return {
+        name: replace(layer, compensation=weights[name].compensation if name in weights else None)
+        for name, layer in layers.items()
+    }
 
 
 def calibrate_run(
@@ -102,7 +147,10 @@ def calibrate_run(
         recording, held_out = record_both(
             pipe, run, source, options, overwrite=overwrite, progress=progress
         )
-        calibration = calibrate_(pipe, recording, held_out, recipe, progress=progress)
+        calibration = calibrate_(
+            pipe, recording, held_out, recipe, progress=progress, work=run.unfinished_codes
+        )
         calibration = replace(calibration, options=words)
         calibration.save(run.calibration, overwrite=overwrite)
+        shutil.rmtree(run.unfinished_codes, ignore_errors=True)
         return calibration

@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from msfp_cli.calibration.layer_search import LIFTED_BITS, CalibratedLayer, search_layer
 from msfp_cli.calibration.observe import LayerObservation, observe
 from msfp_cli.calibration.recipe import CalibrateRecipe
+from msfp_cli.calibration.result import LayerChoice
 from msfp_cli.calibration.sensitivity import choose_lifted, quantized_alone
 from msfp_cli.errors import CalibrationError
 from msfp_cli.layers.replace import find_layers
@@ -126,6 +127,16 @@ def _measure_sensitivity(
             measured[name] = replace(result, choice=replace(result.choice, sensitivity=error))
             advance(1)
     return measured
+
+
+def choices_of(layers: Mapping[str, CalibratedLayer]) -> dict[str, LayerChoice]:
+    """Return what was chosen for each layer."""
+    return {name: layer.choice for name, layer in layers.items()}
+
+
+def scales_of(layers: Mapping[str, CalibratedLayer]) -> dict[str, Tensor]:
+    """Return the weight scales of the layers whose weight is quantized."""
+    return {name: layer.scale for name, layer in layers.items() if layer.scale is not None}
 
 
 def unused_layers(denoiser: nn.Module, layers: Mapping[str, CalibratedLayer]) -> tuple[str, ...]:

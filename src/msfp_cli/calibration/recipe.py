@@ -15,6 +15,7 @@ from msfp_cli.formats.float_format import (
 )
 from msfp_cli.recipe import Recipe, option
 
+ROUNDINGS = ("compensated", "nearest")
 FORMAT_SETS = ("mixed", "signed", "unsigned", "integer")
 
 
@@ -68,6 +69,13 @@ class CalibrateRecipe(Recipe):
         "error come first.",
         at_least=0,
         at_most=1,
+    )
+    rounding: str = option(
+        "compensated",
+        "How weights are rounded: compensated for the least error of the layer's output, nearest "
+        "to the nearest code.",
+        choices=ROUNDINGS,
+        before="nearest",
     )
     max_samples: int = option(
         40_000,

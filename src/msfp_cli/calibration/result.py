@@ -5,6 +5,7 @@ Layout of a calibration directory::
     calibration.json       source, recipe, per layer: formats, scales, errors, sensitivity, and
         every format's score
     scales.safetensors     the weight scales, one tensor per layer, named ``component/layer``
+    codes.safetensors      packed codes of the weights that are not rounded to the nearest, likewise
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,7 +30,10 @@ from msfp_cli.files.documents import (
     refuse_altered,
     to_text,
 )
-from msfp_cli.layers.replace import store_layers_
+from msfp_cli.formats.compensation import move_into_cells
+from msfp_cli.formats.packing import unpack_integers
+from msfp_cli.formats.rounding import per_channel
+from msfp_cli.layers.replace import find_layers, store_layers_
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.recording.recipe import RecordRecipe
@@ -36,6 +41,7 @@ from msfp_cli.recording.recipe import RecordRecipe
 _SCHEMA = 1
 _DOCUMENT = "calibration.json"
 _SCALES = "scales.safetensors"
+_CODES = "codes.safetensors"
 _REDO = "run `msfp calibrate --overwrite`"
 
 
@@ -54,6 +60,21 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compensation:
+    """How one layer's weight was rounded, and what that does to the layer's output.
+
+    Arguments:
+        damping: that did best on calls that were held back; None is nearest rounding.
+        error, nearest_error: relative squared error of the layer's output on those calls, as it was
+            rounded and as nearest rounding would have it.
+    """
+
+    damping: float | None
+    error: float
+    nearest_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerChoice:
     """What was chosen for one layer, and why.
 
@@ -67,6 +88,7 @@ class LayerChoice:
         weight_scores, input_scores: every candidate, best first.
         sensitivity: relative error of the denoiser's output when this layer alone is quantized at
             the default bits; None where it was not measured.
+        compensation: how the weight was rounded; None if only nearest rounding was tried.
     """
 
     kind: str
@@ -79,6 +101,7 @@ class LayerChoice:
     weight_scores: tuple[Score, ...] = ()
     input_scores: tuple[Score, ...] = ()
     sensitivity: float | None = None
+    compensation: Compensation | None = None
 
     def _chosen(self, scores: tuple[Score, ...], name: str | None) -> float | None:
         return next((score.error for score in scores if score.format == name), None)
@@ -107,6 +130,8 @@ class LayerChoice:
         scheme = LayerScheme.from_json(values.pop("parameters"))
         for key in ("weight_scores", "input_scores"):
             values[key] = tuple(Score(**score) for score in data[key])
+        if values.get("compensation"):
+            values["compensation"] = Compensation(**values["compensation"])
         return cls(**values, scheme=scheme)
 
 
@@ -119,6 +144,8 @@ class Calibration:
         layers: by component, then by layer name.
         scales: float32 weight scales, ``(out,)``, by component and layer name, for layers with a
             quantized weight.
+        codes: packed codes of the weights that are not rounded to the nearest, uint8, by component
+            and layer name.
         held_out_error: relative squared error of the denoiser's output on held-out calls, by
             component.
         unused: layers that never ran and stay in floating point, by component.
@@ -131,6 +158,7 @@ class Calibration:
     recipe: CalibrateRecipe
     layers: Mapping[str, Mapping[str, LayerChoice]]
     scales: Mapping[str, Mapping[str, Tensor]]
+    codes: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     held_out_error: Mapping[str, float] = field(default_factory=dict)
     unused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     options: list[str] | None = None
@@ -151,10 +179,12 @@ class Calibration:
         return any(scheme.tunable for scheme in self.table(component).values())
 
     def identity(self) -> str:
-        """Return a digest of all that fine-tuning begins with: recording, schemes and scales."""
+        """Return a digest of what fine-tuning begins with: recording, schemes, scales, codes."""
         schemes = {component: _to_json(self.table(component)) for component in self.layers}
         settings = [self.source.to_json(), self.record.to_json(), schemes]
         text = json.dumps(settings, sort_keys=True) + digest(_flatten(self.scales))
+        if codes := _flatten(self.codes):
+            text += digest(codes)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def save(self, directory: Path, *, overwrite: bool = False) -> None:
@@ -164,9 +194,11 @@ class Calibration:
             RunError: it exists and `overwrite` is not set.
         """
         flat = _flatten(self.scales)
+        codes = _flatten(self.codes)
         document = {
             "schema": _SCHEMA,
             "scales_digest": digest(flat),
+            "codes_digest": digest(codes) if codes else None,
             "source": self.source.to_json(),
             "record": self.record.to_json(),
             "recipe": self.recipe.to_json(),
@@ -178,6 +210,8 @@ class Calibration:
         with replace_directory(directory, overwrite=overwrite) as temporary:
             (temporary / _DOCUMENT).write_text(to_text(document, indent=1))
             save_file(flat, temporary / _SCALES)
+            if codes:
+                save_file(codes, temporary / _CODES)
 
     @classmethod
     def load(cls, directory: Path) -> "Calibration":
@@ -191,9 +225,13 @@ class Calibration:
             raise RunError(f"no calibration in {directory}; run `msfp calibrate` first")
         path = directory / _SCALES
         flat = read_tensors(path, redo=_REDO)
+        codes_path = directory / _CODES
+        codes = read_tensors(codes_path, redo=_REDO) if codes_path.exists() else {}
 
         def parse(document: Json) -> Calibration:
             refuse_altered(path, flat, document["scales_digest"], redo=_REDO)
+            if expected := document.get("codes_digest"):
+                refuse_altered(codes_path, codes, expected, redo=_REDO)
             layers = {
                 component: _layers_from_json(entries)
                 for component, entries in document["layers"].items()
@@ -204,6 +242,7 @@ class Calibration:
                 recipe=CalibrateRecipe.from_json(document["recipe"]),
                 layers=layers,
                 scales=_unflatten(flat, layers),
+                codes=_unflatten(codes, layers) if codes else {},
                 held_out_error=document["held_out_error"],
                 unused={component: tuple(names) for component, names in document["unused"].items()},
                 options=document.get("options"),
@@ -242,7 +281,26 @@ def _unflatten(
     return tensors
 
 
+@torch.no_grad()
+def move_weights_(denoiser: nn.Module, calibration: Calibration, component: str) -> None:
+    """Move each weight of a float denoiser to where it rounds to the calibration's codes.
+
+    All that rounds the weights afterwards, or begins to train them, begins at these codes.
+    """
+    layers = find_layers(denoiser)
+    table = calibration.table(component)
+    for name, packed in calibration.codes.get(component, {}).items():
+        fmt = table[name].weight
+        if fmt is None or name not in layers:  # another model, which is refused where it is used
+            continue
+        weight = layers[name].weight
+        integers = unpack_integers(packed.to(weight.device), fmt, weight.shape).float()
+        scale = per_channel(calibration.scales[component][name], weight.ndim).to(weight.device)
+        weight.data = move_into_cells(weight, scale, integers, fmt)
+
+
 def quantize_(denoiser: nn.Module, calibration: Calibration, component: str) -> nn.Module:
     """Replace the denoiser's layers by quantized ones, one after another, to save memory."""
+    move_weights_(denoiser, calibration, component)
     store_layers_(denoiser, calibration.table(component), calibration.scales[component])
     return denoiser

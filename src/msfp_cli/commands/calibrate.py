@@ -99,7 +99,13 @@ def _summary_of(layers: Mapping[str, "LayerChoice"]) -> dict[str, Any]:
         "lifted": sorted(name for name, layer in layers.items() if layer.reason == "lifted"),
         "input_formats": dict(_count_inputs(layers.values())),
         "weight_formats": dict(_count_weights(layers.values())),
+        "nearest_rounding": sorted(name for name, layer in layers.items() if _kept_nearest(layer)),
     }
+
+
+def _kept_nearest(layer: "LayerChoice") -> bool:
+    """Whether compensation was tried on a layer and did not help."""
+    return layer.compensation is not None and layer.compensation.damping is None
 
 
 def _count_inputs(layers: Iterable["LayerChoice"]) -> Counter[str]:
@@ -146,11 +152,23 @@ def show(calibration: "Calibration", component: str) -> None:
     console.note(
         f"{component}: weights {bits / 8 / 2**20:.1f} MiB, {bits / half:.3f} of half precision"
     )
+    if line := _rounding(layers):
+        console.note(f"{component}: {line}")
     if unused := calibration.unused.get(component):
         console.note(
             f"{component}: {len(unused)} layers never ran and stay in floating point, "
             f"{unused[0]} among them"
         )
+
+
+def _rounding(layers: Mapping[str, "LayerChoice"]) -> str:
+    """Say how many weights are rounded for the output of their layers, and which are not."""
+    tried = {name: layer.compensation for name, layer in layers.items() if layer.compensation}
+    nearest = [name for name in tried if _kept_nearest(layers[name])]
+    if not tried:
+        return ""
+    line = f"{len(tried) - len(nearest)} of {len(tried)} weights are rounded for the layer's output"
+    return f"{line}; to the nearest: {', '.join(nearest)}" if nearest else line
 
 
 def _row(name: str, layer: "LayerChoice") -> list[str]:

@@ -119,12 +119,12 @@ def _steps_before(
 
 
 def _load_signed(run: Run, calibration: Calibration, place: Path, device: str | None) -> Pipeline:
-    """Load the model in signed formats only, no layer lifted: plain FP4 with these bits.
+    """Load the model in signed formats, to the nearest, no layer lifted: plain FP4 of these bits.
 
     Arguments:
         place: where its calibration is kept.
     """
-    recipe = replace(calibration.recipe, formats="signed", lift=0.0)
+    recipe = replace(calibration.recipe, formats="signed", lift=0.0, rounding="nearest")
     pipe = load_pipeline(calibration.source, device)
     signed = Calibration.load(place) if place.exists() else None
     if signed is None or (signed.recipe, signed.record) != (recipe, calibration.record):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from msfp_cli.calibration.result import Calibration
@@ -71,7 +72,7 @@ def _calibration_of(
     """Return the run's calibration if the export came from it, None if it did not.
 
     It did if each layer's weight has the same format and the same scales, which fine-tuning leaves
-    as they are.
+    as they are, and, where it is not fine-tuned, the same codes.
 
     Arguments:
         configs: of the export's quantized components.
@@ -97,20 +98,29 @@ def _has_weights_of(
     if formats != {name: scheme.weight for name, scheme in calibrated.items()}:
         return False
     scales = {name: s for name, s in calibration.scales[component].items() if name in formats}
-    return digest(_exported_scales(directory)) == digest(scales)
+    if digest(_exported(directory, "weight_scale")) != digest(scales):
+        return False
+    if config.table() != calibrated:  # fine-tuned: its codes are its own
+        return True
+    codes = _exported(directory, "weight_codes")
+    expected = calibration.codes.get(component, {})
+    return all(torch.equal(codes[name][0], packed) for name, packed in expected.items())
 
 
-def _exported_scales(directory: Path) -> dict[str, Tensor]:
-    """Read the weight scales of an exported denoiser, by layer.
+def _exported(directory: Path, kind: str) -> dict[str, Tensor]:
+    """Read a kind of tensor of an exported denoiser, by layer.
+
+    Arguments:
+        kind: ``weight_scale`` or ``weight_codes``.
 
     Raises:
         CheckpointError: a file is truncated.
     """
-    ending = ".weight_scale"
-    scales = dict[str, Tensor]()
+    ending = f".{kind}"
+    tensors = dict[str, Tensor]()
     for path in sorted(directory.glob("*.safetensors")):
         with open_tensors(path, redo=REDO) as file:
             for name in sorted(file.keys()):
                 if name.endswith(ending):
-                    scales[name.removesuffix(ending)] = file.get_tensor(name)
-    return scales
+                    tensors[name.removesuffix(ending)] = file.get_tensor(name)
+    return tensors

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from msfp_cli.calibration.result import move_weights_
 from msfp_cli.errors import MsfpError, TrainingError, UsageError
 from msfp_cli.finetuning.load import Material, load_denoisers, load_material
 from msfp_cli.finetuning.recipe import FinetuneRecipe
@@ -87,6 +88,7 @@ def _trainer(
     task = training_task(material, component, recipe)
     refuse_different_replay(denoiser, component, task.batches)
     calibration = material.calibration
+    move_weights_(denoiser, calibration, component)
     student = Student(
         denoiser, calibration.table(component), calibration.scales[component], recipe, task.unit
     )

@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from msfp_cli.calibration.result import Calibration
+from msfp_cli.calibration.result import Calibration, move_weights_
 from msfp_cli.errors import RunError
 from msfp_cli.finetuning.lora import moved_input, tuned_names, updated_steps
 from msfp_cli.finetuning.result import FinetuneState
@@ -70,6 +70,7 @@ def quantize_tuned_(
         raise RunError(
             "the fine-tuning began with another calibration; run `msfp finetune --restart`"
         )
+    move_weights_(denoiser, calibration, component)
     schemes = calibration.table(component)
     scales = calibration.scales[component]
     names = tuned_names(schemes)

@@ -1,0 +1,113 @@
+"""Compare nearest with compensated rounding of the weights, without any fine-tuning.
+
+    python benchmarks/rounding.py --work DIR [--num-images 200] [--num-tests 100] [--markdown FILE]
+
+Every row is calibrated from one recording and tested on pictures of prompts that the recording does
+not hold: see `test_set.py` for what is measured. What was measured is kept in --work, so the script
+resumes.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from material import UNSEEN, add_size_options, record_options, source_of
+from page import put
+from test_set import MAX_TESTS, TestSet
+
+from msfp_cli.calibration.calibrate import calibrate_run
+from msfp_cli.calibration.recipe import ROUNDINGS, CalibrateRecipe
+from msfp_cli.calibration.result import Calibration
+from msfp_cli.checkpoint.export import load_calibrated
+from msfp_cli.commands.console import quiet_libraries
+from msfp_cli.files.atomic import write_text
+from msfp_cli.pipelines.loading import BUILT_IN, default_prompts
+from msfp_cli.recording.recipe import RecordOptions
+from msfp_cli.run import Run
+
+INPUT_BITS = (4, 8, None)
+KNOWN = tuple(prompt for prompt in default_prompts(BUILT_IN) if prompt not in UNSEEN)
+COLUMNS = "| bits, weights/inputs | rounding | output error | final latents' error | PSNR, dB |"
+
+
+def calibrated(arguments: argparse.Namespace, bits: int | None, rounding: str) -> Calibration:
+    """Calibrate, once; all rows share a recording, and both roundings the formats and scales."""
+    run = Run(arguments.work / f"{bits or 16}")
+    if not run.calibration.exists():
+        run.directory.mkdir(parents=True, exist_ok=True)
+        for name in ("recording", "held-out"):
+            shared = (arguments.work / name).resolve()
+            shared.mkdir(exist_ok=True)
+            if not (run.directory / name).exists():
+                (run.directory / name).symlink_to(shared)
+        sizes = record_options(arguments)
+        options = RecordOptions(
+            num_images=sizes.num_images,
+            num_inference_steps=sizes.num_inference_steps,
+            prompts=KNOWN,
+        )
+        recipe = CalibrateRecipe(activations=bits)
+        calibrate_run(run, source_of(arguments), options, recipe, device="cpu")
+    calibration = Calibration.load(run.calibration)
+    return replace(calibration, codes={}) if rounding == "nearest" else calibration
+
+
+def measured(
+    arguments: argparse.Namespace, tests: TestSet, bits: int | None, rounding: str
+) -> dict[str, float]:
+    """Measure a row, once."""
+    result = arguments.work / "results" / f"{bits or 16}-{rounding}-{tests.num_tests}.json"
+    if not result.exists():
+        pipe = load_calibrated(calibrated(arguments, bits, rounding), "cpu")
+        write_text(result, json.dumps(tests.measure(pipe)))
+    return dict(json.loads(result.read_text()))
+
+
+def table(arguments: argparse.Namespace) -> str:
+    """Measure all rows and return the table."""
+    tests = TestSet(
+        source=source_of(arguments),
+        directory=arguments.work / "tests",
+        num_tests=arguments.num_tests,
+        steps=arguments.steps,
+    )
+    tests.prepare()
+    lines = [COLUMNS, "|---" * 5 + "|"]
+    for bits in INPUT_BITS:
+        for rounding in ROUNDINGS[::-1]:
+            figures = measured(arguments, tests, bits, rounding)
+            errors = f"{figures['output']:.5f} | {figures['latents']:.5f}"
+            lines.append(f"| 4/{bits or 16} | {rounding} | {errors} | {figures['psnr']:.2f} |")
+            print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="where everything is kept")
+    parser.add_argument("--num-tests", type=int, default=100, help=f"at most {MAX_TESTS}")
+    parser.add_argument("--markdown", type=Path, help="put the table into this page")
+    add_size_options(parser, num_images=200)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure all rows and print them."""
+    arguments = parse()
+    quiet_libraries()
+    text = (
+        f"{arguments.num_images} pictures recorded, {arguments.num_tests} tests, seed 0, "
+        f"torch {torch.__version__}, CPU.\n\n{table(arguments)}"
+    )
+    print(text)
+    if arguments.markdown:
+        put(arguments.markdown, "rounding.py", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Round the weights of a denoiser for the output of their layers (`formats.compensation`).
+
+The recording is replayed through the float denoiser once for a group of layers whose sums fit into
+memory together. Some calls are held back. On those, each layer is compared with nearest rounding at
+a few dampings, by the error of its output, and the best of all is taken: a layer that compensation
+does not help keeps nearest rounding. So what a layer gets cannot be worse than nearest rounding on
+calls that it was not made from.
+
+The inputs are those of the float denoiser. In the quantized one they carry the errors of the layers
+before, which are not a function of this layer's input: made from them, the codes are worse (ours).
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from msfp_cli.calibration.result import Calibration, Compensation
+from msfp_cli.calibration.samples import LayerSamples, input_parts, memory, weight_rows
+from msfp_cli.files.atomic import replace_file
+from msfp_cli.files.documents import Json, read_document
+from msfp_cli.formats.compensation import compensated_steps
+from msfp_cli.formats.float_format import FloatFormat
+from msfp_cli.formats.packing import pack
+from msfp_cli.formats.rounding import Grid, quantize, round_steps
+from msfp_cli.layers.scheme import LayerScheme
+from msfp_cli.pipelines.denoiser import replay
+from msfp_cli.pipelines.watch import watch_layers
+from msfp_cli.progress import Advance, Progress
+from msfp_cli.recording.result import Recording
+
+# Less than 0.03 lowers the error of most layers and raises that of the denoiser: once it is
+# quantized, its layers get inputs with errors that the samples do not have.
+DAMPINGS = (0.03, 0.1, 0.3, 1.0)
+_ROWS = 16_384  # of each layer's input that are summed up
+_CHECK_ROWS = 2048  # of each layer's input that dampings are compared on
+_HELD_BACK = 5  # one call in so many is held back
+_GROUP_BYTES = 3 * 2**30  # the samples of a group of layers
+_FACTOR_BYTES = 2**29  # the Cholesky factors that are in use at once
+_HEADER = "compensation"
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """The packed codes of a weight, None for nearest rounding, and what is known of them.
+
+    Nothing is known where a layer did not run in any call that was held back.
+    """
+
+    codes: Tensor | None = None
+    compensation: Compensation | None = None
+
+
+@torch.no_grad()
+def compensate(
+    component: str,
+    denoiser: nn.Module,
+    recording: Recording,
+    shards: Sequence[int],
+    calibration: Calibration,
+    progress: Progress,
+    work: Path | None = None,
+) -> dict[str, RoundedWeight]:
+    """Round the weight of every layer that multiplies by quantized weights.
+
+    Arguments:
+        denoiser: in floating point; it stays so.
+        shards: of the recording, to sample.
+        calibration: formats, grids and scales; whatever codes it has are not used.
+        work: where the codes of a finished group are kept, so that a killed run goes on; None
+            keeps nothing.
+    """
+    schemes = calibration.table(component)
+    scales = calibration.scales[component]
+    identity = calibration.identity()
+    names = [name for name, scheme in schemes.items() if scheme.tunable]
+    groups = _groups({name: memory(denoiser.get_submodule(name), _CHECK_ROWS) for name in names})
+    num_calls = recording.num_calls(component, shards)
+    rounded: dict[str, RoundedWeight] = {}
+    with progress.task(f"Compensating {component}", num_calls * len(groups) + len(names)) as step:
+        for number, group in enumerate(groups):
+            place = work / f"{component}-{number:03d}.safetensors" if work else None
+            stored = _load(place, identity, group)
+            if stored is None:
+                samples = {
+                    name: LayerSamples(name, denoiser.get_submodule(name), schemes[name].input)
+                    for name in group
+                }
+                _sample(component, denoiser, recording, shards, samples, step)
+                stored = _round_all(samples, schemes, scales, step)
+                _store(place, identity, stored)
+            else:
+                step(num_calls + len(group))
+            rounded |= stored
+    return rounded
+
+
+def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Put layers together, in order, as long as their samples fit into memory."""
+    groups: list[list[str]] = []
+    filled = math.inf
+    for name, size in sizes.items():
+        if filled + size > _GROUP_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def held_back(shards: Sequence[int], num_calls: Sequence[int]) -> list[bool]:
+    """Say of each call whether it is held back: the calls of the last pictures, if there are more.
+
+    Arguments:
+        num_calls: of each shard.
+    """
+    if len(shards) == 1:
+        (count,) = num_calls
+        every = min(_HELD_BACK, max(count, 2))
+        return [index % every == every - 1 for index in range(count)]
+    first = len(shards) - -(-len(shards) // _HELD_BACK)
+    marks = ([number >= first] * count for number, count in enumerate(num_calls))
+    return list(chain.from_iterable(marks))
+
+
+def _sample(
+    component: str,
+    denoiser: nn.Module,
+    recording: Recording,
+    shards: Sequence[int],
+    samples: Mapping[str, LayerSamples],
+    step: Advance,
+) -> None:
+    """Replay the recording and fill the samples."""
+    checks = held_back(shards, [recording.num_calls(component, [shard]) for shard in shards])
+    checking = iter(checks)
+    is_check = False
+    added = max(1, _ROWS // max(1, len(checks) - sum(checks)))
+    kept = max(1, _CHECK_ROWS // max(1, sum(checks)))
+
+    def report(name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if is_check:
+            samples[name].keep(args[0], output, kept)
+        else:
+            samples[name].add(args[0], output, added)
+
+    with watch_layers({name: each.layer for name, each in samples.items()}, report):
+        for call in recording.calls(component, shards):
+            is_check = next(checking)
+            replay(denoiser, call)
+            step(1)
+
+
+def _round_all(
+    samples: Mapping[str, LayerSamples],
+    schemes: Mapping[str, LayerScheme],
+    scales: Mapping[str, Tensor],
+    step: Advance,
+) -> dict[str, RoundedWeight]:
+    rounded = {}
+    for name, each in samples.items():
+        fmt = schemes[name].weight
+        assert fmt is not None
+        rounded[name] = round_layer(each, fmt, scales[name])
+        each.moments.clear()  # one layer after another
+        each.cross.clear()
+        step(1)
+    return rounded
+
+
+def round_layer(samples: LayerSamples, fmt: FloatFormat, scale: Tensor) -> RoundedWeight:
+    """Round one weight: at the damping that does best on the rows to check, or to the nearest.
+
+    Arguments:
+        scale: of the weight, ``(out,)``.
+    """
+    if not samples.checks:
+        return RoundedWeight()
+    layer = samples.layer
+    scale = weight_rows(layer, scale.to(layer.weight.device))  # (groups, out / groups, 1)
+    steps = weight_rows(layer, layer.weight.float()) / scale
+    rows = samples.check_rows()
+    exact = _outputs(rows.exact, steps) * scale.mT
+
+    def error(integers: Tensor) -> float:
+        """Return the squared error of the layer's output; a NaN where there are no integers."""
+        outputs = _outputs(rows.rounded, integers) * scale.mT
+        return float((outputs - exact).double().square().sum())
+
+    nearest = error(round_steps(steps, fmt))
+    best = nearest
+    chosen = None
+    damping = None
+    for candidate, integers in _candidates(samples, steps, fmt):
+        if (found := error(integers)) < best:
+            best = found
+            chosen = integers
+            damping = candidate
+    signal = float(exact.double().square().sum()) or 1.0
+    compensation = Compensation(
+        damping=damping, error=best / signal, nearest_error=nearest / signal
+    )
+    if chosen is None:
+        return RoundedWeight(None, compensation)
+    codes = quantize(chosen, Grid(fmt, 1.0))
+    return RoundedWeight(pack(codes, fmt.bits).cpu(), compensation)
+
+
+def _outputs(rows: Tensor, steps: Tensor) -> Tensor:
+    """Return the layer's output in steps, ``(groups, rows, out / groups)``."""
+    return rows @ steps.mT
+
+
+def _candidates(
+    samples: LayerSamples, steps: Tensor, fmt: FloatFormat
+) -> Iterator[tuple[float, Tensor]]:
+    """Yield dampings and the weight's integers at each."""
+    parts = input_parts(samples.layer)
+    largest = max(moments.numel() for moments in samples.moments)
+    together = max(1, _FACTOR_BYTES // (4 * largest))
+    for first in range(0, len(DAMPINGS), together):
+        dampings = DAMPINGS[first : first + together]
+        values = torch.tensor(dampings, device=steps.device)
+        pieces = []
+        for number, part in enumerate(parts):
+            cross = samples.cross[number] if samples.cross else None
+            own = steps[..., part]
+            pieces.append(compensated_steps(own, samples.moments[number], cross, fmt, values))
+        yield from zip(dampings, torch.cat(pieces, dim=-1), strict=True)
+
+
+def _store(path: Path | None, identity: str, rounded: Mapping[str, RoundedWeight]) -> None:
+    """Write what was found for a group of layers."""
+    if path is None:
+        return
+    layers = {name: _to_json(each.compensation) for name, each in rounded.items()}
+    codes = {name: each.codes for name, each in rounded.items() if each.codes is not None}
+    header = {_HEADER: json.dumps({"identity": identity, "layers": layers})}
+    with replace_file(path) as temporary:
+        save_file(codes, temporary, metadata=header)
+
+
+def _to_json(compensation: Compensation | None) -> Json:
+    return None if compensation is None else asdict(compensation)
+
+
+def _load(
+    path: Path | None, identity: str, group: Sequence[str]
+) -> dict[str, RoundedWeight] | None:
+    """Read what was found for a group of layers; None if there is nothing that belongs here."""
+    if path is None or not path.exists():
+        return None
+
+    def parse(document: Json, codes: dict[str, Tensor]) -> dict[str, RoundedWeight] | None:
+        layers = document["layers"]
+        if document["identity"] != identity or list(layers) != list(group):
+            return None
+        return {
+            name: RoundedWeight(codes.get(name), Compensation(**entry) if entry else None)
+            for name, entry in layers.items()
+        }
+
+    return read_document(path, _HEADER, parse, redo="run `msfp calibrate --overwrite`")
