@@ -24,6 +24,7 @@ from msfp_cli.errors import RunError
 from msfp_cli.files.directories import replace_directory
 from msfp_cli.files.documents import (
     Json,
+    damaged,
     digest,
     read_json,
     read_tensors,
@@ -32,7 +33,7 @@ from msfp_cli.files.documents import (
 )
 from msfp_cli.formats.compensation import move_into_cells
 from msfp_cli.formats.packing import unpack_integers
-from msfp_cli.formats.rounding import per_channel
+from msfp_cli.formats.rounding import are_scales, per_channel
 from msfp_cli.layers.replace import find_layers, store_layers_
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.loading import ModelSource
@@ -232,6 +233,9 @@ class Calibration:
             refuse_altered(path, flat, document["scales_digest"], redo=_REDO)
             if expected := document.get("codes_digest"):
                 refuse_altered(codes_path, codes, expected, redo=_REDO)
+            for name, scale in flat.items():
+                if not are_scales(scale):
+                    raise damaged(path, f"{name} is not positive and finite", redo=_REDO)
             layers = {
                 component: _layers_from_json(entries)
                 for component, entries in document["layers"].items()

@@ -24,6 +24,7 @@ from msfp_cli.checkpoint.contents import Contents, header_of, model_text
 from msfp_cli.errors import CheckpointError, MsfpError, UsageError
 from msfp_cli.files.documents import Json
 from msfp_cli.layers.replace import replace_layers_
+from msfp_cli.layers.routing import check_unit
 from msfp_cli.layers.scheme import LayerScheme
 
 DiffusersModel: TypeAlias = Any  # diffusers is untyped
@@ -98,6 +99,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
             CheckpointError: an entry is damaged.
         """
         try:
+            check_unit(self.timestep_unit)
             return {name: LayerScheme.from_json(entry) for name, entry in self.layers.items()}
         except (KeyError, TypeError, ValueError, AttributeError, MsfpError) as error:
             raise CheckpointError(

@@ -180,6 +180,9 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return STOPPED, 1
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
         return "the disk is full; free some space and run the same command to go on", 1
+    if isinstance(error, OSError) and error.strerror:
+        place = "" if error.filename is None else f"{error.filename}: "
+        return f"{place}{error.strerror}; check the path, its disk and your rights to it", 1
     if isinstance(error, MemoryError) or "out of memory" in str(error):
         return "out of memory; give a smaller --batch-size", 1
     first = (str(error).strip().splitlines() or ["no message"])[0]

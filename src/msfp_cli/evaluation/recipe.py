@@ -6,6 +6,7 @@ from pathlib import Path
 from msfp_cli.errors import UsageError
 from msfp_cli.pipelines.sampling import Sampling, write_prompts
 from msfp_cli.recipe import option
+from msfp_cli.recording.recipe import MAX_IMAGES
 
 STEPS_BEFORE = ("signed", "calibrated")  # compared with the export, besides full precision
 _SEED = 5_000_011  # far from those of the recordings
@@ -47,7 +48,7 @@ class EvaluateRecipe(Sampling):
         read=Path,
         write=write_prompts,
     )
-    num_images: int = option(32, "Pictures of each model.", at_least=1)
+    num_images: int = option(32, "Pictures of each model.", at_least=1, at_most=MAX_IMAGES)
     num_trajectories: int = option(
         8,
         "How many of these are also compared step by step, at the denoiser's output.",

@@ -22,6 +22,7 @@ from msfp_cli.errors import RunError
 from msfp_cli.files.atomic import replace_file
 from msfp_cli.files.documents import Json, digest, read_document, refuse_altered, to_text
 from msfp_cli.finetuning.recipe import FinetuneRecipe
+from msfp_cli.layers.routing import check_unit
 from msfp_cli.run import Run
 
 _SCHEMA = 1
@@ -142,7 +143,7 @@ class FinetuneState:
         return cls(
             recipe=FinetuneRecipe.from_json(document["recipe"]),
             calibration=document["calibration"],
-            unit=float(document["unit"]),
+            unit=check_unit(document["unit"]),
             timesteps=tuple(float(timestep) for timestep in document["timesteps"]),
             step=int(document["step"]),
             history=tuple(_measurement_from_json(entry) for entry in document["history"]),

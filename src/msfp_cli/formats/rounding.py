@@ -23,6 +23,9 @@ from msfp_cli.formats.float_format import FloatFormat
 Context: TypeAlias = Any  # what torch passes to an autograd function, and does not name
 
 
+_LARGEST = float(np.finfo(np.float32).max)
+
+
 @dataclass(frozen=True)
 class Grid:
     """A format placed on the real line.
@@ -39,6 +42,15 @@ class Grid:
     format: FloatFormat
     scale: Tensor | float
     zero_point: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, Tensor):
+            return  # which would have to be waited for on a GPU; `are_scales` checks those of files
+        # Small numbers first: a cast of large ones to float32 would warn.
+        if not 0 < self.scale * self.format.largest < _LARGEST or not np.float32(self.scale) > 0:
+            raise ValueError(f"a scale of {self.scale:g} is not positive and finite in float32")
+        if not abs(self.zero_point) < _LARGEST:
+            raise ValueError(f"a zero point of {self.zero_point:g} is not finite in float32")
 
     @classmethod
     def with_maximum(

@@ -94,6 +94,17 @@ def timestep_unit(timesteps: Sequence[float]) -> float:
     return 1000.0 if max(timesteps) <= 1.0 else 1.0
 
 
+def check_unit(unit: float) -> float:
+    """Return a unit of timesteps as `timestep_unit` makes it.
+
+    Raises:
+        ValueError: it is another number.
+    """
+    if unit not in (1.0, 1000.0):
+        raise ValueError(f"a timestep unit of {unit} is neither 1 nor 1000")
+    return float(unit)
+
+
 def shared_timestep(value: Any) -> float:  # noqa: ANN401 (tensor or number, as the pipeline passes it)
     """Return the timestep of a call, whose batch has to share one.
 

@@ -6,6 +6,8 @@ from typing import Any
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import Grid
 
+MAX_HUB = 256  # a router's table has a byte for a member
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerScheme:
@@ -30,6 +32,8 @@ class LayerScheme:
     lookup: bool = False
 
     def __post_init__(self) -> None:
+        if self.hub > MAX_HUB:
+            raise ValueError(f"a hub of {self.hub} has more than {MAX_HUB} members")
         if self.hub < 1 or len(self.further_inputs) not in (0, self.hub - 1):
             raise ValueError(
                 f"{len(self.further_inputs)} further inputs do not fit a hub of {self.hub}"

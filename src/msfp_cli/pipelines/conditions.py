@@ -8,6 +8,8 @@ from typing import Any
 from msfp_cli.errors import UsageError
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, default_prompts
 
+_MAX_PICTURES = 10_000  # of a contact sheet
+
 
 def conditioning_of(pipe: Pipeline) -> str:
     """Say what a pipeline is conditioned on: ``prompt``, ``class_labels`` or ``none``."""
@@ -76,8 +78,11 @@ def expand_conditions(prompts: Sequence[str], num_images: int, kind: str) -> tup
     Raises:
         UsageError: a prompt is missing, or given to a pipeline that takes none.
     """
-    if num_images < 1:
-        raise UsageError(f"--num-images must be at least 1, got {num_images}")
+    if not 1 <= num_images * max(1, len(prompts)) <= _MAX_PICTURES:
+        raise UsageError(
+            f"--num-images must be at least 1, and all prompts together at most {_MAX_PICTURES} "
+            f"pictures; got {num_images}"
+        )
     if kind == "none":
         if prompts:
             raise UsageError("this pipeline takes no prompt; leave --prompt out")

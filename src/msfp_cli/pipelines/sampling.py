@@ -41,6 +41,8 @@ class Sampling(Recipe):
         None,
         "Strength of classifier-free guidance. Default: the pipeline's own to calibrate, then as "
         "calibrated.",
+        at_least=-1000,
+        at_most=1000,
     )
     seed: int = option(
         0,

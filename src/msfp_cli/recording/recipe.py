@@ -12,6 +12,7 @@ NUM_IMAGES = 800  # default
 NUM_IMAGES_LARGE = 200  # default for large denoisers: their pictures are slower and bigger
 LARGE = 100_000_000  # parameters
 MAX_CONDITIONS = 200  # of the built-in ones that are recorded: the rest is left to evaluate on
+MAX_IMAGES = 100_000  # lists of so many are made at once, and files of so many are counted
 _HELD_OUT = 24  # conditions of a long recording, or a few more: each measurement takes time
 DEFAULT_MAX_BYTES = 8 << 30
 
@@ -63,6 +64,7 @@ class RecordOptions(Sampling):
         "models); prompts are reused with new noise.",
         names=("--num-images", "--num-prompts"),
         at_least=1,
+        at_most=MAX_IMAGES,
     )
     max_recording_gib: float = option(
         8.0, "Largest size of the recording on disk, in GiB; a larger one is refused.", above=0
