@@ -116,6 +116,14 @@ class Recipe:
             raise ValueError(f"settings do not fit this version of msfp: key {odd[0]!r}")
         return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
 
+    def differences(self: T, changed: T) -> Iterator[tuple[str, Json, Json]]:
+        """Yield each option that has another value in `changed`: its name and both values."""
+        for name, each in options_of(type(self)).items():
+            ours = getattr(self, name)
+            theirs = getattr(changed, name)
+            if ours != theirs:
+                yield each.name, ours, theirs
+
     def words(self) -> list[str]:
         """Return the command line's words for all that differs from its default."""
         words = list[str]()

@@ -31,7 +31,7 @@ from msfp_cli.files.lock import beside, only_writer
 P = ParamSpec("P")
 T = TypeVar("T")
 
-DEFAULT_RUN = Path("msfp-run")
+DEFAULT_DIRECTORY = Path("msfp-run")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,9 @@ class Run:
     """A run directory, whether it exists or not."""
 
     directory: Path
+
+    def __str__(self) -> str:
+        return str(self.directory)
 
     @property
     def recording(self) -> Path:

@@ -9,7 +9,7 @@ from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import RunError
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.recording.result import Recording
-from msfp_cli.run import DEFAULT_RUN, Run
+from msfp_cli.run import DEFAULT_DIRECTORY, Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def _next_command(contents: _Contents) -> str:
     if command == "msfp sample":
         command += _prompt_option(contents.calibration)
     directory = contents.run.directory
-    if directory == DEFAULT_RUN:
+    if directory == DEFAULT_DIRECTORY:
         return command
     return f"{command} --run {shlex.quote(str(directory))}"
 

@@ -65,6 +65,7 @@ def stage(
             return copied(prompted_tuned.run.directory, run)
         directory = copied(chained.run.directory, run)
         if command == "export":
+            shutil.copytree(directory / "export", "dresses-fp4")  # to seal again, or overwrite
             shutil.rmtree(directory / "export")
             (directory / "run.json").unlink()
         if command == "evaluate":
@@ -502,7 +503,7 @@ def test_full_disk_is_one_helpful_line(
     def fail(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr("msfp_cli.recording.result.save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     result = msfp("calibrate", tiny_source.model, *QUICKLY)
     assert (
         only_line(result, 1)

@@ -13,7 +13,8 @@ from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import export_, load_calibrated
 from msfp_cli.errors import ModelError, RunError, UsageError
 from msfp_cli.evaluation.identity import identity_of
-from msfp_cli.evaluation.models import EvaluatedModel, models_to_evaluate, source_of
+from msfp_cli.evaluation.models import EvaluatedModel, models_to_evaluate
+from msfp_cli.evaluation.provenance import provenance_of
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 from msfp_cli.run import Run
@@ -29,8 +30,9 @@ def models_of(
     work: Path = Path("nowhere"),
     against: ModelSource | None = None,
 ) -> dict[str, EvaluatedModel]:
-    source = against or source_of(export)
-    models = models_to_evaluate(run, export, compare, source, work=work, device="cpu")
+    provenance = provenance_of(run, export)
+    source = against or provenance.source
+    models = models_to_evaluate(provenance, export, compare, source, work=work, device="cpu")
     assert len({model.key for model in models}) == len(models)
     return {model.key: model for model in models}
 

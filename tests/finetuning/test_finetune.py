@@ -22,8 +22,8 @@ from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.commands import launch
 from msfp_cli.commands.console import stop_on_interrupt
-from msfp_cli.commands.finetune import _recipe, shared_evenly
 from msfp_cli.commands.options import Options
+from msfp_cli.finetuning.load import settings_of, shared_evenly
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.finetuning.trainer import Trainer
@@ -405,10 +405,13 @@ def test_going_on_with_other_settings_names_the_difference(
 
 def test_processes_that_go_on_keep_the_number_of_calls(fresh_run: FreshRun) -> None:
     run = fresh_run()
-    assert _recipe(run, Options({}), None, 3) == (FinetuneRecipe(calls_per_update=3), False)
+    assert settings_of(run, Options({}).over, resume=None, processes=3) == (
+        FinetuneRecipe(calls_per_update=3),
+        False,
+    )
     train(run, replace(FEW_UPDATES, steps=1, calls_per_update=2))
-    assert _recipe(run, Options({}), None, 3)[0].calls_per_update == 2
-    assert _recipe(run, Options({}), False, 3)[0].calls_per_update == 3
+    assert settings_of(run, Options({}).over, resume=None, processes=3)[0].calls_per_update == 2
+    assert settings_of(run, Options({}).over, resume=False, processes=3)[0].calls_per_update == 3
 
 
 def test_fine_tuning_of_another_recording_is_refused(

@@ -60,7 +60,7 @@ def test_failed_save_leaves_the_state_before(file: Path, monkeypatch: pytest.Mon
         Path(path).write_bytes(b"half")
         raise RuntimeError("pulled the plug")
 
-    monkeypatch.setattr("msfp_cli.finetuning.result.save_file", half)
+    monkeypatch.setattr("safetensors.torch.save_file", half)
     with pytest.raises(RuntimeError, match="pulled the plug"):
         tuned.save(file)
     assert [path.read_bytes() for path in file.parent.iterdir()] == [before]

@@ -167,3 +167,22 @@ def _defaults(model_class: type) -> dict[str, Json]:
 def _as_json(value: Any) -> Json:  # noqa: ANN401 (a default of any kind)
     """Return a value as it comes back from JSON."""
     return json.loads(json.dumps(value, default=str))
+
+
+def exported_tensors(directory: Path, kind: str) -> dict[str, Tensor]:
+    """Read a kind of tensor of an exported denoiser, by layer.
+
+    Arguments:
+        kind: ``weight_scale`` or ``weight_codes``.
+
+    Raises:
+        CheckpointError: a file is truncated.
+    """
+    ending = f".{kind}"
+    tensors = dict[str, Tensor]()
+    for path in sorted(directory.glob("*.safetensors")):
+        with open_tensors(path, redo=REDO) as file:
+            for name in sorted(file.keys()):
+                if name.endswith(ending):
+                    tensors[name.removesuffix(ending)] = file.get_tensor(name)
+    return tensors

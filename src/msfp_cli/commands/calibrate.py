@@ -10,6 +10,7 @@ import typer
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.commands import console
 from msfp_cli.commands.options import (
+    DEFAULT_RUN,
     DeviceOption,
     JsonOption,
     Options,
@@ -19,7 +20,6 @@ from msfp_cli.commands.options import (
 )
 from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.recording.recipe import RecordOptions
-from msfp_cli.run import DEFAULT_RUN, Run
 
 if TYPE_CHECKING:
     from msfp_cli.calibration.result import Calibration, LayerChoice
@@ -67,7 +67,7 @@ def calibrate(
     if line:
         console.note(line)
     calibration = calibrate_run(
-        Run(run),
+        run,
         replace(source, model=resolved),
         recording,
         recipe,
@@ -77,8 +77,8 @@ def calibrate(
     )
     for component in calibration.layers:
         show(calibration, component)
-    console.result(str(Run(run).calibration), summary(calibration), as_json=json_)
-    console.note(f"next: {next_command(Run(run))}")
+    console.result(str(run.calibration), summary(calibration), as_json=json_)
+    console.note(f"next: {next_command(run)}")
 
 
 def summary(calibration: "Calibration") -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from msfp_cli.commands import console
-from msfp_cli.commands.launch import ProcessesOption, is_main, share_out
+from msfp_cli.commands.launch import ProcessesOption, is_main, progress, share_out
 from msfp_cli.commands.options import (
+    DEFAULT_RUN,
     DeviceOption,
     JsonOption,
     Options,
@@ -18,8 +19,6 @@ from msfp_cli.commands.options import (
 )
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.pipelines.loading import ModelSource
-from msfp_cli.progress import SILENT
-from msfp_cli.run import DEFAULT_RUN, Run
 
 if TYPE_CHECKING:
     from msfp_cli.evaluation.result import Evaluation
@@ -69,34 +68,33 @@ def evaluate(
 ) -> None:
     """Measure an export."""
     recipe = options.recipe(EvaluateRecipe)
-    state = Run(run)
-    share_out(num_processes, state.lock(out, create=True))
+    share_out(num_processes, run.lock(out, create=True))
 
     from msfp_cli.evaluation.evaluate import evaluate_run
     from msfp_cli.pipelines.loading import resolve_model
 
     console.quiet_libraries()
     evaluation = evaluate_run(
-        state,
-        export or state.latest_export(),
+        run,
+        export or run.latest_export(),
         recipe,
         against=None if against is None else ModelSource(model=resolve_model(against)[0]),
         directory=out,
         device=device,
         overwrite=overwrite,
-        progress=console.ConsoleProgress() if is_main() else SILENT,
+        progress=progress(),
     )
     if is_main():
         show(evaluation)
         path = evaluation.directory / "evaluation.json"
         console.result(str(path), evaluation.to_json(), as_json=json_)
-        console.note(f"next: {_next(out, run)}")
+        console.note(f"next: {_next(out, str(run))}")
 
 
-def _next(out: Path | None, run: Path) -> str:
+def _next(out: Path | None, run: str) -> str:
     """Return what to type next."""
     place = [] if out is None else [str(out)]
-    option = [] if run == DEFAULT_RUN else ["--run", str(run)]
+    option = [] if run == str(DEFAULT_RUN) else ["--run", run]
     return shlex.join(["msfp", "report", *place, *option])
 
 

@@ -6,8 +6,13 @@ from typing import Annotated
 import typer
 
 from msfp_cli.commands import console
-from msfp_cli.commands.options import DeviceOption, JsonOption, OverwriteOption, RunOption
-from msfp_cli.run import DEFAULT_RUN, Run
+from msfp_cli.commands.options import (
+    DEFAULT_RUN,
+    DeviceOption,
+    JsonOption,
+    OverwriteOption,
+    RunOption,
+)
 
 HELP = """Write the calibrated and fine-tuned pipeline as a diffusers directory of 4-bit weights.
 
@@ -58,7 +63,7 @@ def export(
         console.result(str(reseal), {"directory": str(reseal)}, as_json=json_)
         return
     report = export_run(
-        Run(run), out, with_finetuning=not calibrated, device=device, overwrite=overwrite
+        run, out, with_finetuning=not calibrated, device=device, overwrite=overwrite
     )
     size = report.denoiser_bytes / 2**20
     half = report.half_precision_bytes / 2**20
@@ -73,4 +78,4 @@ def export(
             f"{report.hub_bytes / 2**20:.2f} MiB of that"
         )
     console.result(report.directory, report.to_json(), as_json=json_)
-    console.note(f"next: {next_command(Run(run))}")
+    console.note(f"next: {next_command(run)}")

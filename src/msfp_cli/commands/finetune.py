@@ -1,18 +1,22 @@
 """`msfp finetune`: train LoRA hubs and a router against the recording, and keep what helps."""
 
-import math
 import os
-from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from msfp_cli.commands import console
-from msfp_cli.commands.launch import is_main, processes_for, share_out
-from msfp_cli.commands.options import DeviceOption, JsonOption, Options, RunOption, with_options
+from msfp_cli.commands.launch import is_main, processes_for, progress, share_out
+from msfp_cli.commands.options import (
+    DEFAULT_RUN,
+    DeviceOption,
+    JsonOption,
+    Options,
+    RunOption,
+    with_options,
+)
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.progress import SILENT
-from msfp_cli.run import DEFAULT_RUN, Run
 
 if TYPE_CHECKING:
     from msfp_cli.finetuning.result import FinetuneReport
@@ -70,67 +74,37 @@ def finetune(
 ) -> None:
     """Train LoRA hubs and a router."""
     options.recipe(FinetuneRecipe)  # what is wrong is refused before torch is loaded
-    state = Run(run)
-    share_out(num_processes or 1, state.lock())
+    share_out(num_processes or 1, run.lock())
 
     from msfp_cli.finetuning.finetune import finetune_run
+    from msfp_cli.finetuning.load import settings_of
+    from msfp_cli.status import next_command
 
     console.quiet_libraries()
-    recipe, done = _recipe(state, options, resume, int(os.environ.get("WORLD_SIZE", 1)))
+    recipe, done = settings_of(
+        run, options.over, resume=resume, processes=int(os.environ.get("WORLD_SIZE", 1))
+    )
     if num_processes is None and not done:
-        share_out(processes_for(recipe.calls_per_update, device), state.lock())
+        share_out(processes_for(recipe.calls_per_update, device), run.lock())
     with console.stop_on_interrupt() as stop:
         reports = finetune_run(
-            state,
+            run,
             recipe,
             device=device,
             restart=resume is False,
             gradient_checkpointing=gradient_checkpointing,
-            progress=console.ConsoleProgress() if is_main() else SILENT,
+            progress=progress(),
             stop=stop,
         )
     if is_main():
-        _show(state, reports, done=done, as_json=json_)
+        _show(run.directory / "finetune", reports, done=done, as_json=json_)
+        console.note(f"next: {next_command(run)}")
     if not all(report.finished for report in reports):
         raise typer.Exit(1)
 
 
-def _recipe(
-    run: Run, options: Options, resume: bool | None, processes: int
-) -> tuple[FinetuneRecipe, bool]:
-    """Return what was typed, then the settings of the state to go on from, then the defaults.
-
-    Returns:
-        The settings, and whether all updates with them are done.
-    """
-    from msfp_cli.calibration.result import Calibration
-    from msfp_cli.errors import RunError
-    from msfp_cli.finetuning.result import load_finetunings
-
-    run.require()
-    calibration = Calibration.load(run.calibration)
-    saved = {} if resume is False else load_finetunings(run, calibration)
-    if resume and not saved:
-        raise RunError(
-            f"{run.directory} holds no fine-tuning to go on with; leave --resume out to begin"
-        )
-    fresh = shared_evenly(FinetuneRecipe(), processes)
-    base = next((tuned.recipe for tuned in saved.values()), fresh)
-    recipe = options.over(base)
-    done = [tuned for tuned in saved.values() if tuned.finished and tuned.recipe == recipe]
-    return recipe, len(done) == len(calibration.tunable())
-
-
-def shared_evenly(recipe: FinetuneRecipe, processes: int) -> FinetuneRecipe:
-    """Return the recipe with as many calls per update, or a few more, as processes can share."""
-    calls = math.ceil(recipe.calls_per_update / processes) * processes
-    return replace(recipe, calls_per_update=calls)
-
-
-def _show(run: Run, reports: "list[FinetuneReport]", *, done: bool, as_json: bool) -> None:
-    """Say what training did, and what to type next."""
-    from msfp_cli.status import next_command
-
+def _show(place: Path, reports: "list[FinetuneReport]", *, done: bool, as_json: bool) -> None:
+    """Say what training did."""
     if done:
         console.note(f"all {reports[0].steps} updates were done before; --restart begins again")
     for report in reports:
@@ -152,8 +126,7 @@ def _show(run: Run, reports: "list[FinetuneReport]", *, done: bool, as_json: boo
                 f"{report.best_step} updates"
             )
     console.result(
-        str(run.directory / "finetune"),
+        str(place),
         {r.component: r.to_json() for r in reports},
         as_json=as_json,
     )
-    console.note(f"next: {next_command(run)}")

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from msfp_cli.commands import console
-from msfp_cli.commands.options import DeviceOption, JsonOption, RunOption
-from msfp_cli.run import DEFAULT_RUN, Run
+from msfp_cli.commands.options import DEFAULT_RUN, DeviceOption, JsonOption, RunOption
 
 if TYPE_CHECKING:
     from msfp_cli.finetuning.inspect import Inspection
@@ -50,21 +49,24 @@ def inspect(
 ) -> None:
     """Show what fine-tuning learned, or how an export runs."""
     if kernels:
-        _inspect_kernels(Run(run).latest_export(), layers, device, as_json=json_)
+        _inspect_kernels(run.latest_export(), layers, device, as_json=json_)
     else:
-        _inspect_hubs(Run(run), layers, as_json=json_)
+        from msfp_cli.finetuning.inspect import inspect_run
+
+        place = run.directory / "finetune"
+        inspections = inspect_run(run, layers)
+        _show_hubs(inspections, place, one_by_one=layers is not None, as_json=json_)
 
 
-def _inspect_hubs(run: Run, pattern: str | None, *, as_json: bool) -> None:
-    """Print what fine-tuning learned: errors by timestep, and which members serve when."""
-    from msfp_cli.finetuning.inspect import inspect_run
-
-    inspections = inspect_run(run, pattern)
+def _show_hubs(
+    inspections: dict[str, "Inspection"], place: Path, *, one_by_one: bool, as_json: bool
+) -> None:
+    """Print errors by timestep, and which members serve when."""
     for component, inspection in inspections.items():
         _show_errors(component, inspection)
-        _show_map(component, inspection.members, one_by_one=pattern is not None)
+        _show_map(component, inspection.members, one_by_one=one_by_one)
     data = {component: inspection.to_json() for component, inspection in inspections.items()}
-    console.result(str(run.directory / "finetune"), data, as_json=as_json)
+    console.result(str(place), data, as_json=as_json)
 
 
 def _inspect_kernels(

@@ -23,6 +23,7 @@ import typer
 
 from msfp_cli.commands import console
 from msfp_cli.files.lock import inherited
+from msfp_cli.progress import SILENT, Progress
 
 ProcessesOption = Annotated[int, typer.Option(min=1, help="Local processes that share the work.")]
 _GRACE_SECONDS = 5
@@ -33,6 +34,11 @@ _LAUNCHED = "MSFP_LAUNCHED"  # set for processes that another msfp has started
 def is_main() -> bool:
     """Whether this process speaks for all."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def progress() -> Progress:
+    """Return what shows progress: bars in the process that speaks for all, nothing elsewhere."""
+    return console.ConsoleProgress() if is_main() else SILENT
 
 
 def share_out(num_processes: int, lock: AbstractContextManager[None]) -> None:

@@ -12,14 +12,21 @@ import typer
 from msfp_cli.files.documents import Json
 from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.recipe import Option, Recipe, options_of
+from msfp_cli.run import DEFAULT_DIRECTORY, Run
 
 R = TypeVar("R", bound=Recipe)
 Command = Callable[..., None]
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
+DEFAULT_RUN = Run(DEFAULT_DIRECTORY)
 RunOption = Annotated[
-    Path,
-    typer.Option("--run", help="Run directory: where the commands find each other's results."),
+    Run,
+    typer.Option(
+        "--run",
+        parser=lambda place: Run(Path(str(place))),
+        metavar="PATH",
+        help="Run directory: where the commands find each other's results.",
+    ),
 ]
 DeviceOption = Annotated[
     str | None,

@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from msfp_cli.commands import console
-from msfp_cli.commands.options import JsonOption, OverwriteOption, RunOption
-from msfp_cli.run import DEFAULT_RUN, Run
+from msfp_cli.commands.options import DEFAULT_RUN, JsonOption, OverwriteOption, RunOption
 
 HELP = """Write the run's evaluation as one self-contained HTML page, with PNG plots beside it.
 
@@ -39,7 +38,7 @@ def report(
     """Write the evaluation as a page."""
     from msfp_cli.report.report import report_run
 
-    written = report_run(Run(run), evaluation, out, pictures=pictures, overwrite=overwrite)
+    written = report_run(run, evaluation, out, pictures=pictures, overwrite=overwrite)
     for line in written.notes:
         console.note(f"note: {line}")
     console.result(str(written.page), written.to_json(), as_json=json_)

@@ -7,6 +7,7 @@ import typer
 
 from msfp_cli.commands import console
 from msfp_cli.commands.options import (
+    DEFAULT_RUN,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -17,7 +18,6 @@ from msfp_cli.commands.options import (
 )
 from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.pipelines.sampling import Sampling
-from msfp_cli.run import DEFAULT_RUN, Run
 
 HELP = """Make pictures with the latest export, or with any exported directory.
 
@@ -87,7 +87,7 @@ def sample(
 
     console.quiet_libraries()
     samples = sample_run(
-        Run(run),
+        run,
         [*(prompt or ()), *(read_prompts(prompts) if prompts else ())],
         sampling,
         export=export,

@@ -24,8 +24,9 @@ from msfp_cli.evaluation.material import (
     require_reference,
 )
 from msfp_cli.evaluation.measure import measure_model
-from msfp_cli.evaluation.models import EvaluatedModel, models_to_evaluate, source_of
+from msfp_cli.evaluation.models import EvaluatedModel, models_to_evaluate
 from msfp_cli.evaluation.plan import EvaluationPlan, extractor_for, pictures_to_draw, with_prompts
+from msfp_cli.evaluation.provenance import provenance_of
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation, Measurements
 from msfp_cli.evaluation.resume import begin, refuse_other_settings
@@ -79,27 +80,26 @@ def _evaluate(
 ) -> Evaluation:
     """Evaluate an export in a directory that nobody else writes to."""
     device = choose_device(device)
-    processes = Processes.current(device)
     words = recipe.words() + ([] if against is None else ["--against", against.model])
     recipe = with_prompts(recipe)
-    source = against or source_of(export)
-    models = models_to_evaluate(run, export, recipe.compare, source, work=place, device=device)
+    origin = provenance_of(run, export)
+    source = against or origin.source
+    models = models_to_evaluate(origin, export, recipe.compare, source, work=place, device=device)
     full = models[0].load()
     plan = EvaluationPlan(
         directory=place,
         export=export,
         source=source,
         recipe=recipe,
-        record=pictures_to_draw(run, export, recipe, source, full),
+        record=pictures_to_draw(origin, recipe, source, full),
         extractor=extractor_for(recipe, source),
         device=device,
-        processes=processes,
+        processes=Processes.current(device),
         progress=progress,
     )
     settings = plan.settings([model.key for model in models])
     settings["export"] = run.name_of(export)
     refuse_other_settings(place, settings, overwrite=overwrite)
-    require_reference(plan)
     refuse_other_model(full, models[-1].load())
     _begin(plan, settings, overwrite=overwrite)
     measurements = _measure_all(plan, models, full)
@@ -111,13 +111,14 @@ def _evaluate(
         notes=_notes(measurements, plan.extractor.name),
         options=words,
     )
-    if processes.is_first:
+    if plan.processes.is_first:
         evaluation.save()
     return evaluation
 
 
 def _begin(plan: EvaluationPlan, settings: dict[str, Any], *, overwrite: bool) -> None:
     """Write the settings, after all processes have checked theirs and before any of them draws."""
+    require_reference(plan)
     plan.processes.wait()
     if plan.processes.is_first:
         begin(plan.directory, settings, overwrite=overwrite)

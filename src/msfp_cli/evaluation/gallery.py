@@ -17,12 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from msfp_cli.errors import ModelError, RunError
-from msfp_cli.files.atomic import replace_file
-from msfp_cli.files.documents import open_tensors, read_json, write_json
+from msfp_cli.files.documents import open_tensors, read_json, write_json, write_tensors
 from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.pipelines.sampling import call_pipeline
 from msfp_cli.pipelines.watch import watch_scheduler
@@ -105,8 +103,7 @@ class Gallery:
                     "latents": samples[-1].detach().float().cpu().contiguous(),
                     "pictures": stacked.permute(0, 3, 1, 2).contiguous(),
                 }
-                with replace_file(self.path(index)) as temporary:
-                    save_file(tensors, temporary)
+                write_tensors(self.path(index), tensors)
                 advance(len(conditions))
 
     def latents(self) -> Tensor:

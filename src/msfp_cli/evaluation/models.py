@@ -8,9 +8,8 @@ from pathlib import Path
 from msfp_cli.calibration.calibrate import calibrate_
 from msfp_cli.calibration.result import Calibration, quantize_
 from msfp_cli.checkpoint.export import load_calibrated
-from msfp_cli.checkpoint.pipeline import read_configs
 from msfp_cli.errors import UsageError
-from msfp_cli.evaluation.provenance import provenance_of
+from msfp_cli.evaluation.provenance import Provenance
 from msfp_cli.evaluation.recipe import STEPS_BEFORE
 from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
@@ -36,17 +35,8 @@ class EvaluatedModel:
     load: Callable[[], Pipeline] = field(repr=False)
 
 
-def source_of(export: Path) -> ModelSource:
-    """Return the full-precision model that an export says it was made from.
-
-    Raises:
-        ModelError: the directory is not an export.
-    """
-    return ModelSource(**next(iter(read_configs(export).values())).source)
-
-
 def models_to_evaluate(
-    run: Run,
+    provenance: Provenance,
     export: Path,
     compare: Sequence[str] | None,
     source: ModelSource,
@@ -57,15 +47,15 @@ def models_to_evaluate(
     """Return the models to evaluate, full precision first and the export last.
 
     Arguments:
+        provenance: what the run knows of the export.
         compare: names in `STEPS_BEFORE`; None takes all that the run directory can rebuild.
         source: the full-precision model.
         work: where what is made on the way is kept.
 
     Raises:
         UsageError: the run has no calibration to rebuild a step from.
-        ModelError: the directory is not an export.
     """
-    provenance = provenance_of(run, export)
+    run = provenance.run
     calibration = provenance.calibration
     tuned = provenance.is_tuned
     if compare and calibration is None:

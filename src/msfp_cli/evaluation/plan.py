@@ -4,18 +4,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from msfp_cli.calibration.result import Calibration
-from msfp_cli.checkpoint.pipeline import read_configs
 from msfp_cli.evaluation.features.extractors import Extractor, load_extractor
 from msfp_cli.evaluation.features.reference import BUILT_IN_REFERENCE
 from msfp_cli.evaluation.gallery import Gallery
+from msfp_cli.evaluation.provenance import Provenance
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.pipelines.conditions import conditioning_of, conditions_for, prompts_of
 from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, Pipeline, default_prompts
 from msfp_cli.processes import Processes
 from msfp_cli.progress import Progress
 from msfp_cli.recording.recipe import RecordRecipe
-from msfp_cli.run import Run
 from msfp_cli.version import __version__
 
 
@@ -109,11 +107,12 @@ def extractor_for(recipe: EvaluateRecipe, source: ModelSource) -> Extractor:
 
 
 def pictures_to_draw(
-    run: Run, export: Path, recipe: EvaluateRecipe, source: ModelSource, full: Pipeline
+    provenance: Provenance, recipe: EvaluateRecipe, source: ModelSource, full: Pipeline
 ) -> RecordRecipe:
     """Return prompts and sampling of the pictures, by default those of the calibration.
 
     Arguments:
+        provenance: what a run knows of the export.
         source, full: the full-precision model, and its pipeline.
 
     Raises:
@@ -121,17 +120,16 @@ def pictures_to_draw(
     """
     prompts = prompts_of(recipe.prompts)
     if prompts is None and conditioning_of(full) == "prompt":
-        prompts = _unrecorded_prompts(run, source)
+        prompts = _unrecorded_prompts(provenance, source)
     pool = conditions_for(full, source, prompts, recipe.num_images)
     conditions = tuple(pool[i % len(pool)] for i in range(recipe.num_images))
-    calibrated_sampling = next(iter(read_configs(export).values())).sampling
-    return RecordRecipe.of(conditions, recipe.or_else(calibrated_sampling))
+    return RecordRecipe.of(conditions, recipe.or_else(provenance.sampling))
 
 
-def _unrecorded_prompts(run: Run, source: ModelSource) -> tuple[str, ...]:
+def _unrecorded_prompts(provenance: Provenance, source: ModelSource) -> tuple[str, ...]:
     """Return the built-in prompts that the run was not calibrated on, or else all of them."""
     prompts = default_prompts(source.model)
-    if not run.calibration.exists():
+    if provenance.calibration is None:
         return prompts
-    recorded = set(Calibration.load(run.calibration).record.conditions)
+    recorded = set(provenance.calibration.record.conditions)
     return tuple(prompt for prompt in prompts if prompt not in recorded) or prompts

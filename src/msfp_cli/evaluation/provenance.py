@@ -8,17 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from msfp_cli.calibration.result import Calibration
-from msfp_cli.checkpoint.contents import REDO
+from msfp_cli.checkpoint.contents import exported_tensors
 from msfp_cli.checkpoint.pipeline import read_configs
 from msfp_cli.checkpoint.quantizer import MSFPConfig
-from msfp_cli.files.documents import digest, open_tensors
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.layers.scheme import LayerScheme
+from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.run import Run
 
 
@@ -28,11 +29,15 @@ class Provenance:
 
     Arguments:
         run: the run.
+        source: the full-precision model that the export says it was made from.
+        sampling: the settings of the sampler that it was calibrated with, by name.
         tables: each denoiser's layers as exported.
         calibration: the one that the export came from; None if it is not the run's.
     """
 
     run: Run
+    source: ModelSource
+    sampling: Mapping[str, Any]
     tables: dict[str, dict[str, LayerScheme]]
     calibration: Calibration | None
 
@@ -59,8 +64,11 @@ def provenance_of(run: Run, export: Path) -> Provenance:
         ModelError: the directory is not an export.
     """
     configs = read_configs(export)
+    first = next(iter(configs.values()))
     return Provenance(
         run=run,
+        source=ModelSource(**first.source),
+        sampling=first.sampling,
         tables={component: config.table() for component, config in configs.items()},
         calibration=_calibration_of(run, export, configs),
     )
@@ -98,29 +106,17 @@ def _has_weights_of(
     if formats != {name: scheme.weight for name, scheme in calibrated.items()}:
         return False
     scales = {name: s for name, s in calibration.scales[component].items() if name in formats}
-    if digest(_exported(directory, "weight_scale")) != digest(scales):
+    if not _equal(exported_tensors(directory, "weight_scale"), scales):
         return False
     if config.table() != calibrated:  # fine-tuned: its codes are its own
         return True
-    codes = _exported(directory, "weight_codes")
+    codes = exported_tensors(directory, "weight_codes")
     expected = calibration.codes.get(component, {})
     return all(torch.equal(codes[name][0], packed) for name, packed in expected.items())
 
 
-def _exported(directory: Path, kind: str) -> dict[str, Tensor]:
-    """Read a kind of tensor of an exported denoiser, by layer.
-
-    Arguments:
-        kind: ``weight_scale`` or ``weight_codes``.
-
-    Raises:
-        CheckpointError: a file is truncated.
-    """
-    ending = f".{kind}"
-    tensors = dict[str, Tensor]()
-    for path in sorted(directory.glob("*.safetensors")):
-        with open_tensors(path, redo=REDO) as file:
-            for name in sorted(file.keys()):
-                if name.endswith(ending):
-                    tensors[name.removesuffix(ending)] = file.get_tensor(name)
-    return tensors
+def _equal(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether the same layers have the same tensors."""
+    return tensors.keys() == others.keys() and all(
+        torch.equal(tensor, others[name]) for name, tensor in tensors.items()
+    )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from safetensors import SafetensorError, safe_open
 
 from msfp_cli.errors import CheckpointError, RunError, UsageError
-from msfp_cli.files.atomic import write_text
+from msfp_cli.files.atomic import replace_file, write_text
 
 if TYPE_CHECKING:  # `msfp --help` must not load torch
     from torch import Tensor
@@ -42,6 +42,16 @@ _SEAL = "sha256"  # the key under which a document has a digest of the rest of i
 def write_json(path: Path, document: Json) -> None:
     """Write a JSON file with a digest of itself, under a temporary name that is then renamed."""
     write_text(path, to_text(document, indent=1))
+
+
+def write_tensors(
+    path: Path, tensors: "Mapping[str, Tensor]", header: dict[str, str] | None = None
+) -> None:
+    """Write tensors, with texts in their file's header."""
+    from safetensors.torch import save_file
+
+    with replace_file(path) as temporary:
+        save_file(dict(tensors), temporary, metadata=header)
 
 
 def to_text(document: Json, *, indent: int | None = None) -> str:

@@ -3,7 +3,7 @@
 With one process nothing is sent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from msfp_cli.errors import UsageError
+from msfp_cli.pipelines.denoiser import DenoiserCall
 from msfp_cli.recording.compare import OutputError, SquaredError
 
 
@@ -68,6 +69,16 @@ def sum_gradients_(
 def _flat_gradient(parameter: nn.Parameter) -> Tensor:
     gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     return gradient.reshape(-1)
+
+
+def shared_error(
+    accelerator: Accelerator,
+    measure: Callable[[Sequence[DenoiserCall]], OutputError],
+    calls: Sequence[DenoiserCall],
+) -> OutputError:
+    """Measure the error of the output on calls, of which each process takes an equal part."""
+    own = measure(calls[accelerator.process_index :: accelerator.num_processes])
+    return sum_errors(accelerator, own, sorted({call.timestep for call in calls}))
 
 
 def sum_errors(

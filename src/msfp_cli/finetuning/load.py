@@ -1,5 +1,7 @@
 """Load what a fine-tuning begins with, and refuse what does not belong together."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -10,7 +12,6 @@ from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.pipelines.denoiser import find_denoisers, fingerprint
 from msfp_cli.pipelines.loading import load_pipeline
-from msfp_cli.recipe import options_of
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 
@@ -50,6 +51,45 @@ def load_material(run: Run, recipe: FinetuneRecipe, *, restart: bool) -> Materia
     for state in states.values():
         _refuse_different_recipe(state.recipe, recipe)
     return Material(calibration=calibration, recording=recording, held_out=held_out, states=states)
+
+
+def settings_of(
+    run: Run,
+    change: Callable[[FinetuneRecipe], FinetuneRecipe],
+    *,
+    resume: bool | None,
+    processes: int,
+) -> tuple[FinetuneRecipe, bool]:
+    """Return the settings of a state to go on from, or else the defaults, with changes.
+
+    Arguments:
+        change: puts what the user typed in place of other settings.
+        resume: whether to go on from a state; None goes on if there is one.
+        processes: how many share the calls of an update.
+
+    Returns:
+        The settings, and whether all updates with them are done.
+
+    Raises:
+        RunError: the run is not calibrated, or has no state to go on from and `resume` is set.
+    """
+    run.require()
+    calibration = Calibration.load(run.calibration)
+    states = {} if resume is False else load_finetunings(run, calibration)
+    if resume and not states:
+        raise RunError(
+            f"{run.directory} holds no fine-tuning to go on with; leave --resume out to begin"
+        )
+    fresh = shared_evenly(FinetuneRecipe(), processes)
+    recipe = change(next((state.recipe for state in states.values()), fresh))
+    done = [state for state in states.values() if state.finished and state.recipe == recipe]
+    return recipe, len(done) == len(calibration.tunable())
+
+
+def shared_evenly(recipe: FinetuneRecipe, processes: int) -> FinetuneRecipe:
+    """Return the recipe with as many calls per update, or a few more, as processes can share."""
+    calls = math.ceil(recipe.calls_per_update / processes) * processes
+    return replace(recipe, calls_per_update=calls)
 
 
 def load_denoisers(material: Material, device: str) -> dict[str, nn.Module]:
@@ -100,11 +140,8 @@ def _refuse_different_recording(recording: Recording, calibration: Calibration) 
 
 def _refuse_different_recipe(saved: FinetuneRecipe, recipe: FinetuneRecipe) -> None:
     """Refuse to go on with other settings; the message names the first difference."""
-    for name, option in options_of(FinetuneRecipe).items():
-        then = getattr(saved, name)
-        now = getattr(recipe, name)
-        if then != now:
-            raise RunError(
-                f"the fine-tuning of this run was begun with {option.name} {then}, not {now}; "
-                f"give {option.name} {then} to go on, or --restart to begin again"
-            )
+    for name, then, now in saved.differences(recipe):
+        raise RunError(
+            f"the fine-tuning of this run was begun with {name} {then}, not {now}; "
+            f"give {name} {then} to go on, or --restart to begin again"
+        )

@@ -14,13 +14,18 @@ has to be kept.
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import RunError
-from msfp_cli.files.atomic import replace_file
-from msfp_cli.files.documents import Json, digest, read_document, refuse_altered, to_text
+from msfp_cli.files.documents import (
+    Json,
+    digest,
+    read_document,
+    refuse_altered,
+    to_text,
+    write_tensors,
+)
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.layers.routing import check_unit
 from msfp_cli.run import Run
@@ -117,8 +122,7 @@ class FinetuneState:
             "shares": list(self.shares),
             "digest": digest(self.tensors),
         }
-        with replace_file(path) as temporary:
-            save_file(self.tensors, temporary, metadata={_HEADER: to_text(document)})
+        write_tensors(path, self.tensors, {_HEADER: to_text(document)})
 
     @classmethod
     def load(cls, path: Path) -> "FinetuneState":

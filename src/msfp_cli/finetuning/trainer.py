@@ -8,7 +8,7 @@ was killed and resumed ends bit for bit where an uninterrupted one does.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from msfp_cli.errors import TrainingError
-from msfp_cli.finetuning.distributed import refuse_uneven_share, sum_errors, sum_gradients_
+from msfp_cli.finetuning.distributed import refuse_uneven_share, shared_error, sum_gradients_
 from msfp_cli.finetuning.result import FinetuneState, HeldOutMeasurement
 from msfp_cli.finetuning.router import equal_stretches, learns_in_update
 from msfp_cli.finetuning.student import (
@@ -29,7 +29,6 @@ from msfp_cli.finetuning.student import (
 from msfp_cli.finetuning.task import TrainingTask
 from msfp_cli.pipelines.rows import JoinedCall
 from msfp_cli.progress import SILENT, Progress
-from msfp_cli.recording.compare import OutputError
 
 SAVE_EVERY = 50  # updates: what a killed run loses at most
 
@@ -180,10 +179,10 @@ class Trainer:
 
     def _evaluate(self, progress: Progress) -> None:
         """Measure the held-out error, and keep the parameters if they are the best so far."""
-        error = self._held_out_error()
+        error = shared_error(self.accelerator, self.student.output_error, self.task.held_out)
         if not self.history:
-            self._share_out(error)
-        measurement = self._measurement(error)
+            self._share_out(error.absolute())
+        measurement = self._measurement(error.relative(), tuple(error.by_timestep()))
         if all(measurement.error < earlier.error for earlier in self.history):
             self.best = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
         self.history.append(measurement)
@@ -191,21 +190,13 @@ class Trainer:
         start = "before" if loss is None else f"update {self.step}: loss {loss:.2e},"
         progress.log(f"{start} held-out error {measurement.error:.5f}")
 
-    def _held_out_error(self) -> OutputError:
-        """Measure the error on all held-out calls, of which each process takes an equal part."""
-        calls = self.task.held_out
-        index = self.accelerator.process_index
-        own = self.student.output_error(calls[index :: self.accelerator.num_processes])
-        return sum_errors(self.accelerator, own, sorted({call.timestep for call in calls}))
-
-    def _share_out(self, error: OutputError) -> None:
+    def _share_out(self, squared: Mapping[float, float]) -> None:
         """Share out the rows among the timesteps, and the timesteps among the members of the hubs.
 
         Arguments:
-            error: of the calibrated model.
+            squared: the squared error of the calibrated model at each timestep.
         """
         if self.recipe.timesteps == "error":
-            squared = error.absolute()
             weights = self.task.weights
             self.batches.share_out_(
                 {t: weights[t] * squared.get(t, 0.0) for t in self.batches.timesteps}
@@ -213,7 +204,9 @@ class Trainer:
         shares = {timestep: self.batches.shares[timestep] for timestep in self.batches.timesteps}
         self.student.router.begin_(equal_stretches(shares, self.recipe.hub_size))
 
-    def _measurement(self, error: OutputError) -> HeldOutMeasurement:
+    def _measurement(
+        self, relative: float, by_timestep: tuple[tuple[float, float], ...]
+    ) -> HeldOutMeasurement:
         """Sum up a measurement and the losses since the one before.
 
         Raises:
@@ -221,7 +214,6 @@ class Trainer:
         """
         loss = sum(self._losses) / len(self._losses) if self._losses else None
         self._losses.clear()
-        relative = error.relative()
         if not math.isfinite(relative):
             advice = (
                 "lower --learning-rate" if self.step else "calibrate again with --dtype float32"
@@ -230,7 +222,7 @@ class Trainer:
                 f"the held-out error is {relative:g} after {self.step} updates; {advice}"
             )
         return HeldOutMeasurement(
-            step=self.step, loss=loss, error=relative, by_timestep=tuple(error.by_timestep())
+            step=self.step, loss=loss, error=relative, by_timestep=by_timestep
         )
 
     def _save(self) -> None:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from msfp_cli.formats.packing import pack, packed_size, unpack, unpack_integers
 from msfp_cli.formats.rounding import Grid, dequantize, per_channel, quantize
-from msfp_cli.layers.base import QuantizedLayer
-from msfp_cli.layers.kernels.kernel import Kernel
+from msfp_cli.layers.base import Kernel, QuantizedLayer
 from msfp_cli.layers.weight import PackedWeight
 
 

@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from msfp_cli.errors import ModelError, RunError
-from msfp_cli.files.atomic import replace_file
 from msfp_cli.files.directories import RECORDING, claim
 from msfp_cli.files.documents import (
     Json,
@@ -33,6 +31,7 @@ from msfp_cli.files.documents import (
     read_json,
     to_text,
     write_json,
+    write_tensors,
 )
 from msfp_cli.pipelines.denoiser import DenoiserCall
 
@@ -220,8 +219,7 @@ class Recording:
         document = {"calls": encoded, "factors": factors, "recording": self._identity}
         header = {_HEADER: to_text(document)}
         path = self.shard_path(index)
-        with replace_file(path) as temporary:
-            save_file(fresh, temporary, metadata=header)
+        write_tensors(path, fresh, header)
         self._shard_of_tensor.update(dict.fromkeys(fresh, path))
 
     def _tensor_index(self) -> dict[str, Path]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from msfp_cli.formats.rounding import Grid, round_steps
-from msfp_cli.layers.base import QuantizedLayer
+from msfp_cli.layers.base import Kernel, QuantizedLayer
 from msfp_cli.layers.kernels.arithmetic import (
     BYTE,
     KINDS_IN_INTEGERS,
@@ -31,7 +31,6 @@ from msfp_cli.layers.kernels.arithmetic import (
     unsigned_planes,
 )
 from msfp_cli.layers.kernels.geometry import Geometry, subtract_frame_
-from msfp_cli.layers.kernels.kernel import Kernel
 from msfp_cli.layers.kernels.reference import run_reference
 from msfp_cli.layers.kernels.simulated import input_grid, simulate
 

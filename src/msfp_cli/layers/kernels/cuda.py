@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from msfp_cli.formats.float_format import FloatFormat
-from msfp_cli.layers.base import QuantizedLayer
+from msfp_cli.layers.base import Kernel, QuantizedLayer
 from msfp_cli.layers.kernels import int8
 from msfp_cli.layers.kernels.arithmetic import KINDS_IN_INTEGERS, add_bias, refusal_of_geometry
 from msfp_cli.layers.kernels.geometry import Geometry, num_window_kinds
-from msfp_cli.layers.kernels.kernel import Kernel
 from msfp_cli.layers.kernels.simulated import simulate
 
 _INT32 = 2**31 - 1

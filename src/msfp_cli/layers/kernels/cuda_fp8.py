@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from msfp_cli.formats.float_format import FloatFormat
-from msfp_cli.layers.base import QuantizedLayer
+from msfp_cli.layers.base import Kernel, QuantizedLayer
 from msfp_cli.layers.kernels import int8
 from msfp_cli.layers.kernels.arithmetic import KINDS_IN_INTEGERS, add_bias
 from msfp_cli.layers.kernels.cuda import Cuda, keep_in_place, refusal_of_device
-from msfp_cli.layers.kernels.kernel import Kernel
 
 _ADA = (8, 9)
 _E4M3_LARGEST = 448

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from msfp_cli.formats.packing import unpack
 from msfp_cli.formats.rounding import Grid, dequantize
-from msfp_cli.layers.base import QuantizedLayer
-from msfp_cli.layers.kernels.kernel import Kernel
+from msfp_cli.layers.base import Kernel, QuantizedLayer
 
 
 def look_up(table: QuantizedLayer, index: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import Grid, round_steps
-from msfp_cli.layers.base import QuantizedLayer
+from msfp_cli.layers.base import Kernel, QuantizedLayer
 from msfp_cli.layers.kernels.arithmetic import (
     BYTE,
     KINDS_IN_INTEGERS,
@@ -23,7 +23,6 @@ from msfp_cli.layers.kernels.arithmetic import (
     unsigned_planes,
 )
 from msfp_cli.layers.kernels.geometry import Geometry, subtract_frame_
-from msfp_cli.layers.kernels.kernel import Kernel
 from msfp_cli.layers.kernels.simulated import input_grid, simulate
 
 _EXACT_IN_FLOAT32 = 2**24

@@ -9,11 +9,10 @@ of their own, `lookup`.
 """
 
 from msfp_cli.errors import UsageError
-from msfp_cli.layers.base import QuantizedLayer
+from msfp_cli.layers.base import Kernel, QuantizedLayer
 from msfp_cli.layers.kernels.cpu import Cpu
 from msfp_cli.layers.kernels.cuda import Cuda
 from msfp_cli.layers.kernels.cuda_fp8 import CudaFp8
-from msfp_cli.layers.kernels.kernel import Kernel
 from msfp_cli.layers.kernels.lookup import Lookup
 from msfp_cli.layers.kernels.reference import Reference
 from msfp_cli.layers.kernels.simulated import Simulated

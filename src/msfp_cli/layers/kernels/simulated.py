@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from msfp_cli.formats.rounding import Grid, fake_quantize
-from msfp_cli.layers.base import QuantizedLayer
-from msfp_cli.layers.kernels.kernel import Kernel
+from msfp_cli.layers.base import Kernel, QuantizedLayer
 
 
 def simulate(layer: QuantizedLayer, x: Tensor) -> Tensor:
