@@ -63,6 +63,9 @@ def read_document(path: Path, parse: Callable[[Json], _T]) -> _T:
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Put the settings of the pictures beside the rest, so that each difference has its own key."""
-    rest = {key: value for key, value in settings.items() if key != "record"}
+    """Put the settings of the pictures beside the rest, so that each difference has its own key.
+
+    Where the export lies is left out, as a run may be moved: its pictures say which model it is.
+    """
+    rest = {key: value for key, value in settings.items() if key not in ("record", "export")}
     return {**rest, **settings.get("record", {})}
