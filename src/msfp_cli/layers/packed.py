@@ -7,6 +7,8 @@ integers when they are asked for, and `PackedLayer.restore_` takes them back. If
 codes there, an offloader say, it is those that count.
 """
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,9 @@ from msfp_cli.formats.packing import pack, packed_size, unpack, unpack_integers
 from msfp_cli.formats.rounding import Grid, dequantize, per_channel, quantize
 from msfp_cli.layers.base import Kernel, QuantizedLayer
 from msfp_cli.layers.weight import PackedWeight
+
+# Of each tensor: which one it is, how often it was written to, and where it is.
+Source: TypeAlias = tuple[tuple[int, int, torch.device], ...]
 
 
 class PackedLayer(QuantizedLayer):
@@ -43,7 +48,7 @@ class PackedLayer(QuantizedLayer):
             return None
         return self.kernel
 
-    def source(self) -> tuple[tuple[int, int, torch.device], ...]:
+    def source(self) -> Source:
         """Return what tells whether the tensors that a kernel was made from have changed."""
         tensors = [self._buffers.get(name) for name in ("weight_codes", "weight_scale")]
         return tuple(

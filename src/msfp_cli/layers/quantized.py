@@ -35,7 +35,7 @@ from msfp_cli.layers.kernels.geometry import Geometry
 from msfp_cli.layers.kernels.lookup import look_up
 from msfp_cli.layers.kernels.registry import AUTO, choose_kernel
 from msfp_cli.layers.kernels.simulated import simulate
-from msfp_cli.layers.packed import PackedLayer
+from msfp_cli.layers.packed import PackedLayer, Source
 from msfp_cli.layers.routing import Route
 from msfp_cli.layers.scheme import LayerScheme
 
@@ -88,6 +88,7 @@ class Quantized(PackedLayer):
         self.route = None
         self.slot = 0  # the layer's place in the choices of its route
         self.kernel = None
+        self._kernel_source: Source | None = None  # of a kernel that `prepare_` made
         self.kernel_choice = KernelChoice()
         self.register_parameter("bias", getattr(layer, "bias", None))
         _make_code_books(scheme)
@@ -141,7 +142,7 @@ class Quantized(PackedLayer):
         name, keep_packed = self.kernel_choice
         if self.kernel is None:
             self.prepare_(name, keep_packed=keep_packed)
-        elif self.source() != self._kernel_source:
+        elif self._kernel_source not in (None, self.source()):
             self.prepare_(name, keep_packed=True)
 
     def forward(self, input: Tensor) -> Tensor:
