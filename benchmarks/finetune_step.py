@@ -27,8 +27,9 @@ from accelerate import Accelerator
 from material import add_size_options, record_options, source_of
 
 from msfp_cli.calibration.calibrate import calibrate_run
+from msfp_cli.calibration.quantize import move_weights_
 from msfp_cli.calibration.recipe import CalibrateRecipe
-from msfp_cli.calibration.result import Calibration, move_weights_
+from msfp_cli.calibration.result import Calibration
 from msfp_cli.commands.console import quiet_libraries
 from msfp_cli.finetuning.batches import Batches
 from msfp_cli.finetuning.load import Material

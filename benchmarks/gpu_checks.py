@@ -129,11 +129,10 @@ def error_of(check: Check, device: str) -> float:
     expected = [formula(layer, x, member) for member in range(check.hub)]
     layer.to(device)
     kind = CudaFp8 if check.path == "float8" else Cuda
-    layer.kernel = kind(layer, keep_packed=check.path == "packed")
-    on_bytes = layer.kernel.cuda if check.path == "float8" else layer.kernel
+    kernel = kind(layer, keep_packed=check.path == "packed")
+    on_bytes = kernel.cuda if check.path == "float8" else kernel
     on_bytes.fused = on_bytes.fused and check.path != "torch"
-    if layer.kernel.holds_weight:
-        del layer._buffers["weight_codes"]
+    layer.take_kernel_(kernel)
     layer.route = Route[Any]()
     torch.compiler.reset()
     called = torch.compile(layer, fullgraph=True) if check.path == "compiled" else layer

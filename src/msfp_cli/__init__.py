@@ -29,7 +29,7 @@ _HOME = {
     "load_pipeline": "pipelines.loading",
     "prepare_": "layers.prepare",
     "quantize": "formats.rounding",
-    "quantize_": "calibration.result",
+    "quantize_": "calibration.quantize",
     "record_calls": "recording.record",
 }
 __all__ = list(_HOME)

@@ -16,8 +16,9 @@ from conftest import QUICK, Chained, Invoke
 from msfp_cli.calibration.calibrate import calibrate_
 from msfp_cli.calibration.denoiser_search import held_out_error, observed_shards
 from msfp_cli.calibration.layer_search import LIFTED_BITS
+from msfp_cli.calibration.quantize import quantize_
 from msfp_cli.calibration.recipe import CalibrateRecipe
-from msfp_cli.calibration.result import Calibration, LayerChoice, quantize_
+from msfp_cli.calibration.result import Calibration, LayerChoice
 from msfp_cli.errors import CalibrationError, CheckpointError, RunError
 from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
 from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, load_pipeline

@@ -12,7 +12,8 @@ from conftest import FEW_UPDATES, QUICK, Chained
 from msfp_cli.calibration import compensate as module
 from msfp_cli.calibration.calibrate import calibrate_
 from msfp_cli.calibration.compensate import held_back, round_layer
-from msfp_cli.calibration.result import Calibration, move_weights_, quantize_
+from msfp_cli.calibration.quantize import move_weights_, quantize_
+from msfp_cli.calibration.result import Calibration
 from msfp_cli.calibration.samples import LayerSamples, weight_rows
 from msfp_cli.finetuning.student import Student
 from msfp_cli.formats.compensation import compensated_steps

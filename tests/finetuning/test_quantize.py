@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import Finetuned
-from msfp_cli.calibration.result import move_weights_
+from msfp_cli.calibration.quantize import move_weights_
 from msfp_cli.errors import RunError
 from msfp_cli.finetuning.lora import moved_input, tuned_names
 from msfp_cli.finetuning.quantize import (

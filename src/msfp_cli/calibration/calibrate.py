@@ -21,8 +21,9 @@ from msfp_cli.calibration.denoiser_search import (
     search_denoiser,
     unused_layers,
 )
+from msfp_cli.calibration.quantize import quantize_
 from msfp_cli.calibration.recipe import CalibrateRecipe
-from msfp_cli.calibration.result import Calibration, LayerChoice, quantize_
+from msfp_cli.calibration.result import Calibration, LayerChoice
 from msfp_cli.files.directories import refuse_existing
 from msfp_cli.pipelines.conditions import prompts_of
 from msfp_cli.pipelines.denoiser import find_denoisers, refuse_changed

@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from msfp_cli.calibration.result import Calibration, Compensation
 from msfp_cli.calibration.samples import LayerSamples, input_parts, memory, weight_rows
-from msfp_cli.files.atomic import replace_file
-from msfp_cli.files.documents import Json, read_document
+from msfp_cli.files.documents import Json, read_document, write_tensors
 from msfp_cli.formats.compensation import compensated_steps
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.packing import pack
@@ -243,8 +241,7 @@ def _store(path: Path | None, identity: str, rounded: Mapping[str, RoundedWeight
     layers = {name: _to_json(each.compensation) for name, each in rounded.items()}
     codes = {name: each.codes for name, each in rounded.items() if each.codes is not None}
     header = {_HEADER: json.dumps({"identity": identity, "layers": layers})}
-    with replace_file(path) as temporary:
-        save_file(codes, temporary, metadata=header)
+    write_tensors(path, codes, header)
 
 
 def _to_json(compensation: Compensation | None) -> Json:

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from msfp_cli.calibration.result import Calibration, quantize_
+from msfp_cli.calibration.quantize import quantize_
+from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.quantizer import MSFPConfig, mark_quantized_
 from msfp_cli.files.directories import refuse_existing, replace_directory
 from msfp_cli.finetuning.quantize import quantize_tuned_

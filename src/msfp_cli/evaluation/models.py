@@ -1,19 +1,17 @@
 """The models that an evaluation compares: full precision, the export, and the steps between."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from msfp_cli.calibration.calibrate import calibrate_
-from msfp_cli.calibration.result import Calibration, quantize_
+from msfp_cli.calibration.baseline import load_signed
+from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import load_calibrated
 from msfp_cli.errors import UsageError
 from msfp_cli.evaluation.provenance import Provenance
 from msfp_cli.evaluation.recipe import STEPS_BEFORE
-from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
-from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 
 
@@ -97,7 +95,7 @@ def _steps_before(
         key="signed",
         title="signed FP4",
         source=None,
-        load=partial(_load_signed, run, calibration, work / "signed", device),
+        load=partial(load_signed, run, calibration, work / "signed", device),
     )
     calibrated = EvaluatedModel(
         key="calibrated",
@@ -106,22 +104,3 @@ def _steps_before(
         load=partial(load_calibrated, calibration, device),
     )
     return [model for model in (signed, calibrated) if model.key in keys]
-
-
-def _load_signed(run: Run, calibration: Calibration, place: Path, device: str | None) -> Pipeline:
-    """Load the model in signed formats, to the nearest, no layer lifted: plain FP4 of these bits.
-
-    Arguments:
-        place: where its calibration is kept.
-    """
-    recipe = replace(calibration.recipe, formats="signed", lift=0.0, rounding="nearest")
-    pipe = load_pipeline(calibration.source, device)
-    signed = Calibration.load(place) if place.exists() else None
-    if signed is None or (signed.recipe, signed.record) != (recipe, calibration.record):
-        recordings = Recording(run.recording), Recording(run.held_out)
-        calibrate_(pipe, *recordings, recipe).save(place, overwrite=True)
-        return pipe
-    for component, denoiser in find_denoisers(pipe).items():
-        if component in signed.layers:
-            quantize_(denoiser, signed, component)
-    return pipe

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from msfp_cli.calibration.result import move_weights_
+from msfp_cli.calibration.quantize import move_weights_
 from msfp_cli.errors import MsfpError, TrainingError, UsageError
 from msfp_cli.finetuning.load import Material, load_denoisers, load_material
 from msfp_cli.finetuning.recipe import FinetuneRecipe

@@ -21,7 +21,7 @@ floating-point side branch.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from msfp_cli.errors import MsfpError
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.finetuning.router import Choice
+from msfp_cli.finetuning.router import Choice, TellRouter
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import (
     Context,
@@ -73,49 +73,6 @@ class _RoundedWeight(torch.autograd.Function):
         inside, scale, a, b = ctx.saved_tensors
         grad = (grad * scale[:, None]).mul_(inside)
         return None, None, None, b.t() @ grad, grad @ a.t()
-
-
-class _TellRouter(torch.autograd.Function):
-    """Return a layer's output as it is, and give the router a gradient for its choice.
-
-    Backward takes the mixture ``sum_k weights[row, k] * changes_k(x)[row]`` for what was added to
-    the output: the straight-through gradient of a choice. Say a row has output gradient ``[1, 2]``,
-    and member 0 would add ``[3, 0]`` to its output, member 1 ``[0, -1]``::
-
-        gradient of weights[row, 0] = 1 * 3 + 2 * 0 = 3        (member 0 makes the loss larger)
-        gradient of weights[row, 1] = 1 * 0 + 2 * (-1) = -2    (member 1 makes it smaller)
-
-    so the router learns to prefer member 1 for this row's timestep. The changes are computed from
-    the input, which is kept anyway, so this costs no memory.
-
-    Arguments:
-        y: the layer's output, the one member's that serves.
-        weights: the router's, ``(rows, members)``.
-        x: the layer's input; its first dimension is a multiple of the rows.
-        changes: yields for each member what it adds to the output.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Context,
-        y: Tensor,
-        weights: Tensor,
-        x: Tensor,
-        changes: Callable[[Tensor], Iterator[Tensor]],
-    ) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.changes = changes
-        ctx.num_rows = len(weights)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        of_members = []
-        for change in ctx.changes(x):
-            by_row = (grad * change).reshape(ctx.num_rows, -1)
-            of_members.append(by_row.float().sum(dim=1))
-        return grad, torch.stack(of_members, dim=1), None, None
 
 
 def updated_steps(weight: Tensor, scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -277,7 +234,7 @@ class TunedLayer(nn.Module):
         if choice.weights is None:
             return y
         changes = partial(self._changes, choice.member)
-        y_with_gradient: Tensor = _TellRouter.apply(  # type: ignore[no-untyped-call]
+        y_with_gradient: Tensor = TellRouter.apply(  # type: ignore[no-untyped-call]
             y, choice.weights, x, changes
         )
         return y_with_gradient

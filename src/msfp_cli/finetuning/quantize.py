@@ -19,8 +19,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from msfp_cli.calibration.result import Calibration, move_weights_
-from msfp_cli.errors import RunError
+from msfp_cli.calibration.quantize import move_weights_
+from msfp_cli.calibration.result import Calibration
 from msfp_cli.finetuning.lora import moved_input, tuned_names, updated_steps
 from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.finetuning.router import Router
@@ -66,10 +66,7 @@ def quantize_tuned_(
     Raises:
         RunError: the fine-tuning began with another calibration.
     """
-    if state.calibration != calibration.identity():
-        raise RunError(
-            "the fine-tuning began with another calibration; run `msfp finetune --restart`"
-        )
+    state.refuse_different(calibration)
     move_weights_(denoiser, calibration, component)
     schemes = calibration.table(component)
     scales = calibration.scales[component]

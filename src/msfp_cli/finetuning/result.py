@@ -124,6 +124,17 @@ class FinetuneState:
         }
         write_tensors(path, self.tensors, {_HEADER: to_text(document)})
 
+    def refuse_different(self, calibration: Calibration) -> None:
+        """Refuse a calibration that this fine-tuning did not begin with.
+
+        Raises:
+            RunError: it began with another one.
+        """
+        if self.calibration != calibration.identity():
+            raise RunError(
+                "the fine-tuning began with another calibration; run `msfp finetune --restart`"
+            )
+
     @classmethod
     def load(cls, path: Path) -> "FinetuneState":
         """Read the file.

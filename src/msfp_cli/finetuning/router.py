@@ -14,19 +14,19 @@ How the router is trained, and where:
 3. In such an update `Router.forward` adds to each choice weights that are 0 in value and have the
    gradient of the softmax: `Choice.weights`.
 4. Each layer's backward pass gives these weights their gradient, from what every member would have
-   changed in the layer's output: `lora._TellRouter`.
+   changed in the layer's output: `TellRouter`.
 5. Its rate is `router_learning_rate` of the recipe.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from msfp_cli.formats.rounding import Grid
+from msfp_cli.formats.rounding import Context, Grid
 from msfp_cli.layers.routing import TABLE_SIZE, table_index
 
 _EMBEDDING = 64
@@ -164,6 +164,51 @@ class Router(nn.Module):
         members = {row: [choice.member for (choice,) in self([row / self.unit])] for row in trained}
         rows = [members[_nearest(trained, row)] for row in range(TABLE_SIZE)]
         return torch.tensor(rows, dtype=torch.uint8)
+
+
+class TellRouter(torch.autograd.Function):
+    """Return a layer's output as it is, and give the router a gradient for its choice.
+
+    Backward takes the mixture ``sum_k weights[row, k] * changes_k(x)[row]`` for what was added to
+    the output: the straight-through gradient of a choice. Say a row has output gradient ``[1, 2]``,
+    and member 0 would add ``[3, 0]`` to its output, member 1 ``[0, -1]``::
+
+        gradient of weights[row, 0] = 1 * 3 + 2 * 0 = 3        (member 0 makes the loss larger)
+        gradient of weights[row, 1] = 1 * 0 + 2 * (-1) = -2    (member 1 makes it smaller)
+
+    so the router learns to prefer member 1 for this row's timestep. The changes are computed from
+    the input, which is kept anyway, so this costs no memory.
+
+    Arguments:
+        y: the layer's output, the one member's that serves.
+        weights: the router's, ``(rows, members)``.
+        x: the layer's input; its first dimension is a multiple of the rows.
+        changes: yields for each member what it adds to the output.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102 (torch's)
+        ctx: Context,
+        y: Tensor,
+        weights: Tensor,
+        x: Tensor,
+        changes: Callable[[Tensor], Iterator[Tensor]],
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.changes = changes
+        ctx.num_rows = len(weights)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(  # noqa: D102 (torch's)
+        ctx: Context, grad: Tensor
+    ) -> tuple[Tensor, Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        of_members = []
+        for change in ctx.changes(x):
+            by_row = (grad * change).reshape(ctx.num_rows, -1)
+            of_members.append(by_row.float().sum(dim=1))
+        return grad, torch.stack(of_members, dim=1), None, None
 
 
 def _choices(members: Sequence[int], weights: Tensor | None) -> list[Choice]:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from msfp_cli.layers.base import FloatLayer
+from msfp_cli.layers.base import FloatLayer, Kernel
 from msfp_cli.layers.kernels.geometry import Geometry
 from msfp_cli.layers.kernels.lookup import look_up
 from msfp_cli.layers.kernels.registry import AUTO, choose_kernel
@@ -126,11 +126,15 @@ class Quantized(PackedLayer):
         kernel_class, reason = choose_kernel(self, kernel)
         self.restore_()
         self.kernel_choice = KernelChoice(kernel, keep_packed)
-        self.kernel = kernel_class(self, keep_packed=keep_packed)
-        if self.kernel.holds_weight:
+        self.take_kernel_(kernel_class(self, keep_packed=keep_packed))
+        return reason
+
+    def take_kernel_(self, kernel: Kernel) -> None:
+        """Run with a kernel that was made from this layer, until codes or scales are changed."""
+        self.kernel = kernel
+        if kernel.holds_weight:
             del self._buffers["weight_codes"]
         self._kernel_source = self.source()
-        return reason
 
     def _choose_kernel(self) -> None:
         """Choose a kernel at the first call, and again if codes or scales were changed since.

@@ -85,12 +85,10 @@ def prepare(
     """Give a layer the kernel, whatever device it is on."""
     if path == "gpu":
         layer.cuda()
-    layer.kernel = kind(layer, keep_packed=keep_packed)
+    layer.take_kernel_(kind(layer, keep_packed=keep_packed))
     kernel = bytes_of(layer.kernel)
     kernel.fused = kernel.fused and path != "torch"
     assert kernel.fused == (path != "torch")
-    if layer.kernel.holds_weight:
-        del layer._buffers["weight_codes"]
     return layer
 
 
