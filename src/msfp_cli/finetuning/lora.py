@@ -46,7 +46,8 @@ from msfp_cli.layers.replace import replace_module_
 from msfp_cli.layers.routing import Route
 from msfp_cli.layers.scheme import LayerScheme
 
-_MAX_GROWTH = 60.0  # of the logarithm of an input's scale: training that gets there has diverged
+# Of the logarithm of an input's scale, up or down: training that gets there has diverged.
+_MAX_GROWTH = 60.0
 
 
 class _RoundedWeight(torch.autograd.Function):
@@ -100,7 +101,7 @@ def moved_input(grid: Grid, growth: float, steps: float) -> Grid:
         steps: the zero point's move in calibrated steps; signed formats have none.
     """
     zero_point = grid.zero_point + grid.scale * steps * (not grid.format.signed)
-    scale = grid.scale * math.exp(min(growth, _MAX_GROWTH))
+    scale = grid.scale * math.exp(max(-_MAX_GROWTH, min(growth, _MAX_GROWTH)))
     return Grid(grid.format, float(np.float32(scale)), float(np.float32(zero_point)))
 
 
