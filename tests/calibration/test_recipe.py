@@ -134,3 +134,13 @@ def test_formats_asked_for_by_name_may_be_any() -> None:
         == [fmt.name for fmt in recipe.weight_formats(8)]
         == ["e4m3"]
     )
+
+
+def test_rules_that_match_no_layer_are_told() -> None:
+    recipe = CalibrateRecipe(keep=("conv_in:8", "nomatch:8", "[:8"))
+    assert recipe.idle_rules(["conv_in", "mid.0"]) == ["nomatch:8", "[:8"]
+
+
+def test_rules_that_leave_nothing_to_quantize_are_refused() -> None:
+    with pytest.raises(UsageError, match="leaves every layer in floating point"):
+        CalibrateRecipe(keep=("*:none",)).idle_rules(["conv_in", "mid.0"])

@@ -407,6 +407,13 @@ _EXPORTED, _CALIBRATED = "sample", "export"
             "msfp-run exists already; use --overwrite",
             1,
         ),
+        (
+            _EXPORTED,
+            "calibrate msfp-run/export --run new",
+            "unet is quantized already; calibrate the full-precision model",
+            2,
+        ),
+        (None, "calibrate --keep *:none", "--keep '*:none' leaves every layer in floating", 2),
         (_EXPORTED, "sample --prompt cat --dtype half", "unknown --dtype 'half'", 2),
         (
             _EXPORTED,
@@ -582,3 +589,12 @@ def test_help_loads_neither_torch_nor_diffusers() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "msfp_cli" in done.stdout.split()
     assert not {"torch", "diffusers", "transformers", "numpy"} & set(done.stdout.split())
+
+
+def test_calibrate_says_which_rules_match_no_layer(
+    msfp: Invoke, stage: Callable[..., Path], quick: None
+) -> None:
+    stage("calibrate")
+    result = msfp("calibrate", "--keep", "nomatch:8", "--prompts", "prompts.txt")
+    assert result.exit_code == 0, result.stderr
+    assert "--keep 'nomatch:8' matches no layer of this model" in result.stderr

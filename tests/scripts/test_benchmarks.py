@@ -167,3 +167,9 @@ def test_busy_machine_compares_threads_that_spin_and_sleep() -> None:
     spinning, sleeping = (cells(line) for line in lines[-2:])
     assert [spinning[0], sleeping[0]] == ["torch's default", "OMP_WAIT_POLICY=passive"]
     assert all(float(cell) > 0 for cell in [*spinning[1:], *sleeping[1:]])
+
+
+def test_seal_loads_an_export_with_and_without_the_check() -> None:
+    lines = run_script("benchmarks/seal.py", "--tiny", "--loads", 1)
+    assert [line.partition(":")[0] for line in lines[1:]] == ["not checked", "checked", "ratio"]
+    assert float(lines[-1].split()[-1]) > 0

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from msfp_cli.calibration.compensate import RoundedWeight, compensate
 from msfp_cli.calibration.denoiser_search import (
+    check_layers,
     choices_of,
     held_out_error,
     observed_shards,
@@ -26,7 +27,7 @@ from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration, LayerChoice
 from msfp_cli.files.directories import refuse_existing
 from msfp_cli.pipelines.conditions import prompts_of
-from msfp_cli.pipelines.denoiser import find_denoisers, refuse_changed
+from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
@@ -53,11 +54,11 @@ def calibrate_(
 
     Raises:
         CalibrationError: a weight or an activation holds a NaN or infinity.
-        UsageError: a denoiser has adapters or is offloaded.
+        UsageError: a denoiser is quantized already, has adapters or is offloaded, or the rules
+            leave no layer to quantize.
     """
+    check_layers(pipe, recipe, SILENT)
     denoisers = find_denoisers(pipe)
-    for component, denoiser in denoisers.items():
-        refuse_changed(component, denoiser)
     results = {}
     for component, denoiser in denoisers.items():
         layers = search_denoiser(component, denoiser, recording, recipe, progress)
@@ -145,6 +146,7 @@ def calibrate_run(
         prompts = prompts_of(options.prompts)  # before the model is loaded
         options = replace(options, prompts=prompts)
         pipe = load_pipeline(source, device)
+        check_layers(pipe, recipe, progress)
         recording, held_out = record_both(
             pipe, run, source, options, overwrite=overwrite, progress=progress
         )

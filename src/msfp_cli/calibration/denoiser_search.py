@@ -21,9 +21,10 @@ from msfp_cli.calibration.observe import LayerObservation, observe
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import LayerChoice
 from msfp_cli.calibration.sensitivity import choose_lifted, quantized_alone
-from msfp_cli.errors import CalibrationError
-from msfp_cli.layers.replace import find_layers
-from msfp_cli.pipelines.denoiser import DenoiserCall
+from msfp_cli.errors import CalibrationError, UsageError
+from msfp_cli.layers.replace import find_layers, quantized_layers
+from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers, refuse_changed
+from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.compare import output_error, spread_calls
 from msfp_cli.recording.result import Recording
@@ -61,6 +62,29 @@ def search_denoiser(
         choice = replace(lifted.choice, sensitivity=choices[name].sensitivity)
         results[name] = replace(lifted, choice=choice)
     return results
+
+
+def check_layers(pipe: Pipeline, recipe: CalibrateRecipe, progress: Progress) -> None:
+    """Refuse a pipeline that cannot be calibrated as the recipe says; say which rules are idle.
+
+    Raises:
+        UsageError: a denoiser is quantized already, has adapters or is offloaded, or the rules
+            leave no layer to quantize.
+    """
+    names = list[str]()
+    for component, denoiser in find_denoisers(pipe).items():
+        refuse_changed(component, denoiser)
+        if quantized_layers(denoiser):
+            raise UsageError(
+                f"{component} is quantized already; calibrate the full-precision model that it was "
+                "made from"
+            )
+        names += find_layers(denoiser)
+    for rule in recipe.idle_rules(names):
+        some = ", ".join(sorted(names)[:3])
+        progress.log(
+            f"--keep {rule!r} matches no layer of this model; its layers have names such as {some}"
+        )
 
 
 def _refuse_not_finite(denoiser: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """How formats are chosen, and which candidates a layer has; nothing here needs torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from msfp_cli.calibration.keep import DEFAULT_KEEP, KeepRule, parse_bits
@@ -107,6 +107,22 @@ class CalibrateRecipe(Recipe):
                     f"--formats {self.formats!r} names no format with the bits of --weights or "
                     "--activations"
                 )
+
+    def idle_rules(self, names: Collection[str]) -> list[str]:
+        """Return the rules of `keep` that match no layer: of another model, or misspelt.
+
+        Arguments:
+            names: of a model's layers.
+
+        Raises:
+            UsageError: the rules leave no layer to quantize.
+        """
+        if self.keep and all(self.kept_bits(name) == (True, None) for name in names):
+            raise UsageError(
+                f"--keep {self.keep[-1]!r} leaves every layer in floating point, so nothing would "
+                "be quantized; give a pattern that matches fewer"
+            )
+        return [rule for rule in self.keep if not any(map(KeepRule.parse(rule).matches, names))]
 
     def kept_bits(self, name: str) -> tuple[bool, int | None]:
         """Return whether a rule matches the layer, and its bits (None: floating point)."""
