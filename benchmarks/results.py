@@ -12,6 +12,7 @@ Distances between sets of pictures are left out where the pictures are too few f
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ from msfp_cli.evaluation.evaluate import evaluate_run
 from msfp_cli.evaluation.metrics.table import Metric, metrics_for
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation, Measurements
+from msfp_cli.files.directories import EVALUATION, claim
 from msfp_cli.finetuning.finetune import finetune_run
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.pipelines.loading import BUILT_IN, ModelSource
@@ -107,10 +109,8 @@ def evaluated(
 ) -> Evaluation:
     """Evaluate a row, once; full precision's pictures and trajectories are shared."""
     run, export = made(work, source, name, arguments)
-    for part in ("pictures/full", "trajectories"):
-        (work / "full-precision" / part).mkdir(parents=True, exist_ok=True)
-        (run.evaluation / "pictures").mkdir(parents=True, exist_ok=True)
-        link(run.evaluation / part, work / "full-precision" / part)
+    claim(run.evaluation, EVALUATION)
+    _copy_full_precision(work / "full-precision", run.evaluation)
     # The held-out prompts are left out, too: they choose which state of a fine-tuning is kept.
     prompts = UNSEEN if source.model == BUILT_IN else None
     options = EvaluateRecipe(
@@ -122,7 +122,16 @@ def evaluated(
         layers=False,
         cost=False,
     )
-    return evaluate_run(run, export, options, device=arguments.device)
+    evaluation = evaluate_run(run, export, options, device=arguments.device)
+    _copy_full_precision(run.evaluation, work / "full-precision")
+    return evaluation
+
+
+def _copy_full_precision(source: Path, target: Path) -> None:
+    """Give one evaluation what another has drawn and recorded of full precision."""
+    for part in ("pictures/full", "trajectories"):
+        if (source / part).exists() and not (target / part).exists():
+            shutil.copytree(source / part, target / part)
 
 
 def line(title: str, model: Measurements, shown: Sequence[Metric]) -> str:

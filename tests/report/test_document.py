@@ -11,6 +11,7 @@ from typing import Any
 from conftest import FEW_UPDATES, Chained, Finetuned, finetune
 from msfp_cli.checkpoint.pipeline import read_configs
 from msfp_cli.evaluation.evaluate import evaluate_run
+from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.report.document import gather
 from msfp_cli.run import Run
@@ -60,3 +61,17 @@ def test_export_of_another_run_is_reported_without_candidates(
         assert part["router"] is None and part["layers"]
         assert not any("candidates" in layer for layer in part["layers"])
         assert other["commands"][0].startswith(f"msfp evaluate {evaluated.settings['export']} ")
+
+
+def test_run_that_moved_is_reported_from_where_it_is(
+    tiny_chained: Chained, copied: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = Run(copied(tiny_chained.run.directory, "here"))
+    options = EvaluateRecipe(num_images=1, compare=(), layers=False, cost=False)
+    evaluate_run(run, run.export, options, device="cpu")
+    shutil.move(run.directory, tmp_path / "there")
+    moved = Run(tmp_path / "there")
+    evaluation = Evaluation.load(moved.evaluation)
+    assert evaluation.export == moved.export
+    for other in (moved, Run(tmp_path / "none")):  # whatever run the report is asked of
+        assert gather(other, evaluation, 1)["components"].keys() == {"unet"}

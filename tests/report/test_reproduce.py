@@ -89,7 +89,13 @@ def test_results_of_earlier_versions_give_what_they_know(tiny_chained: Chained) 
     recipe = CalibrateRecipe(weights=None, keep=("a:8", "b:none"))
     calibration = replace(tiny_chained.calibration, recipe=recipe, options=None)
     evaluation = Evaluation(directory=Path("e"), settings=SETTINGS, machine={}, models=())
-    provenance = Provenance(run=Run(Path("r")), tables={}, calibration=calibration)
+    provenance = Provenance(
+        run=Run(Path("r")),
+        source=calibration.source,
+        sampling={},
+        tables={},
+        calibration=calibration,
+    )
     calibrate, export, evaluate, report = commands_of(provenance, evaluation)
     count = len(calibration.record.conditions)
     assert calibrate.startswith(

@@ -87,7 +87,7 @@ def test_ablation_climbs_a_rung(tiny: Callable[[str], Path], tmp_path: Path) -> 
     calibrated, tuned = (cells(line) for line in lines[-2:])
     assert calibrated[:2] == ["mixed, calibrated only", ""]
     assert tuned[:2] == ["mixed, LoRA", "0.04"]
-    assert 0 < float(tuned[2]) != float(calibrated[2]) > 0
+    assert 0 < float(tuned[2]) <= float(calibrated[2])  # one update may find nothing better
 
 
 def test_peers_measures_ours_and_says_which_peer_is_missing(

@@ -98,7 +98,8 @@ def _evaluate(
         progress=progress,
     )
     settings = plan.settings([model.key for model in models])
-    settings["export"] = run.name_of(export)
+    if place == run.evaluation:  # a run can move with all that is in it
+        settings["export"] = run.name_of(export)
     refuse_other_settings(place, settings, overwrite=overwrite)
     refuse_other_model(full, models[-1].load())
     _begin(plan, settings, overwrite=overwrite)

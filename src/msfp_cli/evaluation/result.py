@@ -10,6 +10,7 @@ from msfp_cli.evaluation.gallery import Gallery
 from msfp_cli.evaluation.schema_1 import from_schema_1
 from msfp_cli.files.documents import Json, read_json, write_json
 from msfp_cli.recording.recipe import RecordRecipe
+from msfp_cli.run import Run
 
 _SCHEMA = 2  # 1, a field for each metric, can still be read
 _RESULT = "evaluation.json"
@@ -145,6 +146,11 @@ class Evaluation:
             "notes": list(self.notes),
             "options": self.options,
         }
+
+    @property
+    def export(self) -> Path:
+        """Where the export is; it may be named relative to the run that the evaluation is in."""
+        return Run(self.directory.parent).place_of(self.settings["export"])
 
     def gallery(self, key: str) -> Gallery:
         """Return the pictures of a model."""

@@ -24,7 +24,7 @@ def gather(run: Run, evaluation: Evaluation, pictures: int) -> dict[str, Any]:
         pictures: prompts to show.
     """
     models = evaluation.models
-    provenance = provenance_of(run, run.place_of(evaluation.settings["export"]))
+    provenance = provenance_of(run, evaluation.export)
     document = {
         "title": "msfp report",
         "model": evaluation.settings["against"]["model"],

@@ -24,11 +24,7 @@ def commands_of(provenance: Provenance, evaluation: Evaluation) -> list[str]:
         commands.append(["finetune", *finetunings[0].recipe.words()])
     if calibration is not None:
         commands.append(["export"])
-    place = (
-        []
-        if calibration is not None
-        else [str(provenance.run.place_of(evaluation.settings["export"]))]
-    )
+    place = [] if calibration is not None else [str(evaluation.export)]
     commands.append(["evaluate", *place, *_evaluate_words(evaluation)])
     return [shlex.join(["msfp", *words]) for words in [*commands, ["report"]]]
 
