@@ -135,9 +135,26 @@ def load_pipeline(source: ModelSource, device: str | None = None) -> Pipeline:
         raise
     except Exception as error:  # every library below has its own kinds
         raise ModelError(_explain(source, error)) from error
+    _refuse_missing_tensors(model, pipe)
     with contextlib.suppress(AttributeError):
         pipe.set_progress_bar_config(disable=True)
     return pipe.to(place)
+
+
+def _refuse_missing_tensors(model: str, pipe: Pipeline) -> None:
+    """Refuse a pipeline whose files lack a tensor: diffusers leaves it without values.
+
+    Raises:
+        ModelError: one is missing; the message names it.
+    """
+    for component, module in pipe.components.items():
+        state = module.state_dict() if hasattr(module, "state_dict") else {}
+        for name, tensor in state.items():
+            if getattr(tensor, "is_meta", False):
+                raise ModelError(
+                    f"cannot load {model}: the files of {component} lack the tensor {name}; "
+                    "download or export it again"
+                )
 
 
 def _explain(source: ModelSource, error: Exception) -> str:

@@ -127,7 +127,11 @@ def _parse_manifest(document: Json) -> tuple[dict[str, Any], int]:
     num_shards = int(document["num_shards"])
     if not 1 <= num_shards <= _MAX_SHARDS:
         raise ValueError(f"it counts {num_shards} shards")
-    return document["recipe"], num_shards
+    recipe = document["recipe"]
+    source = recipe.get("source", {"model": ""})
+    if not isinstance(source["model"], str):
+        raise ValueError(f"its model is {source['model']!r}")
+    return recipe, num_shards
 
 
 def _identity(recipe: dict[str, Any], num_shards: int) -> str:

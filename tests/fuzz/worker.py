@@ -1,0 +1,272 @@
+"""Load what a mutation has made, in a process of its own with bounded memory and time."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from conftest import CHEAP, TWO_PICTURES, chain, finetune
+from fuzz.mutations import CANARY, mutate
+from msfp_cli.calibration.result import Calibration
+from msfp_cli.checkpoint.pipeline import MSFPPipeline
+from msfp_cli.errors import MsfpError
+from msfp_cli.files.documents import digest
+from msfp_cli.finetuning.result import load_finetunings
+from msfp_cli.recording.result import Recording
+from msfp_cli.run import Run
+from msfp_cli.status import status_of
+from tiny_pipelines import save_tiny
+
+SECONDS = 30
+MEMORY = 2 << 30  # beyond what the process has when it begins
+BAD = ("crash", "hang", "raw", "code")
+OUTCOMES = ("refused", "equal", "different", "stock", *BAD)
+_RUNS_CODE = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class")
+_HARMLESS = ("torch._utils", "collections", "torch")  # what a checkpoint of tensors names
+
+Reader = Callable[[Path], str]  # returns a digest of what it has read
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of one mutation with one reader.
+
+    Arguments:
+        outcome: one of `OUTCOMES`. ``stock`` is an error of diffusers itself, about a component
+            that is not quantized; ``raw`` is one that msfp should have explained.
+    """
+
+    number: int
+    mutation: str
+    signed: bool
+    reader: str
+    outcome: str
+    detail: str
+
+    def is_bad(self) -> bool:
+        """Whether it must not happen."""
+        silent = not self.signed and self.outcome == "different" and self.reader == "MSFPPipeline"
+        return self.outcome in BAD or silent
+
+    def __str__(self) -> str:
+        kind = "signed" if self.signed else "plain"
+        words = (self.number, self.outcome, self.reader, kind, self.mutation, self.detail)
+        return " | ".join(map(str, words))
+
+
+class _CallError(Exception):
+    """An error while a pipeline was called, not while it was loaded."""
+
+
+def _picture(pipe: Any) -> str:  # noqa: ANN401 (either kind of pipeline)
+    """Return a digest of one picture."""
+    try:
+        generator = torch.Generator().manual_seed(0)
+        images = pipe("a cat", num_inference_steps=2, generator=generator, output_type="pt").images
+    except Exception as error:
+        raise _CallError from error
+    return digest({"images": images.float()})
+
+
+def _ours(directory: Path) -> str:
+    return _picture(MSFPPipeline.from_pretrained(directory, device="cpu"))
+
+
+def _stock(directory: Path) -> str:
+    pipe = DiffusionPipeline.from_pretrained(str(directory))
+    pipe.set_progress_bar_config(disable=True)
+    return _picture(pipe)
+
+
+def _calibration(directory: Path) -> str:
+    calibration = Calibration.load(Run(directory).calibration)
+    return calibration.identity()
+
+
+def _finetunings(directory: Path) -> str:
+    run = Run(directory)
+    states = load_finetunings(run, Calibration.load(run.calibration))
+    return str([(name, state, digest(state.tensors)) for name, state in states.items()])
+
+
+def _status(directory: Path) -> str:
+    text = json.dumps(status_of(Run(directory)).to_json())
+    return text.replace(str(directory), "RUN")
+
+
+def _recording(directory: Path) -> str:
+    recording = Recording(Run(directory).recording)
+    calls = [
+        (call.component, call.timestep, str(call.arguments), digest({"output": call.output}))
+        for call in recording.calls()
+    ]
+    timesteps = [recording.timesteps(index, "unet") for index in range(recording.num_shards)]
+    return str((calls, timesteps, recording.num_calls(), recording.factors()))
+
+
+READERS: dict[str, dict[str, Reader]] = {
+    "export": {"MSFPPipeline": _ours, "DiffusionPipeline": _stock},
+    "run": {
+        "Calibration": _calibration,
+        "load_finetunings": _finetunings,
+        "status_of": _status,
+        "Recording": _recording,
+    },
+}
+
+
+class Fuzzer:
+    """A tiny run and its export, mutated one number at a time.
+
+    This process only imports: whatever starts threads runs in copies of it, which can then be made
+    at any time without a lock that nobody would open.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Calibrate, fine-tune and export a tiny text-to-image pipeline."""
+        self._scratch = directory / "mutated"
+        self._originals = {"export": directory / "export", "run": directory / "run"}
+        in_child(lambda: _make(directory), seconds=300)
+        self._expected = {
+            name: in_child(partial(reader, self._originals[kind])).words
+            for kind, readers in READERS.items()
+            for name, reader in readers.items()
+        }
+
+    def trials(self, kind: str, number: int, seed: int) -> list[Trial]:
+        """Make a mutation of an export or a run, and try all readers, each in a process."""
+        return [self._trial(kind, reader, number, seed) for reader in READERS[kind]]
+
+    def _trial(self, kind: str, reader: str, number: int, seed: int) -> Trial:
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        shutil.copytree(self._originals[kind], self._scratch)
+        mutation, signed = mutate(self._scratch, number, seed)
+        expected = self._expected[reader]
+        answer = in_child(lambda: _outcome(READERS[kind][reader], self._scratch, expected))
+        outcome, _, detail = answer.words.partition(" ")
+        if answer.code:
+            outcome = "hang" if answer.code == -signal.SIGALRM else "crash"
+            detail = f"exit {answer.code}"
+        return Trial(number, mutation, signed, reader, outcome, detail)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a process wrote, and its exit code, negative if a signal ended it."""
+
+    words: str
+    code: int
+
+
+def in_child(work: Callable[[], str], seconds: int = SECONDS) -> Answer:
+    """Return what a function returns in a copy of this process, with bounded memory and time."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(read)
+            _bound(seconds)
+            with os.fdopen(write, "w") as pipe:
+                pipe.write(work())
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        words = pipe.read()
+    return Answer(words, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def _bound(seconds: int) -> None:
+    """Bound the memory and the time of this process, and silence it."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    signal.alarm(seconds)
+
+
+def _make(directory: Path) -> str:
+    save_tiny("StableDiffusionPipeline", directory / "model")
+    chain(directory / "model", directory / "run", TWO_PICTURES, CHEAP)
+    export = finetune(Run(directory / "run")).export
+    shutil.move(export, directory / "export")
+    return ""
+
+
+def _canary_is_set() -> bool:
+    """Ask the C library, as a pickle that calls `putenv` does not change `os.environ`."""
+    import ctypes
+
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+    return getenv(CANARY.encode()) is not None
+
+
+def _watch_code() -> list[str]:
+    """Return a list to which everything is added that runs code from a file."""
+    events: list[str] = []
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in _RUNS_CODE and arguments[0] not in _HARMLESS:
+            events.append(f"{event} {arguments[:2]}")
+
+    sys.addaudithook(hook)
+    return events
+
+
+def _outcome(reader: Reader, directory: Path, expected: str) -> str:
+    """Read, and say in one line what came of it, the outcome first."""
+    code_run = _watch_code()
+    outcome = _read(reader, directory, expected)
+    return f"code {code_run}" if code_run or _canary_is_set() else outcome
+
+
+def _read(reader: Reader, directory: Path, expected: str) -> str:
+    try:
+        return "equal" if reader(directory) == expected else "different"
+    except BaseException as error:  # whatever it is: that is the question
+        called = isinstance(error, _CallError)
+        cause = error.__cause__ if called and error.__cause__ else error
+        line = f"{type(cause).__name__}: {cause}".replace("\n", " ")[:200]
+        if _is_explained(cause):
+            return f"refused {line}"
+        is_stock = (called or reader is _stock) and not _passes_through_msfp(cause)
+        return f"{'stock' if is_stock else 'raw'} {line} ({_place(cause)})"
+
+
+def _is_explained(error: BaseException | None) -> bool:
+    """Whether it, or what caused it, is an error of msfp."""
+    while error is not None and not isinstance(error, MsfpError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _frames(error: BaseException) -> list[traceback.FrameSummary]:
+    return list(traceback.extract_tb(error.__traceback__))
+
+
+def _passes_through_msfp(error: BaseException) -> bool:
+    """Whether a module of msfp was at work, other than the wrapper that hands a call on."""
+    names = [frame.filename for frame in _frames(error) if "msfp_cli/" in frame.filename]
+    return any(not name.endswith("checkpoint/pipeline.py") for name in names)
+
+
+def _place(error: BaseException) -> str:
+    """Return the innermost place of msfp, or else of whoever raised it."""
+    frames = _frames(error)
+    own = [frame for frame in frames if "msfp_cli/" in frame.filename]
+    frame = (own or frames)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
