@@ -119,13 +119,22 @@ class Contents:
         """
         if not _IS_CHECKED.get() or MODEL not in self.header:
             return
-        expected = json.loads(self.header[MODEL])
+        expected = self._model_config()
         actual = json.loads(model.to_json_string())
         for key, default in _defaults(type(model)).items():
             if key in actual and actual[key] != expected.get(key, default):
                 raise self._other_model(key)
         if expected["_class_name"] != type(model).__name__:
             raise self._other_model("_class_name")
+
+    def _model_config(self) -> dict[str, Json]:
+        """Return the model's config that the header has, which names the model's class."""
+        try:
+            config: dict[str, Json] = json.loads(self.header[MODEL])
+            config["_class_name"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise self._error(f"the {MODEL} in its header cannot be read: {error}") from None
+        return config
 
     def _other_model(self, key: str) -> CheckpointError:
         return CheckpointError(
