@@ -75,7 +75,7 @@ def _run_demo(run: Run, device: str | None, progress: Progress) -> DemoReport:
         steps=_UPDATES,
         batch_size=8,
         calls_per_update=1,
-        learning_rate=0.02,
+        learning_rate=0.005,
         loss_power=1.0,
         evaluate_every=_UPDATES,
     )
