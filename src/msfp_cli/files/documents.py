@@ -36,6 +36,7 @@ _UNREADABLE = (
     RecursionError,
     UsageError,
 )
+_ATTEMPTS = 5  # to read a file that others replace
 _SEAL = "sha256"  # the key under which a document has a digest of the rest of it
 
 
@@ -179,14 +180,14 @@ def read_document(
     every few updates: safetensors opens it twice, so it is read again if it was replaced meanwhile.
     `parse` gets the document and the tensors; other arguments and errors are those of `read_json`.
     """
-    while True:
+    for attempt in range(_ATTEMPTS):
         version = _version_of(path)
         try:
             with open_tensors(path, redo=redo) as file:
                 text = (file.metadata() or {}).get(key)
                 tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         except CheckpointError:
-            if version == _version_of(path):
+            if version == _version_of(path) or attempt == _ATTEMPTS - 1:
                 raise
             continue
         if version == _version_of(path):
