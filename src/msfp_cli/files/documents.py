@@ -36,7 +36,6 @@ _UNREADABLE = (
     RecursionError,
     UsageError,
 )
-_ATTEMPTS = 5  # to read a file that others replace
 _SEAL = "sha256"  # the key under which a document has a digest of the rest of it
 
 
@@ -176,34 +175,16 @@ def read_document(
 ) -> T:
     """Read the tensors of a safetensors file and the JSON document under `key` in its header.
 
-    Both are of one file, although another process may replace it at any time, as a training does
-    every few updates: safetensors opens it twice, so it is read again if it was replaced meanwhile.
-    `parse` gets the document and the tensors; other arguments and errors are those of `read_json`.
+    Both are read from one opened file, because another process may replace it at any time: a
+    training saves its state every few updates. `parse` gets the document and the tensors; other
+    arguments and errors are those of `read_json`.
     """
-    for attempt in range(_ATTEMPTS):
-        version = _version_of(path)
-        try:
-            with open_tensors(path, redo=redo) as file:
-                text = (file.metadata() or {}).get(key)
-                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        except CheckpointError:
-            if version == _version_of(path) or attempt == _ATTEMPTS - 1:
-                raise
-            continue
-        if version == _version_of(path):
-            break
+    with open_tensors(path, redo=redo) as file:
+        text = (file.metadata() or {}).get(key)
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
     if text is None:
         raise damaged(path, f"its header has no {key!r}", redo=redo)
     return _parse(path, text, lambda document: parse(document, tensors), redo, schema)
-
-
-def _version_of(path: Path) -> tuple[int, int, int] | None:
-    """Return what tells a file from one that takes its place; None if there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def digest(tensors: "Mapping[str, Tensor]") -> str:
