@@ -34,21 +34,36 @@ def test_state_comes_back_as_it_was_saved(tiny_tuned: Finetuned, tmp_path: Path)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["state.safetensors"]
 
 
+@pytest.mark.parametrize(
+    "opener", ["msfp_cli.files.documents.safe_open", "torch.UntypedStorage.from_file"]
+)
+@pytest.mark.parametrize("is_before", [False, True])
 def test_state_that_is_replaced_while_it_is_read_comes_back_whole(
-    tiny_tuned: Finetuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opener: str,
+    is_before: bool,
+    tiny_tuned: Finetuned,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """safetensors opens the file twice, the second time for torch."""
     path = tmp_path / "state.safetensors"
     first = tiny_tuned.tuned
     later = replace(first, step=1, tensors={n: t + 1 for n, t in first.tensors.items()})
     first.save(path)
+    opened = safe_open if opener.endswith("safe_open") else torch.UntypedStorage.from_file
+    replacements = []
 
     def open_and_replace(*arguments: object, **options: object) -> object:
-        file = safe_open(*arguments, **options)
+        if is_before:
+            later.save(path)
+        file = opened(*arguments, **options)
         later.save(path)
+        replacements.append(file)
         return file
 
-    monkeypatch.setattr("msfp_cli.files.documents.safe_open", open_and_replace)
+    monkeypatch.setattr(opener, open_and_replace)
     state = FinetuneState.load(path)
+    assert replacements
     assert state.step == first.step
     assert all(torch.equal(state.tensors[name], first.tensors[name]) for name in first.tensors)
 

@@ -153,10 +153,25 @@ def open_tensors(path: Path, *, redo: str) -> Iterator[TensorFile]:
     """
     require_file(path, redo=redo)
     try:
-        with safe_open(path, framework="pt") as file:
+        with _one_file(path) as name, safe_open(name, framework="pt") as file:
             yield file
     except SafetensorError as error:
         raise damaged(path, error, redo=redo) from None
+
+
+@contextmanager
+def _one_file(path: Path) -> Iterator[str]:
+    """Yield a name of the file that is at `path` now, whatever takes its place in the meantime.
+
+    safetensors opens a file twice, for its header and for its tensors, and a training replaces its
+    state every few updates. Windows has no such name, but does not replace an open file either.
+    """
+    descriptors = Path("/dev/fd")
+    if not descriptors.exists():
+        yield str(path)
+        return
+    with path.open("rb") as file:
+        yield str(descriptors / str(file.fileno()))
 
 
 def read_tensors(path: Path, *, redo: str) -> "dict[str, Tensor]":
