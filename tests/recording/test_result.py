@@ -10,7 +10,8 @@ from torch import Tensor
 
 from msfp_cli.errors import CheckpointError, ModelError, RunError
 from msfp_cli.pipelines.denoiser import DenoiserCall
-from msfp_cli.recording.result import Recording, size_bytes
+from msfp_cli.recording.encode import size_bytes
+from msfp_cli.recording.result import Recording
 
 RECIPE: dict[str, Any] = {
     "source": {"model": "x"},

@@ -23,6 +23,7 @@ from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, ModelSource,
 from msfp_cli.pipelines.sampling import call_pipeline
 from msfp_cli.pipelines.watch import watch_calls, watch_scheduler
 from msfp_cli.progress import SILENT, Progress
+from msfp_cli.recording.encode import size_bytes
 from msfp_cli.recording.recipe import (
     DEFAULT_MAX_BYTES,
     LARGE,
@@ -33,7 +34,7 @@ from msfp_cli.recording.recipe import (
     RecordRecipe,
     recorded_conditions,
 )
-from msfp_cli.recording.result import Recording, size_bytes
+from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 
 _HELD_OUT_SEED = 1_000_003  # far from any calibration image's seed

@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from msfp_cli.errors import ModelError, RunError
+from msfp_cli.errors import RunError
 from msfp_cli.files.directories import RECORDING, claim
 from msfp_cli.files.documents import (
     Json,
@@ -34,93 +33,16 @@ from msfp_cli.files.documents import (
     write_tensors,
 )
 from msfp_cli.pipelines.denoiser import DenoiserCall
+from msfp_cli.recording.encode import content_hash, decode_items, encode_calls
 
 T = TypeVar("T")
 
 _SCHEMA = 1
 _MANIFEST = "recording.json"
 _HEADER = "record"  # of a shard: the key under which its calls lie
-_TENSOR, _DICT = "$tensor", "$dict"  # how JSON tells a tensor and a dict from plain values
 _MAX_SHARDS = 100_000
 _REDO = "run `msfp calibrate --overwrite`"
 _REDO_SHARD = "delete it and run the same `msfp calibrate` again, with --overwrite"
-
-
-def _hash(tensor: Tensor) -> str:
-    """Name a tensor by its content, type and shape."""
-    sha = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    if tensor.numel():
-        # An expanded tensor of one element counts as contiguous, but has no stride to be viewed by.
-        dense = tensor.clone(memory_format=torch.contiguous_format)
-        sha.update(dense.reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()[:32]
-
-
-class _Encoder:
-    """Turns trees of arguments into JSON, setting the tensors aside."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-
-    def encode(self, value: Any, where: str) -> Json:  # noqa: ANN401 (a tree of arguments)
-        """Return a value as JSON, each tensor as the hash of its content.
-
-        Arguments:
-            where: what the value is, for the error.
-
-        Raises:
-            ModelError: the value, or one inside of it, cannot be stored.
-        """
-        if isinstance(value, Tensor):
-            tensor = value.detach().cpu().contiguous()
-            name = _hash(tensor)
-            self.tensors.setdefault(name, tensor.clone())
-            return {_TENSOR: name}
-        if isinstance(value, dict):
-            items = {str(key): self.encode(item, f"{where}.{key}") for key, item in value.items()}
-            return {_DICT: items}
-        if isinstance(value, list | tuple):
-            return [self.encode(item, where) for item in value]
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        raise ModelError(
-            f"cannot record the denoiser's argument {where!r} of type {type(value).__name__}"
-        )
-
-
-def _decode(value: Json, tensor_of: Callable[[str], Tensor]) -> Any:  # noqa: ANN401 (a tree of arguments)
-    """Undo `_Encoder.encode`."""
-    if isinstance(value, dict) and _TENSOR in value:
-        return tensor_of(value[_TENSOR])
-    if isinstance(value, dict):
-        return _decode_items(value[_DICT], tensor_of)
-    if isinstance(value, list):
-        return [_decode(item, tensor_of) for item in value]
-    return value
-
-
-def _decode_items(values: Json, tensor_of: Callable[[str], Tensor]) -> dict[str, Any]:
-    return {key: _decode(item, tensor_of) for key, item in values.items()}
-
-
-def encode_calls(calls: list[DenoiserCall]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Return the calls as JSON values and their tensors by content, each once."""
-    encoder = _Encoder()
-    encoded = [
-        {
-            "component": call.component,
-            "timestep": call.timestep,
-            "arguments": encoder.encode(call.arguments, "arguments"),
-            "output": encoder.encode(call.output, "output"),
-        }
-        for call in calls
-    ]
-    return encoded, encoder.tensors
-
-
-def size_bytes(calls: list[DenoiserCall]) -> int:
-    """Return the bytes that these calls take on disk, equal tensors counted once."""
-    return sum(tensor.nbytes for tensor in encode_calls(calls)[1].values())
 
 
 def _parse_manifest(document: Json) -> tuple[dict[str, Any], int]:
@@ -263,7 +185,7 @@ class Recording:
         """Read a tensor; the first time, compare it with the hash that names it."""
         tensor: Tensor = file.get_tensor(name)
         if name not in self._intact:
-            if _hash(tensor) != name:
+            if content_hash(tensor) != name:
                 raise damaged(path, f"tensor {name} is altered", redo=_REDO_SHARD)
             self._intact.add(name)
         return tensor
@@ -290,7 +212,7 @@ class Recording:
             return tensors[name]
 
         def parse(document: Json) -> list[DenoiserCall]:
-            return [DenoiserCall(**_decode_items(call, tensor_of)) for call in document["calls"]]
+            return [DenoiserCall(**decode_items(call, tensor_of)) for call in document["calls"]]
 
         return self._read_header(index, parse)
 

@@ -1,0 +1,95 @@
+"""Denoiser calls as JSON and tensors: trees of arguments in which a tensor is named by its content.
+
+Tensors that are equal have one name, and so are stored once.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msfp_cli.errors import ModelError
+from msfp_cli.files.documents import Json
+from msfp_cli.pipelines.denoiser import DenoiserCall
+
+_TENSOR, _DICT = "$tensor", "$dict"  # how JSON tells a tensor and a dict from plain values
+
+
+def content_hash(tensor: Tensor) -> str:
+    """Name a tensor by its content, type and shape."""
+    sha = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    if tensor.numel():
+        # An expanded tensor of one element counts as contiguous, but has no stride to be viewed by.
+        dense = tensor.clone(memory_format=torch.contiguous_format)
+        sha.update(dense.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()[:32]
+
+
+class _Encoder:
+    """Turns trees of arguments into JSON, setting the tensors aside."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def encode(self, value: Any, where: str) -> Json:  # noqa: ANN401 (a tree of arguments)
+        """Return a value as JSON, each tensor as the hash of its content.
+
+        Arguments:
+            where: what the value is, for the error.
+
+        Raises:
+            ModelError: the value, or one inside of it, cannot be stored.
+        """
+        if isinstance(value, Tensor):
+            tensor = value.detach().cpu().contiguous()
+            name = content_hash(tensor)
+            self.tensors.setdefault(name, tensor.clone())
+            return {_TENSOR: name}
+        if isinstance(value, dict):
+            items = {str(key): self.encode(item, f"{where}.{key}") for key, item in value.items()}
+            return {_DICT: items}
+        if isinstance(value, list | tuple):
+            return [self.encode(item, where) for item in value]
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise ModelError(
+            f"cannot record the denoiser's argument {where!r} of type {type(value).__name__}"
+        )
+
+
+def _decode(value: Json, tensor_of: Callable[[str], Tensor]) -> Any:  # noqa: ANN401 (a tree of arguments)
+    """Undo `_Encoder.encode`."""
+    if isinstance(value, dict) and _TENSOR in value:
+        return tensor_of(value[_TENSOR])
+    if isinstance(value, dict):
+        return decode_items(value[_DICT], tensor_of)
+    if isinstance(value, list):
+        return [_decode(item, tensor_of) for item in value]
+    return value
+
+
+def decode_items(values: Json, tensor_of: Callable[[str], Tensor]) -> dict[str, Any]:
+    """Return a dict of values, undoing `_Encoder.encode`."""
+    return {key: _decode(item, tensor_of) for key, item in values.items()}
+
+
+def encode_calls(calls: list[DenoiserCall]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Return the calls as JSON values and their tensors by content, each once."""
+    encoder = _Encoder()
+    encoded = [
+        {
+            "component": call.component,
+            "timestep": call.timestep,
+            "arguments": encoder.encode(call.arguments, "arguments"),
+            "output": encoder.encode(call.output, "output"),
+        }
+        for call in calls
+    ]
+    return encoded, encoder.tensors
+
+
+def size_bytes(calls: list[DenoiserCall]) -> int:
+    """Return the bytes that these calls take on disk, equal tensors counted once."""
+    return sum(tensor.nbytes for tensor in encode_calls(calls)[1].values())
