@@ -25,6 +25,7 @@ from msfp_cli.files.documents import digest
 from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import ROUTER
+from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 
 Damage = Callable[[Path], None]
 
@@ -488,10 +489,16 @@ def test_altered_parts_that_are_not_quantized_are_refused(
     for name in names:
         before = (directory / name).read_bytes()
         flip(directory / name, -2, 1)
-        with pytest.raises(CheckpointError, match=f"{name.name} is (altered|damaged)"):
-            _from_wrapper(directory)
+        for load in (_from_wrapper, _from_loader):
+            with pytest.raises(CheckpointError, match=f"{name.name} is (altered|damaged)"):
+                load(directory)
         (directory / name).write_bytes(before)
     _from_wrapper(directory)
+
+
+def _from_loader(directory: Path) -> object:
+    """Load as the commands do, `msfp evaluate` say."""
+    return load_pipeline(ModelSource(model=str(directory)), "cpu")
 
 
 def test_a_change_on_purpose_is_loaded_unchecked_or_sealed_again(

@@ -398,7 +398,8 @@ _EXPORTED, _CALIBRATED = "sample", "export"
         (
             _EXPORTED,
             "sample --prompt cat --num-images 0",
-            "--num-images must be at least 1, and all prompts together at most 10000 pictures",
+            "--num-images must be at least 1, and all prompts together at most 10000 pictures; "
+            "got 0",
             2,
         ),
         (

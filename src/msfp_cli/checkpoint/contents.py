@@ -8,9 +8,7 @@ timestep's member that the hub does not have).
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,26 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from msfp_cli.errors import CheckpointError
-from msfp_cli.files.documents import Json, digest, open_tensors, read_tensors, refuse_altered
+from msfp_cli.files.documents import Json, digest, open_tensors, refuse_altered
+from msfp_cli.files.seal import REDO, is_checked
 from msfp_cli.formats.rounding import are_scales
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import ROUTER
 
 CONFIG, MODEL, DIGEST = "quantization_config", "model_config", "msfp_digest"  # header keys
-REDO = (
-    "export or download it again, or, if it was changed on purpose, run `msfp export --reseal DIR`"
-)
-_IS_CHECKED = ContextVar("is_checked", default=True)
-
-
-@contextmanager
-def unchecked() -> Iterator[None]:
-    """Load what was altered as well, while the context is open."""
-    token = _IS_CHECKED.set(False)
-    try:
-        yield
-    finally:
-        _IS_CHECKED.reset(token)
 
 
 def model_text(config: Mapping[str, Any]) -> str:
@@ -82,12 +67,12 @@ class Contents:
         for path in paths:
             with open_tensors(path, redo=REDO) as file:
                 header |= file.metadata() or {}
-            tensors |= read_tensors(path, redo=REDO)
+                tensors |= {name: file.get_tensor(name) for name in sorted(file.keys())}
         if DIGEST not in header:
             raise CheckpointError(
                 f"{paths[0] if paths else 'the checkpoint'} has no msfp digest; export it again"
             )
-        if _IS_CHECKED.get():
+        if is_checked():
             refuse_altered(paths[0], tensors, header[DIGEST], redo=REDO)
         contents = cls(path=paths[0], header=header, tensors=tensors)
         contents._refuse_bad_values()
@@ -107,7 +92,7 @@ class Contents:
 
     def refuse_other_config(self, config: str) -> None:
         """Compare the header with the ``quantization_config`` that diffusers read."""
-        if _IS_CHECKED.get() and self.header.get(CONFIG) != config:
+        if is_checked() and self.header.get(CONFIG) != config:
             raise CheckpointError(
                 f"{self.path} and its config.json disagree: one of them is altered; {REDO}"
             )
@@ -117,7 +102,7 @@ class Contents:
 
         A key that the header lacks is of a later diffusers, and has its default.
         """
-        if not _IS_CHECKED.get() or MODEL not in self.header:
+        if not is_checked() or MODEL not in self.header:
             return
         expected = self._model_config()
         actual = json.loads(model.to_json_string())

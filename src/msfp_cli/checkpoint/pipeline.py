@@ -1,22 +1,20 @@
 """`MSFPPipeline`: an exported checkpoint as a pipeline, with what only we know about it."""
 
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from msfp_cli.checkpoint.contents import REDO, unchecked
 from msfp_cli.checkpoint.quantizer import METHOD, MSFPConfig
 from msfp_cli.errors import ModelError
 from msfp_cli.files.documents import Json, open_tensors, read_json
-from msfp_cli.files.seal import checked
+from msfp_cli.files.seal import REDO, unchecked
 from msfp_cli.layers.kernels.registry import AUTO
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.replace import quantized_layers, select_layers
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
-
-_REDO = f"{REDO}, or load it with check=False"
 
 
 def read_configs(directory: Path) -> dict[str, MSFPConfig]:
@@ -113,7 +111,6 @@ class MSFPPipeline:
             kernel: how to run its layers, a name in `kernels.KERNELS`; ``auto`` takes the fastest
                 that can.
             keep_packed: keep weights in 4 bits in memory, too: half the memory, and slower.
-
             check: whether to refuse files that were changed since msfp wrote them, see `seal`.
 
         Raises:
@@ -124,7 +121,7 @@ class MSFPPipeline:
         directory = Path(directory)
         configs = read_configs(directory)
         name = None if dtype is None else str(dtype).removeprefix("torch.")
-        with checked(directory, redo=_REDO) if check else unchecked():
+        with nullcontext() if check else unchecked():
             pipe = load_pipeline(ModelSource(model=str(directory), dtype=name), device)
             for component in configs:
                 prepare_(getattr(pipe, component), kernel, keep_packed=keep_packed)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from msfp_cli.checkpoint.contents import REDO, Contents, header_of, model_text, unchecked
+from msfp_cli.checkpoint.contents import Contents, header_of, model_text
 from msfp_cli.checkpoint.export import sort_header_
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
 from msfp_cli.checkpoint.quantizer import to_text
 from msfp_cli.files.atomic import replace_file, write_text
 from msfp_cli.files.documents import read_tensors
-from msfp_cli.files.seal import MARK, Seal
+from msfp_cli.files.seal import MARK, REDO, Seal, unchecked
 
 
 def reseal(directory: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from msfp_cli.errors import ModelError, MsfpError
+from msfp_cli.files.seal import REDO, checked
 from msfp_cli.recipe import Recipe, option
 
 if TYPE_CHECKING:  # `msfp --help` must not load torch
@@ -115,6 +116,7 @@ def load_pipeline(source: ModelSource, device: str | None = None) -> Pipeline:
 
     Raises:
         ModelError: it cannot be found or loaded; the message says why, as far as can be known.
+        CheckpointError: it is an export that was altered.
     """
     from diffusers import DiffusionPipeline
 
@@ -125,16 +127,17 @@ def load_pipeline(source: ModelSource, device: str | None = None) -> Pipeline:
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise ModelError(f"{model!r} is neither a directory nor a hub id (owner/name)")
     options = {"revision": source.revision, "variant": source.variant}
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            model,
-            dtype=choose_dtype(source.dtype, place),
-            **{k: v for k, v in options.items() if v is not None},
-        )
-    except MsfpError:
-        raise
-    except Exception as error:  # every library below has its own kinds
-        raise ModelError(_explain(source, error)) from error
+    with checked(Path(model), redo=REDO):  # what msfp exported; others have no seal
+        try:
+            pipe = DiffusionPipeline.from_pretrained(
+                model,
+                dtype=choose_dtype(source.dtype, place),
+                **{k: v for k, v in options.items() if v is not None},
+            )
+        except MsfpError:
+            raise
+        except Exception as error:  # every library below has its own kinds
+            raise ModelError(_explain(source, error)) from error
     _refuse_missing_tensors(model, pipe)
     with contextlib.suppress(AttributeError):
         pipe.set_progress_bar_config(disable=True)
