@@ -38,7 +38,7 @@ def call(shard: int, timestep: float, component: str = "unet") -> DenoiserCall:
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     """Six shards of five timesteps, the last one only in two; a second denoiser is called, too."""
     made = Recording.create(
-        tmp_path_factory.mktemp("batches") / "recording", {"source": "x"}, NUM_SHARDS
+        tmp_path_factory.mktemp("batches") / "recording", {"source": {"model": "x"}}, NUM_SHARDS
     )
     for shard in range(NUM_SHARDS):
         calls = [call(shard, timestep) for timestep in TIMESTEPS if timestep > 1 or shard in (0, 2)]
@@ -263,7 +263,7 @@ def test_rows_that_cannot_be_one_call_are_several(tmp_path: Path) -> None:
     calls = [
         replace(call(0, t), arguments=call(0, t).arguments | {"scale": t}) for t in (801.0, 1.0)
     ]
-    made = Recording.create(tmp_path, {"source": "x"}, 1)
+    made = Recording.create(tmp_path, {"source": {"model": "x"}}, 1)
     made.write_shard(0, calls)
     parts = batches(made, lanes=1, batch_size=4).batch(0, 0)
     assert [part.timesteps for part in parts] == [(801.0, 801.0), (1.0, 1.0)]
@@ -286,7 +286,7 @@ def test_component_that_was_not_recorded_is_refused_by_name(recording: Recording
 
 
 def test_shard_that_is_missing_is_named(tmp_path: Path) -> None:
-    incomplete = Recording.create(tmp_path, {"source": "x"}, 2)
+    incomplete = Recording.create(tmp_path, {"source": {"model": "x"}}, 2)
     incomplete.write_shard(0, [call(0, 1.0)])
     with pytest.raises(RunError, match="00001.safetensors is missing"):
         batches(incomplete)
