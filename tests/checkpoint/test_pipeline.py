@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 
 import msfp_cli
 from conftest import Chained, Finetuned, Invoke
+from msfp_cli.checkpoint import contents
 from msfp_cli.checkpoint.pipeline import MSFPPipeline, read_configs
 from msfp_cli.checkpoint.quantizer import MSFPConfig
 from msfp_cli.checkpoint.reseal import reseal
 from msfp_cli.errors import CheckpointError, ModelError, MsfpError, RunError, UsageError
 from msfp_cli.files.directories import refuse_foreign
 from msfp_cli.files.documents import digest
+from msfp_cli.files.seal import MARK
 from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import ROUTER
@@ -494,6 +496,21 @@ def test_altered_parts_that_are_not_quantized_are_refused(
                 load(directory)
         (directory / name).write_bytes(before)
     _from_wrapper(directory)
+
+
+def test_what_a_seal_covers_is_hashed_once(
+    tiny_chained: Chained, copied: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = copied(tiny_chained.export)
+    hashed: list[Path] = []
+    monkeypatch.setattr(contents, "refuse_altered", lambda path, *_, **__: hashed.append(path))
+    _from_wrapper(directory)
+    assert not hashed
+    DiffusionPipeline.from_pretrained(directory)
+    assert hashed == [tensors_of(directory / "unet")]
+    (directory / MARK).unlink()
+    _from_wrapper(directory)
+    assert len(hashed) == 2
 
 
 def _from_loader(directory: Path) -> object:

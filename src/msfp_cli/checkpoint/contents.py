@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from msfp_cli.errors import CheckpointError
 from msfp_cli.files.documents import Json, digest, open_tensors, refuse_altered
-from msfp_cli.files.seal import REDO, is_checked
+from msfp_cli.files.seal import REDO, is_checked, is_compared
 from msfp_cli.formats.rounding import are_scales
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import ROUTER
@@ -59,6 +59,8 @@ class Contents:
     def read(cls, paths: Sequence[Path]) -> "Contents":
         """Read the files and compare their tensors with the digest.
 
+        Files whose every byte is being compared with a seal are not hashed a second time.
+
         Raises:
             CheckpointError: a file is truncated, altered, or was not written by msfp.
         """
@@ -72,7 +74,7 @@ class Contents:
             raise CheckpointError(
                 f"{paths[0] if paths else 'the checkpoint'} has no msfp digest; export it again"
             )
-        if is_checked():
+        if is_checked() and not all(map(is_compared, paths)):
             refuse_altered(paths[0], tensors, header[DIGEST], redo=REDO)
         contents = cls(path=paths[0], header=header, tensors=tensors)
         contents._refuse_bad_values()

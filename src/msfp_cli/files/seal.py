@@ -9,6 +9,8 @@ Either way it answers whose a file is: ours, or one that somebody put beside the
 """
 
 import hashlib
+import mmap
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +30,8 @@ REDO = (
 )
 _SCHEMA = 1
 _IS_CHECKED = ContextVar("is_checked", default=True)
-_BLOCK = 1 << 20  # bytes that are read at a time
+# Files that are being compared with their seal while the context is open.
+_COMPARED: ContextVar[frozenset[Path]] = ContextVar("compared", default=frozenset())
 # What `atomic` and `directories` call a file or a directory that is not finished.
 _TEMPORARY = re.compile(r"\.(.+?)\.msfp-(tmp|old)")
 
@@ -42,12 +45,14 @@ class SealedFile:
 
     @classmethod
     def of(cls, path: Path) -> "SealedFile":
-        """Read a file, a block at a time."""
+        """Read a file in one step, in which Python's other threads are not held up."""
         sha = hashlib.sha256()
         with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                sha.update(block)
-            return cls(size=file.tell(), sha256=sha.hexdigest())
+            size = os.fstat(file.fileno()).st_size
+            if size:  # nothing cannot be mapped
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                    sha.update(content)
+        return cls(size=size, sha256=sha.hexdigest())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +176,11 @@ def is_checked() -> bool:
     return _IS_CHECKED.get()
 
 
+def is_compared(path: Path) -> bool:
+    """Whether `checked` compares this file with its seal, so that nobody else has to hash it."""
+    return path.resolve() in _COMPARED.get()
+
+
 @contextmanager
 def checked(directory: Path, *, redo: str) -> Iterator[None]:
     """Compare a directory with its seal; without a seal there is nothing to compare.
@@ -192,7 +202,9 @@ def checked(directory: Path, *, redo: str) -> Iterator[None]:
     seal.refuse_altered(directory, seal.files.keys() - set(large), redo=redo)
     with ThreadPoolExecutor(1) as pool:
         comparison = pool.submit(seal.refuse_altered, directory, large, redo=redo)
+        token = _COMPARED.set(frozenset((directory / name).resolve() for name in large))
         try:
             yield
         finally:
+            _COMPARED.reset(token)
             comparison.result()
