@@ -26,7 +26,7 @@ from torch import Tensor
 
 from msfp_cli.formats.float_format import FloatFormat
 
-_CHUNK = 1 << 23  # elements of a block of rows: bounds the float64 temporaries to some hundred MiB
+_CHUNK = 1 << 21  # elements of a block of rows: small enough for a processor's cache
 
 
 @dataclass(frozen=True, kw_only=True)
