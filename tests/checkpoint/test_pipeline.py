@@ -18,7 +18,6 @@ import msfp_cli
 from conftest import Chained, Finetuned, Invoke
 from msfp_cli.checkpoint import contents
 from msfp_cli.checkpoint.pipeline import MSFPPipeline, read_configs
-from msfp_cli.checkpoint.quantizer import MSFPConfig
 from msfp_cli.checkpoint.reseal import reseal
 from msfp_cli.errors import CheckpointError, ModelError, MsfpError, RunError, UsageError
 from msfp_cli.files.directories import refuse_foreign
@@ -236,14 +235,6 @@ def test_float_pipeline_is_no_export(tiny: Callable[[str], Path]) -> None:
 def test_directory_without_an_index_is_no_export(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no model_index.json; `msfp export` makes one"):
         MSFPPipeline.from_pretrained(tmp_path)
-
-
-def test_float_models_are_not_quantized_while_they_load(tiny: Callable[[str], Path]) -> None:
-    unet = type(DiffusionPipeline.from_pretrained(tiny("DDIMPipeline")).unet)
-    with pytest.raises(
-        CheckpointError, match="exported models only; make one with `msfp calibrate`"
-    ):
-        unet.from_pretrained(tiny("DDIMPipeline") / "unet", quantization_config=MSFPConfig())
 
 
 @pytest.fixture(scope="module")

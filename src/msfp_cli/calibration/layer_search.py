@@ -39,7 +39,7 @@ def search_layer(
     lifted: bool = False,
 ) -> CalibratedLayer:
     """Search one layer at the bits that the recipe gives it."""
-    reason, weight_bits, input_bits = _bits(name, layer, recipe, lifted=lifted)
+    reason, weight_bits, input_bits = bits_of(name, layer, recipe, lifted=lifted)
     weight = inputs = None
     if weight_bits is not None:
         weight = search_rows(
@@ -85,8 +85,8 @@ def _scores(result: SearchResult | None) -> tuple[Score, ...]:
     )
 
 
-def _bits(
-    name: str, layer: FloatLayer, recipe: CalibrateRecipe, *, lifted: bool
+def bits_of(
+    name: str, layer: FloatLayer, recipe: CalibrateRecipe, *, lifted: bool = False
 ) -> tuple[str, int | None, int | None]:
     """Return why a layer gets its bits, those of its weight, and those of its input."""
     kept, bits = recipe.kept_bits(name)

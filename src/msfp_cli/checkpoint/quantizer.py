@@ -1,5 +1,8 @@
 """How diffusers reads and writes our models: a config and a quantizer for its registry.
 
+A model in full precision is quantized while it loads (`weight_only`): weights only, without a
+calibration, tensor by tensor, so that it is never whole in full precision.
+
 With these two registered, ``DiffusionPipeline.from_pretrained(export)`` returns the stock pipeline
 with quantized layers, and ``save_pretrained`` writes it again. The float weights never exist:
 layers are replaced while the model is on the meta device. `contents` compares the files with the
@@ -9,23 +12,28 @@ method ``msfp`` and refuses by itself.
 """
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.checkpoint.contents import Contents, header_of, model_text
+from msfp_cli.checkpoint.weight_only import WeightEncoder
 from msfp_cli.errors import CheckpointError, MsfpError, UsageError
 from msfp_cli.files.documents import Json
 from msfp_cli.layers.replace import replace_layers_
 from msfp_cli.layers.routing import check_unit
 from msfp_cli.layers.scheme import LayerScheme
+from msfp_cli.version import __version__
 
 DiffusersModel: TypeAlias = Any  # diffusers is untyped
 
@@ -41,9 +49,14 @@ class _Method(str, Enum):
 
 @dataclass
 class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is untyped
-    """The ``quantization_config`` of an exported denoiser.
+    """The ``quantization_config`` of a quantized model, or the wish for one.
+
+    ``AutoModel.from_pretrained(..., quantization_config=MSFPConfig(weights=4))`` quantizes the
+    weights of a model in full precision while it loads.
 
     Arguments:
+        weights: bits of the weights of a model that is quantized while it loads, 2 to 8.
+        keep: of such a model, rules ``PATTERN:BITS`` as in ``--keep`` of `msfp calibrate`.
         layers: per layer name, the JSON of `LayerScheme`: every layer's real formats, scale and
             zero point.
         timestep_unit: what brings the denoiser's timesteps to 0..1000, the rows of the router's
@@ -57,6 +70,8 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
         CheckpointError: the layout is newer than this version of msfp, or not ours.
     """
 
+    weights: int = 4
+    keep: Sequence[str] = ()
     layers: dict[str, Any] = field(default_factory=dict)
     timestep_unit: float = 1.0
     source: dict[str, Any] = field(default_factory=dict)
@@ -92,6 +107,10 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
             ) from None
         return (config, kwargs) if return_unused_kwargs else config
 
+    def recipe(self) -> CalibrateRecipe:
+        """Return how a model is quantized while it loads."""
+        return CalibrateRecipe(weights=self.weights, activations=None, keep=tuple(self.keep))
+
     def table(self) -> dict[str, LayerScheme]:
         """Return the layers' schemes.
 
@@ -107,7 +126,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
             ) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return plain JSON values: what was done, not what was asked for."""
         return {
             "quant_method": METHOD,
             "schema_version": self.schema_version,
@@ -120,19 +139,16 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
 
 
 class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is untyped
-    """Loads and saves exported denoisers for diffusers."""
+    """Loads and saves quantized models for diffusers, and quantizes others while they load."""
 
     use_keep_in_fp32_modules = True
-    requires_calibration = False  # we refuse float models ourselves, and say what to do
+    requires_calibration = False
+    quantization_config: MSFPConfig
+    pre_quantized: bool
 
     def __init__(self, quantization_config: MSFPConfig, **kwargs: Json) -> None:
-        """Take the config that diffusers read; float models cannot be quantized while they load."""
-        super().__init__(quantization_config, **kwargs)
-        if not self.pre_quantized:
-            raise CheckpointError(
-                "MSFPConfig loads exported models only; "
-                "make one with `msfp calibrate` and `msfp export`"
-            )
+        """Take the config that diffusers read, or that the user gave, which stays as it is."""
+        super().__init__(replace(quantization_config), **kwargs)
 
     def validate_environment(
         self, *args: object, device_map: object = None, **kwargs: Json
@@ -152,6 +168,8 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
         self, loaded_keys: list[str], checkpoint_files: list[str] | str | None
     ) -> list[str]:
         """Check the files' digest before anything is loaded; diffusers calls this first."""
+        if not self.pre_quantized:
+            return loaded_keys
         paths = (
             [checkpoint_files]
             if isinstance(checkpoint_files, str)
@@ -168,8 +186,11 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
         **kwargs: Json,
     ) -> None:
         config: MSFPConfig = self.quantization_config
-        self._contents.refuse_other_model(model)
         self.note_model(model)
+        if not self.pre_quantized:
+            self._encoder = WeightEncoder(model, config.recipe())
+            return
+        self._contents.refuse_other_model(model)
         replace_layers_(model, config.table(), timestep_unit=config.timestep_unit)
         self._contents.refuse_misfit(model)
         del self._contents  # which keeps the files open
@@ -181,7 +202,35 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
         """Remember the model's config, which is written beside its tensors."""
         self._model_text = model_text(json.loads(model.to_json_string()))
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Json) -> nn.Module:
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, *args: Json, **kwargs: Json
+    ) -> bool:
+        """Whether a tensor that was read is a weight to quantize."""
+        return not self.pre_quantized and param_name in self._encoder.weights
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: str | torch.device,
+        *args: Json,
+        **kwargs: Json,
+    ) -> None:
+        """Quantize a weight that was read; it is let go of before the next one."""
+        self._encoder.encode_(model, param_name, param_value.to(target_device))
+
+    def _process_model_after_weight_loading(
+        self, model: DiffusersModel, **kwargs: Json
+    ) -> DiffusersModel:
+        if not self.pre_quantized:
+            self._encoder.refuse_missing()
+            self.quantization_config = MSFPConfig(
+                layers=self._encoder.table, tool_version=__version__
+            )
+            model.register_to_config(quantization_config=self.quantization_config)
+            self.pre_quantized = True
+            del self._encoder
         _adapt_(model)
         return model
 

@@ -100,6 +100,26 @@ def store_layers_(
             quantized.store_(weight, scales[name].to(weight.device))
 
 
+def replace_by_codes_(
+    denoiser: nn.Module,
+    name: str,
+    layer: FloatLayer,
+    scheme: LayerScheme,
+    scale: Tensor,
+    codes: Tensor,
+) -> None:
+    """Put a quantized layer with these codes in the place of a float layer, which may be empty.
+
+    Arguments:
+        scale: float32, ``(out,)``.
+        codes: uint8, the packed codes of its only member.
+    """
+    new = _quantize_empty(name, layer, scheme)
+    new._buffers["weight_scale"] = scale
+    new._buffers["weight_codes"] = codes[None]
+    replace_module_(denoiser, name, new)
+
+
 def _quantize_empty(name: str, layer: FloatLayer, scheme: LayerScheme) -> Quantized:
     """Return the empty quantized layer that takes a float one's place."""
     kind = kind_of(layer)

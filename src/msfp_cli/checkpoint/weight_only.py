@@ -1,0 +1,85 @@
+"""Quantize the weights of a model as they are read: no calibration, and never the whole model.
+
+Which layers, and with how many bits, is said by the rules that a calibration follows too, so first
+and last layers stay in floating point. Inputs of layers stay in floating point as well: how large
+they get is known only from recorded calls.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msfp_cli.calibration.layer_search import bits_of
+from msfp_cli.calibration.recipe import CalibrateRecipe
+from msfp_cli.errors import CheckpointError, UsageError
+from msfp_cli.formats.weights import CodedWeight, encode_weight
+from msfp_cli.layers.quantized import kind_of
+from msfp_cli.layers.replace import (
+    find_layers,
+    quantized_layers,
+    replace_by_codes_,
+    replace_layers_,
+)
+from msfp_cli.layers.scheme import LayerScheme
+
+
+class WeightEncoder:
+    """Turns weights into codes, one after another, and layers into quantized ones.
+
+    Arguments:
+        model: in floating point; it may be on the meta device.
+        recipe: its bits of weights, and its rules.
+
+    Raises:
+        UsageError: the model is quantized already, or no layer is to be quantized.
+    """
+
+    def __init__(self, model: nn.Module, recipe: CalibrateRecipe) -> None:
+        if quantized_layers(model):
+            raise UsageError("the model is quantized already; give the one in full precision")
+        self._recipe = recipe
+        self._bits = dict[str, int]()
+        self._layers = find_layers(model)
+        for name, layer in self._layers.items():
+            _, bits, _ = bits_of(name, layer, recipe)
+            if bits is not None:
+                self._bits[name] = bits
+        if not self._bits:
+            raise UsageError(f"{type(model).__name__} has no layer to quantize with these rules")
+        self.weights = frozenset(f"{name}.weight" for name in self._bits)
+        self.table = dict[str, dict[str, Any]]()  # schemes of the layers that are done, as JSON
+        replace_layers_(model, {})  # so that the model answers for weights that it does not have
+
+    def encode(self, name: str, weight: Tensor) -> CodedWeight:
+        """Choose format and scales of one of `weights`, and round it.
+
+        Raises:
+            CheckpointError: it holds a NaN or an infinity.
+        """
+        if not all(extreme.isfinite() for extreme in torch.aminmax(weight)):
+            raise CheckpointError(
+                f"{name} holds a NaN or infinity, so the model's file is broken; download it again"
+            )
+        formats = self._recipe.weight_formats(self._bits[name.removesuffix(".weight")])
+        return encode_weight(weight, formats)
+
+    @torch.no_grad()
+    def encode_(self, model: nn.Module, name: str, weight: Tensor) -> None:
+        """Encode a weight and replace its layer."""
+        coded = self.encode(name, weight)
+        layer_name = name.removesuffix(".weight")
+        layer = self._layers.pop(layer_name)
+        scheme = LayerScheme(weight=coded.format, lookup=kind_of(layer).is_table)
+        replace_by_codes_(model, layer_name, layer, scheme, coded.scale, coded.codes)
+        self.table[layer_name] = scheme.to_json()
+
+    def refuse_missing(self) -> None:
+        """Refuse a model whose files lacked a weight that was to be quantized.
+
+        Raises:
+            CheckpointError: the message names it.
+        """
+        missing = sorted(self._bits.keys() - self.table.keys())
+        if missing:
+            raise CheckpointError(f"the model's files lack {missing[0]}.weight; download it again")

@@ -1,0 +1,120 @@
+"""Models are quantized while they load, and saved and loaded as any export."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoModel, DiffusionPipeline, PipelineQuantizationConfig
+from safetensors.torch import load_file, save_file
+
+from msfp_cli.checkpoint.quantizer import MSFPConfig
+from msfp_cli.errors import CheckpointError, UsageError
+from msfp_cli.formats.rounding import Grid, dequantize, per_channel
+from msfp_cli.layers.replace import find_layers, quantized_layers
+from tiny_pipelines import CALL_ARGUMENTS
+
+DENOISERS = {
+    "FluxPipeline": "transformer",
+    "DDIMPipeline": "unet",
+    "StableDiffusionPipeline": "unet",
+    "DiTPipeline": "transformer",
+}
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_weights_are_the_codes_of_those_that_were_read(
+    name: str, tiny: Callable[[str], Path]
+) -> None:
+    place = {"pretrained_model_or_path": str(tiny(name)), "subfolder": DENOISERS[name]}
+    full = find_layers(AutoModel.from_pretrained(**place))
+    model = AutoModel.from_pretrained(**place, quantization_config=MSFPConfig(weights=6))
+    layers = quantized_layers(model)
+    assert layers
+    for layer_name, layer in layers.items():
+        scale = per_channel(layer.get_buffer("weight_scale"), layer.weight.ndim)
+        values = dequantize(layer.codes(), Grid(layer.weight_format(), scale))
+        exact = full[layer_name].weight
+        reach = scale * layer.weight_format().largest
+        assert ((values - exact).abs() <= torch.maximum(exact.abs() - reach, reach / 4)).all()
+        assert layer.scheme.input is None
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_what_was_quantized_is_saved_and_loaded_again(
+    name: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    mapping = PipelineQuantizationConfig(quant_mapping={DENOISERS[name]: MSFPConfig()})
+    pipe = DiffusionPipeline.from_pretrained(tiny(name), quantization_config=mapping)
+    pipe.save_pretrained(tmp_path, max_shard_size="30KB")
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    assert len(list((tmp_path / DENOISERS[name]).glob("*.safetensors"))) > 1
+    pictures = [
+        each(
+            **CALL_ARGUMENTS[name], output_type="np", generator=torch.Generator().manual_seed(0)
+        ).images
+        for each in (pipe, again)
+    ]
+    assert (pictures[0] == pictures[1]).all()
+
+
+def test_one_config_serves_several_models(tiny: Callable[[str], Path]) -> None:
+    config = MSFPConfig(weights=5, keep=("*attn*:none",))
+    for name in ("FluxPipeline", "DiTPipeline"):
+        model = AutoModel.from_pretrained(
+            str(tiny(name)), subfolder="transformer", quantization_config=config
+        )
+        assert not any("attn" in layer for layer in quantized_layers(model))
+    assert config == MSFPConfig(weights=5, keep=("*attn*:none",))
+
+
+def test_types_are_those_that_were_asked_for(tiny: Callable[[str], Path]) -> None:
+    model = AutoModel.from_pretrained(
+        str(tiny("FluxPipeline")),
+        subfolder="transformer",
+        quantization_config=MSFPConfig(),
+        torch_dtype=torch.bfloat16,
+    )
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    layer = next(iter(quantized_layers(model).values()))
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.get_buffer("weight_scale").dtype == torch.float32
+
+
+def damage(directory: Path, copied: Callable[..., Path], **changes: torch.Tensor | None) -> Path:
+    """Copy a denoiser and change tensors in its file; None removes one."""
+    denoiser = copied(directory / "unet")
+    (path,) = denoiser.glob("*.safetensors")
+    tensors = {**load_file(path), **changes}
+    save_file({name: each for name, each in tensors.items() if each is not None}, path)
+    return denoiser
+
+
+WEIGHT = "mid_block.resnets.0.conv1.weight"
+
+
+def test_weight_that_is_missing_is_named(
+    tiny: Callable[[str], Path], copied: Callable[..., Path]
+) -> None:
+    denoiser = damage(tiny("DDIMPipeline"), copied, **{WEIGHT: None})
+    with pytest.raises(CheckpointError, match=f"lack {WEIGHT}"):
+        AutoModel.from_pretrained(str(denoiser), quantization_config=MSFPConfig())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weight_that_is_not_finite_is_named(
+    value: float, tiny: Callable[[str], Path], copied: Callable[..., Path]
+) -> None:
+    (path,) = (tiny("DDIMPipeline") / "unet").glob("*.safetensors")
+    weight = load_file(path)[WEIGHT]
+    weight.view(-1)[-1] = value
+    denoiser = damage(tiny("DDIMPipeline"), copied, **{WEIGHT: weight})
+    with pytest.raises(CheckpointError, match=f"{WEIGHT} holds a NaN"):
+        AutoModel.from_pretrained(str(denoiser), quantization_config=MSFPConfig())
+
+
+def test_rules_that_leave_no_layer_are_refused(tiny: Callable[[str], Path]) -> None:
+    with pytest.raises(UsageError, match="no layer to quantize"):
+        AutoModel.from_pretrained(
+            str(tiny("DDIMPipeline") / "unet"), quantization_config=MSFPConfig(keep=("*:none",))
+        )
