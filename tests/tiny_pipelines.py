@@ -272,12 +272,31 @@ def build_ldm_text_to_image() -> DiffusionPipeline:
 
 def build_stable_diffusion() -> DiffusionPipeline:
     """Build a Stable Diffusion 1 pipeline without its safety checker."""
+    return _stable_diffusion(_conditional_unet(), _vae(), text_layers=2)
+
+
+def build_smallest() -> DiffusionPipeline:
+    """Build a Stable Diffusion 1 pipeline with one level, which loads in a tenth of a second."""
+    unet = _conditional_unet(
+        sample_size=8,
+        block_out_channels=(16,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        mid_block_type=None,
+    )
+    return _stable_diffusion(unet, _vae(levels=1), text_layers=1)
+
+
+def _stable_diffusion(
+    unet: UNet2DConditionModel, vae: AutoencoderKL, text_layers: int
+) -> DiffusionPipeline:
     tokenizer = _clip_tokenizer()
+    text_config = _clip_config(tokenizer, num_hidden_layers=text_layers)
     pipeline = StableDiffusionPipeline(
-        vae=_vae(),
-        text_encoder=CLIPTextModel(_clip_config(tokenizer)),
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config),
         tokenizer=tokenizer,
-        unet=_conditional_unet(),
+        unet=unet,
         scheduler=_latent_ddim_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -456,11 +475,20 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
 
 def build_tiny(name: str) -> DiffusionPipeline:
     """Build a pipeline with the same weights each time, leaving the global random state alone."""
+    return _same_each_time(BUILDERS[name])
+
+
+def _same_each_time(build: Callable[[], DiffusionPipeline]) -> DiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return BUILDERS[name]()
+        return build()
 
 
 def save_tiny(name: str, directory: str | Path) -> None:
     """Build a pipeline and save it as safetensors in a directory."""
     build_tiny(name).save_pretrained(str(directory), safe_serialization=True)
+
+
+def save_smallest(directory: str | Path) -> None:
+    """Save the pipeline that loads fastest, for tests that load it thousands of times."""
+    _same_each_time(build_smallest).save_pretrained(str(directory), safe_serialization=True)

@@ -41,11 +41,10 @@ def main() -> int:
         for kind in (options.kind,) if options.kind else READERS:
             count = options.count if kind == "export" else -(-options.count // 5)
             numbers = range(count) if options.number is None else (options.number,)
-            for number in numbers:
-                trials += fuzzer.trials(kind, number, options.seed)
-                for trial in trials[-len(READERS[kind]) :]:
-                    if trial.is_bad() or options.all or options.number is not None:
-                        print(trial, flush=True)
+            for trial in fuzzer.trials(kind, numbers, options.seed):
+                trials.append(trial)
+                if trial.is_bad() or options.all or options.number is not None:
+                    print(trial, flush=True)
     print(table(trials))
     return int(any(trial.is_bad() for trial in trials))
 

@@ -27,7 +27,8 @@ from msfp_cli.files.documents import digest, to_text
 from msfp_cli.files.seal import MARK, Seal
 from msfp_cli.recording.result import Recording
 
-CANARY = "MSFP_FUZZ_CANARY"  # an environment variable that a pickle of ours would set
+CANARY = "MSFP_FUZZ_CANARY"  # an environment variable that code of ours sets, if it runs
+SOURCE = f"import os\nos.putenv({CANARY!r}, '1')\n"
 DEPTH = 100_000
 Json: TypeAlias = Any
 ODD: tuple[Any, ...] = (
@@ -55,7 +56,7 @@ _ROOT_FILES = ("model_index.json", "run.json")
 _HEADERS = ("record", "msfp_finetune", "quantization_config", "model_config")
 
 
-class _Pickle:
+class Payload:
     """What sets the canary when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -125,15 +126,15 @@ def _pickle(path: Path, rng: random.Random) -> str:
         path.unlink()
     target = path.with_name(name)
     if rng.random() < 0.5:
-        torch.save(_Pickle(), target)
+        torch.save(Payload(), target)
     else:
-        target.write_bytes(pickle.dumps(_Pickle()))
+        target.write_bytes(pickle.dumps(Payload()))
     return name
 
 
 def _code(path: Path, rng: random.Random) -> str:
     """Put Python beside a file and name it in the file, as custom pipelines do."""
-    (path.parent / "canary.py").write_text(f"import os\nos.putenv({CANARY!r}, '1')\n")
+    (path.parent / "canary.py").write_text(SOURCE)
     document = json.loads(path.read_text("utf-8"))
     key = rng.choice(("_class_name", "auto_map", *document))
     document[key] = rng.choice((["canary", "Canary"], {"AutoModel": "canary.Canary"}, "Canary"))

@@ -7,9 +7,9 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from msfp_cli.finetuning.result import load_finetunings
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 from msfp_cli.status import status_of
-from tiny_pipelines import save_tiny
+from tiny_pipelines import save_smallest
 
 SECONDS = 30
 MEMORY = 2 << 30  # beyond what the process has when it begins
@@ -35,7 +35,10 @@ OUTCOMES = ("refused", "equal", "different", "stock", *BAD)
 _RUNS_CODE = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class")
 _HARMLESS = ("torch._utils", "collections", "torch")  # what a checkpoint of tensors names
 
+_BATCH = 100  # trials in one process, while nothing ends it
+
 Reader = Callable[[Path], str]  # returns a digest of what it has read
+Write = Callable[[str], object]  # writes a line
 
 
 @dataclass(frozen=True)
@@ -134,31 +137,52 @@ class Fuzzer:
     """
 
     def __init__(self, directory: Path) -> None:
-        """Calibrate, fine-tune and export a tiny text-to-image pipeline."""
+        """Calibrate, fine-tune and export the smallest text-to-image pipeline."""
         self._scratch = directory / "mutated"
         self._originals = {"export": directory / "export", "run": directory / "run"}
-        in_child(lambda: _make(directory), seconds=300)
-        self._expected = {
-            name: in_child(partial(reader, self._originals[kind])).words
-            for kind, readers in READERS.items()
-            for name, reader in readers.items()
-        }
+        in_child(lambda write: _make(directory), seconds=300)
 
-    def trials(self, kind: str, number: int, seed: int) -> list[Trial]:
-        """Make a mutation of an export or a run, and try all readers, each in a process."""
-        return [self._trial(kind, reader, number, seed) for reader in READERS[kind]]
+    def trials(self, kind: str, numbers: Iterable[int], seed: int) -> Iterator[Trial]:
+        """Make mutations of an export or of a run, and try all readers on each."""
+        tasks = [(number, name) for number in numbers for name in READERS[kind]]
+        work = partial(self._attempt_all, kind, seed=seed)
+        yield from attempts(tasks, work)
 
-    def _trial(self, kind: str, reader: str, number: int, seed: int) -> Trial:
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        shutil.copytree(self._originals[kind], self._scratch)
-        mutation, signed = mutate(self._scratch, number, seed)
-        expected = self._expected[reader]
-        answer = in_child(lambda: _outcome(READERS[kind][reader], self._scratch, expected))
-        outcome, _, detail = answer.words.partition(" ")
-        if answer.code:
-            outcome = "hang" if answer.code == -signal.SIGALRM else "crash"
-            detail = f"exit {answer.code}"
-        return Trial(number, mutation, signed, reader, outcome, detail)
+    def _attempt_all(
+        self, kind: str, tasks: list[tuple[int, str]], write: Write, seed: int
+    ) -> None:
+        original = self._originals[kind]
+        readers = READERS[kind]
+        expected = {name: readers[name](original) for name in {name for _, name in tasks}}
+        for number, name in tasks:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            shutil.copytree(original, self._scratch)
+            mutation, signed = mutate(self._scratch, number, seed)
+            write(json.dumps([number, mutation, signed, name]))
+            signal.alarm(SECONDS)
+            write(outcome_of(readers[name], self._scratch, expected[name]))
+
+
+def attempts(
+    tasks: list[tuple[int, str]], work: Callable[[list[tuple[int, str]], Write], None]
+) -> Iterator[Trial]:
+    """Yield a trial for each task; several share a process, until one of them ends it.
+
+    Arguments:
+        work: writes two lines for each task: what it is, before it begins, and its outcome.
+    """
+    while tasks:
+        batch = tasks[:_BATCH]
+        answer = in_child(partial(work, batch))
+        lines = answer.words.splitlines()
+        assert lines, f"nothing was tried: exit {answer.code}"
+        if len(lines) % 2:
+            hung = answer.code == -signal.SIGALRM
+            lines.append(f"{'hang' if hung else 'crash'} exit {answer.code}")
+        for task, words in zip(lines[::2], lines[1::2], strict=True):
+            outcome, _, detail = words.partition(" ")
+            yield Trial(*json.loads(task), outcome, detail)
+        tasks = tasks[len(lines) // 2 :]
 
 
 @dataclass(frozen=True)
@@ -169,16 +193,20 @@ class Answer:
     code: int
 
 
-def in_child(work: Callable[[], str], seconds: int = SECONDS) -> Answer:
-    """Return what a function returns in a copy of this process, with bounded memory and time."""
+def in_child(work: Callable[[Write], object], seconds: int = SECONDS) -> Answer:
+    """Run a function in a copy of this process, with bounded memory and time.
+
+    Arguments:
+        work: gets a function that writes a line; it may set the alarm again.
+    """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             os.close(read)
             _bound(seconds)
-            with os.fdopen(write, "w") as pipe:
-                pipe.write(work())
+            with os.fdopen(write, "w", buffering=1) as pipe:
+                work(lambda line: pipe.write(line.replace("\n", " ") + "\n"))
             os._exit(0)
         finally:
             os._exit(1)
@@ -198,12 +226,11 @@ def _bound(seconds: int) -> None:
     signal.alarm(seconds)
 
 
-def _make(directory: Path) -> str:
-    save_tiny("StableDiffusionPipeline", directory / "model")
+def _make(directory: Path) -> None:
+    save_smallest(directory / "model")
     chain(directory / "model", directory / "run", TWO_PICTURES, CHEAP)
     export = finetune(Run(directory / "run")).export
     shutil.move(export, directory / "export")
-    return ""
 
 
 def _canary_is_set() -> bool:
@@ -215,8 +242,9 @@ def _canary_is_set() -> bool:
     return getenv(CANARY.encode()) is not None
 
 
-def _watch_code() -> list[str]:
-    """Return a list to which everything is added that runs code from a file."""
+@cache
+def _code_run() -> list[str]:
+    """Return a list to which everything is added from now on that runs code from a file."""
     events: list[str] = []
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -227,11 +255,18 @@ def _watch_code() -> list[str]:
     return events
 
 
-def _outcome(reader: Reader, directory: Path, expected: str) -> str:
-    """Read, and say in one line what came of it, the outcome first."""
-    code_run = _watch_code()
+def outcome_of(reader: Reader, directory: Path, expected: str) -> str:
+    """Read, and say in one line what came of it, the outcome first.
+
+    Code that ran shows in `CANARY`, or in what Python tells of its own doing.
+    """
+    events = _code_run()
+    events.clear()
     outcome = _read(reader, directory, expected)
-    return f"code {code_run}" if code_run or _canary_is_set() else outcome
+    if events or _canary_is_set():
+        os.unsetenv(CANARY)
+        return f"code {events}"
+    return outcome
 
 
 def _read(reader: Reader, directory: Path, expected: str) -> str:
