@@ -30,7 +30,7 @@ ORDER = (
     "checkpoint",
     "evaluation",
     "report",
-    "sample status demo",
+    "sample status demo options",
     "commands",
     "__init__ __main__",
 )

@@ -1,7 +1,7 @@
 """What a user asked for, as frozen values that go to JSON and back; nothing here needs torch.
 
 A field of a recipe carries its option: help text, names, bounds and choices. The command line is
-made from it (`commands.options`), wrong values are refused in its words, and a report prints the
+made from it (`options`), wrong values are refused in its words, and a report prints the
 commands of a run with it. So a setting is described in one place, where its default is::
 
     steps: int = option(2000, "Updates.", at_least=1)

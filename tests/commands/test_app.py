@@ -59,7 +59,7 @@ def stage(
 
     def prepare(command: str, run: str = "msfp-run", chained: Chained = prompted_chained) -> Path:
         Path("prompts.txt").write_text("a red dress\na blue bag\n")
-        if command in ("calibrate", "demo"):
+        if command in ("quantize", "calibrate", "demo"):
             return Path(run)
         if command == "inspect":
             return copied(prompted_tuned.run.directory, run)

@@ -22,11 +22,11 @@ from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.commands import launch
 from msfp_cli.commands.console import stop_on_interrupt
-from msfp_cli.commands.options import Options
 from msfp_cli.finetuning.load import settings_of, shared_evenly
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.finetuning.trainer import Trainer
+from msfp_cli.options import Options
 from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.pipelines.rows import join_rows
 from msfp_cli.recording.compare import OutputError

@@ -355,3 +355,13 @@ def test_search_takes_parameters_and_leaves_them_alone() -> None:
     assert not search_rows(weight, SIGNED, SPACE).winner.max_value.requires_grad
     assert not search_tensor(weight, BOTH, SPACE).winner.max_value.requires_grad
     assert torch.equal(weight.detach(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("signed", [False, True])
+def test_16_bit_rows_are_sorted_as_numbers(dtype: torch.dtype, signed: bool) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(5, 301).mul_(100).to(dtype)
+    rows[0, :4] = torch.tensor([0.0, -0.0, 6e-5, -6e-5])
+    rows = rows if signed else rows.abs()
+    assert torch.equal(SortedRows(rows).values, rows.float().sort(dim=1).values)

@@ -173,3 +173,14 @@ def test_seal_loads_an_export_with_and_without_the_check() -> None:
     lines = run_script("benchmarks/seal.py", "--tiny", "--loads", 1)
     assert [line.partition(":")[0] for line in lines[1:]] == ["not checked", "checked", "ratio"]
     assert float(lines[-1].split()[-1]) > 0
+
+
+@linux_only
+def test_larger_than_memory_goes_on_after_kills_and_loads(tmp_path: Path) -> None:
+    options = ("--billions", 0.3, "--width", 16, "--kills", 1, "--longest", 5)
+    lines = run_script("benchmarks/larger_than_memory.py", "--work", tmp_path, *options)
+    killed, quantized, loaded = (line for line in lines if "exit code" in line)
+    assert "exit code -9" in killed
+    assert "exit code 0" in quantized
+    assert "exit code 0" in loaded
+    assert (tmp_path / "quantized" / "model_index.json").exists()

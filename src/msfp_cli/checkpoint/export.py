@@ -187,6 +187,11 @@ def save_pipeline(pipe: Pipeline, directory: Path, *, overwrite: bool = False) -
 
 def _write(pipe: Pipeline, directory: Path) -> None:
     pipe.save_pretrained(directory, safe_serialization=True)
+    tidy_(directory)
+
+
+def tidy_(directory: Path) -> None:
+    """Make what was saved the same each time: no place of this machine, and headers in order."""
     for path in sorted(directory.rglob("*.json")):
         _forget_origin_(path)
     for path in sorted(directory.rglob("*.safetensors")):

@@ -29,13 +29,13 @@ from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.checkpoint.contents import Contents, header_of, model_text
 from msfp_cli.checkpoint.weight_only import WeightEncoder
 from msfp_cli.errors import CheckpointError, MsfpError, UsageError
-from msfp_cli.files.documents import Json
 from msfp_cli.layers.replace import replace_layers_
 from msfp_cli.layers.routing import check_unit
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.version import __version__
 
 DiffusersModel: TypeAlias = Any  # diffusers is untyped
+Argument: TypeAlias = Any  # whatever diffusers passes
 
 SCHEMA_VERSION = 1
 METHOD = "msfp"
@@ -91,8 +91,8 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
 
     @classmethod
     def from_dict(
-        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Json
-    ) -> Json:
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Argument
+    ) -> Argument:
         """Read the config; a newer layout is named before its unknown keys are."""
         if (
             isinstance(config_dict.get("schema_version"), int)
@@ -146,12 +146,12 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
     quantization_config: MSFPConfig
     pre_quantized: bool
 
-    def __init__(self, quantization_config: MSFPConfig, **kwargs: Json) -> None:
+    def __init__(self, quantization_config: MSFPConfig, **kwargs: Argument) -> None:
         """Take the config that diffusers read, or that the user gave, which stays as it is."""
         super().__init__(replace(quantization_config), **kwargs)
 
     def validate_environment(
-        self, *args: object, device_map: object = None, **kwargs: Json
+        self, *args: object, device_map: object = None, **kwargs: Argument
     ) -> None:
         """Refuse to leave layers on the disk; codes are buffers, which accelerate does not load.
 
@@ -183,7 +183,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
         self,
         model: DiffusersModel,
         keep_in_fp32_modules: list[str] | None = None,
-        **kwargs: Json,
+        **kwargs: Argument,
     ) -> None:
         config: MSFPConfig = self.quantization_config
         self.note_model(model)
@@ -203,7 +203,12 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
         self._model_text = model_text(json.loads(model.to_json_string()))
 
     def check_if_quantized_param(
-        self, model: nn.Module, param_value: Tensor, param_name: str, *args: Json, **kwargs: Json
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        *args: Argument,
+        **kwargs: Argument,
     ) -> bool:
         """Whether a tensor that was read is a weight to quantize."""
         return not self.pre_quantized and param_name in self._encoder.weights
@@ -214,20 +219,18 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
         param_value: Tensor,
         param_name: str,
         target_device: str | torch.device,
-        *args: Json,
-        **kwargs: Json,
+        *args: Argument,
+        **kwargs: Argument,
     ) -> None:
         """Quantize a weight that was read; it is let go of before the next one."""
         self._encoder.encode_(model, param_name, param_value.to(target_device))
 
     def _process_model_after_weight_loading(
-        self, model: DiffusersModel, **kwargs: Json
+        self, model: DiffusersModel, **kwargs: Argument
     ) -> DiffusersModel:
         if not self.pre_quantized:
             self._encoder.refuse_missing()
-            self.quantization_config = MSFPConfig(
-                layers=self._encoder.table, tool_version=__version__
-            )
+            self.quantization_config = weight_only_config(self._encoder.table)
             model.register_to_config(quantization_config=self.quantization_config)
             self.pre_quantized = True
             del self._encoder
@@ -255,6 +258,16 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
     def is_compileable(self) -> bool:
         """Whether ``torch.compile`` may be used."""
         return True
+
+
+def weight_only_config(schemes: dict[str, Any], origin: dict[str, Any] | None = None) -> MSFPConfig:
+    """Return the config of a model that was quantized without a calibration.
+
+    Arguments:
+        schemes: of its layers, as JSON.
+        origin: what it was loaded from, as JSON.
+    """
+    return MSFPConfig(layers=schemes, source=origin or {}, tool_version=__version__)
 
 
 def mark_quantized_(denoiser: DiffusersModel, config: MSFPConfig) -> None:

@@ -41,6 +41,7 @@ class WeightEncoder:
         self._recipe = recipe
         self._bits = dict[str, int]()
         self._layers = find_layers(model)
+        self._kinds = {name: kind_of(layer) for name, layer in self._layers.items()}
         for name, layer in self._layers.items():
             _, bits, _ = bits_of(name, layer, recipe)
             if bits is not None:
@@ -50,6 +51,10 @@ class WeightEncoder:
         self.weights = frozenset(f"{name}.weight" for name in self._bits)
         self.table = dict[str, dict[str, Any]]()  # schemes of the layers that are done, as JSON
         replace_layers_(model, {})  # so that the model answers for weights that it does not have
+
+    def idle_rules(self) -> list[str]:
+        """Return the rules that match no layer: of another model, or misspelt."""
+        return self._recipe.idle_rules(self._kinds.keys())
 
     def encode(self, name: str, weight: Tensor) -> CodedWeight:
         """Choose format and scales of one of `weights`, and round it.
@@ -69,10 +74,14 @@ class WeightEncoder:
         """Encode a weight and replace its layer."""
         coded = self.encode(name, weight)
         layer_name = name.removesuffix(".weight")
+        scheme = self.scheme_of(layer_name, coded)
         layer = self._layers.pop(layer_name)
-        scheme = LayerScheme(weight=coded.format, lookup=kind_of(layer).is_table)
         replace_by_codes_(model, layer_name, layer, scheme, coded.scale, coded.codes)
         self.table[layer_name] = scheme.to_json()
+
+    def scheme_of(self, layer_name: str, coded: CodedWeight) -> LayerScheme:
+        """Return the scheme of a layer whose weight was encoded."""
+        return LayerScheme(weight=coded.format, lookup=self._kinds[layer_name].is_table)
 
     def refuse_missing(self) -> None:
         """Refuse a model whose files lacked a weight that was to be quantized.

@@ -13,6 +13,7 @@ from msfp_cli.commands import (
     finetune,
     inspect,
     launch,
+    quantize,
     report,
     sample,
     status,
@@ -20,7 +21,18 @@ from msfp_cli.commands import (
 from msfp_cli.version import __version__
 
 # Each module has a function of its own name, and its help as `HELP`; this is the order of `--help`.
-COMMANDS = (calibrate, finetune, inspect, export, sample, evaluate, report, status, demo)
+COMMANDS = (
+    quantize,
+    calibrate,
+    finetune,
+    inspect,
+    export,
+    sample,
+    evaluate,
+    report,
+    status,
+    demo,
+)
 
 app = typer.Typer(
     name="msfp",

@@ -9,7 +9,7 @@ import typer
 
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.commands import console
-from msfp_cli.commands.options import (
+from msfp_cli.options import (
     DEFAULT_RUN,
     DeviceOption,
     JsonOption,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from msfp_cli.commands import console
-from msfp_cli.commands.options import DeviceOption, JsonOption
+from msfp_cli.options import DeviceOption, JsonOption
 
 HELP = """Run the whole chain on the built-in pipeline: no network, a few minutes on two cores.
 

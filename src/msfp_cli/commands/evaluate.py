@@ -8,7 +8,8 @@ import typer
 
 from msfp_cli.commands import console
 from msfp_cli.commands.launch import ProcessesOption, is_main, progress, share_out
-from msfp_cli.commands.options import (
+from msfp_cli.evaluation.recipe import EvaluateRecipe
+from msfp_cli.options import (
     DEFAULT_RUN,
     DeviceOption,
     JsonOption,
@@ -17,7 +18,6 @@ from msfp_cli.commands.options import (
     RunOption,
     with_options,
 )
-from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.pipelines.loading import ModelSource
 
 if TYPE_CHECKING:

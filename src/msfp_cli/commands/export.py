@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from msfp_cli.commands import console
-from msfp_cli.commands.options import (
+from msfp_cli.options import (
     DEFAULT_RUN,
     DeviceOption,
     JsonOption,

@@ -8,7 +8,8 @@ import typer
 
 from msfp_cli.commands import console
 from msfp_cli.commands.launch import is_main, processes_for, progress, share_out
-from msfp_cli.commands.options import (
+from msfp_cli.finetuning.recipe import FinetuneRecipe
+from msfp_cli.options import (
     DEFAULT_RUN,
     DeviceOption,
     JsonOption,
@@ -16,7 +17,6 @@ from msfp_cli.commands.options import (
     RunOption,
     with_options,
 )
-from msfp_cli.finetuning.recipe import FinetuneRecipe
 
 if TYPE_CHECKING:
     from msfp_cli.finetuning.result import FinetuneReport

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from msfp_cli.commands import console
-from msfp_cli.commands.options import DEFAULT_RUN, DeviceOption, JsonOption, RunOption
+from msfp_cli.options import DEFAULT_RUN, DeviceOption, JsonOption, RunOption
 
 if TYPE_CHECKING:
     from msfp_cli.finetuning.inspect import Inspection

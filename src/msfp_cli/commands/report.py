@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from msfp_cli.commands import console
-from msfp_cli.commands.options import DEFAULT_RUN, JsonOption, OverwriteOption, RunOption
+from msfp_cli.options import DEFAULT_RUN, JsonOption, OverwriteOption, RunOption
 
 HELP = """Write the run's evaluation as one self-contained HTML page, with PNG plots beside it.
 

@@ -1,7 +1,7 @@
 """`msfp status`: say what the run directory holds and what to type next."""
 
 from msfp_cli.commands import console
-from msfp_cli.commands.options import DEFAULT_RUN, JsonOption, RunOption
+from msfp_cli.options import DEFAULT_RUN, JsonOption, RunOption
 
 HELP = """Say what the run directory holds and what to type next.
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from msfp_cli.formats.float_format import FloatFormat
 
-_CHUNK = 1 << 21  # elements of a block of rows: small enough for a processor's cache
+_CHUNK = 1 << 20  # elements of a block of rows: small enough for a processor's cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +151,18 @@ def _round_up(borders: Tensor) -> Tensor:
 
 
 def _sort(rows: Tensor) -> Tensor:
-    """Sort each row ascending; on a CPU numpy's sort is three times as fast as torch's."""
-    rows = rows.detach().float()
-    if rows.device.type == "cpu":
-        return torch.from_numpy(np.sort(rows.contiguous().numpy(), axis=1))
-    return rows.sort(dim=1).values
+    """Sort each row ascending, as float32.
+
+    On a CPU numpy's sort is three times as fast as torch's, and twice as fast again for the bits of
+    16-bit numbers, which are in the order of the numbers where none has a sign.
+    """
+    rows = rows.detach()
+    if rows.device.type != "cpu":
+        return rows.float().sort(dim=1).values
+    if rows.dtype in (torch.bfloat16, torch.float16) and not (rows.view(torch.int16) < 0).any():
+        bits = np.sort(rows.contiguous().view(torch.int16).numpy(), axis=1)
+        return torch.from_numpy(bits).view(rows.dtype).float()
+    return torch.from_numpy(np.sort(rows.float().contiguous().numpy(), axis=1))
 
 
 def _fractions(space: SearchSpace, device: torch.device) -> Tensor:

@@ -69,6 +69,23 @@ def find_denoisers(pipe: Pipeline) -> dict[str, nn.Module]:
     return denoisers
 
 
+def denoiser_names(index: Mapping[str, Any]) -> list[str]:
+    """Return the names of components that may be denoisers, without loading them.
+
+    Arguments:
+        index: what ``model_index.json`` holds: library and class by component.
+
+    Raises:
+        ModelError: there is none.
+    """
+    names = [role for role in _ROLES if (index.get(role) or [None])[0] == "diffusers"]
+    if not names:
+        raise ModelError(
+            f"{index.get('_class_name')} has no denoiser (looked for {', '.join(_ROLES)})"
+        )
+    return names
+
+
 def refuse_changed(component: str, denoiser: nn.Module) -> None:
     """Refuse a denoiser that has adapters, or whose layers are offloaded.
 

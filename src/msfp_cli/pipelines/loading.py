@@ -111,6 +111,40 @@ def choose_dtype(dtype: str | None, device: str) -> "torch.dtype":
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
+def _place_of(source: ModelSource) -> str:
+    """Return the directory or the hub id that a model is loaded from.
+
+    Raises:
+        ModelError: it cannot be either.
+    """
+    model = str(built_in_directory()) if source.model == BUILT_IN else source.model
+    if Path(model).is_dir() and not (Path(model) / "model_index.json").exists():
+        raise ModelError(f"{model} is not a diffusers pipeline: it has no model_index.json")
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise ModelError(f"{model!r} is neither a directory nor a hub id (owner/name)")
+    return model
+
+
+def fetch_pipeline(source: ModelSource) -> Path:
+    """Return the directory of a pipeline's files, which are downloaded if they are on the hub.
+
+    Raises:
+        ModelError: it cannot be found; the message says why, as far as can be known.
+    """
+    from diffusers import DiffusionPipeline
+
+    model = _place_of(source)
+    if Path(model).is_dir():
+        return Path(model)
+    options = {"revision": source.revision, "variant": source.variant}
+    try:
+        return Path(
+            DiffusionPipeline.download(model, **{k: v for k, v in options.items() if v is not None})
+        )
+    except Exception as error:
+        raise ModelError(_explain(source, error)) from error
+
+
 def load_pipeline(source: ModelSource, device: str | None = None) -> Pipeline:
     """Load a stock pipeline, all components in one type, ready to be called.
 
@@ -121,11 +155,7 @@ def load_pipeline(source: ModelSource, device: str | None = None) -> Pipeline:
     from diffusers import DiffusionPipeline
 
     place = choose_device(device)
-    model = str(built_in_directory()) if source.model == BUILT_IN else source.model
-    if Path(model).is_dir() and not (Path(model) / "model_index.json").exists():
-        raise ModelError(f"{model} is not a diffusers pipeline: it has no model_index.json")
-    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        raise ModelError(f"{model!r} is neither a directory nor a hub id (owner/name)")
+    model = _place_of(source)
     options = {"revision": source.revision, "variant": source.variant}
     with checked(Path(model), redo=REDO):  # what msfp exported; others have no seal
         try:

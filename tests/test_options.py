@@ -9,8 +9,8 @@ import typer
 from typer.testing import CliRunner
 
 from msfp_cli.commands import console
-from msfp_cli.commands.options import Options, with_options
 from msfp_cli.errors import UsageError
+from msfp_cli.options import Options, with_options
 from msfp_cli.recipe import Recipe, option
 
 

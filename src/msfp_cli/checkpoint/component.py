@@ -1,0 +1,93 @@
+"""One denoiser of a pipeline on its way from a directory in full precision to a quantized one."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import init_empty_weights
+
+from msfp_cli.checkpoint.export import tidy_
+from msfp_cli.checkpoint.parts import Parts
+from msfp_cli.checkpoint.quantizer import DiffusersModel, mark_quantized_, weight_only_config
+from msfp_cli.checkpoint.recipe import QuantizeRecipe
+from msfp_cli.checkpoint.weight_files import stored_tensors, weight_files
+from msfp_cli.checkpoint.weight_only import WeightEncoder
+from msfp_cli.errors import UsageError
+from msfp_cli.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentSize:
+    """What a quantized component takes on disk: bytes before and after."""
+
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserJob:
+    """A denoiser that is to be quantized.
+
+    Arguments:
+        model_class: of diffusers.
+        source: its directory.
+        variant: of its files; None for those without one.
+        work: a directory for its parts.
+    """
+
+    model_class: Any
+    source: Path
+    variant: str | None
+    work: Path
+    recipe: QuantizeRecipe
+
+    def encode(self, progress: Progress) -> int:
+        """Make the parts that are missing; return how many parameters they hold.
+
+        Raises:
+            UsageError: it is quantized already.
+            ModelError, CheckpointError: its files are missing or damaged.
+        """
+        files = weight_files(self.source, self.variant)
+        name = self.source.name
+        encoder = WeightEncoder(self._empty(), self.recipe.rules())
+        for rule in encoder.idle_rules():
+            progress.log(f"--keep {rule!r} matches no layer of {name}")
+        stats = [(path.name, path.stat()) for path in files]
+        plan = {
+            "files": [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats],
+            "recipe": asdict(self.recipe.rules()),
+            "format": weight_only_config({}).to_dict(),
+        }
+        parts = Parts(self.work)
+        parts.begin(plan)
+        return parts.encode(list(stored_tensors(files)), encoder, f"Quantizing {name}", progress)
+
+    def _empty(self) -> DiffusersModel:
+        """Return the denoiser without values."""
+        config = self.model_class.load_config(self.source)
+        if config.get("quantization_config"):
+            raise UsageError(
+                f"{self.source.name} is quantized already; give the model in full precision"
+            )
+        with init_empty_weights(include_buffers=True):
+            return self.model_class.from_config(config)
+
+    def write(self, directory: Path, origin: dict[str, Any]) -> None:
+        """Write the quantized denoiser, whose parts are all there.
+
+        Arguments:
+            origin: what the pipeline was loaded from, as JSON.
+        """
+        model = self._empty()
+        mark_quantized_(model, weight_only_config(Parts(self.work).fill_(model), origin))
+        model.save_pretrained(directory, max_shard_size=self.recipe.max_shard_size)
+        tidy_(directory)
+
+    def size(self, directory: Path) -> ComponentSize:
+        """Return what it takes in the source, and in a directory that it was written to."""
+        before = weight_files(self.source, self.variant)
+        return ComponentSize(
+            before=sum(path.stat().st_size for path in before),
+            after=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
+        )

@@ -1,0 +1,137 @@
+"""Quantize a denoiser that does not fit into memory, part by part, so that a kill loses one part.
+
+The tensors of the model in full precision are read in the order of its files. What some hundred
+MiB of them become is a part: a safetensors file with codes and scales, with the tensors that stay,
+and with the schemes of its layers in the header. Parts that an earlier, killed process has finished
+are not made again. At the end the parts are mapped into a model that has never had memory of its
+own, and diffusers writes that.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from msfp_cli.checkpoint.weight_files import StoredTensor
+from msfp_cli.checkpoint.weight_only import WeightEncoder
+from msfp_cli.errors import CheckpointError
+from msfp_cli.files.atomic import clean, delete
+from msfp_cli.files.documents import Json, open_tensors, read_json, write_json, write_tensors
+from msfp_cli.layers.replace import replace_layers_
+from msfp_cli.layers.scheme import LayerScheme
+from msfp_cli.progress import Progress
+
+_SIZE = 1 << 28  # bytes in full precision of a part
+_REDO = "run the same command again"
+_SCHEMES = "schemes"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A directory of parts.
+
+    Arguments:
+        directory: of one denoiser; it is deleted by whoever has made it.
+    """
+
+    directory: Path
+
+    def begin(self, plan: Json) -> None:
+        """Keep the parts that were made by this plan, and delete those of another one."""
+        plan = json.loads(json.dumps(plan))  # tuples become lists, as in a file
+        path = self.directory / "plan.json"
+        if path.exists() and read_json(path, dict, redo=_REDO) != plan:
+            delete(self.directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        clean(self.directory)
+        write_json(path, plan)
+
+    def encode(
+        self, tensors: list[StoredTensor], encoder: WeightEncoder, title: str, progress: Progress
+    ) -> int:
+        """Make the parts that are missing.
+
+        Returns:
+            How many parameters these hold.
+
+        Raises:
+            CheckpointError: the model's files are damaged, or a weight is not finite.
+        """
+        done = 0
+        total = sum(tensor.count for tensor in tensors)
+        with progress.task(title, total) as advance:
+            for number, group in enumerate(_groups(tensors)):
+                path = self.directory / f"{number:05d}.safetensors"
+                if not path.exists():
+                    _write_part(path, group, encoder)
+                    done += sum(tensor.count for tensor in group)
+                advance(sum(tensor.count for tensor in group))
+        return done
+
+    def fill_(self, model: nn.Module) -> dict[str, Any]:
+        """Give a model on the meta device quantized layers and the tensors of the parts.
+
+        Returns:
+            The schemes of its layers, as JSON.
+
+        Raises:
+            CheckpointError: the model's files lacked a tensor, or had one too many.
+        """
+        schemes = dict[str, Any]()
+        state = dict[str, Tensor]()
+        for path in sorted(self.directory.glob("*.safetensors")):
+            with open_tensors(path, redo=_REDO) as file:
+                schemes |= json.loads(file.metadata()[_SCHEMES])
+                state |= {name: file.get_tensor(name) for name in sorted(file.keys())}
+        table = {name: LayerScheme.from_json(scheme) for name, scheme in schemes.items()}
+        replace_layers_(model, table)
+        _load_(model, state)
+        return schemes
+
+
+def _groups(tensors: list[StoredTensor]) -> Iterator[list[StoredTensor]]:
+    """Cut a list into pieces of about one part each."""
+    group = list[StoredTensor]()
+    size = 0
+    for tensor in tensors:
+        group.append(tensor)
+        size += tensor.size
+        if size >= _SIZE:
+            yield group
+            group = []
+            size = 0
+    if group:
+        yield group
+
+
+def _write_part(path: Path, group: list[StoredTensor], encoder: WeightEncoder) -> None:
+    tensors = dict[str, Tensor]()
+    schemes = dict[str, Any]()
+    for stored in group:
+        with open_tensors(stored.file, redo="download the model again") as file:
+            tensor = file.get_tensor(stored.name)
+        if stored.name not in encoder.weights:
+            tensors[stored.name] = tensor.clone()  # lets go of the file, which is mapped as a whole
+            continue
+        coded = encoder.encode(stored.name, tensor)
+        layer = stored.name.removesuffix(".weight")
+        tensors[f"{layer}.weight_codes"] = coded.codes[None].cpu()
+        tensors[f"{layer}.weight_scale"] = coded.scale.cpu()
+        schemes[layer] = encoder.scheme_of(layer, coded).to_json()
+    write_tensors(path, tensors, {_SCHEMES: json.dumps(schemes)})
+
+
+def _load_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a model these tensors, which have to be all of its own."""
+    expected = model.state_dict().keys()
+    if missing := sorted(expected - state.keys()):
+        raise CheckpointError(f"the model's files lack {missing[0]}; download it again")
+    if further := sorted(state.keys() - expected):
+        raise CheckpointError(
+            f"the model's files hold {further[0]}, which {type(model).__name__} does not have; use "
+            "the files of diffusers' own format"
+        )
+    model.load_state_dict(state, assign=True)

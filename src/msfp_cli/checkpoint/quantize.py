@@ -1,0 +1,108 @@
+"""Quantize the weights of a whole pipeline without a calibration: `msfp quantize`.
+
+Denoisers are read and encoded part by part (`parts`), and all other components are copied. At no
+time is a component in memory in full precision.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from msfp_cli.checkpoint.component import ComponentSize, DenoiserJob
+from msfp_cli.checkpoint.recipe import QuantizeRecipe
+from msfp_cli.checkpoint.weight_files import copy_component
+from msfp_cli.files.atomic import delete
+from msfp_cli.files.directories import refuse_existing, replace_directory
+from msfp_cli.files.documents import Json, read_json
+from msfp_cli.files.lock import beside, only_writer
+from msfp_cli.pipelines.denoiser import denoiser_names
+from msfp_cli.pipelines.loading import ModelSource, fetch_pipeline
+from msfp_cli.progress import SILENT, Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeReport:
+    """What was written.
+
+    Arguments:
+        directory: the quantized pipeline.
+        components: those that were quantized.
+        num_parameters: that were encoded by this process, without those of an earlier one.
+        seconds: that it took to encode them.
+    """
+
+    directory: str
+    components: Mapping[str, ComponentSize]
+    num_parameters: int
+    seconds: float
+
+    @property
+    def speed(self) -> float:
+        """Parameters per second."""
+        return self.num_parameters / self.seconds
+
+    def to_json(self) -> dict[str, Json]:
+        """Return plain JSON values."""
+        return {**asdict(self), "parameters_per_second": self.speed}
+
+
+def quantize_pipeline(
+    source: ModelSource,
+    directory: Path,
+    recipe: QuantizeRecipe,
+    *,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> QuantizeReport:
+    """Quantize the weights of a pipeline, and write it for stock ``from_pretrained``.
+
+    Raises:
+        ModelError: the pipeline cannot be found, or has no denoiser.
+        CheckpointError: its files are damaged.
+        UsageError: it is quantized already.
+        RunError: the directory exists and `overwrite` is not set.
+    """
+    refuse_existing(directory, overwrite=overwrite)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with only_writer(directory, beside(directory)):
+        place = fetch_pipeline(source)
+        index = read_json(place / "model_index.json", dict, redo="download the model again")
+        work = directory.with_name(f".{directory.name}.msfp-parts")
+        jobs = {
+            name: DenoiserJob(
+                model_class=getattr(diffusers, index[name][1]),
+                source=place / name,
+                variant=source.variant,
+                work=work / name,
+                recipe=recipe,
+            )
+            for name in denoiser_names(index)
+        }
+        start = time.monotonic()
+        count = sum(job.encode(progress) for job in jobs.values())
+        seconds = time.monotonic() - start
+        with replace_directory(directory, overwrite=overwrite) as temporary:
+            for name, job in jobs.items():
+                job.write(temporary / name, source.to_json())
+            _copy_others(place, index, temporary, source.variant)
+        sizes = {name: job.size(directory / name) for name, job in jobs.items()}
+        delete(work)
+    return QuantizeReport(
+        directory=str(directory), components=sizes, num_parameters=count, seconds=seconds
+    )
+
+
+def _copy_others(
+    place: Path, index: Mapping[str, Any], directory: Path, variant: str | None
+) -> None:
+    """Copy the index of a pipeline, and the components that the directory does not have yet."""
+    (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    for name, entry in index.items():
+        is_component = isinstance(entry, list) and entry[0] is not None
+        if is_component and not (directory / name).exists():
+            copy_component(place / name, directory / name, variant)

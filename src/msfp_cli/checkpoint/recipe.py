@@ -1,0 +1,32 @@
+"""What `msfp quantize` is asked for; nothing here needs torch."""
+
+from dataclasses import dataclass
+
+from msfp_cli.calibration.recipe import CalibrateRecipe
+from msfp_cli.formats.float_format import MAX_BITS, MIN_BITS
+from msfp_cli.recipe import Recipe, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeRecipe(Recipe):
+    """How a pipeline is quantized without a calibration."""
+
+    weights: int = option(
+        4, f"Bits of the weights, {MIN_BITS} to {MAX_BITS}.", at_least=MIN_BITS, at_most=MAX_BITS
+    )
+    keep: tuple[str, ...] = option(
+        (),
+        "PATTERN:BITS sets the bits of the layers whose name matches (none: floating point); "
+        "repeatable, the last match wins. Default: as in `msfp calibrate`.",
+    )
+    max_shard_size: str = option(
+        "10GB", "Size of a file of weights, at most; a larger denoiser has several files."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rules()
+
+    def rules(self) -> CalibrateRecipe:
+        """Return which layers get how many bits, in the terms of a calibration."""
+        return CalibrateRecipe(weights=self.weights, activations=None, keep=self.keep)

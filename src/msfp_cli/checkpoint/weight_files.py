@@ -1,0 +1,90 @@
+"""The files that a component of a pipeline is loaded from, and its tensors without reading them."""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from msfp_cli.errors import ModelError
+from msfp_cli.files.documents import open_tensors
+
+_REDO = "download the model again"
+# Weights in any format; what else lies in the folder of a component is a config or a vocabulary.
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|onnx|gguf)(\.index.*\.json)?")
+_SHARD = r"(-\d{5}-of-\d{5})?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor in a file: its name, its elements, and its bytes."""
+
+    file: Path
+    name: str
+    count: int
+    size: int
+
+
+def weight_files(directory: Path, variant: str | None) -> list[Path]:
+    """Return the safetensors files of a component, the first shard first.
+
+    Arguments:
+        variant: of the files, such as ``fp16``; a component without it has the files of no variant.
+
+    Raises:
+        ModelError: there are none.
+    """
+    every = sorted(directory.glob("*.safetensors"))
+    for infix in ([f"\\.{re.escape(variant)}"] if variant else []) + [""]:
+        pattern = re.compile(rf"[^.]+{infix}{_SHARD}\.safetensors")
+        files = [path for path in every if pattern.fullmatch(path.name)]
+        shards = [path for path in files if "-of-" in path.name]
+        if files:
+            return shards or files  # some models have both, of the same tensors
+    raise ModelError(
+        f"{directory} has no safetensors files; msfp reads no pickled ones, so load the model once "
+        "and write it with `save_pretrained`"
+    )
+
+
+def stored_tensors(files: list[Path]) -> Iterator[StoredTensor]:
+    """Yield what the files hold, by reading their headers.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    for path in files:
+        with open_tensors(path, redo=_REDO) as file:
+            for name in file.keys():
+                part = file.get_slice(name)
+                count = math.prod(part.get_shape())
+                bits = re.search(r"\d+", part.get_dtype())  # BF16, F8_E4M3, BOOL ...
+                size = count * (int(bits[0]) if bits else 8) // 8
+                yield StoredTensor(file=path, name=name, count=count, size=size)
+
+
+def copy_component(directory: Path, target: Path, variant: str | None) -> None:
+    """Copy a component that stays as it is; files of a variant get the names without it."""
+    target.mkdir(parents=True)
+    for path in directory.iterdir():
+        if path.is_file() and not _WEIGHTS.fullmatch(path.name):
+            shutil.copyfile(path, target / path.name)
+    if not any(_WEIGHTS.fullmatch(path.name) for path in directory.iterdir()):
+        return  # a scheduler or a tokenizer
+    names = {path.name: _plain(path.name, variant) for path in weight_files(directory, variant)}
+    for name, plain in names.items():
+        shutil.copyfile(directory / name, target / plain)
+    for path in directory.glob("*.index*.json"):
+        index = json.loads(path.read_text("utf-8"))
+        places = index.get("weight_map", {})
+        if set(places.values()) == names.keys():
+            index["weight_map"] = {tensor: names[file] for tensor, file in places.items()}
+            plain = _plain(path.name, variant)
+            (target / plain).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _plain(name: str, variant: str | None) -> str:
+    """Return the name of a file without its variant."""
+    return name if variant is None else name.replace(f".{variant}", "", 1)

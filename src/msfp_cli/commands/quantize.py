@@ -1,0 +1,68 @@
+"""`msfp quantize`: quantize the weights of a pipeline at once, without a calibration."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from msfp_cli.checkpoint.recipe import QuantizeRecipe
+from msfp_cli.commands import console
+from msfp_cli.options import JsonOption, Options, OverwriteOption, with_options
+from msfp_cli.pipelines.loading import ModelSource
+
+HELP = """Quantize the weights of MODEL at once, without recording anything.
+
+Weights are read, encoded and written part by part, so a model needs far less memory than it has
+bytes. Inputs of layers stay in floating point; `msfp calibrate` quantizes them as well, and has
+less error. A command that was stopped goes on when it is given again.
+
+Examples:
+
+    msfp quantize black-forest-labs/FLUX.1-schnell --out flux-4bit
+
+    msfp quantize stabilityai/stable-diffusion-xl-base-1.0 --variant fp16 --keep '*attn2*:8'
+"""
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(help="Diffusers directory or hub id. Default: the small built-in pipeline."),
+]
+
+
+@with_options(QuantizeRecipe, ModelSource)
+def quantize(
+    options: Options,
+    model: ModelArgument = None,
+    out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("quantized"),
+    overwrite: OverwriteOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Quantize the weights of a pipeline."""
+    recipe = options.recipe(QuantizeRecipe)
+    source = options.recipe(ModelSource, model=model or "")
+
+    from msfp_cli.checkpoint.quantize import quantize_pipeline
+    from msfp_cli.pipelines.loading import resolve_model
+
+    console.quiet_libraries()
+    resolved, line = resolve_model(model)
+    if line:
+        console.note(line)
+    report = quantize_pipeline(
+        replace(source, model=resolved),
+        out,
+        recipe,
+        overwrite=overwrite,
+        progress=console.ConsoleProgress(),
+    )
+    for name, size in report.components.items():
+        console.note(
+            f"{name}: {size.after / 2**20:.2f} MiB, {size.after / size.before:.3f} of its "
+            f"{size.before / 2**20:.2f} MiB"
+        )
+    console.note(
+        f"{report.num_parameters / 1e6:.1f} million parameters in {report.seconds:.1f} s, "
+        f"{report.speed / 1e6:.1f} million a second"
+    )
+    console.result(report.directory, report.to_json(), as_json=json_)
+    console.note(f"next: msfp sample {report.directory}")

@@ -1,0 +1,180 @@
+"""`msfp quantize`: a whole pipeline, part by part, as if it had been quantized at once."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+from safetensors.torch import load_file
+
+from conftest import Invoke, files_of, only_error
+from msfp_cli.checkpoint import parts
+from msfp_cli.checkpoint.pipeline import MSFPPipeline
+from msfp_cli.checkpoint.quantize import quantize_pipeline
+from msfp_cli.checkpoint.quantizer import MSFPConfig
+from msfp_cli.checkpoint.recipe import QuantizeRecipe
+from msfp_cli.errors import CheckpointError, ModelError, UsageError
+from msfp_cli.formats.float_format import FloatFormat
+from msfp_cli.pipelines.loading import ModelSource
+from tiny_pipelines import CALL_ARGUMENTS
+
+NAMES = {"FluxPipeline": "transformer", "DDIMPipeline": "unet", "StableDiffusion3Pipeline": ""}
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make parts of a few tensors."""
+    monkeypatch.setattr(parts, "_SIZE", 20_000)
+
+
+def quantize(source: Path, out: Path, **settings: object) -> Path:
+    quantize_pipeline(ModelSource(model=str(source)), out, QuantizeRecipe(**settings))
+    return out
+
+
+def draw(directory: Path, name: str, **options: object) -> torch.Tensor:
+    pipe = DiffusionPipeline.from_pretrained(directory, **options)
+    generator = torch.Generator().manual_seed(0)
+    return pipe(**CALL_ARGUMENTS[name], output_type="pt", generator=generator).images
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_are_those_of_a_pipeline_that_is_quantized_while_it_loads(
+    name: str, tiny: Callable[[str], Path], tmp_path: Path, small_parts: None
+) -> None:
+    out = quantize(tiny(name), tmp_path / "out", weights=5, max_shard_size="30KB")
+    component = NAMES[name] or "transformer"
+    config = PipelineQuantizationConfig(quant_mapping={component: MSFPConfig(weights=5)})
+    assert torch.equal(draw(out, name), draw(tiny(name), name, quantization_config=config))
+    assert len(list((out / component).glob("*.safetensors"))) > 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    wrapper = MSFPPipeline.from_pretrained(out)  # compares every file with the seal
+    assert list(wrapper.configs) == [component]
+
+
+def test_other_components_are_the_same_files(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    source = tiny("FluxPipeline")
+    out = files_of(quantize(source, tmp_path / "out"))
+    for name, content in files_of(source).items():
+        if name.partition("/")[0] not in ("transformer", "model_index.json"):
+            assert out[name] == content
+
+
+class KilledError(Exception):
+    """Stands for a signal."""
+
+
+def test_killed_command_goes_on_and_ends_with_the_same_bytes(
+    tiny: Callable[[str], Path],
+    tmp_path: Path,
+    small_parts: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = quantize(tiny("FluxPipeline"), tmp_path / "whole")
+    written = list[Path]()
+
+    def write_three(path: Path, *rest: object) -> None:
+        if len(written) == 3:
+            raise KilledError
+        written.append(path)
+        write_part(path, *rest)
+
+    write_part = parts._write_part
+    monkeypatch.setattr(parts, "_write_part", write_three)
+    with pytest.raises(KilledError):
+        quantize(tiny("FluxPipeline"), tmp_path / "out")
+    monkeypatch.setattr(parts, "_write_part", write_part)
+    work = tmp_path / ".out.msfp-parts" / "transformer"
+    times = {path.name: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
+    assert len(times) == 3
+    (work / ".00003.safetensors.msfp-tmp").write_bytes(b"half")
+    made = list[Path]()
+    monkeypatch.setattr(
+        parts, "_write_part", lambda path, *rest: (made.append(path), write_part(path, *rest))
+    )
+    out = quantize(tiny("FluxPipeline"), tmp_path / "out")
+    assert not {path.name for path in made} & times.keys()
+    assert files_of(out) == files_of(whole)
+
+
+@pytest.mark.parametrize("change", ["recipe", "file"])
+def test_parts_of_another_recipe_or_model_are_made_again(
+    change: str, tiny: Callable[[str], Path], copied: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = copied(tiny("DDIMPipeline"), "source")
+    out = tmp_path / "out"
+    work = parts.Parts(tmp_path / ".out.msfp-parts" / "unet")
+    quantize(source, out)
+    shutil.rmtree(out)
+    work.begin({"another": "plan"})
+    (work.directory / "00000.safetensors").write_bytes(b"of another plan")
+    if change == "file":
+        (path,) = (source / "unet").glob("*.safetensors")
+        os.utime(path)
+    quantize(source, out, weights=4 if change == "file" else 6)
+    assert MSFPPipeline.from_pretrained(out).configs
+
+
+def test_files_of_a_variant_are_read_and_copied_without_it(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    name = "StableDiffusionPipeline"
+    source = tmp_path / "source"
+    pipe = DiffusionPipeline.from_pretrained(tiny(name), dtype=torch.float16)
+    pipe.save_pretrained(source, variant="fp16", max_shard_size="40KB")
+    out = tmp_path / "out"
+    quantize_pipeline(ModelSource(model=str(source), variant="fp16"), out, QuantizeRecipe())
+    assert not [path for path in out.rglob("*fp16*")]
+    again = DiffusionPipeline.from_pretrained(out, dtype=torch.float16)
+    for part in ("vae", "text_encoder"):
+        expected = getattr(pipe, part).state_dict()
+        assert all(
+            torch.equal(tensor, expected[key])
+            for key, tensor in getattr(again, part).state_dict().items()
+        )
+
+
+def test_layers_have_the_bits_of_the_rules(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    out = quantize(
+        tiny("DDIMPipeline"), tmp_path / "out", keep=("*attentions*:6", "mid_block.res*:none")
+    )
+    config = json.loads((out / "unet" / "config.json").read_text())
+    layers = config["quantization_config"]["layers"]
+    bits = {name: FloatFormat.parse(entry["weight"]).bits for name, entry in layers.items()}
+    assert {count for name, count in bits.items() if "attentions" in name} == {6}
+    assert not [name for name in bits if name.startswith(("mid_block.res", "conv_in"))]
+    assert {count for name, count in bits.items() if "resnets" in name} == {4}
+
+
+def test_unreadable_sources_are_one_line(
+    tiny: Callable[[str], Path], copied: Callable[..., Path], tmp_path: Path, msfp: Invoke
+) -> None:
+    out = quantize(tiny("DDIMPipeline"), tmp_path / "out")
+    with pytest.raises(UsageError, match="unet is quantized already"):
+        quantize(out, tmp_path / "again")
+    source = copied(tiny("DDIMPipeline"), "source")
+    (path,) = (source / "unet").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="download the model again"):
+        quantize(source, tmp_path / "again")
+    path.rename(path.with_suffix(".bin"))
+    with pytest.raises(ModelError, match="no safetensors files"):
+        quantize(source, tmp_path / "again")
+    assert "exists already" in only_error(msfp("quantize", source, "--out", out), 1)
+
+
+def test_command_prints_path_sizes_and_speed(tiny: Callable[[str], Path], msfp: Invoke) -> None:
+    result = msfp("quantize", tiny("FluxPipeline"), "--out", "out", "--json", "--keep", "nothing:8")
+    report = json.loads(result.stdout)
+    size = sum(len(load) for load in map(Path.read_bytes, Path("out/transformer").glob("*.saf*")))
+    assert report["components"]["transformer"]["after"] == size
+    assert report["parameters_per_second"] > 0
+    (file,) = (tiny("FluxPipeline") / "transformer").glob("*.safetensors")
+    assert report["num_parameters"] == sum(each.numel() for each in load_file(file).values())
+    assert "million a second" in result.stderr
+    assert "'nothing:8' matches no layer" in result.stderr
+    assert "next: msfp sample out" in result.stderr
