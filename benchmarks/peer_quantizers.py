@@ -327,6 +327,7 @@ METHODS = (
     Method("INT4, min-max", "4/4", min_max),
     Method("INT4, best clipping", "4/4", msfp, {"formats": "integer", "lift": 0.0}),
     Method("FP4, signed", "4/4", msfp, {"formats": "signed", "lift": 0.0}),
+    Method("msfp, calibrated, 8-bit inputs", "4/8", msfp, {"activations": 8}),
     Method("msfp, calibrated", "4/4", msfp),
     Method("msfp, fine-tuned", "4/4", msfp_finetuned),
 )

@@ -251,9 +251,9 @@ def cells(method: Method, result: dict[str, Any]) -> list[str]:
         f"{result['share']:.1%}" if quantized else "none",
         f"{result['bits']:.2f}" if quantized else "",
         f"{result['megabytes']:.2f}",
-        "0" if exact else f"{result['output']:.6f}",
-        "0" if exact else f"{result['latents']:.6f}",
-        "" if exact else f"{result['psnr']:.2f}",
+        "0" if exact else f"{result['output']:.5f}",
+        "0" if exact else f"{result['latents']:.5f} ± {result['latents_se']:.5f}",
+        "" if exact else f"{result['psnr']:.2f} ± {result['psnr_se']:.2f}",
         f"{result['seconds']:.3f}",
     ]
 
@@ -279,7 +279,8 @@ def head(threads: set[int], arguments: argparse.Namespace) -> str:
     """Say under which conditions the table holds."""
     batch = min(BATCH, arguments.num_tests)
     return (
-        f"{arguments.num_tests} tests; a call has {2 * batch} rows, {batch} pictures with guidance;"
+        f"{arguments.num_tests} tests, ± the standard error of the mean over them; a call has "
+        f"{2 * batch} rows, {batch} pictures with guidance;"
         f" torch {torch.__version__}, CPU, threads: {' or '.join(map(str, sorted(threads)))};"
         f" {', '.join(requirements().values())}."
     )

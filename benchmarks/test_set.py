@@ -85,11 +85,16 @@ class TestSet:
         return torch.cat(latents), torch.cat(pictures)
 
     def measure(self, pipe: Pipeline) -> dict[str, float]:
-        """Return a quantized pipeline's errors, and the median seconds of a denoiser call."""
+        """Return a quantized pipeline's errors, and the median seconds of a denoiser call.
+
+        ``latents_se`` and ``psnr_se`` are the standard errors of these means over the pictures.
+        """
         latents, pictures = self.sample(pipe)
         full = load_file(self._full_precision)
         picture_error = (pictures - full["pictures"]).square().flatten(1).mean(dim=1)
-        latent_error = (latents - full["latents"]).square().sum() / full["latents"].square().sum()
+        signal = full["latents"].square().sum() / self.num_tests
+        latent_error = (latents - full["latents"]).square().flatten(1).sum(dim=1) / signal
+        psnr = -10 * picture_error.clamp_min(1e-10).log10()
         output = OutputError()
         seconds = []
         for call in Recording(self.directory / "trajectories").calls("unet"):
@@ -99,7 +104,14 @@ class TestSet:
             output.add(call.timestep, result, call.output)
         return {
             "output": output.relative(),
-            "latents": float(latent_error),
-            "psnr": float((-10 * picture_error.clamp_min(1e-10).log10()).mean()),
+            "latents": float(latent_error.mean()),
+            "latents_se": standard_error(latent_error),
+            "psnr": float(psnr.mean()),
+            "psnr_se": standard_error(psnr),
             "seconds": statistics.median(seconds),
         }
+
+
+def standard_error(values: Tensor) -> float:
+    """Return the standard error of the mean of values, one for each picture; 0 for one picture."""
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
