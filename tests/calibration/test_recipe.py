@@ -4,6 +4,7 @@ import pytest
 
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.errors import UsageError
+from msfp_cli.formats.float_format import FloatFormat
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,27 @@ def test_free_choice_is_among_formats_that_8_bit_units_hold(
     recipe = CalibrateRecipe(weights=bits, activations=bits)
     assert [fmt.name for fmt in recipe.input_formats(bits)] == inputs.split()
     assert [fmt.name for fmt in recipe.weight_formats(bits)] == weights.split()
+
+
+@pytest.mark.parametrize(
+    ("bits", "inputs"),
+    [
+        (8, "e1m6 e2m4 ue1m7 ue2m5"),
+        (6, "e1m4 e2m3 ue1m5 ue2m4"),
+        (5, "e1m3 e2m2 e3m0 ue1m4 ue2m3 ue3m1"),
+        (4, "e1m2 e2m1 e3m0 ue1m3 ue2m2 ue3m1"),
+    ],
+)
+def test_narrow_inputs_take_the_finest_formats_whose_integers_fit_into_a_byte(
+    bits: int, inputs: str
+) -> None:
+    formats = CalibrateRecipe(activations=bits).input_formats(bits, wide=False)
+    assert [fmt.name for fmt in formats] == inputs.split()
+    for fmt in formats:
+        assert fmt.largest * (1 + fmt.signed) <= 255
+        if fmt.bits < bits:
+            finer = FloatFormat(fmt.exponent_bits, fmt.mantissa_bits + 1, fmt.signed)
+            assert finer.largest * (1 + finer.signed) > 255
 
 
 def test_formats_asked_for_by_name_may_be_any() -> None:

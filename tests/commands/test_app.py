@@ -241,6 +241,20 @@ def test_json_of_a_calibration_tells_what_was_asked_for_and_chosen(
     assert data["source"]["model"] == tiny_source.model
 
 
+def test_calibrate_says_where_wider_inputs_are_free(
+    msfp: Invoke, tiny_source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advice = "msfp calibrate --activations 8 --overwrite"
+    for runs_here in (True, False):
+        monkeypatch.setattr("msfp_cli.layers.kernels.cpu.runs_on_this_cpu", lambda r=runs_here: r)
+        result = msfp("calibrate", tiny_source.model, *QUICKLY, "--device", "cpu", "--overwrite")
+        assert (advice in " ".join(result.stderr.split())) == runs_here
+    monkeypatch.undo()
+    result = msfp("calibrate", tiny_source.model, *QUICKLY, "--activations", 8, "--overwrite")
+    assert result.exit_code == 0
+    assert "--activations" not in result.stderr
+
+
 def test_status_follows_the_chain(
     msfp: Invoke, stage: Callable[..., Path], tiny_source: ModelSource
 ) -> None:

@@ -46,9 +46,9 @@ def search_layer(
             layer.weight, recipe.weight_formats(weight_bits), space.for_bits(weight_bits)
         )
     if input_bits is not None:
-        inputs = search_tensor(
-            observation.values(), recipe.input_formats(input_bits), space.for_bits(input_bits)
-        )
+        # Of the layers that take most of the time, inputs of two bytes would double the products.
+        candidates = recipe.input_formats(input_bits, wide=reason != "default")
+        inputs = search_tensor(observation.values(), candidates, space.for_bits(input_bits))
     best = inputs.winner if inputs else None
     grid = Grid.with_maximum(best.format, best.max_value[0], best.zero_point) if best else None
     choice = LayerChoice(

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from msfp_cli.calibration.keep import DEFAULT_KEEP, KeepRule, parse_bits
 from msfp_cli.errors import UsageError
 from msfp_cli.formats.float_format import (
+    BYTE_BITS,
     INPUT_INTEGER_BITS,
     MAX_BITS,
     MIN_BITS,
-    WEIGHT_INTEGER_BITS,
     FloatFormat,
     formats_of_width,
+    formats_within,
+    one_byte_formats,
 )
 from msfp_cli.recipe import Recipe, option
 
@@ -132,14 +134,22 @@ class CalibrateRecipe(Recipe):
                 return True, rule.bits
         return False, None
 
-    def input_formats(self, bits: int) -> tuple[FloatFormat, ...]:
+    def input_formats(self, bits: int, *, wide: bool = True) -> tuple[FloatFormat, ...]:
         """Return the candidates for a layer's input.
+
+        Arguments:
+            wide: whether their integers may take two bytes, of which 8-bit units make two products.
+                Otherwise narrower formats are among them: e2m4 instead of e2m5.
 
         Raises:
             UsageError: `formats` is neither the name of a set nor a list of formats.
         """
-        signed = formats_within(bits, INPUT_INTEGER_BITS, signed=True)
-        unsigned = formats_within(bits, INPUT_INTEGER_BITS, signed=False)
+        if wide:
+            signed = formats_within(bits, INPUT_INTEGER_BITS, signed=True)
+            unsigned = formats_within(bits, INPUT_INTEGER_BITS, signed=False)
+        else:
+            signed = one_byte_formats(bits, signed=True)
+            unsigned = one_byte_formats(bits, signed=False)
         sets = {
             "mixed": signed + unsigned,
             "signed": signed,
@@ -154,17 +164,10 @@ class CalibrateRecipe(Recipe):
 
     def weight_formats(self, bits: int) -> tuple[FloatFormat, ...]:
         """Return the candidates for a weight: signed ones, of ``integer`` only the uniform one."""
-        signed = formats_within(bits, WEIGHT_INTEGER_BITS, signed=True)
+        signed = formats_within(bits, BYTE_BITS, signed=True)
         if self.formats == "integer":
             return tuple(fmt for fmt in signed if fmt.is_uniform)
         if self.formats in FORMAT_SETS:
             return signed
         named = {FloatFormat.parse(name) for name in self.formats.split(",")}
         return tuple(fmt for fmt in formats_of_width(bits, signed=True) if fmt in named) or signed
-
-
-def formats_within(bits: int, integer_bits: int, *, signed: bool) -> tuple[FloatFormat, ...]:
-    """List the formats of a width whose integers are narrow enough for 8-bit units."""
-    return tuple(
-        fmt for fmt in formats_of_width(bits, signed=signed) if fmt.integer_bits <= integer_bits
-    )

@@ -18,6 +18,7 @@ from msfp_cli.options import (
     RunOption,
     with_options,
 )
+from msfp_cli.formats.float_format import BYTE_BITS
 from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.recording.recipe import RecordOptions
 
@@ -77,6 +78,8 @@ def calibrate(
     )
     for component in calibration.layers:
         show(calibration, component)
+    if line := wider_inputs(calibration, device):
+        console.note(line)
     console.result(str(run.calibration), summary(calibration), as_json=json_)
     console.note(f"next: {next_command(run)}")
 
@@ -106,6 +109,23 @@ def _summary_of(layers: Mapping[str, "LayerChoice"]) -> dict[str, Any]:
 def _kept_nearest(layer: "LayerChoice") -> bool:
     """Whether compensation was tried on a layer and did not help."""
     return layer.compensation is not None and layer.compensation.damping is None
+
+
+def wider_inputs(calibration: "Calibration", device: str | None) -> str:
+    """Say that inputs of 8 bits are free where the same products of bytes are made for them."""
+    from msfp_cli.layers.kernels.cpu import runs_on_this_cpu
+    from msfp_cli.pipelines.loading import choose_device
+
+    bits = calibration.recipe.activations
+    if bits is None or bits >= BYTE_BITS or calibration.recipe.weights is None:
+        return ""
+    if choose_device(device) != "cpu" or not runs_on_this_cpu():
+        return ""
+    return (
+        f"inputs of {BYTE_BITS} bits take the same products on this CPU as inputs of {bits}, and no "
+        f"byte more in the export: for a smaller error, `msfp calibrate --activations {BYTE_BITS} "
+        "--overwrite`"
+    )
 
 
 def _count_inputs(layers: Iterable["LayerChoice"]) -> Counter[str]:

@@ -23,7 +23,7 @@ from msfp_cli.errors import UsageError
 
 MIN_BITS = 2
 MAX_BITS = 8
-WEIGHT_INTEGER_BITS = 8  # what 8-bit units take: one byte
+BYTE_BITS = 8  # of the integers of a weight: what 8-bit units take
 INPUT_INTEGER_BITS = 16  # two bytes, one after the other
 MAX_EXPONENT_BITS = 5  # 31 octaves; more would leave float32's own range
 _NAME = re.compile(r"(u?)e(\d)m(\d)")
@@ -148,3 +148,23 @@ def formats_of_width(bits: int, *, signed: bool) -> tuple[FloatFormat, ...]:
     return tuple(
         FloatFormat(exponent, width - exponent, signed) for exponent in range(1, widest + 1)
     )
+
+
+def formats_within(bits: int, integer_bits: int, *, signed: bool) -> tuple[FloatFormat, ...]:
+    """List the formats of a width whose integers are narrow enough for 8-bit units."""
+    return tuple(
+        fmt for fmt in formats_of_width(bits, signed=signed) if fmt.integer_bits <= integer_bits
+    )
+
+
+def one_byte_formats(bits: int, *, signed: bool) -> tuple[FloatFormat, ...]:
+    """List for every exponent the finest format of at most `bits` bits with integers of one byte.
+
+    At 8 bits they are e1m6 and e2m4: e2m5 spans as many octaves as e2m4, in steps half as large, so
+    its integers take two bytes.
+    """
+    finest: dict[int, FloatFormat] = {}
+    for width in range(max(MIN_BITS, bits - 1), bits + 1):
+        for fmt in formats_within(width, BYTE_BITS, signed=signed):
+            finest[fmt.exponent_bits] = fmt
+    return tuple(finest.values())

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from msfp_cli.formats.float_format import INPUT_INTEGER_BITS, WEIGHT_INTEGER_BITS
+from msfp_cli.formats.float_format import INPUT_INTEGER_BITS, BYTE_BITS
 from msfp_cli.layers.base import QuantizedLayer
 from msfp_cli.layers.kernels.geometry import Geometry, tap_sums
 
@@ -126,7 +126,7 @@ def refusal_of_integers(layer: QuantizedLayer) -> str | None:
     grid = layer.scheme.input
     if weight is None or grid is None:
         return f"the {'weight' if weight is None else 'input'} is in floating point"
-    for fmt, integer_bits in ((weight, WEIGHT_INTEGER_BITS), (grid.format, INPUT_INTEGER_BITS)):
+    for fmt, integer_bits in ((weight, BYTE_BITS), (grid.format, INPUT_INTEGER_BITS)):
         if fmt.integer_bits > integer_bits:
             return f"{fmt} takes integers of {fmt.integer_bits} bits"
     return refusal_of_geometry(layer)

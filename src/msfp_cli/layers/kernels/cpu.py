@@ -111,9 +111,13 @@ def _refusal_here(layer: QuantizedLayer) -> str | None:
     device = layer.get_buffer("weight_scale").device.type
     if device != "cpu":
         return f"the layer is on {device}"
-    if platform.machine().lower() not in ("x86_64", "amd64") or not _has_onednn():
-        return "it needs oneDNN on an x86 CPU"
-    return None
+    return None if runs_on_this_cpu() else "it needs oneDNN on an x86 CPU"
+
+
+def runs_on_this_cpu() -> bool:
+    """Whether this machine has what the kernel needs."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return is_x86 and bool(torch.backends.mkldnn.is_available())
 
 
 def _refusal_of_sums(layer: QuantizedLayer) -> str | None:
@@ -131,10 +135,6 @@ def _refusal_of_sums(layer: QuantizedLayer) -> str | None:
             "it lacks VNNI"
         )
     return None
-
-
-def _has_onednn() -> bool:
-    return bool(torch.backends.mkldnn.is_available())
 
 
 def _is_taken(x: Tensor, geometry: Geometry | None) -> bool:
