@@ -8,6 +8,7 @@ from pathlib import Path
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import RunError
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
+from msfp_cli.formats.float_format import BYTE_BITS
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import DEFAULT_DIRECTORY, Run
 
@@ -59,6 +60,27 @@ def next_command(run: Run) -> str:
         CheckpointError: something in it is damaged.
     """
     return _next_command(_contents(run))
+
+
+def wider_inputs(calibration: Calibration, device: str | None) -> str:
+    """Say that inputs of 8 bits are free where the same products of bytes are made for them.
+
+    Arguments:
+        device: as the user gave it.
+    """
+    from msfp_cli.layers.kernels.cpu import runs_on_this_cpu
+    from msfp_cli.pipelines.loading import choose_device
+
+    bits = calibration.recipe.activations
+    if bits is None or bits >= BYTE_BITS or calibration.recipe.weights is None:
+        return ""
+    if choose_device(device) != "cpu" or not runs_on_this_cpu():
+        return ""
+    return (
+        f"inputs of {BYTE_BITS} bits take the same products on this CPU as those of {bits}, and no "
+        f"more bytes in the export; `msfp calibrate --activations {BYTE_BITS} --overwrite` has a "
+        "smaller error"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

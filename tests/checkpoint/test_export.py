@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import FEW_UPDATES, QUICK, Chained, Finetuned, Invoke, files_of, train
 from msfp_cli import __version__
@@ -23,6 +24,7 @@ from msfp_cli.checkpoint.export import export_, load_calibrated, save_pipeline
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
 from msfp_cli.checkpoint.quantizer import SCHEMA_VERSION
 from msfp_cli.errors import CheckpointError, RunError
+from msfp_cli.files.documents import digest
 from msfp_cli.finetuning.lora import tuned_names
 from msfp_cli.finetuning.quantize import member_by_timestep
 from msfp_cli.finetuning.result import FinetuneState
@@ -331,7 +333,11 @@ def test_only_layers_that_switch_hold_several_sets_of_weights(tiny_tuned: Finetu
     }
     tensors, layers = denoiser_of(tiny_tuned.export)
     assert {name: entry["hub"] for name, entry in layers.items()} == members
-    assert {name: tensors[f"{name}.weight_codes"].shape[0] for name in names} == members
+    assert all(len(tensors[f"{name}.weight_codes"]) == 1 for name in names)
+    folded = {name for name in names if f"{name}.weight_changes" in tensors}
+    assert folded == {name for name in names if members[name] > 1}
+    loaded = quantized_layers(DiffusionPipeline.from_pretrained(tiny_tuned.export).unet)
+    assert {name: len(loaded[name].packed_codes()) for name in names} == members
     assert all(members[name] == 1 for name in names[:5])  # see `settle`
     switching = sum(count > 1 for count in members.values())
     assert switching > 0
@@ -392,7 +398,8 @@ def test_hub_of_one_needs_no_router(fresh_run: Callable[..., Run], tmp_path: Pat
 
 def test_fine_tuning_adds_no_tensor_in_floating_point(tiny_tuned: Finetuned, plain: Path) -> None:
     ours, theirs = denoiser_of(tiny_tuned.export)[0], denoiser_of(plain)[0]
-    assert ours.keys() - theirs.keys() == {f"{ROUTER}.table"}
+    added = {name for name in ours if not name.endswith(".weight_changes")} - theirs.keys()
+    assert added == {f"{ROUTER}.table"}
     assert theirs.keys() <= ours.keys()
     for name, tensor in ours.items():
         assert not tensor.is_floating_point() or torch.equal(tensor, theirs[name])
@@ -407,6 +414,50 @@ def test_hub_bytes_are_what_the_hub_takes_on_disk(tiny_tuned: Finetuned, plain: 
     assert tiny_tuned.report.hub_bytes == bytes_without_header(
         tiny_tuned.export
     ) - bytes_without_header(plain)
+
+
+def test_members_are_what_fine_tuning_made_bit_for_bit(tiny_tuned: Finetuned) -> None:
+    pipe = load_calibrated(tiny_tuned.calibration, "cpu", {"unet": tiny_tuned.tuned})
+    expected = quantized_layers(pipe.unet)
+    loaded = quantized_layers(DiffusionPipeline.from_pretrained(tiny_tuned.export).unet)
+    for name, layer in expected.items():
+        assert torch.equal(loaded[name].packed_codes(), layer.packed_codes())
+
+
+def test_exports_of_the_first_layout_load_and_are_saved_as_they_are(
+    tiny_tuned: Finetuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("msfp_cli.checkpoint.export.FOLDED_HUBS", SCHEMA_VERSION)
+    export_(
+        tiny_tuned.calibration, tmp_path / "old", tuned={"unet": tiny_tuned.tuned}, device="cpu"
+    )
+    tensors, layers = denoiser_of(tmp_path / "old")
+    for name, entry in layers.items():
+        assert f"{name}.weight_changes" not in tensors
+        assert len(tensors[f"{name}.weight_codes"]) == entry["hub"]
+    pipe = MSFPPipeline.from_pretrained(tmp_path / "old", device="cpu")
+    new = DiffusionPipeline.from_pretrained(tiny_tuned.export)
+    for name, layer in quantized_layers(pipe.pipe.unet).items():
+        same = new.unet.get_submodule(name)
+        assert torch.equal(layer.packed_codes(), same.packed_codes())
+    pipe.save_pretrained(tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "old")
+
+
+@pytest.mark.parametrize("damage", ["short", "other"])
+def test_damaged_changes_are_refused(tiny_tuned: Finetuned, tmp_path: Path, damage: str) -> None:
+    export = tmp_path / "export"
+    shutil.copytree(tiny_tuned.export, export)
+    path = export / "unet" / "diffusion_pytorch_model.safetensors"
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name = next(name for name in tensors if name.endswith(".weight_changes"))
+    changes = tensors[name]
+    tensors[name] = changes[:-1].clone() if damage == "short" else changes.clone().fill_(255)
+    save_file(tensors, path, {**header, "msfp_digest": digest(tensors)})
+    with pytest.raises(CheckpointError, match="weight_changes of the export is damaged"):
+        MSFPPipeline.from_pretrained(export, device="cpu", check=False)
 
 
 def test_saving_a_fine_tuned_export_again_gives_the_same_bytes(

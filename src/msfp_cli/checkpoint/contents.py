@@ -169,7 +169,7 @@ def exported_tensors(directory: Path, kind: str) -> dict[str, Tensor]:
     """Read a kind of tensor of an exported denoiser, by layer.
 
     Arguments:
-        kind: ``weight_scale`` or ``weight_codes``.
+        kind: ``weight_scale``, ``weight_codes`` or ``weight_changes``.
 
     Raises:
         CheckpointError: a file is truncated.

@@ -12,7 +12,13 @@ from torch import nn
 
 from msfp_cli.calibration.quantize import quantize_
 from msfp_cli.calibration.result import Calibration
-from msfp_cli.checkpoint.quantizer import MSFPConfig, mark_quantized_
+from msfp_cli.checkpoint.quantizer import (
+    FOLDED_HUBS,
+    SCHEMA_VERSION,
+    MSFPConfig,
+    bytes_of_members,
+    mark_quantized_,
+)
 from msfp_cli.files.directories import refuse_existing, replace_directory
 from msfp_cli.finetuning.quantize import quantize_tuned_
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
@@ -76,10 +82,11 @@ def load_calibrated(
             quantize_(denoiser, calibration, component)
         else:
             quantize_tuned_(denoiser, calibration, component, learned)
+        layers = quantized_layers(denoiser)
+        has_hubs = any(layer.scheme.hub > 1 for layer in layers.values())
         config = MSFPConfig(
-            layers={
-                name: layer.scheme.to_json() for name, layer in quantized_layers(denoiser).items()
-            },
+            layers={name: layer.scheme.to_json() for name, layer in layers.items()},
+            schema_version=FOLDED_HUBS if has_hubs else SCHEMA_VERSION,
             timestep_unit=1.0 if learned is None else learned.unit,
             source=calibration.source.to_json(),
             sampling=calibration.record.arguments(),
@@ -123,7 +130,8 @@ def export_(
         directory=str(directory),
         denoiser_bytes=size,
         half_precision_bytes=half,
-        hub_bytes=sum(layer.packed_codes()[1:].numel() + TABLE_SIZE for layer in switching),
+        hub_bytes=TABLE_SIZE * len(switching)
+        + sum(bytes_of_members(directory / component) for component in denoisers),
         switching_layers=len(switching),
         finetunings={component: state.summary() for component, state in (tuned or {}).items()},
     )

@@ -11,8 +11,7 @@ from msfp_cli.checkpoint.quantizer import METHOD, MSFPConfig
 from msfp_cli.errors import ModelError
 from msfp_cli.files.documents import Json, open_tensors, read_json
 from msfp_cli.files.seal import REDO, unchecked
-from msfp_cli.layers.kernels.registry import AUTO
-from msfp_cli.layers.prepare import prepare_
+from msfp_cli.layers.prepare import AUTO, prepare_
 from msfp_cli.layers.replace import quantized_layers, select_layers
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
 

@@ -26,7 +26,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from msfp_cli.calibration.recipe import CalibrateRecipe
-from msfp_cli.checkpoint.contents import Contents, header_of, model_text
+from msfp_cli.checkpoint.contents import Contents, exported_tensors, header_of, model_text
+from msfp_cli.checkpoint.hubs import fold, make_room_, unfold_
 from msfp_cli.checkpoint.weight_only import WeightEncoder
 from msfp_cli.errors import CheckpointError, MsfpError, UsageError
 from msfp_cli.layers.replace import replace_layers_
@@ -38,6 +39,7 @@ DiffusersModel: TypeAlias = Any  # diffusers is untyped
 Argument: TypeAlias = Any  # whatever diffusers passes
 
 SCHEMA_VERSION = 1
+NEWEST_SCHEMA = FOLDED_HUBS = 2  # exports whose layers have several members, see `hubs`
 METHOD = "msfp"
 
 
@@ -82,10 +84,10 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
 
     def __post_init__(self) -> None:
         self.quant_method = _Method.MSFP
-        if not isinstance(self.schema_version, int) or self.schema_version > SCHEMA_VERSION:
+        if not isinstance(self.schema_version, int) or self.schema_version > NEWEST_SCHEMA:
             raise CheckpointError(
                 f"the export has layout {self.schema_version}, "
-                f"this msfp reads up to {SCHEMA_VERSION}; "
+                f"this msfp reads up to {NEWEST_SCHEMA}; "
                 "upgrade with `pip install -U msfp`"
             )
 
@@ -96,7 +98,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
         """Read the config; a newer layout is named before its unknown keys are."""
         if (
             isinstance(config_dict.get("schema_version"), int)
-            and config_dict["schema_version"] > SCHEMA_VERSION
+            and config_dict["schema_version"] > NEWEST_SCHEMA
         ):
             cls(schema_version=config_dict["schema_version"])
         try:
@@ -192,6 +194,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
             return
         self._contents.refuse_other_model(model)
         replace_layers_(model, config.table(), timestep_unit=config.timestep_unit)
+        make_room_(model, self._contents.tensors)
         self._contents.refuse_misfit(model)
         del self._contents  # which keeps the files open
         if keep_in_fp32_modules is not None:
@@ -234,15 +237,20 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
             model.register_to_config(quantization_config=self.quantization_config)
             self.pre_quantized = True
             del self._encoder
+        unfold_(model)
         _adapt_(model)
         return model
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the tensors, and for their header the config and the digest."""
-        config = to_text(self.quantization_config)
-        return state_dict, header_of(state_dict, config, self._model_text)
+        """Return the tensors as files hold them, and for their header the config and the digest."""
+        config = self.quantization_config
+        if config.schema_version >= FOLDED_HUBS:
+            schemes = config.table()
+            formats = {name: each.weight for name, each in schemes.items() if each.weight}
+            state_dict = fold(state_dict, formats)
+        return state_dict, header_of(state_dict, to_text(config), self._model_text)
 
     @property
     def is_serializable(self) -> bool:
@@ -277,6 +285,13 @@ def mark_quantized_(denoiser: DiffusersModel, config: MSFPConfig) -> None:
     denoiser.hf_quantizer = quantizer
     denoiser.register_to_config(quantization_config=config)
     _adapt_(denoiser)
+
+
+def bytes_of_members(directory: Path) -> int:
+    """Return what the second and further members of a denoiser's hubs take on disk."""
+    whole = exported_tensors(directory, "weight_codes").values()
+    changes = exported_tensors(directory, "weight_changes").values()
+    return sum(codes[1:].nbytes for codes in whole) + sum(each.nbytes for each in changes)
 
 
 def _adapt_(denoiser: DiffusersModel) -> None:

@@ -18,7 +18,6 @@ from msfp_cli.options import (
     RunOption,
     with_options,
 )
-from msfp_cli.formats.float_format import BYTE_BITS
 from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.recording.recipe import RecordOptions
 
@@ -61,7 +60,7 @@ def calibrate(
 
     from msfp_cli.calibration.calibrate import calibrate_run
     from msfp_cli.pipelines.loading import resolve_model
-    from msfp_cli.status import next_command
+    from msfp_cli.status import next_command, wider_inputs
 
     console.quiet_libraries()
     resolved, line = resolve_model(model)
@@ -109,23 +108,6 @@ def _summary_of(layers: Mapping[str, "LayerChoice"]) -> dict[str, Any]:
 def _kept_nearest(layer: "LayerChoice") -> bool:
     """Whether compensation was tried on a layer and did not help."""
     return layer.compensation is not None and layer.compensation.damping is None
-
-
-def wider_inputs(calibration: "Calibration", device: str | None) -> str:
-    """Say that inputs of 8 bits are free where the same products of bytes are made for them."""
-    from msfp_cli.layers.kernels.cpu import runs_on_this_cpu
-    from msfp_cli.pipelines.loading import choose_device
-
-    bits = calibration.recipe.activations
-    if bits is None or bits >= BYTE_BITS or calibration.recipe.weights is None:
-        return ""
-    if choose_device(device) != "cpu" or not runs_on_this_cpu():
-        return ""
-    return (
-        f"inputs of {BYTE_BITS} bits take the same products on this CPU as inputs of {bits}, and no "
-        f"byte more in the export: for a smaller error, `msfp calibrate --activations {BYTE_BITS} "
-        "--overwrite`"
-    )
 
 
 def _count_inputs(layers: Iterable["LayerChoice"]) -> Counter[str]:

@@ -3,7 +3,8 @@
 from torch import nn
 
 from msfp_cli.errors import UsageError
-from msfp_cli.layers.kernels.registry import AUTO, choose_kernel
+from msfp_cli.layers.kernels.registry import AUTO as AUTO  # for callers of `prepare_`
+from msfp_cli.layers.kernels.registry import choose_kernel
 from msfp_cli.layers.replace import quantized_layers
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from msfp_cli.formats.float_format import INPUT_INTEGER_BITS, BYTE_BITS
+from msfp_cli.formats.float_format import BYTE_BITS, INPUT_INTEGER_BITS
 from msfp_cli.layers.base import QuantizedLayer
 from msfp_cli.layers.kernels.geometry import Geometry, tap_sums
 
