@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from msfp_cli.errors import UsageError
 from msfp_cli.files.documents import Json
+from msfp_cli.files.typed import read_fields
 
 T = TypeVar("T", bound="Recipe")
 
@@ -105,8 +106,8 @@ class Recipe:
         """Undo `to_json`, also of an earlier version.
 
         Raises:
-            ValueError: a key is unknown or missing; whoever reads the file says which and what to
-                do.
+            ValueError: a key is unknown or missing, or a value is of another type; whoever reads
+                the file says which and what to do.
         """
         options = options_of(cls)
         renamed = {each.formerly: name for name, each in options.items()}
@@ -114,7 +115,7 @@ class Recipe:
         values |= {renamed.get(key, key): value for key, value in data.items()}
         if odd := sorted(values.keys() ^ {each.name for each in fields(cls)}):
             raise ValueError(f"settings do not fit this version of msfp: key {odd[0]!r}")
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        return read_fields(cls, values)
 
     def differences(self: T, changed: T) -> Iterator[tuple[str, Json, Json]]:
         """Yield each option that has another value in `changed`: its name and both values."""

@@ -27,6 +27,7 @@ from msfp_cli.errors import RunError
 from msfp_cli.files.atomic import clean
 from msfp_cli.files.documents import Json, read_json, write_json
 from msfp_cli.files.lock import beside, only_writer
+from msfp_cli.files.typed import read_value
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -210,4 +211,5 @@ def _remove_if_empty(directory: Path) -> None:
 
 
 def _parse_memory(document: Json) -> dict[str, str]:
-    return {key: str(Path(place)) for key, place in document.items()}
+    places = read_value(dict[str, str], document)
+    return {key: str(Path(place)) for key, place in places.items()}

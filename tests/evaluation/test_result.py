@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mistyped import mistyped, read_unsigned, write_signed
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.evaluation.cost import Cost
 from msfp_cli.evaluation.metrics.table import METRICS
@@ -19,6 +20,7 @@ from msfp_cli.evaluation.result import (
     Measurements,
     SetSizes,
 )
+from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.recording.recipe import RecordRecipe
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
@@ -56,9 +58,16 @@ models = st.builds(
     cost=maybe(costs),
 )
 SETTINGS = {
+    "export": "export",
+    "against": ModelSource(model="model").to_json(),
     "record": RecordRecipe(conditions=("a cat", None), seed=3).to_json(),
+    "models": ["full", "export"],
+    "num_trajectories": 2,
+    "extractor": "squeezenet",
     "reference": None,
+    "clip": None,
     "layers": True,
+    "cost": False,
 }
 
 
@@ -222,3 +231,31 @@ def test_metric_that_an_earlier_file_lacks_is_absent() -> None:
     for key in earlier.keys() - {"key", "title"}:
         lacking = {name: value for name, value in earlier.items() if name != key}
         assert Measurements.from_json(lacking).title == earlier["title"]
+
+
+def test_signed_values_of_another_type_are_refused(tmp_path: Path) -> None:
+    measured = Measurements(
+        key="full",
+        title="full",
+        values={"psnr": 1.0},
+        per_picture={"psnr": (1.0,)},
+        sets={"full": SetSizes(num_pictures=(1, 2), few=True)},
+        denoisers={
+            "unet": DenoiserError(
+                error=0.5,
+                by_timestep=((1.0, 0.5),),
+                layers={"x": 1.0},
+                inputs={"x": Histogram(minimum=0.0, maximum=1.0, counts=(1,))},
+            )
+        },
+        denoiser_bytes=3,
+        cost=Cost(load_seconds=1.0, seconds_per_picture=1.0, peak_memory_bytes=1),
+    )
+    evaluation(tmp_path, measured).save()
+    document = tmp_path / "evaluation.json"
+    places = list(mistyped(read_unsigned(document)))
+    assert len(places) > 40
+    for place, changed in places:
+        write_signed(document, changed)
+        with pytest.raises(CheckpointError, match="evaluation.json is"):
+            pytest.fail(f"{place} was read as {Evaluation.load(tmp_path)}")

@@ -11,8 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from conftest import Finetuned, Invoke, only_line
+from mistyped import mistyped
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import CheckpointError
+from msfp_cli.files.documents import to_text
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.run import Run
 
@@ -149,6 +151,11 @@ def newer(path: Path) -> None:
     _rewrite(path, lambda tensors, document: document.update(schema=99))
 
 
+def no_history(path: Path) -> None:
+    """Leave no measurement in the history."""
+    _rewrite(path, lambda tensors, document: document.update(history=[]))
+
+
 DAMAGES: dict[Callable[[Path], None], str] = {
     truncate: "damaged",
     empty: "damaged",
@@ -157,6 +164,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     lose_history: "damaged",
     lose_document: "damaged",
     odd_history: "damaged",
+    no_history: "damaged .its history is empty",
     odd_recipe: (
         "damaged .unknown --loss 'mse'; choose one of dfa, plain.; run `msfp finetune --restart`"
     ),
@@ -197,3 +205,16 @@ def test_fine_tuning_of_an_equal_calibration_is_loaded(
     assert identities == {tiny_tuned.calibration.identity()}
     assert load_finetunings(run, calibration)["unet"].recipe == tiny_tuned.tuned.recipe
     assert load_finetunings(Run(tmp_path / "empty"), calibration) == {}
+
+
+def test_signed_values_of_another_type_are_refused(file: Path) -> None:
+    with safe_open(file, framework="pt") as opened:
+        document = json.loads(opened.metadata()["msfp_finetune"])
+    del document["sha256"]
+    tensors = load_file(file)
+    places = list(mistyped(document))
+    assert len(places) > 25
+    for place, changed in places:
+        save_file(tensors, file, {"msfp_finetune": to_text(changed)})
+        with pytest.raises(CheckpointError, match="is (damaged|altered)"):
+            pytest.fail(f"{place} was read as {FinetuneState.load(file)}")

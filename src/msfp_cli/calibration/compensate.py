@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from msfp_cli.calibration.result import Calibration, Compensation
 from msfp_cli.calibration.samples import LayerSamples, input_parts, memory, weight_rows
 from msfp_cli.files.documents import Json, read_document, write_tensors
+from msfp_cli.files.typed import read_value
 from msfp_cli.formats.compensation import compensated_steps
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.packing import pack
@@ -256,12 +257,9 @@ def _load(
         return None
 
     def parse(document: Json, codes: dict[str, Tensor]) -> dict[str, RoundedWeight] | None:
-        layers = document["layers"]
+        layers = read_value(dict[str, Compensation | None], document["layers"])
         if document["identity"] != identity or list(layers) != list(group):
             return None
-        return {
-            name: RoundedWeight(codes.get(name), Compensation(**entry) if entry else None)
-            for name, entry in layers.items()
-        }
+        return {name: RoundedWeight(codes.get(name), each) for name, each in layers.items()}
 
     return read_document(path, _HEADER, parse, redo="run `msfp calibrate --overwrite`")

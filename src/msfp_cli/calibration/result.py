@@ -13,8 +13,9 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,13 +24,14 @@ from msfp_cli.errors import RunError
 from msfp_cli.files.directories import replace_directory
 from msfp_cli.files.documents import (
     Json,
-    damaged,
     digest,
     read_json,
     read_tensors,
     refuse_altered,
     to_text,
 )
+from msfp_cli.files.typed import read_fields, read_value
+from msfp_cli.formats.packing import packed_size
 from msfp_cli.formats.rounding import are_scales
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.loading import ModelSource
@@ -40,6 +42,7 @@ _DOCUMENT = "calibration.json"
 _SCALES = "scales.safetensors"
 _CODES = "codes.safetensors"
 _REDO = "run `msfp calibrate --overwrite`"
+_OF_THE_FILE = ("schema", "scales_digest", "codes_digest")  # keys that say nothing of the result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,25 @@ class LayerChoice:
         grid = self.scheme.input
         return self._chosen(self.input_scores, None if grid is None else grid.format.name)
 
+    def refuse_misfit(self, name: str, scale: Tensor | None, codes: Tensor | None) -> None:
+        """Refuse a weight's scale and packed codes that do not fit the layer.
+
+        Raises:
+            ValueError: one is missing, of a wrong size, or has a value that cannot be.
+        """
+        weight = self.scheme.weight
+        if weight is None:
+            return
+        if scale is None:
+            raise ValueError(f"{name} has a quantized weight and no scale")
+        if scale.ndim != 1 or not len(scale) or self.num_weights % len(scale):
+            raise ValueError(f"{name} has {tuple(scale.shape)} scales")
+        if not are_scales(scale):
+            raise ValueError(f"{name} has a scale that is not positive and finite")
+        size = packed_size(self.num_weights, weight.bits)
+        if codes is not None and (codes.dtype != torch.uint8 or codes.shape != (size,)):
+            raise ValueError(f"{name} has codes of another size")
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; files call the scheme ``parameters``."""
         data = {**asdict(self), "scheme": self.scheme.to_json()}
@@ -125,11 +147,7 @@ class LayerChoice:
         """Undo `to_json`."""
         values = dict(data)
         scheme = LayerScheme.from_json(values.pop("parameters"))
-        for key in ("weight_scores", "input_scores"):
-            values[key] = tuple(Score(**score) for score in data[key])
-        if values.get("compensation"):
-            values["compensation"] = Compensation(**values["compensation"])
-        return cls(**values, scheme=scheme)
+        return read_fields(cls, values, scheme=scheme)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +202,18 @@ class Calibration:
             text += digest(codes)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def _refuse_misfit(self) -> None:
+        """Refuse tensors that do not fit the layers' schemes.
+
+        Raises:
+            ValueError: a quantized weight has no scale, or tensors are of a wrong size.
+        """
+        for component in self.layers:
+            scales = self.scales[component]
+            codes = self.codes.get(component, {})
+            for name, layer in self.layers[component].items():
+                layer.refuse_misfit(name, scales.get(name), codes.get(name))
+
     def save(self, directory: Path, *, overwrite: bool = False) -> None:
         """Write the calibration; the directory appears whole or not at all.
 
@@ -229,31 +259,22 @@ class Calibration:
             refuse_altered(path, flat, document["scales_digest"], redo=_REDO)
             if expected := document.get("codes_digest"):
                 refuse_altered(codes_path, codes, expected, redo=_REDO)
-            for name, scale in flat.items():
-                if not are_scales(scale):
-                    raise damaged(path, f"{name} is not positive and finite", redo=_REDO)
-            layers = {
-                component: _layers_from_json(entries)
-                for component, entries in document["layers"].items()
-            }
-            return cls(
-                source=ModelSource.from_json(document["source"]),
-                record=RecordRecipe.from_json(document["record"]),
-                recipe=CalibrateRecipe.from_json(document["recipe"]),
+            own = {key: value for key, value in document.items() if key not in _OF_THE_FILE}
+            layers = read_value(_LAYERS, own.pop("layers"))
+            calibration = read_fields(
+                cls,
+                own,
                 layers=layers,
                 scales=_unflatten(flat, layers),
                 codes=_unflatten(codes, layers) if codes else {},
-                held_out_error=document["held_out_error"],
-                unused={component: tuple(names) for component, names in document["unused"].items()},
-                options=document.get("options"),
             )
+            calibration._refuse_misfit()
+            return calibration
 
         return read_json(directory / _DOCUMENT, parse, redo=_REDO, schema=_SCHEMA)
 
 
-def _layers_from_json(entries: Json) -> dict[str, LayerChoice]:
-    """Read the choices of one denoiser, by layer."""
-    return {name: LayerChoice.from_json(entry) for name, entry in entries.items()}
+_LAYERS: TypeAlias = dict[str, dict[str, LayerChoice]]
 
 
 def _to_json(layers: Mapping[str, LayerChoice] | Mapping[str, LayerScheme]) -> dict[str, Json]:

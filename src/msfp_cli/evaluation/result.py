@@ -3,18 +3,33 @@
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from msfp_cli.errors import RunError
 from msfp_cli.evaluation.cost import Cost
 from msfp_cli.evaluation.gallery import Gallery
 from msfp_cli.evaluation.schema_1 import from_schema_1
 from msfp_cli.files.documents import Json, read_json, write_json
+from msfp_cli.files.typed import read_fields, read_value
 from msfp_cli.recording.recipe import RecordRecipe
 from msfp_cli.run import Run
 
 _SCHEMA = 2  # 1, a field for each metric, can still be read
 _RESULT = "evaluation.json"
 _REDO = "run `msfp evaluate --overwrite`"
+# Settings of an evaluation that are used after it, by key.
+_SETTINGS: dict[str, Any] = {
+    "export": str,
+    "against": dict[str, str | None],
+    "record": RecordRecipe,
+    "models": tuple[str, ...],
+    "num_trajectories": int,
+    "extractor": str,
+    "reference": str | None,
+    "clip": str | None,
+    "layers": bool,
+    "cost": bool,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +120,7 @@ class Measurements:
         """Undo `to_json`; what an earlier msfp wrote is read as well."""
         if "values" not in data:
             data = from_schema_1(data)
-        fields = {
-            **data,
-            "per_picture": {key: tuple(values) for key, values in data["per_picture"].items()},
-            "sets": {key: _set_sizes(entry) for key, entry in data["sets"].items()},
-            "denoisers": {key: _denoiser_error(entry) for key, entry in data["denoisers"].items()},
-            "cost": None if data["cost"] is None else Cost(**data["cost"]),
-        }
-        return cls(**fields)
+        return read_fields(cls, data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,32 +179,14 @@ class Evaluation:
             raise RunError(f"no evaluation in {directory}; run `msfp evaluate` first")
 
         def parse(document: Json) -> Evaluation:
-            return cls(
-                directory=directory,
-                settings=document["asked"],
-                machine=document["machine"],
-                models=tuple(Measurements.from_json(entry) for entry in document["models"]),
-                notes=tuple(document["notes"]),
-                options=document.get("options"),
-            )
+            own = {key: value for key, value in document.items() if key != "schema"}
+            settings = own.pop("asked")
+            for key, kind in _SETTINGS.items():
+                read_value(kind, settings[key])
+            return read_fields(cls, own, directory=directory, settings=settings)
 
         return read_json(path, parse, redo=_REDO, schema=_SCHEMA)
 
     def save(self) -> None:
         """Write the file; it is there whole or not at all."""
         write_json(self.directory / _RESULT, self.to_json())
-
-
-def _set_sizes(entry: Json) -> SetSizes:
-    own, other = entry["num_pictures"]
-    return SetSizes(num_pictures=(own, other), few=entry["few"])
-
-
-def _denoiser_error(entry: Json) -> DenoiserError:
-    by_timestep = tuple((float(timestep), float(error)) for timestep, error in entry["by_timestep"])
-    inputs = {name: _histogram(histogram) for name, histogram in entry["inputs"].items()}
-    return DenoiserError(**{**entry, "by_timestep": by_timestep, "inputs": inputs})
-
-
-def _histogram(entry: Json) -> Histogram:
-    return Histogram(**{**entry, "counts": tuple(entry["counts"])})

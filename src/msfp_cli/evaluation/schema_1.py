@@ -25,11 +25,16 @@ def from_schema_1(data: Json) -> Json:
         "title": data["title"],
         "values": {key: value for key, value in _values(data).items() if value is not None},
         "per_picture": {key: data[key] for key in _PER_PICTURE if data.get(key)},
-        "sets": {key: entry for key, entry in sets.items() if entry is not None},
+        "sets": {key: _set_sizes(entry) for key, entry in sets.items() if entry is not None},
         "denoisers": denoisers,
         "denoiser_bytes": data.get("denoiser_bytes"),
         "cost": data.get("cost"),
     }
+
+
+def _set_sizes(entry: Json) -> Json:
+    """Return what an entry says of its sets, without the distances between them."""
+    return {key: entry[key] for key in ("num_pictures", "few")}
 
 
 def _values(data: Json) -> dict[str, float | None]:

@@ -22,6 +22,7 @@ from pathlib import Path, PurePath
 
 from msfp_cli.errors import CheckpointError
 from msfp_cli.files.documents import Json, read_json, require_file, to_text
+from msfp_cli.files.typed import read_fields
 
 MARK = "msfp.json"
 REDO = (
@@ -93,8 +94,7 @@ class Seal:
             return None
 
         def parse(document: Json) -> Seal:
-            files = {name: SealedFile(**entry) for name, entry in document["files"].items()}
-            return cls(files=files, patterns=tuple(document["patterns"]))
+            return read_fields(cls, {key: document[key] for key in ("files", "patterns")})
 
         return read_json(path, parse, redo=redo, schema=_SCHEMA)
 

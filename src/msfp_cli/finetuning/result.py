@@ -26,6 +26,7 @@ from msfp_cli.files.documents import (
     to_text,
     write_tensors,
 )
+from msfp_cli.files.typed import read_fields
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.layers.routing import check_unit
 from msfp_cli.run import Run
@@ -155,17 +156,12 @@ class FinetuneState:
     @classmethod
     def _from_document(cls, document: Json, tensors: dict[str, Tensor]) -> "FinetuneState":
         """Put together what the file's header and its tensors say."""
-        return cls(
-            recipe=FinetuneRecipe.from_json(document["recipe"]),
-            calibration=document["calibration"],
-            unit=check_unit(document["unit"]),
-            timesteps=tuple(float(timestep) for timestep in document["timesteps"]),
-            step=int(document["step"]),
-            history=tuple(_measurement_from_json(entry) for entry in document["history"]),
-            losses=tuple(float(loss) for loss in document["losses"]),
-            shares=tuple((float(timestep), float(share)) for timestep, share in document["shares"]),
-            tensors=tensors,
-        )
+        own = {key: value for key, value in document.items() if key not in ("schema", "digest")}
+        state = read_fields(cls, own, tensors=tensors)
+        check_unit(state.unit)
+        if not state.history:
+            raise ValueError("its history is empty")
+        return state
 
 
 def load_finetunings(run: Run, calibration: Calibration) -> dict[str, FinetuneState]:
@@ -231,9 +227,3 @@ def report_of(component: str, path: Path) -> FinetuneReport:
         after=state.best.error,
         best_step=state.best.step,
     )
-
-
-def _measurement_from_json(entry: Json) -> HeldOutMeasurement:
-    """Read a measurement; an unknown key is an error."""
-    pairs = [(float(timestep), float(error)) for timestep, error in entry["by_timestep"]]
-    return HeldOutMeasurement(**{**entry, "by_timestep": tuple(pairs)})

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from msfp_cli.files.typed import read_fields
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import Grid
 
@@ -62,18 +63,15 @@ class LayerScheme:
 
         Raises:
             UsageError: a format is unknown.
-            KeyError, TypeError: a field is missing or of the wrong kind.
+            ValueError: a field is unknown, missing, of another type, or out of range.
         """
-        weight = data["weight"]
-        grid = data["input"]
+        written = read_fields(_Written, data)
         return cls(
-            weight=None if weight is None else FloatFormat.parse(weight),
-            input=None if grid is None else _grid_from_json(grid),
-            hub=int(data.get("hub", 1)),
-            further_inputs=tuple(
-                _grid_from_json(further) for further in data.get("further_inputs", ())
-            ),
-            lookup=bool(data.get("lookup", False)),
+            weight=None if written.weight is None else FloatFormat.parse(written.weight),
+            input=None if written.input is None else written.input.grid(),
+            hub=1 if written.hub is None else written.hub,
+            further_inputs=tuple(further.grid() for further in written.further_inputs or ()),
+            lookup=bool(written.lookup),
         )
 
     def input_of(self, member: int) -> Grid | None:
@@ -89,5 +87,24 @@ def _grid_to_json(grid: Grid) -> dict[str, Any]:
     return {"format": grid.format.name, "scale": grid.scale, "zero_point": grid.zero_point}
 
 
-def _grid_from_json(data: dict[str, Any]) -> Grid:
-    return Grid(FloatFormat.parse(data["format"]), float(data["scale"]), float(data["zero_point"]))
+@dataclass(frozen=True, kw_only=True)
+class _WrittenGrid:
+    """A grid as it lies in a document."""
+
+    format: str
+    scale: float
+    zero_point: float
+
+    def grid(self) -> Grid:
+        return Grid(FloatFormat.parse(self.format), self.scale, self.zero_point)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """A scheme as it lies in a document."""
+
+    weight: str | None
+    input: _WrittenGrid | None
+    hub: int | None = None
+    further_inputs: tuple[_WrittenGrid, ...] | None = None
+    lookup: bool | None = None

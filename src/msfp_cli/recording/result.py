@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -32,10 +32,12 @@ from msfp_cli.files.documents import (
     write_json,
     write_tensors,
 )
+from msfp_cli.files.typed import read_fields, read_value
 from msfp_cli.pipelines.denoiser import DenoiserCall
 from msfp_cli.recording.encode import content_hash, decode_items, encode_calls
 
 T = TypeVar("T")
+_FACTORS: TypeAlias = list[tuple[float, float]] | None
 
 _SCHEMA = 1
 _MANIFEST = "recording.json"
@@ -46,13 +48,11 @@ _REDO_SHARD = "delete it and run the same `msfp calibrate` again, with --overwri
 
 
 def _parse_manifest(document: Json) -> tuple[dict[str, Any], int]:
-    num_shards = int(document["num_shards"])
+    num_shards: int = read_value(int, document["num_shards"])
     if not 1 <= num_shards <= _MAX_SHARDS:
         raise ValueError(f"it counts {num_shards} shards")
-    recipe = document["recipe"]
-    source = recipe.get("source", {"model": ""})
-    if not isinstance(source["model"], str):
-        raise ValueError(f"its model is {source['model']!r}")
+    recipe: dict[str, Any] = read_value(dict[str, dict[str, Any]], document["recipe"])
+    read_value(str, recipe.get("source", {}).get("model", ""))
     return recipe, num_shards
 
 
@@ -212,7 +212,8 @@ class Recording:
             return tensors[name]
 
         def parse(document: Json) -> list[DenoiserCall]:
-            return [DenoiserCall(**decode_items(call, tensor_of)) for call in document["calls"]]
+            calls = [decode_items(call, tensor_of) for call in document["calls"]]
+            return [read_fields(DenoiserCall, call) for call in calls]
 
         return self._read_header(index, parse)
 
@@ -230,7 +231,10 @@ class Recording:
 
         def parse(document: Json) -> list[float | None]:
             calls = document["calls"]
-            return [call["timestep"] if call["component"] == component else None for call in calls]
+            timesteps = [
+                call["timestep"] if call["component"] == component else None for call in calls
+            ]
+            return [read_value(float | None, timestep) for timestep in timesteps]
 
         return self._read_header(index, parse)
 
@@ -247,7 +251,7 @@ class Recording:
         """Return the sampler's (timestep, denoising factor) pairs; None: they are not known."""
 
         def parse(document: Json) -> list[tuple[float, float]] | None:
-            pairs = document["factors"]
-            return None if pairs is None else [(timestep, factor) for timestep, factor in pairs]
+            factors: list[tuple[float, float]] | None = read_value(_FACTORS, document["factors"])
+            return factors
 
         return self._read_header(0, parse)
