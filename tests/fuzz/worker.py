@@ -1,5 +1,6 @@
 """Load what a mutation has made, in a process of its own with bounded memory and time."""
 
+import faulthandler
 import json
 import os
 import resource
@@ -28,14 +29,14 @@ from msfp_cli.run import Run
 from msfp_cli.status import status_of
 from tiny_pipelines import save_smallest
 
-SECONDS = 30
+SECONDS = 20
 MEMORY = 2 << 30  # beyond what the process has when it begins
 BAD = ("crash", "hang", "raw", "code")
-OUTCOMES = ("refused", "equal", "different", "stock", *BAD)
+OUTCOMES = ("refused", "equal", "different", "stock", "died", *BAD)
 _RUNS_CODE = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class")
 _HARMLESS = ("torch._utils", "collections", "torch")  # what a checkpoint of tensors names
 
-_BATCH = 100  # trials in one process, while nothing ends it
+_BATCH = 400  # trials in one process, while nothing ends it
 
 Reader = Callable[[Path], str]  # returns a digest of what it has read
 Write = Callable[[str], object]  # writes a line
@@ -47,7 +48,9 @@ class Trial:
 
     Arguments:
         outcome: one of `OUTCOMES`. ``stock`` is an error of diffusers itself, about a component
-            that is not quantized; ``raw`` is one that msfp should have explained.
+            that is not quantized, and with ``died`` its own loader did not end, or ended the
+            process, where no code of msfp was at work. ``raw`` is an error that msfp should have
+            explained.
     """
 
     number: int
@@ -172,17 +175,37 @@ def attempts(
         work: writes two lines for each task: what it is, before it begins, and its outcome.
     """
     while tasks:
-        batch = tasks[:_BATCH]
-        answer = in_child(partial(work, batch))
+        answer = in_child(partial(work, tasks[:_BATCH]))
         lines = answer.words.splitlines()
         assert lines, f"nothing was tried: exit {answer.code}"
-        if len(lines) % 2:
-            hung = answer.code == -signal.SIGALRM
-            lines.append(f"{'hang' if hung else 'crash'} exit {answer.code}")
-        for task, words in zip(lines[::2], lines[1::2], strict=True):
-            outcome, _, detail = words.partition(" ")
-            yield Trial(*json.loads(task), outcome, detail)
-        tasks = tasks[len(lines) // 2 :]
+        count = 0
+        while len(lines) > 1 and lines[1].split()[0] in OUTCOMES:
+            yield _trial(lines[0], lines[1])
+            lines = lines[2:]
+            count += 1
+        if lines:
+            yield _trial(lines[0], _death(tasks[count][1], answer.code, lines[1:]))
+            count += 1
+        tasks = tasks[count:]
+
+
+def _trial(task: str, words: str) -> Trial:
+    outcome, _, detail = words.partition(" ")
+    return Trial(*json.loads(task), outcome, detail)
+
+
+def _death(reader: str, code: int, frames: list[str]) -> str:
+    """Return the outcome of a trial that ended its process.
+
+    Arguments:
+        frames: what `faulthandler` wrote of the place.
+    """
+    is_ours = (
+        any("msfp_cli/" in frame for frame in frames) or READERS["export"].get(reader) != _stock
+    )
+    outcome = "hang" if code == -signal.SIGALRM else "crash"
+    place = next((frame.strip() for frame in frames if "File" in frame), "")
+    return f"{outcome if is_ours else 'died'} {outcome} {place}"
 
 
 @dataclass(frozen=True)
@@ -206,6 +229,8 @@ def in_child(work: Callable[[Write], object], seconds: int = SECONDS) -> Answer:
             os.close(read)
             _bound(seconds)
             with os.fdopen(write, "w", buffering=1) as pipe:
+                faulthandler.enable(pipe, all_threads=False)
+                faulthandler.register(signal.SIGALRM, pipe, all_threads=False, chain=True)
                 work(lambda line: pipe.write(line.replace("\n", " ") + "\n"))
             os._exit(0)
         finally:

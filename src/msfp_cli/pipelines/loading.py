@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from msfp_cli.errors import ModelError, MsfpError
 from msfp_cli.files.seal import REDO, checked
+from msfp_cli.pipelines.bounds import refuse_endless_prompts, refuse_endless_sizes
 from msfp_cli.recipe import Recipe, option
 
 if TYPE_CHECKING:  # `msfp --help` must not load torch
@@ -158,6 +159,7 @@ def load_pipeline(source: ModelSource, device: str | None = None) -> Pipeline:
     model = _place_of(source)
     options = {"revision": source.revision, "variant": source.variant}
     with checked(Path(model), redo=REDO):  # what msfp exported; others have no seal
+        refuse_endless_sizes(Path(model))
         try:
             pipe = DiffusionPipeline.from_pretrained(
                 model,
@@ -169,6 +171,7 @@ def load_pipeline(source: ModelSource, device: str | None = None) -> Pipeline:
         except Exception as error:  # every library below has its own kinds
             raise ModelError(_explain(source, error)) from error
     _refuse_missing_tensors(model, pipe)
+    refuse_endless_prompts(pipe.components)
     with contextlib.suppress(AttributeError):
         pipe.set_progress_bar_config(disable=True)
     return pipe.to(place)

@@ -1,0 +1,69 @@
+"""What the files of a pipeline may ask for: what cannot be met is refused before anybody tries.
+
+A text encoder of a thousand million layers is built until somebody ends the process, and a prompt
+is padded to whatever length the tokenizer names.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from msfp_cli.errors import ModelError
+from msfp_cli.files.documents import Json, require_file
+
+_ALWAYS_MET = 10**8  # ids, seeds and frequencies may be larger than a tiny model's files
+_REDO = "download or export it again"
+
+
+def refuse_endless_sizes(directory: Path) -> None:
+    """Refuse a component whose config has a whole number that no model of its size can have.
+
+    A model has at least a byte for each layer, channel, head or token.
+
+    Raises:
+        ModelError: a number is larger than the component's files have bytes.
+        CheckpointError: a config is something else than a file.
+    """
+    for path in sorted(directory.glob("*/config.json")):
+        require_file(path, redo=_REDO)
+        size = sum(file.stat().st_size for file in path.parent.iterdir() if file.is_file())
+        try:
+            numbers = list(_numbers(json.loads(path.read_bytes())))
+        except (ValueError, RecursionError):
+            continue  # whoever loads it says what is wrong
+        for key, number in numbers:
+            if number > max(size, _ALWAYS_MET):
+                raise ModelError(
+                    f"{path} asks for {key} = {number}, more than its files have bytes; {_REDO}"
+                )
+
+
+def _numbers(value: Json, key: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the whole numbers in a tree, each with the innermost key that leads to it."""
+    if isinstance(value, int):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _numbers(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(item, key)
+
+
+def refuse_endless_prompts(components: Json) -> None:
+    """Refuse a tokenizer that pads prompts to more tokens than its CLIP text encoder can take.
+
+    Raises:
+        ModelError: its ``model_max_length`` is larger than the encoder has positions.
+    """
+    for name, tokenizer in components.items():
+        encoder = components.get(name.replace("tokenizer", "text_encoder"))
+        config = getattr(encoder, "config", None)
+        if "tokenizer" not in name or getattr(config, "model_type", "") != "clip_text_model":
+            continue
+        limit = config.max_position_embeddings  # type: ignore[union-attr]
+        if tokenizer is not None and tokenizer.model_max_length > limit:
+            raise ModelError(
+                f"the {name} pads prompts to {tokenizer.model_max_length} tokens, but its text "
+                f"encoder takes {limit}; set model_max_length in its tokenizer_config.json"
+            )

@@ -1,0 +1,48 @@
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from msfp_cli.errors import CheckpointError, ModelError
+from msfp_cli.pipelines.loading import ModelSource, load_pipeline
+
+
+def change(path: Path, **values: object) -> None:
+    """Change keys of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.fixture
+def model(tiny: Callable[[str], Path], copied: Callable[..., Path]) -> Path:
+    return copied(tiny("StableDiffusionPipeline"))
+
+
+@pytest.mark.parametrize(
+    ("component", "key"),
+    [("text_encoder", "num_hidden_layers"), ("unet", "layers_per_block"), ("vae", "sample_size")],
+)
+@pytest.mark.parametrize("value", [10**9, 2**63, [8, 10**9]])
+def test_size_that_no_file_can_hold_is_refused_at_once(
+    model: Path, component: str, key: str, value: object
+) -> None:
+    change(model / component / "config.json", **{key: value})
+    with pytest.raises(ModelError, match=rf"{component}/config.json asks for {key} = \d+, more"):
+        load_pipeline(ModelSource(model=str(model)), "cpu")
+
+
+def test_config_that_is_a_pipe_is_refused_at_once(model: Path) -> None:
+    path = model / "unet" / "config.json"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="unet/config.json is damaged .it is not a regular"):
+        load_pipeline(ModelSource(model=str(model)), "cpu")
+
+
+def test_tokenizer_that_pads_beyond_its_encoder_is_refused(model: Path) -> None:
+    change(model / "tokenizer" / "tokenizer_config.json", model_max_length=10**9)
+    with pytest.raises(
+        ModelError, match="tokenizer pads prompts to 1000000000 tokens, .* takes 77"
+    ):
+        load_pipeline(ModelSource(model=str(model)), "cpu")
