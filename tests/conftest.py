@@ -373,7 +373,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path]) -> Itera
     monkeypatch.setattr(msfp_cli.calibration.calibrate, "calibrate_run", calibrate_quickly)
     monkeypatch.setattr(msfp_cli.calibration.calibrate, "load_pipeline", load_locally)
     monkeypatch.setattr(
-        "msfp_cli.checkpoint.quantize.fetch_pipeline", lambda source: tiny("FluxPipeline")
+        "msfp_cli.streaming.quantize.fetch_pipeline", lambda source: tiny("FluxPipeline")
     )
     monkeypatch.setattr(msfp_cli.demo, "calibrate_run", calibrate_quickly)
     monkeypatch.setattr(msfp_cli.demo, "finetune_run", finetune_quickly)

@@ -28,6 +28,7 @@ ORDER = (
     "calibration",
     "finetuning",
     "checkpoint",
+    "streaming",
     "evaluation",
     "report",
     "sample status demo options",

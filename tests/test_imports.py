@@ -121,6 +121,18 @@ def test_diffusers_imported_later_knows_our_format(imports: str) -> None:
     assert printed == "MSFPQuantizer\nMSFPConfig"
 
 
+@pytest.mark.parametrize("first", ["msfp_cli", "diffusers.quantizers.auto", "transformers"])
+def test_transformers_knows_our_format_whatever_is_imported_first(first: str) -> None:
+    printed = run_python(
+        f"import {first}\n"
+        "import msfp_cli\n"
+        "from transformers.quantizers import auto\n"
+        "print(auto.AUTO_QUANTIZER_MAPPING['msfp'].__name__)\n"
+        "print(auto.AUTO_QUANTIZATION_CONFIG_MAPPING['msfp'].__name__)"
+    )
+    assert printed == "MSFPTextQuantizer\nMSFPConfig"
+
+
 def test_diffusers_imported_first_learns_our_format_and_keeps_its_own() -> None:
     printed = run_python(
         "from diffusers.quantizers import auto\n"

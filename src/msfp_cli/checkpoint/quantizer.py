@@ -233,7 +233,8 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
     ) -> DiffusersModel:
         if not self.pre_quantized:
             self._encoder.refuse_missing()
-            self.quantization_config = weight_only_config(self._encoder.table)
+            origin = self.quantization_config.source
+            self.quantization_config = weight_only_config(self._encoder.table, origin)
             model.register_to_config(quantization_config=self.quantization_config)
             self.pre_quantized = True
             del self._encoder

@@ -1,15 +1,15 @@
 """`msfp quantize`: quantize the weights of a pipeline at once, without a calibration."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from msfp_cli.checkpoint.recipe import QuantizeRecipe
 from msfp_cli.commands import console
 from msfp_cli.options import JsonOption, Options, OverwriteOption, with_options
 from msfp_cli.pipelines.loading import ModelSource
+from msfp_cli.recipe import options_of
+from msfp_cli.streaming.recipe import QuantizeRecipe
 
 HELP = """Quantize the weights of MODEL at once, without recording anything.
 
@@ -19,7 +19,7 @@ less error. A command that was stopped goes on when it is given again.
 
 Examples:
 
-    msfp quantize black-forest-labs/FLUX.1-schnell --out flux-4bit
+    msfp quantize black-forest-labs/FLUX.1-schnell --out flux-4bit --also text_encoder_2
 
     msfp quantize stabilityai/stable-diffusion-xl-base-1.0 --variant fp16 --keep '*attn2*:8'
 """
@@ -28,28 +28,31 @@ ModelArgument = Annotated[
     typer.Argument(help="Diffusers directory or hub id. Default: the small built-in pipeline."),
 ]
 
+_SOURCE = options_of(ModelSource)
 
-@with_options(QuantizeRecipe, ModelSource)
+
+@with_options(QuantizeRecipe)
 def quantize(
     options: Options,
     model: ModelArgument = None,
+    revision: Annotated[str | None, typer.Option(help=_SOURCE["revision"].help)] = None,
+    variant: Annotated[str | None, typer.Option(help=_SOURCE["variant"].help)] = None,
     out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("quantized"),
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
 ) -> None:
     """Quantize the weights of a pipeline."""
     recipe = options.recipe(QuantizeRecipe)
-    source = options.recipe(ModelSource, model=model or "")
 
-    from msfp_cli.checkpoint.quantize import quantize_pipeline
     from msfp_cli.pipelines.loading import resolve_model
+    from msfp_cli.streaming.quantize import quantize_pipeline
 
     console.quiet_libraries()
     resolved, line = resolve_model(model)
     if line:
         console.note(line)
     report = quantize_pipeline(
-        replace(source, model=resolved),
+        ModelSource(model=resolved, revision=revision, variant=variant),
         out,
         recipe,
         overwrite=overwrite,

@@ -29,6 +29,7 @@ class PackedWeight(Tensor):
     """
 
     read: Callable[[], Tensor]
+    _is_hf_initialized = True  # transformers initializes tensors that do not say so
 
     def __new__(
         cls,

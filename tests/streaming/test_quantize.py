@@ -12,14 +12,15 @@ from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from safetensors.torch import load_file
 
 from conftest import Invoke, files_of, only_error
-from msfp_cli.checkpoint import parts
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
-from msfp_cli.checkpoint.quantize import quantize_pipeline
 from msfp_cli.checkpoint.quantizer import MSFPConfig
-from msfp_cli.checkpoint.recipe import QuantizeRecipe
 from msfp_cli.errors import CheckpointError, ModelError, UsageError
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.pipelines.loading import ModelSource
+from msfp_cli.streaming import parts
+from msfp_cli.streaming.quantize import quantize_pipeline
+from msfp_cli.streaming.recipe import QuantizeRecipe
+from msfp_cli.streaming.text_component import TextEncoderJob
 from tiny_pipelines import CALL_ARGUMENTS
 
 NAMES = {"FluxPipeline": "transformer", "DDIMPipeline": "unet", "StableDiffusion3Pipeline": ""}
@@ -178,3 +179,34 @@ def test_command_prints_path_sizes_and_speed(tiny: Callable[[str], Path], msfp: 
     assert "million a second" in result.stderr
     assert "'nothing:8' matches no layer" in result.stderr
     assert "next: msfp sample out" in result.stderr
+
+
+def test_text_encoders_are_quantized_if_asked_for(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    also = ("text_encoder", "text_encoder_2")
+    name = "FluxPipeline"
+    mapping = PipelineQuantizationConfig(
+        quant_mapping={part: MSFPConfig() for part in ("transformer", *also)}
+    )
+    expected = draw(tiny(name), name, quantization_config=mapping)
+    with pytest.raises(KilledError), monkeypatch.context() as patch:
+        patch.setattr("msfp_cli.streaming.quantize.replace_directory", _kill)
+        quantize(tiny(name), tmp_path / "out", also=also)
+    with monkeypatch.context() as patch:
+        patch.setattr(TextEncoderJob, "_write_whole", _kill)  # it is finished already
+        out = quantize(tiny(name), tmp_path / "out", also=also)
+    assert torch.equal(draw(out, name), expected)
+    assert MSFPPipeline.from_pretrained(out).configs.keys() == {"transformer", *also}
+    for part in also:
+        sizes = [(each / part / "model.safetensors").stat().st_size for each in (tiny(name), out)]
+        assert sizes[1] < sizes[0] / 2
+
+
+def _kill(*arguments: object, **options: object) -> None:
+    raise KilledError
+
+
+def test_other_components_are_not_text_encoders(tiny: Callable[[str], Path], msfp: Invoke) -> None:
+    result = msfp("quantize", tiny("FluxPipeline"), "--also", "vae")
+    assert "it has text_encoder, text_encoder_2" in only_error(result, 2)

@@ -1,7 +1,8 @@
 """Quantize the weights of a whole pipeline without a calibration: `msfp quantize`.
 
-Denoisers are read and encoded part by part (`parts`), and all other components are copied. At no
-time is a component in memory in full precision.
+Denoisers are read and encoded part by part (`parts`), text encoders that were asked for as
+transformers loads them, and all other components are copied. At no time is a component in memory in
+full precision.
 """
 
 import json
@@ -12,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import transformers
 
-from msfp_cli.checkpoint.component import ComponentSize, DenoiserJob
-from msfp_cli.checkpoint.recipe import QuantizeRecipe
-from msfp_cli.checkpoint.weight_files import copy_component
+from msfp_cli.errors import UsageError
 from msfp_cli.files.atomic import delete
 from msfp_cli.files.directories import refuse_existing, replace_directory
 from msfp_cli.files.documents import Json, read_json
@@ -23,6 +23,10 @@ from msfp_cli.files.lock import beside, only_writer
 from msfp_cli.pipelines.denoiser import denoiser_names
 from msfp_cli.pipelines.loading import ModelSource, fetch_pipeline
 from msfp_cli.progress import SILENT, Progress
+from msfp_cli.streaming.component import ComponentSize, DenoiserJob
+from msfp_cli.streaming.recipe import QuantizeRecipe
+from msfp_cli.streaming.text_component import TextEncoderJob
+from msfp_cli.streaming.weight_files import copy_component
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,7 @@ def quantize_pipeline(
     Raises:
         ModelError: the pipeline cannot be found, or has no denoiser.
         CheckpointError: its files are damaged.
-        UsageError: it is quantized already.
+        UsageError: it is quantized already, or has no such text encoder.
         RunError: the directory exists and `overwrite` is not set.
     """
     refuse_existing(directory, overwrite=overwrite)
@@ -73,28 +77,53 @@ def quantize_pipeline(
         place = fetch_pipeline(source)
         index = read_json(place / "model_index.json", dict, redo="download the model again")
         work = directory.with_name(f".{directory.name}.msfp-parts")
-        jobs = {
-            name: DenoiserJob(
-                model_class=getattr(diffusers, index[name][1]),
-                source=place / name,
-                variant=source.variant,
-                work=work / name,
-                recipe=recipe,
-            )
-            for name in denoiser_names(index)
-        }
+        jobs = _jobs(source, place, index, recipe, work)
         start = time.monotonic()
         count = sum(job.encode(progress) for job in jobs.values())
         seconds = time.monotonic() - start
         with replace_directory(directory, overwrite=overwrite) as temporary:
             for name, job in jobs.items():
-                job.write(temporary / name, source.to_json())
+                job.write(temporary / name)
             _copy_others(place, index, temporary, source.variant)
         sizes = {name: job.size(directory / name) for name, job in jobs.items()}
         delete(work)
     return QuantizeReport(
         directory=str(directory), components=sizes, num_parameters=count, seconds=seconds
     )
+
+
+def _jobs(
+    source: ModelSource,
+    place: Path,
+    index: Mapping[str, Any],
+    recipe: QuantizeRecipe,
+    work: Path,
+) -> dict[str, DenoiserJob | TextEncoderJob]:
+    """Return what is to be done, by component."""
+    names = denoiser_names(index)
+    texts = [name for name, entry in index.items() if _is_text_encoder(name, entry)]
+    if unknown := sorted(set(recipe.also) - set(texts)):
+        raise UsageError(
+            f"--also {unknown[0]!r} is not a text encoder of this pipeline; it has "
+            f"{', '.join(texts) or 'none'}"
+        )
+    jobs = dict[str, DenoiserJob | TextEncoderJob]()
+    for name in (*names, *dict.fromkeys(recipe.also)):
+        is_denoiser = name in names
+        job = DenoiserJob if is_denoiser else TextEncoderJob
+        jobs[name] = job(
+            model_class=getattr(diffusers if is_denoiser else transformers, index[name][1]),
+            source=place / name,
+            variant=source.variant,
+            work=work / name,
+            recipe=recipe,
+            origin=source.to_json(),
+        )
+    return jobs
+
+
+def _is_text_encoder(name: str, entry: Any) -> bool:  # noqa: ANN401 (a value of JSON)
+    return name.startswith("text_encoder") and entry[0] == "transformers"
 
 
 def _copy_others(

@@ -1,5 +1,6 @@
 """One denoiser of a pipeline on its way from a directory in full precision to a quantized one."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,13 @@ from typing import Any
 from accelerate import init_empty_weights
 
 from msfp_cli.checkpoint.export import tidy_
-from msfp_cli.checkpoint.parts import Parts
 from msfp_cli.checkpoint.quantizer import DiffusersModel, mark_quantized_, weight_only_config
-from msfp_cli.checkpoint.recipe import QuantizeRecipe
-from msfp_cli.checkpoint.weight_files import stored_tensors, weight_files
 from msfp_cli.checkpoint.weight_only import WeightEncoder
 from msfp_cli.errors import UsageError
 from msfp_cli.progress import Progress
+from msfp_cli.streaming.parts import Parts
+from msfp_cli.streaming.recipe import QuantizeRecipe
+from msfp_cli.streaming.weight_files import stored_tensors, weight_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,24 @@ class ComponentSize:
 
     before: int
     after: int
+
+
+def size_of(files: Sequence[Path], directory: Path) -> ComponentSize:
+    """Return the size of a component's files, and of those in a directory it was written to."""
+    return ComponentSize(
+        before=sum(path.stat().st_size for path in files),
+        after=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
+    )
+
+
+def plan_of(files: Sequence[Path], recipe: QuantizeRecipe) -> dict[str, Any]:
+    """Return what unfinished work depends on: files in full precision, the recipe, the version."""
+    stats = [(path.name, path.stat()) for path in files]
+    return {
+        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        "recipe": asdict(recipe),
+        "format": weight_only_config({}).to_dict(),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +52,8 @@ class DenoiserJob:
         source: its directory.
         variant: of its files; None for those without one.
         work: a directory for its parts.
+        recipe: its bits, and the rules.
+        origin: what the pipeline was loaded from, as JSON.
     """
 
     model_class: Any
@@ -40,6 +61,7 @@ class DenoiserJob:
     variant: str | None
     work: Path
     recipe: QuantizeRecipe
+    origin: dict[str, Any]
 
     def encode(self, progress: Progress) -> int:
         """Make the parts that are missing; return how many parameters they hold.
@@ -53,14 +75,8 @@ class DenoiserJob:
         encoder = WeightEncoder(self._empty(), self.recipe.rules())
         for rule in encoder.idle_rules():
             progress.log(f"--keep {rule!r} matches no layer of {name}")
-        stats = [(path.name, path.stat()) for path in files]
-        plan = {
-            "files": [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats],
-            "recipe": asdict(self.recipe.rules()),
-            "format": weight_only_config({}).to_dict(),
-        }
         parts = Parts(self.work)
-        parts.begin(plan)
+        parts.begin(plan_of(files, self.recipe))
         return parts.encode(list(stored_tensors(files)), encoder, f"Quantizing {name}", progress)
 
     def _empty(self) -> DiffusersModel:
@@ -73,21 +89,13 @@ class DenoiserJob:
         with init_empty_weights(include_buffers=True):
             return self.model_class.from_config(config)
 
-    def write(self, directory: Path, origin: dict[str, Any]) -> None:
-        """Write the quantized denoiser, whose parts are all there.
-
-        Arguments:
-            origin: what the pipeline was loaded from, as JSON.
-        """
+    def write(self, directory: Path) -> None:
+        """Write the quantized denoiser, whose parts are all there."""
         model = self._empty()
-        mark_quantized_(model, weight_only_config(Parts(self.work).fill_(model), origin))
+        mark_quantized_(model, weight_only_config(Parts(self.work).fill_(model), self.origin))
         model.save_pretrained(directory, max_shard_size=self.recipe.max_shard_size)
         tidy_(directory)
 
     def size(self, directory: Path) -> ComponentSize:
         """Return what it takes in the source, and in a directory that it was written to."""
-        before = weight_files(self.source, self.variant)
-        return ComponentSize(
-            before=sum(path.stat().st_size for path in before),
-            after=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
-        )
+        return size_of(weight_files(self.source, self.variant), directory)

@@ -19,8 +19,13 @@ class QuantizeRecipe(Recipe):
         "PATTERN:BITS sets the bits of the layers whose name matches (none: floating point); "
         "repeatable, the last match wins. Default: as in `msfp calibrate`.",
     )
+    also: tuple[str, ...] = option(
+        (),
+        "A text encoder to quantize beside the denoiser, such as text_encoder_2; repeatable. "
+        "Default: none.",
+    )
     max_shard_size: str = option(
-        "10GB", "Size of a file of weights, at most; a larger denoiser has several files."
+        "10GB", "Size of a file of weights, at most; a larger component has several files."
     )
 
     def __post_init__(self) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from msfp_cli.checkpoint.weight_files import StoredTensor
 from msfp_cli.checkpoint.weight_only import WeightEncoder
 from msfp_cli.errors import CheckpointError
 from msfp_cli.files.atomic import clean, delete
@@ -23,6 +22,7 @@ from msfp_cli.files.documents import Json, open_tensors, read_json, write_json, 
 from msfp_cli.layers.replace import replace_layers_
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.progress import Progress
+from msfp_cli.streaming.weight_files import StoredTensor
 
 _SIZE = 1 << 28  # bytes in full precision of a part
 _REDO = "run the same command again"

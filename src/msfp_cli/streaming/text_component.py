@@ -1,0 +1,74 @@
+"""One text encoder of a pipeline on its way to a quantized one, read as transformers reads it."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msfp_cli.checkpoint.export import tidy_
+from msfp_cli.checkpoint.quantizer import MSFPConfig
+from msfp_cli.files.atomic import temporary_of
+from msfp_cli.progress import Progress
+from msfp_cli.streaming.component import ComponentSize, plan_of, size_of
+from msfp_cli.streaming.parts import Parts
+from msfp_cli.streaming.recipe import QuantizeRecipe
+from msfp_cli.streaming.weight_files import stored_tensors, weight_files
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderJob:
+    """A text encoder that is to be quantized.
+
+    Arguments:
+        model_class: of transformers.
+        source: its directory.
+        variant: of its files; None for those without one.
+        work: a directory for what is finished.
+        recipe: its bits, and the rules.
+        origin: what the pipeline was loaded from, as JSON.
+    """
+
+    model_class: Any
+    source: Path
+    variant: str | None
+    work: Path
+    recipe: QuantizeRecipe
+    origin: dict[str, Any]
+
+    def encode(self, progress: Progress) -> int:
+        """Quantize it unless that is done; return how many parameters it has.
+
+        Raises:
+            ModelError, CheckpointError: its files are missing or damaged.
+        """
+        files = weight_files(self.source, self.variant)
+        Parts(self.work).begin(plan_of(files, self.recipe))
+        count = sum(tensor.count for tensor in stored_tensors(files))
+        with progress.task(f"Quantizing {self.source.name}", count) as advance:
+            is_done = self._whole.exists()
+            if not is_done:
+                self._write_whole()
+            advance(count)
+        return 0 if is_done else count
+
+    @property
+    def _whole(self) -> Path:
+        return self.work / "whole"
+
+    def _write_whole(self) -> None:
+        config = MSFPConfig(weights=self.recipe.weights, keep=self.recipe.keep, source=self.origin)
+        model = self.model_class.from_pretrained(
+            self.source, variant=self.variant, dtype="auto", quantization_config=config
+        )
+        temporary = temporary_of(self._whole)
+        model.save_pretrained(temporary, max_shard_size=self.recipe.max_shard_size)
+        tidy_(temporary)
+        os.replace(temporary, self._whole)
+
+    def write(self, directory: Path) -> None:
+        """Move the quantized text encoder to its place."""
+        os.replace(self._whole, directory)
+
+    def size(self, directory: Path) -> ComponentSize:
+        """Return what it takes in the source, and in a directory that it was written to."""
+        return size_of(weight_files(self.source, self.variant), directory)
