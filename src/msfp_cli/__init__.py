@@ -17,6 +17,7 @@ _HOME = {
     "Calibration": "calibration.result",
     "FloatFormat": "formats.float_format",
     "Grid": "formats.rounding",
+    "MSFPConfig": "checkpoint.quantizer",
     "MSFPPipeline": "checkpoint.pipeline",
     "ModelSource": "pipelines.loading",
     "MsfpError": "errors",
@@ -29,7 +30,7 @@ _HOME = {
     "load_pipeline": "pipelines.loading",
     "prepare_": "layers.prepare",
     "quantize": "formats.rounding",
-    "quantize_": "calibration.quantize",
+    "quantize_": "checkpoint.in_memory",
     "record_calls": "recording.record",
 }
 __all__ = list(_HOME)

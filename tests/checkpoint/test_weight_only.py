@@ -7,8 +7,9 @@ import pytest
 import torch
 from diffusers import AutoModel, DiffusionPipeline, PipelineQuantizationConfig
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from msfp_cli.checkpoint.quantizer import MSFPConfig
+from msfp_cli import MSFPConfig, quantize_
 from msfp_cli.errors import CheckpointError, UsageError
 from msfp_cli.formats.rounding import Grid, dequantize, per_channel
 from msfp_cli.layers.replace import find_layers, quantized_layers
@@ -118,3 +119,31 @@ def test_rules_that_leave_no_layer_are_refused(tiny: Callable[[str], Path]) -> N
         AutoModel.from_pretrained(
             str(tiny("DDIMPipeline") / "unet"), quantization_config=MSFPConfig(keep=("*:none",))
         )
+
+
+def test_model_in_memory_becomes_what_is_quantized_while_it_loads(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    name = "FluxPipeline"
+    parts = ("transformer", "text_encoder", "text_encoder_2")
+    pipe = DiffusionPipeline.from_pretrained(tiny(name))
+    for part in parts:
+        assert quantize_(getattr(pipe, part), MSFPConfig()) is getattr(pipe, part)
+    mapping = PipelineQuantizationConfig(quant_mapping={part: MSFPConfig() for part in parts})
+    loaded = DiffusionPipeline.from_pretrained(tiny(name), quantization_config=mapping)
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    for part in parts:
+        expected = getattr(loaded, part).state_dict()
+        for each in (pipe, again):
+            state = getattr(each, part).state_dict()
+            assert state.keys() == expected.keys()
+            assert all(torch.equal(tensor, expected[key]) for key, tensor in state.items())
+
+
+def test_module_of_torch_is_quantized_and_twice_is_refused() -> None:
+    module = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    quantize_(module, MSFPConfig(weights=8, keep=("0:none",)))
+    assert quantized_layers(module).keys() == {"2"}
+    with pytest.raises(UsageError, match="quantized already"):
+        quantize_(module, MSFPConfig())
