@@ -9,6 +9,10 @@ import argparse
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest does
@@ -26,6 +30,17 @@ def table(trials: list[Trial]) -> str:
     return "\n".join(lines)
 
 
+def attempt(kind: str, numbers: Sequence[int], options: argparse.Namespace) -> list[Trial]:
+    """Try some numbers in a directory of their own; print what is bad at once."""
+    trials = []
+    with tempfile.TemporaryDirectory() as directory:
+        for trial in Fuzzer(Path(directory)).trials(kind, numbers, options.seed):
+            trials.append(trial)
+            if trial.is_bad() or options.all or options.number is not None:
+                print(trial, flush=True)
+    return trials
+
+
 def main() -> int:
     """Return 1 if anything bad came out."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -34,17 +49,16 @@ def main() -> int:
     parser.add_argument("--kind", choices=tuple(READERS), help="only these")
     parser.add_argument("--number", type=int, help="only this one, whatever comes out")
     parser.add_argument("--all", action="store_true", help="print every trial")
+    parser.add_argument("--processes", type=int, default=1, help="that share the numbers")
     options = parser.parse_args()
-    trials = []
-    with tempfile.TemporaryDirectory() as directory:
-        fuzzer = Fuzzer(Path(directory))
-        for kind in (options.kind,) if options.kind else READERS:
-            count = options.count if kind == "export" else -(-options.count // 5)
-            numbers = range(count) if options.number is None else (options.number,)
-            for trial in fuzzer.trials(kind, numbers, options.seed):
-                trials.append(trial)
-                if trial.is_bad() or options.all or options.number is not None:
-                    print(trial, flush=True)
+    trials: list[Trial] = []
+    for kind in (options.kind,) if options.kind else READERS:
+        count = options.count if kind == "export" else -(-options.count // 5)
+        numbers = range(count) if options.number is None else (options.number,)
+        shares = [numbers[index :: options.processes] for index in range(options.processes)]
+        with ProcessPoolExecutor(options.processes, get_context("fork")) as pool:
+            for share in pool.map(partial(attempt, kind, options=options), shares):
+                trials += share
     print(table(trials))
     return int(any(trial.is_bad() for trial in trials))
 
