@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from msfp_cli.errors import RunError
-from msfp_cli.files.lock import inherited, only_writer
+from msfp_cli.files.lock import inherited, only_writer, remove_stale
 
 HOLD = """
 import sys
@@ -53,6 +53,17 @@ def test_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     with only_writer(Path("run"), lock):
         assert f"process {os.getpid()} on" in lock.read_text()
     assert not lock.exists()
+
+
+def test_lock_of_a_killed_process_is_deleted_and_a_held_one_stays(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with holder(lock) as process:
+        remove_stale(lock)
+        assert lock.exists()
+        process.send_signal(signal.SIGKILL)
+    remove_stale(lock)
+    assert not lock.exists()
+    remove_stale(lock)
 
 
 def test_thread_may_enter_its_lock_again_and_another_may_not(tmp_path: Path) -> None:

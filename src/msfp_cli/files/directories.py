@@ -18,7 +18,7 @@ from msfp_cli.files.atomic import (
     temporary_of,
     write_text,
 )
-from msfp_cli.files.lock import beside, only_writer
+from msfp_cli.files.lock import beside, only_writer, remove_stale
 from msfp_cli.files.seal import MARK, Seal
 
 # The files of directories that grow.
@@ -91,10 +91,13 @@ def _mentions(directory: Path, pattern: str, words: bytes) -> bool:
 def refuse_existing(directory: Path, *, overwrite: bool) -> None:
     """Refuse an output that is already there, before any work is done for it.
 
+    If the process that wrote it was killed at the very end, its lock goes.
+
     Raises:
         RunError: it exists and `overwrite` is not set, or something in it is not ours.
     """
     if directory.exists() and not overwrite:
+        remove_stale(beside(directory))
         raise RunError(
             f"{directory} exists already; use --overwrite to replace it, or choose another path"
         )

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -61,6 +61,13 @@ def only_writer(path: Path, lock: Path) -> Iterator[None]:
 def beside(path: Path) -> Path:
     """Return the file that is locked to write `path`, where nothing else is said."""
     return path.with_name(f".{path.name}.msfp-lock")
+
+
+def remove_stale(lock: Path) -> None:
+    """Delete the lock of a process that was killed, if there is one; leave one that is held."""
+    if lock.exists():
+        with suppress(RunError), only_writer(lock, lock):
+            pass
 
 
 def inherited() -> tuple[dict[str, str], tuple[int, ...]]:
