@@ -534,6 +534,31 @@ def test_full_disk_is_one_helpful_line(
 
 
 @pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EFBIG, "File too large"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError(errno.EROFS, "Read-only file system", "place"),
+        SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+    ],
+    ids=str,
+)
+def test_place_that_cannot_be_written_is_one_helpful_line(
+    error: Exception, msfp: Invoke, tiny_source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    line = only_line(msfp("calibrate", tiny_source.model, *QUICKLY), 1)
+    place = "place: " if getattr(error, "filename", None) else ""
+    assert line.startswith(place)
+    assert line.endswith(
+        "; check the path, its disk and your rights to it, and run the same command to go on"
+    )
+
+
+@pytest.mark.parametrize(
     ("error", "message"),
     [
         (MemoryError(), "out of memory; give a smaller --batch-size"),

@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
+from safetensors import SafetensorError
 
 from msfp_cli.errors import MsfpError
 from msfp_cli.progress import Advance
@@ -36,6 +37,7 @@ LEFT_ALONE = 75
 STOPPED = "stopped; what was finished is kept, run the same command to go on"
 # gloo and NCCL have no exception of their own for a process that is gone, only these words.
 _GONE = re.compile("Connection (closed|reset) by peer|remote process exited")
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -172,17 +174,34 @@ def show_tracebacks() -> None:
     os.environ[_DEBUG] = "1"
 
 
+def _errno_of(error: BaseException) -> int | None:
+    """Return the system's number for an error; safetensors has it in its text."""
+    text = _SYSTEM_ERROR.search(str(error))
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    return int(text[1]) if isinstance(error, SafetensorError) and text else None
+
+
+def _explain_errno(number: int, filename: object) -> str:
+    """Return one line for an error of the system."""
+    if number == errno.ENOSPC:
+        return "the disk is full; free some space and run the same command to go on"
+    place = "" if filename is None else f"{filename}: "
+    return (
+        f"{place}{os.strerror(number)}; check the path, its disk and your rights to it, and run "
+        "the same command to go on"
+    )
+
+
 def _explain(error: BaseException) -> tuple[str, int]:
     """Return one line for an error, and its exit code."""
     if isinstance(error, MsfpError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return STOPPED, 1
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
-        return "the disk is full; free some space and run the same command to go on", 1
-    if isinstance(error, OSError) and error.strerror:
-        place = "" if error.filename is None else f"{error.filename}: "
-        return f"{place}{error.strerror}; check the path, its disk and your rights to it", 1
+    number = _errno_of(error)
+    if number is not None:
+        return _explain_errno(number, getattr(error, "filename", None)), 1
     if isinstance(error, MemoryError) or "out of memory" in str(error):
         return "out of memory; give a smaller --batch-size", 1
     first = (str(error).strip().splitlines() or ["no message"])[0]
