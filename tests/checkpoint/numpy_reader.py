@@ -107,12 +107,11 @@ class Component:
         book = code_book(entry["weight"])
         scale = self.tensors[f"{layer}.weight_scale"].view("<f4")
         count = math.prod(shape)
-        return [
-            (
-                book[codes[:count]].astype(np.float32).reshape(len(scale), -1) * scale[:, None]
-            ).reshape(shape)
-            for codes in self._members(layer, entry)
-        ]
+        weights = []
+        for codes in self._members(layer, entry):
+            rows = book[codes[:count]].astype(np.float32).reshape(len(scale), -1)
+            weights.append((rows * scale[:, None]).reshape(shape))
+        return weights
 
     def _members(self, layer: str, entry: dict[str, Any]) -> list[NDArray[np.int64]]:
         """Return the codes of each member, those that only fill up the last byte among them."""
