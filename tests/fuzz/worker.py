@@ -176,10 +176,10 @@ def attempts(
     """
     while tasks:
         answer = in_child(partial(work, tasks[:_BATCH]))
-        lines = answer.words.splitlines()
-        assert lines, f"nothing was tried: exit {answer.code}"
+        lines = answer.words.removesuffix("\n").split("\n")
+        assert lines[0], f"nothing was tried: exit {answer.code}"
         count = 0
-        while len(lines) > 1 and lines[1].split()[0] in OUTCOMES:
+        while len(lines) > 1 and lines[1].partition(" ")[0] in OUTCOMES:
             yield _trial(lines[0], lines[1])
             lines = lines[2:]
             count += 1
@@ -236,7 +236,7 @@ def in_child(work: Callable[[Write], object], seconds: int = SECONDS) -> Answer:
         finally:
             os._exit(1)
     os.close(write)
-    with os.fdopen(read) as pipe:
+    with os.fdopen(read, newline="\n") as pipe:
         words = pipe.read()
     return Answer(words, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
