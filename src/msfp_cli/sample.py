@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from msfp_cli.checkpoint.pipeline import MSFPPipeline, read_configs
 from msfp_cli.files.directories import refuse_existing, replace_directory
 from msfp_cli.files.documents import Json
-from msfp_cli.pipelines.conditions import conditioning_of, expand_conditions
+from msfp_cli.pipelines.conditions import conditioning_of, expand_conditions, say_cut_prompts
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
 from msfp_cli.pipelines.sampling import Sampling, call_pipeline
 from msfp_cli.progress import SILENT, Progress
@@ -91,6 +91,7 @@ def sample_run(
             keep_packed=keep_packed,
         ).pipe
         conditions = expand_conditions(prompts, num_images, conditioning_of(pipe))
+        say_cut_prompts(pipe, conditions, progress)
         sheets = [make_pictures(pipe, conditions, sampling, title="MSFP", progress=progress)]
         if compare:
             source = ModelSource(**config.source)

@@ -91,7 +91,7 @@ def _evaluate(
         export=export,
         source=source,
         recipe=recipe,
-        record=pictures_to_draw(origin, recipe, source, full),
+        record=pictures_to_draw(origin, recipe, source, full, progress),
         extractor=extractor_for(recipe, source),
         device=device,
         processes=Processes.current(device),

@@ -9,10 +9,15 @@ from msfp_cli.evaluation.features.reference import BUILT_IN_REFERENCE
 from msfp_cli.evaluation.gallery import Gallery
 from msfp_cli.evaluation.provenance import Provenance
 from msfp_cli.evaluation.recipe import EvaluateRecipe
-from msfp_cli.pipelines.conditions import conditioning_of, conditions_for, prompts_of
+from msfp_cli.pipelines.conditions import (
+    conditioning_of,
+    conditions_for,
+    prompts_of,
+    say_cut_prompts,
+)
 from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, Pipeline, default_prompts
 from msfp_cli.processes import Processes
-from msfp_cli.progress import Progress
+from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordRecipe
 from msfp_cli.version import __version__
 
@@ -107,7 +112,11 @@ def extractor_for(recipe: EvaluateRecipe, source: ModelSource) -> Extractor:
 
 
 def pictures_to_draw(
-    provenance: Provenance, recipe: EvaluateRecipe, source: ModelSource, full: Pipeline
+    provenance: Provenance,
+    recipe: EvaluateRecipe,
+    source: ModelSource,
+    full: Pipeline,
+    progress: Progress = SILENT,
 ) -> RecordRecipe:
     """Return prompts and sampling of the pictures, by default those of the calibration.
 
@@ -123,6 +132,7 @@ def pictures_to_draw(
         prompts = _unrecorded_prompts(provenance, source)
     pool = conditions_for(full, source, prompts, recipe.num_images)
     conditions = tuple(pool[i % len(pool)] for i in range(recipe.num_images))
+    say_cut_prompts(full, conditions, progress)
     return RecordRecipe.of(conditions, recipe.or_else(provenance.sampling))
 
 

@@ -1,12 +1,13 @@
 """What a pipeline is conditioned on: prompts, class labels, or nothing."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from msfp_cli.errors import UsageError
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, default_prompts
+from msfp_cli.progress import Progress
 
 _MAX_PICTURES = 10_000  # of a contact sheet
 
@@ -90,6 +91,42 @@ def expand_conditions(prompts: Sequence[str], num_images: int, kind: str) -> tup
     if not prompts:
         raise UsageError('no prompt; give at least one, for instance --prompt "a red dress"')
     return tuple(prompts[i // num_images] for i in range(len(prompts) * num_images))
+
+
+def say_cut_prompts(pipe: Pipeline, conditions: Sequence[str | None], progress: Progress) -> None:
+    """Say which prompts are longer than every text encoder of the pipeline reads."""
+    prompts = dict.fromkeys(prompt for prompt in conditions if prompt is not None)
+    limits = dict(_token_limits(pipe))
+    if conditioning_of(pipe) != "prompt" or not limits:
+        return
+    cut = [prompt for prompt in prompts if _is_cut(pipe, prompt, limits)]
+    if cut:
+        others = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+        progress.log(
+            f"the prompt {cut[0][:40]!r}...{others}: only the first {max(limits.values())} tokens "
+            "are read; shorten it, or put what matters first"
+        )
+
+
+def _token_limits(pipe: Pipeline) -> Iterator[tuple[str, int]]:
+    """Yield each tokenizer's name, and how many tokens of a prompt the pipeline takes of it.
+
+    Pipelines with a limit of their own use it for encoders that have no learned positions.
+    """
+    parameter = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
+    for name, tokenizer in pipe.components.items():
+        if "tokenizer" in name and hasattr(tokenizer, "model_max_length"):
+            is_clip = "CLIP" in type(tokenizer).__name__
+            own = None if is_clip or parameter is None else parameter.default
+            yield name, own or tokenizer.model_max_length
+
+
+def _is_cut(pipe: Pipeline, prompt: str, limits: Mapping[str, int]) -> bool:
+    """Whether no tokenizer takes the whole prompt; each adds marks at its ends."""
+    return all(
+        len(getattr(pipe, name)(prompt, truncation=False, verbose=False).input_ids) > limit
+        for name, limit in limits.items()
+    )
 
 
 def arguments_of(pipe: Pipeline, conditions: Sequence[str | None]) -> dict[str, Any]:

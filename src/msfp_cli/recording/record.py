@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from msfp_cli.errors import CalibrationError, ModelError, MsfpError, RunError
 from msfp_cli.files.atomic import remove
 from msfp_cli.files.directories import refuse_foreign
-from msfp_cli.pipelines.conditions import conditions_for, prompts_of
+from msfp_cli.pipelines.conditions import conditions_for, prompts_of, say_cut_prompts
 from msfp_cli.pipelines.denoiser import (
     DenoiserCall,
     find_denoisers,
@@ -214,6 +214,7 @@ def record_both(
     """
     recordings = []
     recipes = record_recipes(pipe, source, options)
+    say_cut_prompts(pipe, [*recipes[0].conditions, *recipes[1].conditions], progress)
     for recipe, directory, title in zip(
         recipes, (run.recording, run.held_out), ("Recording", "Recording held-out"), strict=True
     ):
