@@ -21,8 +21,8 @@ def test_status_tells_each_stage_and_the_next_command(
     full, run = copied(tiny_chained.run.directory, "full"), Run(tmp_path / "run")
     model = tiny_chained.calibration.source.model
     run.directory.mkdir()
-    stages = ("recording", "held-out", "calibration", "finetune", "export", "evaluation", "report")
-    nothing = dict.fromkeys(stages, "none")
+    stages = ("recording", "held-out", "calibration", "finetune", "export", "components")
+    nothing = dict.fromkeys((*stages, "evaluation", "report"), "none")
     assert status_of(run).stages == nothing
     assert next_command(run).startswith("msfp calibrate")
 
@@ -50,6 +50,8 @@ def test_status_tells_each_stage_and_the_next_command(
     shutil.move(full / "export", run.directory / "export")
     run.remember_export(run.export)
     assert status_of(run).stages["export"] == str(run.directory / "export")
+    size = (run.export / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert f"unet {size / 2**20:.2f} MiB" in status_of(run).stages["components"]
     assert next_command(run).startswith("msfp sample")
 
 

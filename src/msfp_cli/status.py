@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msfp_cli.calibration.result import Calibration
+from msfp_cli.checkpoint.contents import describe_sizes
 from msfp_cli.errors import RunError
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.formats.float_format import BYTE_BITS
@@ -45,6 +46,7 @@ def status_of(run: Run) -> Status:
             "calibration": _describe_calibration(contents.calibration),
             "finetune": contents.conflict or _describe_finetunings(contents.finetunings),
             "export": str(contents.export or "none"),
+            "components": describe_sizes(contents.export) if contents.export else "none",
             "evaluation": str(contents.figures.parent if contents.figures else "none"),
             "report": str(contents.page.parent if contents.page else "none"),
         },

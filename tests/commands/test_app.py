@@ -190,6 +190,7 @@ def test_calibration_reports_formats_layers_size_and_error_on_stderr(
                 "calibration",
                 "finetune",
                 "export",
+                "components",
                 "evaluation",
                 "report",
                 "next",

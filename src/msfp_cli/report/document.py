@@ -6,6 +6,7 @@
 import math
 from typing import Any
 
+from msfp_cli.checkpoint.contents import describe_sizes
 from msfp_cli.evaluation.provenance import Provenance, provenance_of
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.files.documents import Json
@@ -57,7 +58,8 @@ def _summary(provenance: Provenance, evaluation: Evaluation) -> str:
     count = len(evaluation.settings["record"]["conditions"])
     return (
         f"{layers} layers quantized, {signs.count(False)} of {len(signs)} inputs unsigned; "
-        f"{count} pictures of each model from the same prompts and seeds."
+        f"{count} pictures of each model from the same prompts and seeds. Weights on disk: "
+        f"{describe_sizes(evaluation.export)}."
     )
 
 
