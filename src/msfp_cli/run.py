@@ -213,3 +213,11 @@ def _remove_if_empty(directory: Path) -> None:
 def _parse_memory(document: Json) -> dict[str, str]:
     places = read_value(dict[str, str], document)
     return {key: str(Path(place)) for key, place in places.items()}
+
+
+def describe_sizes(directory: Path) -> str:
+    """Say how many bytes the weights of each component of a pipeline take on disk."""
+    sizes = dict[str, int]()
+    for path in sorted(directory.glob("*/*.safetensors")):
+        sizes[path.parent.name] = sizes.get(path.parent.name, 0) + path.stat().st_size
+    return ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in sizes.items())

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msfp_cli.calibration.result import Calibration
-from msfp_cli.checkpoint.contents import describe_sizes
 from msfp_cli.errors import RunError
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.formats.float_format import BYTE_BITS
 from msfp_cli.recording.result import Recording
-from msfp_cli.run import DEFAULT_DIRECTORY, Run
+from msfp_cli.run import DEFAULT_DIRECTORY, Run, describe_sizes
 
 
 @dataclass(frozen=True, kw_only=True)

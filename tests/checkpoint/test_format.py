@@ -10,9 +10,11 @@ import torch
 from diffusers import AutoModel
 
 from checkpoint import numpy_reader
-from conftest import Chained, Finetuned
+from conftest import Chained, Finetuned, files_of
 from msfp_cli import MSFPConfig
+from msfp_cli.checkpoint.export import export_run
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
+from msfp_cli.errors import MsfpError
 from msfp_cli.formats.float_format import FloatFormat, formats_of_width
 from msfp_cli.formats.packing import pack
 from msfp_cli.formats.rounding import Grid, dequantize, per_channel, quantize
@@ -58,6 +60,27 @@ def test_reader_reproduces_every_weight_of_an_export(
         hubs = [layer["hub"] for _, layer in sorted(component.config["layers"].items())]
         assert table.shape[1] == sum(hub > 1 for hub in hubs)
         assert (table < np.array([hub for hub in hubs if hub > 1])).all()
+
+
+def test_export_in_several_files_is_the_same_model(
+    prompted_tuned: Finetuned, tmp_path: Path
+) -> None:
+    whole = MSFPPipeline.from_pretrained(prompted_tuned.export, device="cpu", keep_packed=True)
+    directory = tmp_path / "sharded"
+    export_run(prompted_tuned.run, directory, max_shard_size="30KB")
+    files = sorted((directory / "unet").glob("*.safetensors"))
+    assert len(files) > 1
+    compare(numpy_reader.Component(directory / "unet"), whole.unet)
+    sharded = MSFPPipeline.from_pretrained(directory, device="cpu", keep_packed=True)
+    expected = whole.unet.state_dict()
+    state = sharded.unet.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
+    sharded.save_pretrained(tmp_path / "again", max_shard_size="30KB")
+    assert files_of(tmp_path / "again") == files_of(directory)
+    files[0].unlink()
+    with pytest.raises(MsfpError, match="is missing"):
+        MSFPPipeline.from_pretrained(directory, device="cpu")
 
 
 def test_reader_reproduces_formats_of_2_to_8_bits_tables_and_text_encoders(

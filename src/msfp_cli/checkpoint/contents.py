@@ -182,11 +182,3 @@ def exported_tensors(directory: Path, kind: str) -> dict[str, Tensor]:
                 if name.endswith(ending):
                     tensors[name.removesuffix(ending)] = file.get_tensor(name)
     return tensors
-
-
-def describe_sizes(directory: Path) -> str:
-    """Say how many bytes the weights of each component of a pipeline take on disk."""
-    sizes = dict[str, int]()
-    for path in sorted(directory.glob("*/*.safetensors")):
-        sizes[path.parent.name] = sizes.get(path.parent.name, 0) + path.stat().st_size
-    return ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in sizes.items())

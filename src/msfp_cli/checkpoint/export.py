@@ -29,6 +29,8 @@ from msfp_cli.pipelines.loading import Pipeline, load_pipeline
 from msfp_cli.run import Run, locked
 from msfp_cli.version import __version__
 
+MAX_SHARD_SIZE = "10GB"  # of a file of weights, which is diffusers' own default
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
@@ -103,11 +105,13 @@ def export_(
     tuned: Mapping[str, FinetuneState] | None = None,
     device: str | None = None,
     overwrite: bool = False,
+    max_shard_size: str = MAX_SHARD_SIZE,
     remember: Callable[[Path], None] = lambda directory: None,
 ) -> ExportReport:
     """Quantize the calibrated model, fine-tuned or not, and write it.
 
     Arguments:
+        max_shard_size: of a file of weights, such as ``2GB``; a larger component has several.
         remember: called with the directory as the last thing before the export gets its name, so
             that whoever notes where it is never misses one.
 
@@ -121,7 +125,7 @@ def export_(
         _half_precision_bytes(calibration, component, part) for component, part in denoisers.items()
     )
     with replace_directory(directory, overwrite=overwrite) as temporary:
-        _write(pipe, temporary)
+        _write(pipe, temporary, max_shard_size)
         remember(directory)
     size = sum(_safetensors_bytes(directory / component) for component in denoisers)
     layers = chain.from_iterable(quantized_layers(part).values() for part in denoisers.values())
@@ -150,6 +154,7 @@ def export_run(
     with_finetuning: bool = True,
     device: str | None = None,
     overwrite: bool = False,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> ExportReport:
     """Export what a run calibrated and fine-tuned, and note in the run where the export is.
 
@@ -172,6 +177,7 @@ def export_run(
         tuned=finetunings,
         device=device,
         overwrite=overwrite,
+        max_shard_size=max_shard_size,
         remember=run.remember_export,
     )
 
@@ -183,18 +189,24 @@ def _half_precision_bytes(calibration: Calibration, component: str, denoiser: nn
     return 2 * (codes + sum(parameter.numel() for parameter in denoiser.parameters()))
 
 
-def save_pipeline(pipe: Pipeline, directory: Path, *, overwrite: bool = False) -> None:
+def save_pipeline(
+    pipe: Pipeline,
+    directory: Path,
+    *,
+    overwrite: bool = False,
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> None:
     """Write a pipeline with stock ``save_pretrained``, byte for byte the same each time.
 
     Raises:
         RunError: the directory exists and `overwrite` is not set.
     """
     with replace_directory(directory, overwrite=overwrite) as temporary:
-        _write(pipe, temporary)
+        _write(pipe, temporary, max_shard_size)
 
 
-def _write(pipe: Pipeline, directory: Path) -> None:
-    pipe.save_pretrained(directory, safe_serialization=True)
+def _write(pipe: Pipeline, directory: Path, max_shard_size: str) -> None:
+    pipe.save_pretrained(directory, safe_serialization=True, max_shard_size=max_shard_size)
     tidy_(directory)
 
 

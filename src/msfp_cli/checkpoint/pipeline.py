@@ -143,11 +143,17 @@ class MSFPPipeline:
             raise AttributeError(name)
         return getattr(self.pipe, name)
 
-    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
-        """Write the pipeline again; what was loaded unchanged gives the same bytes."""
+    def save_pretrained(
+        self, directory: str | Path, *, overwrite: bool = False, **options: str
+    ) -> None:
+        """Write the pipeline again; what was loaded unchanged gives the same bytes.
+
+        Arguments:
+            options: ``max_shard_size`` of a file of weights.
+        """
         from msfp_cli.checkpoint.export import save_pipeline
 
-        save_pipeline(self.pipe, Path(directory), overwrite=overwrite)
+        save_pipeline(self.pipe, Path(directory), overwrite=overwrite, **options)
 
     def describe(self) -> str:
         """Return what was quantized, from what, and how, as a few lines of text."""

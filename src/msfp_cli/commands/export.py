@@ -47,6 +47,10 @@ def export(
             "they were changed on purpose.",
         ),
     ] = None,
+    max_shard_size: Annotated[
+        str,
+        typer.Option(help="Size of a file of weights, at most; a larger part has several files."),
+    ] = "10GB",
     device: DeviceOption = None,
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
@@ -63,7 +67,12 @@ def export(
         console.result(str(reseal), {"directory": str(reseal)}, as_json=json_)
         return
     report = export_run(
-        run, out, with_finetuning=not calibrated, device=device, overwrite=overwrite
+        run,
+        out,
+        with_finetuning=not calibrated,
+        device=device,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
     )
     size = report.denoiser_bytes / 2**20
     half = report.half_precision_bytes / 2**20

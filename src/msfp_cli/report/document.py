@@ -6,14 +6,13 @@
 import math
 from typing import Any
 
-from msfp_cli.checkpoint.contents import describe_sizes
 from msfp_cli.evaluation.provenance import Provenance, provenance_of
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.files.documents import Json
 from msfp_cli.report.comparison import cost_row, embedded_pictures, key_figures, metrics_table
 from msfp_cli.report.components import describe_component
 from msfp_cli.report.reproduce import commands_of, settings_of
-from msfp_cli.run import Run
+from msfp_cli.run import Run, describe_sizes
 from msfp_cli.version import __version__
 
 
