@@ -31,7 +31,7 @@ BLOCK = 1 << 24  # random numbers that are drawn; tensors begin somewhere among 
 LOAD = """
 import sys, msfp_cli, torch
 from diffusers import AutoModel
-model = AutoModel.from_pretrained(sys.argv[1], subfolder="transformer", torch_dtype=torch.bfloat16)
+model = AutoModel.from_pretrained(sys.argv[1], subfolder="transformer", dtype=torch.bfloat16)
 print(f"{type(model).__name__}, {len(model.config.quantization_config.layers)} quantized layers")
 """
 

@@ -184,3 +184,20 @@ def test_larger_than_memory_goes_on_after_kills_and_loads(tmp_path: Path) -> Non
     assert "exit code 0" in quantized
     assert "exit code 0" in loaded
     assert (tmp_path / "quantized" / "model_index.json").exists()
+
+
+def test_weight_only_compares_with_calibrations(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = ("--num-images", 2, "--steps", 2, "--num-tests", 1, "--work", tmp_path / "work")
+    lines = run_script("benchmarks/weight_only.py", "--model", tiny(TINY), *options)
+    rows = [cells(line) for line in lines]
+    assert rows[0][0] == "`msfp quantize`"
+    assert len(rows) == 5
+    assert all(0 < float(row[1]) < 1 for row in rows)
+
+
+def test_whole_pipeline_draws_equal_pictures_before_and_after(tmp_path: Path) -> None:
+    options = ("--work", tmp_path / "work", "--billions", 0.001)
+    lines = run_script("benchmarks/whole_pipeline.py", *options)
+    assert "equal before and after: True" in lines
