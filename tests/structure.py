@@ -23,6 +23,7 @@ ORDER = (
     "errors version progress files recipe processes run",
     "formats",
     "layers",
+    "engines",
     "pipelines",
     "recording",
     "calibration",

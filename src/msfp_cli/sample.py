@@ -89,6 +89,7 @@ def sample_run(
             device=device,
             kernel=kernel,
             keep_packed=keep_packed,
+            progress=progress,
         ).pipe
         conditions = expand_conditions(prompts, num_images, conditioning_of(pipe))
         say_cut_prompts(pipe, conditions, progress)

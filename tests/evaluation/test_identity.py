@@ -13,6 +13,7 @@ from msfp_cli.errors import ModelError
 from msfp_cli.evaluation.identity import identity_of, refuse_other_model
 from msfp_cli.evaluation.models import models_to_evaluate
 from msfp_cli.evaluation.provenance import provenance_of
+from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 
@@ -23,7 +24,7 @@ def test_every_model_has_an_identity_of_its_own(
     export = tiny_tuned.export
     provenance = provenance_of(tiny_tuned.run, export)
     models = models_to_evaluate(
-        provenance, export, None, provenance.source, work=tmp_path, device="cpu"
+        provenance, export, EvaluateRecipe(), provenance.source, work=tmp_path, device="cpu"
     )
     prints = [identity_of(model.load())["unet"] for model in models]
     prints += [

@@ -15,6 +15,7 @@ from msfp_cli.errors import ModelError, RunError, UsageError
 from msfp_cli.evaluation.identity import identity_of
 from msfp_cli.evaluation.models import EvaluatedModel, models_to_evaluate
 from msfp_cli.evaluation.provenance import provenance_of
+from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 from msfp_cli.run import Run
@@ -32,7 +33,9 @@ def models_of(
 ) -> dict[str, EvaluatedModel]:
     provenance = provenance_of(run, export)
     source = against or provenance.source
-    models = models_to_evaluate(provenance, export, compare, source, work=work, device="cpu")
+    models = models_to_evaluate(
+        provenance, export, EvaluateRecipe(compare=compare), source, work=work, device="cpu"
+    )
     assert len({model.key for model in models}) == len(models)
     return {model.key: model for model in models}
 

@@ -107,6 +107,7 @@ def export_(
     overwrite: bool = False,
     max_shard_size: str = MAX_SHARD_SIZE,
     remember: Callable[[Path], None] = lambda directory: None,
+    complete: Callable[[Path], None] = lambda directory: None,
 ) -> ExportReport:
     """Quantize the calibrated model, fine-tuned or not, and write it.
 
@@ -114,6 +115,7 @@ def export_(
         max_shard_size: of a file of weights, such as ``2GB``; a larger component has several.
         remember: called with the directory as the last thing before the export gets its name, so
             that whoever notes where it is never misses one.
+        complete: adds to the written directory, which does not have its name yet.
 
     Raises:
         RunError: the directory exists and `overwrite` is not set, or a fine-tuning began with
@@ -126,6 +128,7 @@ def export_(
     )
     with replace_directory(directory, overwrite=overwrite) as temporary:
         _write(pipe, temporary, max_shard_size)
+        complete(temporary)
         remember(directory)
     size = sum(_safetensors_bytes(directory / component) for component in denoisers)
     layers = chain.from_iterable(quantized_layers(part).values() for part in denoisers.values())
@@ -155,12 +158,14 @@ def export_run(
     device: str | None = None,
     overwrite: bool = False,
     max_shard_size: str = MAX_SHARD_SIZE,
+    complete: Callable[[Path], None] = lambda directory: None,
 ) -> ExportReport:
     """Export what a run calibrated and fine-tuned, and note in the run where the export is.
 
     Arguments:
         directory: where to write; None for the run's own export directory.
         with_finetuning: False exports the calibrated state even if the run was fine-tuned.
+        complete: see `export_`.
 
     Raises:
         RunError: there is no calibration, the fine-tuning began with another one, or the directory
@@ -179,6 +184,7 @@ def export_run(
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         remember=run.remember_export,
+        complete=complete,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from msfp_cli.checkpoint.engine import attach_engine_, device_of, engine_of, is_engine
 from msfp_cli.checkpoint.quantizer import METHOD, MSFPConfig
 from msfp_cli.errors import ModelError
 from msfp_cli.files.documents import Json, open_tensors, read_json
@@ -14,6 +15,7 @@ from msfp_cli.files.seal import REDO, unchecked
 from msfp_cli.layers.prepare import AUTO, prepare_
 from msfp_cli.layers.replace import quantized_layers, select_layers
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
+from msfp_cli.progress import SILENT, Progress
 
 
 def read_configs(directory: Path) -> dict[str, MSFPConfig]:
@@ -77,6 +79,14 @@ def kernels_of(
     return kernels
 
 
+def load_export(source: ModelSource, device: str | None, kernel: str) -> Pipeline:
+    """Load an export as a stock pipeline whose denoisers run by a kernel."""
+    dtype = None if source.dtype is None else getattr(torch, source.dtype)
+    return MSFPPipeline.from_pretrained(
+        source.model, dtype=dtype, device=device, kernel=kernel
+    ).pipe
+
+
 class MSFPPipeline:
     """A stock pipeline with quantized layers; call it as you would call the pipeline.
 
@@ -100,6 +110,7 @@ class MSFPPipeline:
         kernel: str = AUTO,
         keep_packed: bool = False,
         check: bool = True,
+        progress: Progress = SILENT,
     ) -> "MSFPPipeline":
         """Load an exported directory.
 
@@ -108,9 +119,10 @@ class MSFPPipeline:
                 elsewhere.
             device: where to put it; None takes an accelerator if there is one.
             kernel: how to run its layers, a name in `kernels.KERNELS`; ``auto`` takes the fastest
-                that can.
+                that can. ``openvino`` and ``openvino:DEVICE`` run the denoiser as a whole.
             keep_packed: keep weights in 4 bits in memory, too: half the memory, and slower.
             check: whether to refuse files that were changed since msfp wrote them, see `seal`.
+            progress: shows the conversion for an engine, at the first call.
 
         Raises:
             ModelError: it is not an export.
@@ -118,12 +130,16 @@ class MSFPPipeline:
             UsageError: there is no such kernel, or it can run no layer.
         """
         directory = Path(directory)
+        device = device_of(kernel, device)
         configs = read_configs(directory)
         name = None if dtype is None else str(dtype).removeprefix("torch.")
         with nullcontext() if check else unchecked():
             pipe = load_pipeline(ModelSource(model=str(directory), dtype=name), device)
-            for component in configs:
-                prepare_(getattr(pipe, component), kernel, keep_packed=keep_packed)
+            if is_engine(kernel):
+                attach_engine_(pipe, configs, kernel, directory, progress)
+            else:
+                for component in configs:
+                    prepare_(getattr(pipe, component), kernel, keep_packed=keep_packed)
         return cls(pipe, configs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the pipeline's own signature)
@@ -173,7 +189,10 @@ class MSFPPipeline:
         return "\n".join(lines)
 
     def _kernels(self, component: str) -> str:
-        """Return how many layers of a component each kernel runs."""
+        """Return how many layers of a component each kernel runs, or which engine runs it."""
+        engine = engine_of(getattr(self.pipe, component))
+        if engine is not None:
+            return engine.describe()
         layers = quantized_layers(getattr(self.pipe, component)).values()
         names = Counter(
             "no kernel yet" if layer.kernel is None else layer.kernel.name for layer in layers

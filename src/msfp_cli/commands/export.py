@@ -1,5 +1,7 @@
 """`msfp export`: write the calibrated pipeline as a diffusers directory."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +25,8 @@ Examples:
     msfp export
 
     msfp export --out dresses-fp4 --overwrite
+
+    msfp export --engine openvino
 
     msfp export --reseal dresses-fp4
 """
@@ -51,6 +55,13 @@ def export(
         str,
         typer.Option(help="Size of a file of weights, at most; a larger part has several files."),
     ] = "10GB",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="Convert the denoiser for an engine, too, and store it in the export, so that it "
+            "is loaded at once: openvino."
+        ),
+    ] = None,
     device: DeviceOption = None,
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
@@ -73,6 +84,7 @@ def export(
         device=device,
         overwrite=overwrite,
         max_shard_size=max_shard_size,
+        complete=_converter(engine),
     )
     size = report.denoiser_bytes / 2**20
     half = report.half_precision_bytes / 2**20
@@ -88,3 +100,19 @@ def export(
         )
     console.result(report.directory, report.to_json(), as_json=json_)
     console.note(f"next: {next_command(run)}")
+
+
+def _converter(engine: str | None) -> Callable[[Path], None]:
+    """Return what stores a conversion in a written export; it stores nothing without an engine.
+
+    Raises:
+        UsageError: there is no such engine, or it is not installed.
+    """
+    if engine is None:
+        return lambda directory: None
+
+    from msfp_cli.checkpoint.convert import convert_export
+    from msfp_cli.checkpoint.engine import require_engine
+
+    require_engine(engine)
+    return partial(convert_export, engine=engine, progress=console.ConsoleProgress())

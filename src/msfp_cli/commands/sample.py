@@ -45,7 +45,8 @@ KernelOption = Annotated[
     str,
     typer.Option(
         help="How layers are computed: auto (what suits the device), cpu, cuda, cuda-fp8, "
-        "reference, or simulated."
+        "reference, simulated, or openvino (the whole denoiser in OpenVINO, if that is installed; "
+        "openvino:GPU names its device)."
     ),
 ]
 KeepPackedOption = Annotated[

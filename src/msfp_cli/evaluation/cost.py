@@ -1,7 +1,7 @@
 """Time and peak memory of a pipeline, measured in a fresh process that does nothing else.
 
 python -m msfp_cli.evaluation.cost '{"source": {...}, "sampling": {...}, "conditions": [...],
-"device": "cpu"}'
+"device": "cpu", "kernel": null}'
 """
 
 import json
@@ -44,8 +44,12 @@ def measure_cost(
     sampling: Sampling,
     *,
     device: str | None = None,
+    kernel: str | None = None,
 ) -> Cost:
     """Call a pipeline four times in a fresh process, and return the time and memory it took.
+
+    Arguments:
+        kernel: of an export; None for a stock pipeline.
 
     Raises:
         ModelError: the process failed; the message is its last line.
@@ -55,6 +59,7 @@ def measure_cost(
         "sampling": sampling.arguments(),
         "conditions": list(conditions),
         "device": device,
+        "kernel": kernel,
     }
     command = [sys.executable, "-m", "msfp_cli.evaluation.cost", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -85,15 +90,20 @@ def _measure(job: Json) -> Cost:
     """Measure in this process.
 
     Arguments:
-        job: source, sampling, conditions and device, as `measure_cost` writes them.
+        job: source, sampling, conditions, device and kernel, as `measure_cost` writes them.
     """
     import torch
 
+    from msfp_cli.checkpoint.pipeline import load_export
     from msfp_cli.pipelines.loading import load_pipeline
     from msfp_cli.pipelines.sampling import call_pipeline
 
     start = time.perf_counter()
-    pipe = load_pipeline(ModelSource.from_json(job["source"]), job["device"])
+    source = ModelSource.from_json(job["source"])
+    if job["kernel"] is None:
+        pipe = load_pipeline(source, job["device"])
+    else:
+        pipe = load_export(source, job["device"], job["kernel"])
     load_seconds = time.perf_counter() - start
     sampling = Sampling(**job["sampling"])
     seconds = []

@@ -84,7 +84,7 @@ def _evaluate(
     recipe = with_prompts(recipe)
     origin = provenance_of(run, export)
     source = against or origin.source
-    models = models_to_evaluate(origin, export, recipe.compare, source, work=place, device=device)
+    models = models_to_evaluate(origin, export, recipe, source, work=place, device=device)
     full = models[0].load()
     plan = EvaluationPlan(
         directory=place,

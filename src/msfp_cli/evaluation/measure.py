@@ -62,7 +62,7 @@ def _gather(
     if model.key != "full":
         full_pictures = _picture_set(plan, "full")
         feature_sets["full"] = plan.extractor.features(full_pictures.pictures)
-        with_layers = plan.recipe.layers and model.key == "export"
+        with_layers = plan.recipe.by_layer and model.key == "export"
         recording = Recording(plan.trajectories)
         denoisers = denoiser_errors(pipe, recording, full if with_layers else None)
     if reference is not None:
@@ -98,6 +98,7 @@ def _cost(plan: EvaluationPlan, model: EvaluatedModel) -> Cost | None:
     """Measure time and memory with one batch; a model that exists in memory only has no cost."""
     if not plan.recipe.cost or model.source is None:
         return None
+    kernel = plan.recipe.kernel if model.key == "export" else None
     batch = plan.record.conditions[: plan.record.batch_size]
     with plan.progress.task(f"Timing {model.source.model}", None):
-        return measure_cost(model.source, batch, plan.record, device=plan.device)
+        return measure_cost(model.source, batch, plan.record, device=plan.device, kernel=kernel)

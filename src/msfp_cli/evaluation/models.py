@@ -8,11 +8,11 @@ from pathlib import Path
 from msfp_cli.calibration.baseline import load_signed
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import load_calibrated
+from msfp_cli.checkpoint.pipeline import load_export
 from msfp_cli.errors import UsageError
 from msfp_cli.evaluation.provenance import Provenance
-from msfp_cli.evaluation.recipe import STEPS_BEFORE
+from msfp_cli.evaluation.recipe import STEPS_BEFORE, EvaluateRecipe
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
-from msfp_cli.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class EvaluatedModel:
 def models_to_evaluate(
     provenance: Provenance,
     export: Path,
-    compare: Sequence[str] | None,
+    recipe: EvaluateRecipe,
     source: ModelSource,
     *,
     work: Path,
@@ -46,13 +46,15 @@ def models_to_evaluate(
 
     Arguments:
         provenance: what the run knows of the export.
-        compare: names in `STEPS_BEFORE`; None takes all that the run directory can rebuild.
+        recipe: which steps, of `STEPS_BEFORE`, and how the export is computed; None takes all steps
+            that the run directory can rebuild.
         source: the full-precision model.
         work: where what is made on the way is kept.
 
     Raises:
         UsageError: the run has no calibration to rebuild a step from.
     """
+    compare = recipe.compare
     run = provenance.run
     calibration = provenance.calibration
     tuned = provenance.is_tuned
@@ -63,39 +65,47 @@ def models_to_evaluate(
         )
     steps = list[EvaluatedModel]()
     if calibration is not None:
-        keys = _possible_steps(run, tuned=tuned) if compare is None else compare
-        steps = _steps_before(run, calibration, keys, work, device)
+        keys = _possible_steps(provenance) if compare is None else compare
+        steps = _steps_before(provenance, calibration, keys, work, device)
     title = "MSFP, fine-tuned" if tuned else "MSFP"
-    return [
-        _stored("full", "full precision", source, device),
-        *steps,
-        _stored("export", title, ModelSource(model=str(export), dtype=source.dtype), device),
-    ]
+    stored = ModelSource(model=str(export), dtype=source.dtype)
+    full = EvaluatedModel(
+        key="full",
+        title="full precision",
+        source=source,
+        load=partial(load_pipeline, source, device),
+    )
+    exported = EvaluatedModel(
+        key="export",
+        title=title,
+        source=stored,
+        load=partial(load_export, stored, device, recipe.kernel),
+    )
+    return [full, *steps, exported]
 
 
-def _stored(key: str, title: str, source: ModelSource, device: str | None) -> EvaluatedModel:
-    """Return a model that lies on disk as it is."""
-    load = partial(load_pipeline, source, device)
-    return EvaluatedModel(key=key, title=title, source=source, load=load)
-
-
-def _possible_steps(run: Run, *, tuned: bool) -> tuple[str, ...]:
+def _possible_steps(provenance: Provenance) -> tuple[str, ...]:
     """Return the steps that can be rebuilt; signed formats are searched on the run's recording."""
+    run = provenance.run
     recordings = (run.recording, run.held_out)
     is_recorded = all((place / "recording.json").exists() for place in recordings)
-    possible = {"signed": is_recorded, "calibrated": tuned}
+    possible = {"signed": is_recorded, "calibrated": provenance.is_tuned}
     return tuple(name for name in STEPS_BEFORE if possible[name])
 
 
 def _steps_before(
-    run: Run, calibration: Calibration, keys: Sequence[str], work: Path, device: str | None
+    provenance: Provenance,
+    calibration: Calibration,
+    keys: Sequence[str],
+    work: Path,
+    device: str | None,
 ) -> list[EvaluatedModel]:
     """Return the models on the way to the export, in the order of `STEPS_BEFORE`."""
     signed = EvaluatedModel(
         key="signed",
         title="signed FP4",
         source=None,
-        load=partial(load_signed, run, calibration, work / "signed", device),
+        load=partial(load_signed, provenance.run, calibration, work / "signed", device),
     )
     calibrated = EvaluatedModel(
         key="calibrated",

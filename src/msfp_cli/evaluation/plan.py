@@ -77,7 +77,9 @@ class EvaluationPlan:
         Arguments:
             models: keys of the models.
         """
+        kernel = {} if self.recipe.kernel == "auto" else {"kernel": self.recipe.kernel}
         return {
+            **kernel,
             "version": __version__,
             "export": str(self.export),
             "against": self.source.to_json(),

@@ -83,8 +83,19 @@ class EvaluateRecipe(Sampling):
         "--layers.",
         names=("--layers/--no-layers",),
     )
+    kernel: str = option(
+        "auto",
+        "How the export's layers are computed, as in `msfp sample`; layers are not measured one by "
+        "one with openvino.",
+        before="auto",
+    )
     cost: bool = option(
         True,
         "Whether to measure time and memory, in fresh processes. Default: --cost.",
         names=("--cost/--no-cost",),
     )
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether layers are measured one by one: an engine runs the denoiser as a whole."""
+        return self.layers and not self.kernel.startswith("openvino")

@@ -77,6 +77,11 @@ def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
+def _is_recorded() -> bool:
+    """Whether the call becomes a graph that is to serve every timestep."""
+    return torch.compiler.is_compiling() or torch.jit._trace.is_tracing()
+
+
 def table_index(timestep: float, unit: float) -> int:
     """Return the row of the table that serves a timestep.
 
@@ -190,7 +195,7 @@ class RouterTable(nn.Module):
         timestep = args[self._position] if len(args) > self._position else kwargs.get("timestep")
         if timestep is None:
             raise MsfpError("the denoiser was called without its timestep, which its router needs")
-        if torch.compiler.is_compiling() and isinstance(timestep, Tensor):
+        if _is_recorded() and isinstance(timestep, Tensor):
             self.route.open(self.compiled_choices(timestep))
         else:
             self.route.open(_Row(self, shared_timestep(timestep)))

@@ -1,0 +1,78 @@
+"""Converted denoisers on disk, by what they were made from.
+
+A conversion is a directory whose name is a digest of the denoiser's tensors and config and of the
+tree of its arguments. It lies beside an exported checkpoint (``openvino/``, written by
+`msfp export --engine openvino`) or in the user's cache, which keeps the few that were used last.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from msfp_cli.errors import MsfpError
+from msfp_cli.files.atomic import remove
+from msfp_cli.files.directories import replace_directory
+from msfp_cli.files.documents import Json
+from msfp_cli.files.seal import Seal
+
+FOLDER = "openvino"  # in an export, and in the cache
+_MODEL = "model.xml"
+_MOST = 6  # conversions that the cache keeps
+_SCHEMA = 1  # of what is traced; a change makes older conversions useless
+
+
+def cache_directory() -> Path:
+    """Return where conversions are that no export has, in ``$MSFP_CACHE`` or ``~/.cache/msfp``."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("MSFP_CACHE") or f"{home}/msfp").expanduser() / FOLDER
+
+
+def key_of(content: str, call: Json) -> str:
+    """Return the name of a conversion.
+
+    Arguments:
+        content: digest of the denoiser.
+        call: the tree of its arguments, and their shapes where they matter.
+    """
+    text = json.dumps([_SCHEMA, content, call], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def find(key: str, places: Sequence[Path]) -> Path | None:
+    """Return the model's file of a conversion that is complete, if one of the places has it."""
+    for place in places:
+        directory = place / key
+        if _is_complete(directory):
+            if os.access(directory, os.W_OK):
+                os.utime(directory)
+            return directory / _MODEL
+    return None
+
+
+def _is_complete(directory: Path) -> bool:
+    try:
+        seal = Seal.load(directory, redo="")
+        if seal is not None:
+            seal.refuse_other_files(directory, redo="")
+    except MsfpError:
+        return False
+    return seal is not None
+
+
+def write(place: Path, key: str, save: Callable[[Path], None]) -> Path:
+    """Write a conversion, whole or not at all; the oldest ones beyond `_MOST` are deleted.
+
+    Arguments:
+        save: writes the model's file.
+
+    Raises:
+        RunError: another process is writing it.
+    """
+    with replace_directory(place / key, overwrite=True) as temporary:
+        save(temporary / _MODEL)
+    kept = sorted(place.glob("[0-9a-f]*"), key=lambda path: path.stat().st_mtime)
+    for old in kept[:-_MOST]:
+        remove(old)
+    return place / key / _MODEL

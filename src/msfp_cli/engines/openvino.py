@@ -1,0 +1,310 @@
+"""Run a denoiser in OpenVINO: traced once, converted, compiled for a device, and cached.
+
+The stock pipeline keeps its denoiser, whose ``forward`` is replaced: hooks, config and settings are
+where they were. At the first call the denoiser is traced with these arguments, each layer as
+`traced` writes it, and converted; the result is stored by content (`conversions`) and takes any
+batch and resolution. It is compiled for the shapes of a call, and the last few that were compiled
+stay in memory, each with its weights in bytes. The router's table is part of the graph, so a hub's
+member follows the timestep of each call.
+"""
+
+import functools
+import inspect
+import sys
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from msfp_cli.engines import conversions
+from msfp_cli.engines.arguments import Call
+from msfp_cli.engines.traced import Traced
+from msfp_cli.errors import UsageError
+from msfp_cli.files.documents import Json
+from msfp_cli.layers.replace import quantized_layers
+from msfp_cli.progress import SILENT, Progress
+
+Denoiser: TypeAlias = Any  # a model of diffusers, which is untyped
+Pipeline: TypeAlias = Any  # one of its pipelines
+Output: TypeAlias = Any  # what a denoiser returns: a tuple, or an output class
+OpenVino: TypeAlias = Any  # the package, which may be missing
+Model: TypeAlias = Any  # an openvino.Model
+Compiled: TypeAlias = Any  # an openvino.CompiledModel
+NAME = "openvino"
+DEVICE = "CPU"
+_MOST_COMPILED = 2
+_PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+# What would change layers that no longer run, or take the denoiser apart.
+_CHANGES = (
+    "load_lora_adapter",
+    "add_adapter",
+    "enable_group_offload",
+    "compile",
+    "compile_repeated_blocks",
+)
+_OFFLOADS = (
+    "enable_model_cpu_offload",
+    "enable_sequential_cpu_offload",
+    "enable_group_offload",
+)
+
+
+def import_openvino() -> OpenVino:
+    """Return the package OpenVINO, without the part of it that reports its use to Intel.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # means: missing
+    try:
+        import openvino
+    except ImportError:
+        raise UsageError(
+            f"kernel {NAME!r} needs OpenVINO; install it with `pip install 'msfp[openvino]'`"
+        ) from None
+    return openvino
+
+
+def attach_(
+    denoiser: Denoiser,
+    content: str,
+    *,
+    device: str = "",
+    stored: Path | None = None,
+    place: Path | None = None,
+    progress: Progress = SILENT,
+) -> "Engine":
+    """Let a quantized denoiser run in OpenVINO from now on.
+
+    Arguments:
+        content: what tells the denoiser from others, such as a digest of its files.
+        device: OpenVINO's name of it, such as CPU, GPU or NPU; empty for the CPU.
+        stored: where to look for a conversion first, the folder in an export.
+        place: where to write a new one; None for the user's cache.
+
+    Raises:
+        UsageError: OpenVINO is not installed, or does not have the device.
+    """
+    openvino = import_openvino()
+    device = device or DEVICE
+    devices = openvino.Core().available_devices
+    if device.partition(".")[0] not in {name.partition(".")[0] for name in devices}:
+        raise UsageError(
+            f"OpenVINO has no device {device!r} here; choose one of {', '.join(devices)}"
+        )
+    place = place or conversions.cache_directory()
+    places = [place] if stored is None else [stored, place]
+    engine = Engine(denoiser, openvino, device, f"{content} {denoiser.dtype}", places, progress)
+    denoiser.forward = engine.forward
+    _refuse_methods_(denoiser, _CHANGES)
+    return engine
+
+
+def engine_of(denoiser: Denoiser) -> "Engine | None":
+    """Return the engine that runs a denoiser, if one does."""
+    engine = getattr(getattr(denoiser, "forward", None), "engine", None)
+    return engine if isinstance(engine, Engine) else None
+
+
+def refuse_offloading_(pipe: Pipeline) -> None:
+    """Let a pipeline whose denoiser runs here refuse to move it about."""
+    _refuse_methods_(pipe, _OFFLOADS)
+
+
+def _refuse_methods_(owner: Denoiser | Pipeline, methods: Sequence[str]) -> None:
+    for method in methods:
+        if hasattr(owner, method):
+            setattr(owner, method, functools.partial(_refuse, method))
+
+
+def _refuse(method: str, *args: object, **kwargs: object) -> NoReturn:
+    raise UsageError(
+        f"{method} does not work with kernel {NAME!r}, which runs the denoiser as a whole; "
+        "load the pipeline with another kernel"
+    )
+
+
+class Engine:
+    """A denoiser in OpenVINO.
+
+    Arguments:
+        openvino: the package.
+        content: see `attach_`.
+        places: where conversions are looked for; new ones are written to the last.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        openvino: OpenVino,
+        device: str,
+        content: str,
+        places: Sequence[Path],
+        progress: Progress,
+    ) -> None:
+        self.device = device
+        self._denoiser = denoiser
+        self._openvino = openvino
+        self._core = openvino.Core()
+        self._places = places
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._compiled = OrderedDict[str, Any]()
+        self._content = content
+        self._signature = inspect.signature(denoiser.forward)
+
+        @functools.wraps(denoiser.forward)
+        def forward(*args: Output, **kwargs: Output) -> Output:
+            return self._run(*args, **kwargs)
+
+        forward.engine = self  # type: ignore[attr-defined]
+        self.forward = forward
+
+    def floating(self) -> dict[str, str]:
+        """Return why layers that multiply are computed in floating point, by name."""
+        layers = quantized_layers(self._denoiser)
+        reasons = {name: Traced.reason(layer) for name, layer in layers.items()}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
+    def describe(self) -> str:
+        """Return where the denoiser runs, and which layers are not products of bytes there."""
+        floating = self.floating()
+        count = len(quantized_layers(self._denoiser)) - len(floating)
+        names = f"; in floating point: {', '.join(floating)}" if floating else ""
+        return f"{NAME} on {self.device} ({count} layers in bytes{names})"
+
+    def _run(self, *args: Output, **kwargs: Output) -> Output:
+        """Run the denoiser.
+
+        Raises:
+            UsageError: the call is compiled, needs gradients, or has an argument of another kind.
+        """
+        if torch.compiler.is_compiling():
+            _refuse("torch.compile")
+        arguments = dict(self._signature.bind(*args, **kwargs).arguments)
+        is_wrapped = arguments.pop("return_dict", True)
+        call = Call.of(arguments)
+        if torch.is_grad_enabled() and any(_needs_gradient(value) for value in arguments.values()):
+            raise UsageError(f"kernel {NAME!r} has no gradients; load with another kernel")
+        with self._lock:
+            compiled = self._compile(call)
+            (output,) = compiled([tensor.numpy() for tensor in call.tensors.values()]).values()
+            sample = torch.from_numpy(output.copy()).to(self._denoiser.dtype)
+        return _wrap(sample) if is_wrapped else (sample,)
+
+    def _compile(self, call: Call) -> Compiled:
+        """Return the model compiled for the shapes of a call."""
+        shapes = [list(tensor.shape) for tensor in call.tensors.values()]
+        name = f"{self._denoiser.dtype} {shapes} {call.tree}"
+        if name not in self._compiled:
+            while len(self._compiled) >= _MOST_COMPILED:
+                self._compiled.popitem(last=False)
+            model = self._model(call, shapes)
+            settings = self._settings() if self.device == DEVICE else {}
+            self._compiled[name] = self._core.compile_model(model, self.device, settings)
+        self._compiled.move_to_end(name)
+        return self._compiled[name]
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what the CPU is told: threads, and the type of what is not in bytes.
+
+        It would round inputs of layers with nothing but weights in bytes on its own account.
+        """
+        return {
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+            "INFERENCE_PRECISION_HINT": _PRECISIONS[self._denoiser.dtype],
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+
+    def _model(self, call: Call, shapes: list[list[int]]) -> Model:
+        """Return the converted denoiser for these shapes.
+
+        Where a conversion does not fit them, because the denoiser takes another branch than with
+        those that it was made with, they get their own.
+        """
+        model = self._core.read_model(self._convert(call, call.tree))
+        try:
+            model.reshape(dict(enumerate(shapes)))
+        except RuntimeError:
+            model = self._core.read_model(self._convert(call, [call.tree, shapes]))
+            model.reshape(dict(enumerate(shapes)))
+        return model
+
+    def _convert(self, call: Call, what: Json) -> Path:
+        """Return the file of a conversion, which is made unless there is one.
+
+        Arguments:
+            what: says which of the denoiser's conversions this is.
+        """
+        key = conversions.key_of(self._content, what)
+        path = conversions.find(key, self._places)
+        if path is not None:
+            return path
+        save = functools.partial(self._save, call)
+        with self._progress.task("Converting for OpenVINO", None):
+            return conversions.write(self._places[-1], key, save)
+
+    def _save(self, call: Call, path: Path) -> None:
+        """Trace and convert the denoiser, and write it; weights of bytes stay bytes."""
+        with traceable(self._denoiser) as denoiser, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tracer's, that Python's branches are fixed
+            module = _Flat(denoiser, call)
+            traced = torch.jit.trace(
+                module, tuple(call.tensors.values()), strict=False, check_trace=False
+            )
+            model = self._openvino.convert_model(traced, example_input=tuple(call.tensors.values()))
+            self._openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def _needs_gradient(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _wrap(sample: Tensor) -> Output:
+    """Return an output as denoisers do whose caller does not ask for a tuple."""
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput(sample=sample)
+
+
+@contextmanager
+def traceable(denoiser: Denoiser) -> Iterator[Denoiser]:
+    """Give a denoiser its own forward, float32 and traceable layers while the context is open."""
+    forward = denoiser.__dict__.pop("forward")
+    dtype = denoiser.dtype
+    layers = quantized_layers(denoiser).values()
+    try:
+        if dtype != torch.float32:
+            denoiser.float()
+        for layer in layers:
+            layer.restore_()
+            layer.take_kernel_(Traced(layer))
+        with torch.no_grad():
+            yield denoiser
+    finally:
+        for layer in layers:
+            layer.restore_()
+        if dtype != torch.float32:
+            denoiser.to(dtype)
+        denoiser.forward = forward
+
+
+class _Flat(nn.Module):
+    """A denoiser whose arguments are a list of tensors."""
+
+    def __init__(self, denoiser: Denoiser, call: Call) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.call = call
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Return the denoiser's output without what it is wrapped in."""
+        named = dict(zip(self.call.tensors, tensors, strict=True))
+        output: Tensor = self.denoiser(**self.call.arguments(named), return_dict=False)[0]
+        return output

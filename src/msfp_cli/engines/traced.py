@@ -1,0 +1,187 @@
+"""A quantized layer in operators that OpenVINO turns into a product of bytes.
+
+OpenVINO's low-precision transformations look for a ``FakeQuantize`` over the integers of a byte
+before a product whose weight is a constant of bytes times a scale. They make one kernel of 8-bit
+units of it, which sums exactly in int32. The formula is that of `kernels.arithmetic`: the weight is
+given as ``q_w factor``, so that the factor is applied to the finished sum.
+
+The integers of an input are found without looking at bits, which OpenVINO cannot do: comparisons
+with the octaves' borders give the step at each value, and the value is rounded to a multiple of it.
+All of this becomes one pass over the input, which ends in bytes.
+
+The products of all members of a hub are computed, and one result is selected, because OpenVINO lays
+a weight out once, when it compiles. A layer that cannot be a product of bytes is written in
+floating point.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from msfp_cli.formats.float_format import BYTE_BITS, FloatFormat
+from msfp_cli.formats.rounding import Grid, dequantize, per_channel
+from msfp_cli.layers.base import Kernel, QuantizedLayer
+from msfp_cli.layers.kernels.arithmetic import BYTE, Arithmetic, refusal_of_integers
+from msfp_cli.layers.kernels.geometry import Geometry
+
+_SIGNED = (-128, 127)
+_UNSIGNED = (0, BYTE)
+
+
+class Traced(Kernel):
+    """Runs a layer while its denoiser is traced; what it computes can be compared with others."""
+
+    name: ClassVar[str] = "traced"
+    kinds: ClassVar[frozenset[str] | None] = None
+
+    @staticmethod
+    def refusal(layer: QuantizedLayer) -> str | None:
+        """Refuse nothing."""
+        return None
+
+    @staticmethod
+    def reason(layer: QuantizedLayer) -> str | None:
+        """Say why a layer that multiplies is computed in floating point, or nothing."""
+        return None if layer.scheme.lookup else refusal_of_integers(layer)
+
+    def __init__(self, layer: QuantizedLayer, *, keep_packed: bool = True) -> None:
+        """Unpack the weights, and fold scales and zero point."""
+        members = range(layer.scheme.hub)
+        self.arithmetic: Arithmetic | None = None
+        if layer.scheme.weight is None:
+            self.weights = [layer.float_weight()]
+        elif layer.weight_format().integer_bits > BYTE_BITS:
+            self.weights = [dequantize(layer.codes(m), layer.weight_grid()) for m in members]
+        else:
+            self.weights = [layer.integers(member) for member in members]
+            if refusal_of_integers(layer) is None:
+                self.arithmetic = Arithmetic.of(layer, self.weights)
+
+    def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
+        """Run the layer with the member that serves, an index or a tensor of one."""
+        member = layer.member()
+        if isinstance(member, int):
+            return self._run(layer, x, member)
+        y = self._run(layer, x, 0)
+        for other in range(1, layer.scheme.hub):
+            y = torch.where(member == other, self._run(layer, x, other), y)
+        return y
+
+    def _run(self, layer: QuantizedLayer, x: Tensor, member: int) -> Tensor:
+        weight = self.weights[member]
+        grid = layer.scheme.input_of(member)
+        if self.arithmetic is not None and grid is not None:
+            return _run_in_bytes(layer, x, grid, self.arithmetic, weight, member)
+        if grid is not None:
+            x = integers_of(x, grid) * grid.scale + grid.zero_point
+        if weight.dtype == torch.int8:
+            scale = per_channel(layer.get_buffer("weight_scale"), weight.ndim)
+            weight = weight.float() * scale
+        return layer.apply_weight(x, weight)
+
+
+def _run_in_bytes(
+    layer: QuantizedLayer,
+    x: Tensor,
+    grid: Grid,
+    arithmetic: Arithmetic,
+    weight: Tensor,
+    member: int,
+) -> Tensor:
+    """Multiply bytes; of wide integers, both planes at once."""
+    geometry = arithmetic.geometry
+    factor, constant, frame = arithmetic.of_member(member, layer.bias)
+    low, *further = planes_of(integers_of(x, grid), grid.format)
+    codes = _say_bytes(torch.cat([low, *further]) if further else low, grid.format)
+    y = _product(codes, weight, factor, geometry)
+    along = (-1, 1, 1) if geometry else (-1,)
+    if further:
+        y, upper = y.chunk(2)
+        y = y + constant.view(along) + upper * (BYTE + 1)
+    else:
+        y = y + constant.view(along)
+    return y if frame is None or geometry is None else y - _outside(x, frame, geometry)
+
+
+def integers_of(x: Tensor, grid: Grid) -> Tensor:
+    """Round an input to the integers of its grid.
+
+    Arguments:
+        x: float32, any shape.
+
+    Returns:
+        float32, shape of `x`.
+    """
+    fmt = grid.format
+    steps = (x - grid.zero_point) / grid.scale
+    inside = steps.clamp(-fmt.largest if fmt.signed else 0, fmt.largest)
+    size = inside.abs() if fmt.signed else inside
+    if not fmt.mantissa_bits:
+        return _power_of(size, fmt) * (inside.sign() if fmt.signed else 1)
+    inverse: Tensor | float = 1.0
+    for octave in range(1, 2**fmt.exponent_bits - 1):
+        is_in_it = size >= 2.0 ** (fmt.mantissa_bits + octave)
+        inverse = torch.where(is_in_it, 2.0**-octave, inverse)
+    return (inside * inverse).round() / inverse
+
+
+def _power_of(size: Tensor, fmt: FloatFormat) -> Tensor:
+    """Round to 0, 1, 2, 4 ...; a tie goes to the even exponent.
+
+    Arguments:
+        size: float32, not negative.
+    """
+    power = torch.zeros_like(size)
+    for code in range(1, len(fmt.magnitudes)):
+        middle = (fmt.magnitudes[code - 1] + fmt.magnitudes[code]) / 2
+        is_above = size > middle if code % 2 else size >= middle
+        power = torch.where(is_above, float(fmt.magnitudes[code]), power)
+    return power
+
+
+def _range_of(fmt: FloatFormat) -> tuple[int, int]:
+    return _SIGNED if fmt.signed else _UNSIGNED
+
+
+def planes_of(integers: Tensor, fmt: FloatFormat) -> list[Tensor]:
+    """Part integers into bytes, ``low + 256 high``; signed ones if the format is signed.
+
+    Returns:
+        float32: one plane if the integers fit into a byte, else two.
+    """
+    lowest, highest = _range_of(fmt)
+    if fmt.largest <= highest:
+        return [integers]
+    upper = ((integers - lowest) / (BYTE + 1)).floor()
+    return [integers - upper * (BYTE + 1), upper]
+
+
+def _say_bytes(integers: Tensor, fmt: FloatFormat) -> Tensor:
+    """Say that integers are bytes: the identity on them, and what OpenVINO looks for."""
+    return torch.fake_quantize_per_tensor_affine(integers, 1.0, 0, *_range_of(fmt))
+
+
+def _product(codes: Tensor, weight: Tensor, factor: Tensor, geometry: Geometry | None) -> Tensor:
+    """Multiply bytes, and take the factor of each output channel along in the weight."""
+    scaled = weight.float() * per_channel(factor, weight.ndim)
+    if geometry is None:
+        return functional.linear(codes, scaled)
+    _, stride, padding, dilation, groups = geometry
+    return functional.conv2d(codes, scaled, None, stride, padding, dilation, groups)
+
+
+def _outside(x: Tensor, taps: Tensor, geometry: Geometry) -> Tensor:
+    """Return the zero point's share of the taps that lie outside the picture.
+
+    Arguments:
+        taps: ``(out, kernel height, kernel width)``.
+
+    Returns:
+        ``(1, out, rows, columns)``.
+    """
+    up, left = geometry.padding
+    inside = torch.zeros_like(x[:1, :1])
+    mask = functional.pad(inside, (left, left, up, up), value=1.0)
+    return functional.conv2d(mask, taps[:, None], None, geometry.stride, 0, geometry.dilation)

@@ -1,0 +1,168 @@
+"""Denoisers in OpenVINO: the sums of `reference`, products of bytes, and what is refused."""
+
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from layers.kernels.test_kernels import (
+    CONVOLUTIONS,
+    INPUTS,
+    WEIGHTS,
+    by_kernel,
+    call,
+    conv,
+    draw,
+    grid_of,
+    linear,
+    unet,
+)
+from msfp_cli.engines import openvino as engine
+from msfp_cli.engines.traced import Traced
+from msfp_cli.errors import UsageError
+from msfp_cli.layers.kernels.arithmetic import refusal_of_integers
+from msfp_cli.layers.prepare import prepare_
+
+pytest.importorskip("openvino")
+openvino = engine.import_openvino()
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("MSFP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "openvino"
+
+
+class Several(nn.Module):
+    """Layers with an input each."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer, x in zip(self.layers, inputs, strict=True))
+
+
+def in_openvino(layers: list[Any], inputs: list[Tensor]) -> tuple[list[Tensor], Counter[str]]:
+    """Return the layers' outputs, and how often which primitive multiplies."""
+    for layer in layers:
+        layer.restore_()
+        layer.take_kernel_(Traced(layer))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = torch.jit.trace(Several(layers), tuple(inputs), check_trace=False)
+        model = openvino.convert_model(graph, example_input=tuple(inputs))
+    model.reshape({i: list(x.shape) for i, x in enumerate(inputs)})
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    compiled = openvino.Core().compile_model(model, "CPU", settings)
+    outputs = [torch.from_numpy(y.copy()) for y in compiled([x.numpy() for x in inputs]).values()]
+    return outputs, Counter(primitives(compiled))
+
+
+def primitives(compiled: Any) -> list[str]:  # noqa: ANN401
+    """List what a compiled model multiplies with."""
+    ops = [op.get_rt_info() for op in compiled.get_runtime_model().get_ordered_ops()]
+    kinds = ("Convolution", "FullyConnected", "MatMul", "GroupConvolution")
+    return [
+        str(op["primitiveType"].value).lower() for op in ops if str(op["layerType"].value) in kinds
+    ]
+
+
+def compare(layers: list[Any], inputs: list[Tensor]) -> Counter[str]:
+    """Compare with the reference: the integer sums may not differ by one."""
+    outputs, kinds = in_openvino(layers, inputs)
+    for layer, x, y in zip(layers, inputs, outputs, strict=True):
+        expected = by_kernel(layer, x, "reference")
+        factor = layer.kernel.arithmetic.factors[0].view(
+            -1, *[1] * (x.ndim - 2 if x.ndim == 4 else 0)
+        )
+        assert float(((y - expected) / factor).abs().max()) < 0.3, layer
+    return kinds
+
+
+def test_sums_are_those_of_the_reference_in_every_format() -> None:
+    layers = [
+        linear(grid=grid_of(fmt), weight=w) for fmt in INPUTS.values() for w in (WEIGHTS["e2m1"],)
+    ]
+    layers += [linear(grid=grid_of(INPUTS["ue2m2"]), weight=w) for w in WEIGHTS.values()]
+    layers = [layer for layer in layers if refusal_of_integers(layer) is None]
+    kinds = compare(layers, [draw(3, 7, 12, seed=i) for i in range(len(layers))])
+    assert all("8" in kind for kind in kinds), kinds
+
+
+@pytest.mark.parametrize("name", ["e2m1", "ue2m2", "ue3m5"])
+def test_sums_are_those_of_the_reference_in_every_convolution(name: str) -> None:
+    layers = [conv(grid=grid_of(INPUTS[name]), **options) for options in CONVOLUTIONS.values()]
+    compare(layers, [draw(2, 4, 9, 7, seed=i) for i in range(len(layers))])
+
+
+def attached(hub: int = 1, **options: Any) -> Any:  # noqa: ANN401
+    denoiser = unet(hub)
+    engine.attach_(denoiser, f"a tiny one with {hub}", **options)
+    return denoiser
+
+
+def test_denoiser_is_that_of_the_reference_and_members_follow_the_timestep() -> None:
+    expected = unet(hub=2)
+    prepare_(expected, "reference")
+    denoiser = attached(hub=2)
+    for timestep in (20, 700):
+        torch.testing.assert_close(
+            call(denoiser, timestep), call(expected, timestep), rtol=0, atol=1e-4
+        )
+
+
+def same_at_size(denoiser: Any, height: int, width: int) -> None:  # noqa: ANN401
+    expected = unet()
+    sample = draw(1, 4, height, width)
+    text = draw(1, 5, denoiser.config.cross_attention_dim)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            denoiser(sample, 20, text).sample, expected(sample, 20, text).sample, rtol=0, atol=1e-4
+        )
+
+
+def test_stored_conversion_equals_a_fresh_one_and_serves_other_shapes(cache: Path) -> None:
+    denoiser = attached()
+    state = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
+    fresh = call(denoiser, 20)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in denoiser.state_dict().items())
+    (conversion,) = cache.iterdir()
+    written = (conversion / "model.bin").stat().st_mtime_ns
+    denoiser = attached()
+    assert torch.equal(call(denoiser, 20), fresh)
+    same_at_size(denoiser, 24, 8)
+    assert list(cache.iterdir()) == [conversion]
+    assert (conversion / "model.bin").stat().st_mtime_ns == written
+    same_at_size(denoiser, 9, 7)  # where a UNet resizes by another branch
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_unknown_device_is_named_with_those_that_there_are() -> None:
+    with pytest.raises(UsageError, match="no device 'XPU' here; choose one of CPU"):
+        attached(device="XPU")
+
+
+def test_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    with pytest.raises(UsageError, match=r"pip install 'msfp\[openvino\]'"):
+        attached()
+
+
+def test_what_changes_layers_is_refused() -> None:
+    denoiser = attached()
+    for change in (denoiser.add_adapter, denoiser.load_lora_adapter, denoiser.compile):
+        with pytest.raises(UsageError, match="does not work with kernel 'openvino'"):
+            change()
+
+
+def test_gradients_are_refused() -> None:
+    denoiser = attached()
+    sample = draw(1, 4, 16, 16).requires_grad_()
+    with pytest.raises(UsageError, match="no gradients"):
+        denoiser(sample, 20, draw(1, 5, denoiser.config.cross_attention_dim))
