@@ -1,7 +1,7 @@
-"""Time and memory of one denoiser call: float32, our kernels, and the peers that run on a CPU.
+"""Time and memory of one denoiser call: full precision, msfp, and the peers that run on a CPU.
 
-    python benchmarks/execution.py --work DIR [--models a,b] [--only TEXT] [--skip TEXT] [--calls N]
-        [--peers PYTHON] [--profile] [--markdown FILE]
+    python benchmarks/execution.py --work DIR [--models a,b] [--threads 1,2] [--only TEXT]...
+        [--skip TEXT] [--calls N] [--peers PYTHON] [--profile] [--markdown FILE]
 
 Three denoisers are measured: the built-in pipeline's UNet with 16 rows; a UNet with the
 configuration of Stable Diffusion 1.5, latents of 64x64, 2 rows; and a DiTTransformer2DModel with
@@ -10,7 +10,10 @@ to try the script.) All but the first have random weights, and their input grids
 random inputs: such a model draws nothing, but its speed is the same, as it does not depend on the
 values.
 
-Each row of the table is a fresh process that loads the denoiser from disk and calls it. The table
+Each row of a table is a fresh process that loads the denoiser from disk and calls it. Rows whose
+name ends in "bfloat16" compute in that type what is not in bytes. OpenVINO's conversions, and what
+NNCF makes of one (post-training quantization to int8, on one call), are made once and kept in
+--work; both run here where they are installed (``pip install 'msfp[openvino]' nncf``). A table
 shows the median of the calls after the first; the largest resident size of the process, libraries
 included; what loading takes, quantizing or laying out included: seconds, and by how much the
 largest resident size rose; and the bytes of the weights in memory, tensor by tensor. Peers are
@@ -74,12 +77,21 @@ TITLES = {
 DEFAULT_MODELS = "built-in,sd15,dit-xl"
 ROWS = (
     "float32",
-    "msfp simulated",
-    "msfp reference",
+    "bfloat16",
     "msfp cpu",
+    "msfp cpu, bfloat16",
     "msfp cpu, packed",
+    "msfp openvino",
+    "msfp openvino, bfloat16",
+    "OpenVINO",
+    "OpenVINO, bfloat16",
+    "NNCF int8",
+    "NNCF int8, bfloat16",
+    "msfp reference",
+    "msfp simulated",
     "msfp cpu, compiled",
     "float32, compiled",
+    "bfloat16, compiled",
     "sdnq int8, int8 inputs",
     "sdnq uint4",
     "torchao int8, int8 inputs",
@@ -87,6 +99,8 @@ ROWS = (
     "quanto qint8",
     "quanto qint4",
 )
+PEERS = ("sdnq", "torchao", "quanto")
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
 def inputs_of(name: str, denoiser: Any) -> Arguments:  # noqa: ANN401 (a diffusers model)
@@ -174,11 +188,18 @@ def make_quantized(name: str, source: Path, directory: Path) -> None:
 # One row: load, call, report. Runs in a process of its own.
 
 
-def load_msfp(path: Path, name: str, kernel: str, *, keep_packed: bool = False) -> nn.Module:
+def load_msfp(
+    path: Path,
+    name: str,
+    kernel: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    keep_packed: bool = False,
+) -> nn.Module:
     """Load a quantized denoiser and prepare its layers."""
     import msfp_cli
 
-    denoiser: nn.Module = CLASSES[name].from_pretrained(path / f"{name}-msfp")
+    denoiser: nn.Module = CLASSES[name].from_pretrained(path / f"{name}-msfp", torch_dtype=dtype)
     msfp_cli.prepare_(denoiser, kernel, keep_packed=keep_packed)
     return denoiser
 
@@ -211,16 +232,95 @@ def load_peer(path: Path, name: str, row: str) -> nn.Module:
     return denoiser
 
 
+def load_openvino(path: Path, name: str, row: str) -> nn.Module:
+    """Load the float32 denoiser, or ours, and let OpenVINO run it."""
+    from msfp_cli.engines.openvino import attach_
+
+    kind = "msfp" if row.startswith("msfp") else "float32"
+    denoiser: Any = CLASSES[name].from_pretrained(
+        path / f"{name}-{kind}", torch_dtype=dtype_of(row)
+    )
+    attach_(denoiser, f"{name}-{kind}", place=path / f"{name}-{kind}-openvino")
+    return denoiser
+
+
+class Compiled(nn.Module):
+    """A model of OpenVINO, called as a denoiser."""
+
+    def __init__(self, compiled: Any, config: Any) -> None:  # noqa: ANN401
+        super().__init__()
+        self.compiled = compiled
+        self.config = config
+
+    def forward(self, return_dict: bool, **arguments: Tensor) -> Any:  # noqa: ANN401
+        """Return the outputs."""
+        return self.compiled([tensor.float().numpy() for tensor in arguments.values()])
+
+
+def load_nncf(path: Path, name: str, row: str) -> nn.Module:
+    """Quantize the converted float32 denoiser with NNCF, unless that was done, and compile it."""
+    from msfp_cli.engines.openvino import import_openvino
+
+    openvino = import_openvino()
+    config = CLASSES[name].load_config(path / f"{name}-float32")
+    core = openvino.Core()
+    kept = path / f"{name}-nncf" / "model.xml"
+    inputs = inputs_of(name, argparse.Namespace(config=argparse.Namespace(**config)))
+    del inputs["return_dict"]
+    arrays = [tensor.float().numpy() for tensor in inputs.values()]
+    if not kept.exists():
+        import nncf
+
+        converted = next((path / f"{name}-float32-openvino").glob("*/model.xml"))
+        model = core.read_model(converted)
+        model.reshape({i: list(array.shape) for i, array in enumerate(arrays)})
+        quantized = nncf.quantize(
+            model, nncf.Dataset([arrays]), subset_size=1, model_type=nncf.ModelType.TRANSFORMER
+        )
+        openvino.save_model(quantized, kept, compress_to_fp16=False)
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype_of(row) == torch.bfloat16 else "f32",
+    }
+    compiled = core.compile_model(core.read_model(kept), "CPU", settings)
+    return Compiled(compiled, argparse.Namespace(**config))
+
+
+def dtype_of(row: str) -> torch.dtype:
+    """Return the type in which a row computes what is not in bytes."""
+    return torch.bfloat16 if "bfloat16" in row else torch.float32
+
+
 def load_row(path: Path, name: str, row: str) -> nn.Module:
     """Load the denoiser of a row."""
-    if row.startswith("float32"):
-        denoiser: nn.Module = CLASSES[name].from_pretrained(path / f"{name}-float32")
+    if row.startswith(("float32", "bfloat16")):
+        plain = CLASSES[name].from_pretrained(path / f"{name}-float32")
+        is_picture = name != "dit-xl" and row.startswith("bfloat16")
+        layout = torch.channels_last if is_picture else torch.preserve_format
+        denoiser: nn.Module = plain.to(dtype_of(row), memory_format=layout)
+    elif row.startswith(("OpenVINO", "msfp openvino")):
+        denoiser = load_openvino(path, name, row)
+    elif row.startswith("NNCF"):
+        denoiser = load_nncf(path, name, row)
     elif row.startswith("msfp"):
         kernel = row.removeprefix("msfp ").partition(",")[0]
-        denoiser = load_msfp(path, name, kernel, keep_packed=row.endswith("packed"))
+        denoiser = load_msfp(path, name, kernel, dtype_of(row), keep_packed=row.endswith("packed"))
     else:
         denoiser = load_peer(path, name, row)
     return denoiser
+
+
+def openvino_bytes(path: Path, name: str, row: str) -> int | None:
+    """Count the bytes of a model's constants that OpenVINO reads; None for other rows."""
+    kind = {
+        "OpenVINO": "float32-openvino/*",
+        "msfp openvino": "msfp-openvino/*",
+        "NNCF int8": "nncf",
+    }
+    place = kind.get(row.partition(",")[0])
+    if place is None:
+        return None
+    return next(path.glob(f"{name}-{place}/model.bin")).stat().st_size
 
 
 def tensor_bytes(module: nn.Module) -> int:
@@ -256,6 +356,9 @@ def measure(path: Path, name: str, row: str, calls: int) -> Arguments:
     loading = time.perf_counter() - start
     loaded = peak_bytes()
     arguments = inputs_of(name, denoiser)
+    for key, value in arguments.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            arguments[key] = value.to(dtype_of(row))
     called: Callable[..., Any] = (
         torch.compile(denoiser, fullgraph=True) if "compiled" in row else denoiser
     )
@@ -270,7 +373,7 @@ def measure(path: Path, name: str, row: str, calls: int) -> Arguments:
         "loading": loading,
         "loading_bytes": loaded - before,
         "peak_bytes": peak_bytes(),
-        "weight_bytes": tensor_bytes(denoiser),
+        "weight_bytes": openvino_bytes(path, name, row) or tensor_bytes(denoiser),
     }
 
 
@@ -336,17 +439,17 @@ def profile_table(name: str, seconds: dict[str, float]) -> list[str]:
 # The table.
 
 
-def run_row(arguments: argparse.Namespace, name: str, row: str) -> Arguments:
+def run_row(arguments: argparse.Namespace, name: str, row: str, threads: str) -> Arguments:
     """Measure a row in a fresh process; return its figures, or why there are none."""
-    ours = row.startswith(("float32", "msfp"))
-    python = sys.executable if ours else arguments.peers
+    python = arguments.peers if row.startswith(PEERS) else sys.executable
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     if python is None:
         return {"failed": "give --peers, a Python where it is installed"}
     command = [python, __file__, "--work", str(arguments.work), "--calls", str(arguments.calls)]
     command += ["--measure", name, "--only", row]
     try:
         finished = subprocess.run(
-            command, capture_output=True, text=True, timeout=arguments.timeout
+            command, env=environment, capture_output=True, text=True, timeout=arguments.timeout
         )
     except subprocess.TimeoutExpired:
         return {
@@ -359,14 +462,18 @@ def run_row(arguments: argparse.Namespace, name: str, row: str) -> Arguments:
     return figures
 
 
-def measure_rows(arguments: argparse.Namespace, name: str) -> list[str]:
+def measure_rows(arguments: argparse.Namespace, name: str, threads: str) -> list[str]:
     """Measure a model's rows, float32 first, and return their table."""
-    chosen = [row for row in ROWS if arguments.only in row and arguments.skip not in row]
+    chosen = [
+        row
+        for row in ROWS
+        if any(text in row for text in arguments.only or [""]) and arguments.skip not in row
+    ]
     results = {}
     for row in dict.fromkeys(("float32", *chosen)):
-        results[row] = run_row(arguments, name, row)
+        results[row] = run_row(arguments, name, row, threads)
         print(name, row, results[row], file=sys.stderr, flush=True)
-    return table(name, results)
+    return table(f"{TITLES[name]}; threads: {threads}", results)
 
 
 COLUMNS = (
@@ -375,9 +482,9 @@ COLUMNS = (
 )
 
 
-def table(name: str, results: dict[str, Arguments]) -> list[str]:
+def table(title: str, results: dict[str, Arguments]) -> list[str]:
     """Return a model's table."""
-    lines = [f"### {TITLES[name]}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    lines = [f"### {title}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for row, figures in results.items():
         lines.append(f"| {row} | {' | '.join(cells(figures, results['float32']))} |")
     return lines
@@ -405,7 +512,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, required=True, help="keep the models here")
     parser.add_argument("--models", default=DEFAULT_MODELS, help="which of them")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--threads", default="1", help="numbers of threads, a table for each")
+    parser.add_argument(
+        "--only", action="append", metavar="TEXT", help="rows whose name contains this; repeatable"
+    )
     parser.add_argument("--skip", default="nothing", help="leave out rows whose name contains this")
     parser.add_argument("--calls", type=int, default=3, help="counted calls")
     parser.add_argument("--timeout", type=float, default=900, help="seconds that a row may take")
@@ -430,22 +540,27 @@ def make(work: Path, name: str) -> None:
         make_quantized(name, plain, quantized)
 
 
+def instruction_sets() -> str:
+    """Name what this processor has of what matters here."""
+    flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+    return ", ".join(name for name in INSTRUCTION_SETS if name in flags)
+
+
 def main() -> None:
     """Make what is missing, measure, print."""
     arguments = parse()
     if arguments.measure:
-        figures = measure(arguments.work, arguments.measure, arguments.only, arguments.calls)
-        print(json.dumps(figures))
+        (row,) = arguments.only
+        print(json.dumps(measure(arguments.work, arguments.measure, row, arguments.calls)))
         return
-    threads = torch.get_num_threads()
-    lines = [f"torch {torch.__version__}, {threads} threads, {arguments.calls} calls a row", ""]
+    lines = [f"torch {torch.__version__}, {arguments.calls} calls a row; {instruction_sets()}", ""]
     for name in arguments.models.split(","):
         make(arguments.work, name)
         if arguments.profile:
-            lines += profile_table(name, profile(arguments.work, name))
-        else:
-            lines += measure_rows(arguments, name)
-        lines.append("")
+            lines += [*profile_table(name, profile(arguments.work, name)), ""]
+            continue
+        for threads in arguments.threads.split(","):
+            lines += [*measure_rows(arguments, name, threads), ""]
     print("\n".join(lines))
     if arguments.markdown:
         arguments.markdown.write_text("\n".join(lines))

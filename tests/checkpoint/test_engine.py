@@ -34,6 +34,7 @@ def test_pictures_are_those_of_the_kernel_cpu(tiny_chained: Chained) -> None:
     assert np.abs(difference).mean() <= 1
 
 
+@pytest.mark.slow
 def test_pictures_of_a_hub_are_those_of_the_kernel_cpu(tiny_tuned: Finetuned) -> None:
     difference = pictures(tiny_tuned.export, "openvino") - pictures(tiny_tuned.export, "cpu")
     assert np.abs(difference).mean() <= 1
@@ -72,6 +73,7 @@ def test_conversion_in_the_export_is_sealed_and_used(
     )
 
 
+@pytest.mark.slow
 def test_two_at_once_convert_or_say_so(
     tiny_chained: Chained, copied: Callable[..., Path], cache: Path
 ) -> None:

@@ -127,6 +127,7 @@ def same_at_size(denoiser: Any, height: int, width: int) -> None:  # noqa: ANN40
         )
 
 
+@pytest.mark.slow
 def test_stored_conversion_equals_a_fresh_one_and_serves_other_shapes(cache: Path) -> None:
     denoiser = attached()
     state = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
