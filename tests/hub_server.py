@@ -125,11 +125,13 @@ class _HubHandler(BaseHTTPRequestHandler):
         *connection: object,
         repositories: dict[str, _Repository],
         gated: Collection[str],
+        cut: set[str],
         requests: list[str],
     ) -> None:
         """Take repositories and requests before the base class answers the connection."""
         self.repositories = repositories
         self.gated = gated
+        self.cut = cut
         self.requests = requests
         super().__init__(*connection)  # type: ignore[arg-type]
 
@@ -211,10 +213,31 @@ class _HubHandler(BaseHTTPRequestHandler):
             "ETag": f'"{repository.blob_ids[path]}"',
             "X-Repo-Commit": repository.commit,
         }
-        self._send(HTTPStatus.OK, repository.files[path].read_bytes(), headers)
+        content = repository.files[path].read_bytes()
+        first = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0]
+        if first != "0":
+            headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+            self._send(HTTPStatus.PARTIAL_CONTENT, content[int(first) :], headers)
+        elif (
+            path.endswith(".safetensors") and self.command == "GET" and repository.name in self.cut
+        ):
+            self.cut.discard(repository.name)
+            self._send(HTTPStatus.OK, content, headers, sent=len(content) // 2)
+        else:
+            self._send(HTTPStatus.OK, content, headers)
 
-    def _send(self, status: HTTPStatus, body: bytes, headers: dict[str, str]) -> None:
-        """Send headers and, unless only they were asked for, a body."""
+    def _send(
+        self,
+        status: HTTPStatus,
+        body: bytes,
+        headers: dict[str, str],
+        sent: int | None = None,
+    ) -> None:
+        """Send headers and, unless only they were asked for, a body.
+
+        Arguments:
+            sent: bytes after which the connection is cut; None sends all.
+        """
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -223,21 +246,26 @@ class _HubHandler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[:sent])
 
 
 @contextmanager
-def serve_hub(repositories: dict[str, Path], gated: Collection[str] = ()) -> Iterator[HubServer]:
+def serve_hub(
+    repositories: dict[str, Path], gated: Collection[str] = (), cut: Collection[str] = ()
+) -> Iterator[HubServer]:
     """Serve directories under the names of repositories ("owner/name") until the context ends.
 
-    The files of `gated` repositories are described to everyone and given to no one.
+    The files of `gated` repositories are described to everyone and given to no one. The connection
+    is cut in the middle of one tensor file of each of the `cut` ones, once.
     Each repository has one commit, reached by its hash and by "main", fixed when the server starts.
     """
     served = {
         name: _Repository.read(name, Path(directory)) for name, directory in repositories.items()
     }
     requests: list[str] = []
-    handler = partial(_HubHandler, repositories=served, gated=gated, requests=requests)
+    handler = partial(
+        _HubHandler, repositories=served, gated=gated, cut=set(cut), requests=requests
+    )
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
