@@ -275,6 +275,7 @@ def test_status_follows_the_chain(
         "calibration",
         "finetune",
         "export",
+        "components",
         "evaluation",
         "report",
     ]
