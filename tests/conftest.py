@@ -285,6 +285,16 @@ def prompted_tuned(
 
 
 @pytest.fixture(scope="session")
+def tiny_grouped(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Chained:
+    """Calibrate the smallest model with 8-bit inputs and weights in groups; see `tiny_chained`."""
+    recipe = dataclasses.replace(
+        QUICK, activations=8, weight_groups=16, lift=0.2, formats="e2m1,e1m6,ue1m7"
+    )
+    run = tmp_path_factory.mktemp("tiny-grouped") / "run"
+    return chain(tiny_source.model, run, SIX_PICTURES, recipe)
+
+
+@pytest.fixture(scope="session")
 def fashion_recordings(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recording, Recording]:
     """Record the built-in model, which is trained and therefore has real activations."""
     source, run = ModelSource(model=BUILT_IN), Run(tmp_path_factory.mktemp("fashion"))

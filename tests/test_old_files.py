@@ -73,6 +73,8 @@ def test_old_calibration_and_fine_tuning_are_exported_to_the_same_bytes(
     config = json.loads((run.export / "unet" / "config.json").read_text())
     version = config["quantization_config"]["tool_version"]
     monkeypatch.setattr("msfp_cli.checkpoint.export.__version__", version)
+    # Today the members of hubs are folded, and the export says so.
+    monkeypatch.setattr("msfp_cli.checkpoint.export.NEWEST_SCHEMA", 1)
     export_run(run, Path("new"), with_finetuning=with_finetuning, device="cpu")
     _forget_model(Path("new/unet/diffusion_pytorch_model.safetensors"))
     assert digests(Path("new")) == json.loads((OLD / "digests.json").read_text())[name]

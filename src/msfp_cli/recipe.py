@@ -46,7 +46,7 @@ class Option:
     write: Callable[[Any], str] = str
     is_typed: bool = True
     formerly: str | None = None
-    before: str | None = None
+    before: str | int | None = None
 
     @property
     def name(self) -> str:

@@ -18,6 +18,7 @@ from msfp_cli.calibration.samples import LayerSamples, weight_rows
 from msfp_cli.finetuning.student import Student
 from msfp_cli.formats.compensation import compensated_steps
 from msfp_cli.formats.float_format import FloatFormat
+from msfp_cli.formats.multipliers import step_sizes
 from msfp_cli.formats.packing import unpack
 from msfp_cli.formats.rounding import Grid, dequantize, fake_quantize, per_channel, quantize
 from msfp_cli.layers.replace import find_layers, quantized_layers
@@ -105,49 +106,60 @@ def compensated(tiny_chained: Chained) -> Calibration:
     return tiny_chained.calibration
 
 
+@pytest.fixture(params=["a step a channel", "groups"])
+def either(
+    request: pytest.FixtureRequest, tiny_chained: Chained, tiny_grouped: Chained
+) -> Calibration:
+    grouped: bool = request.param == "groups"
+    calibration = (tiny_grouped if grouped else tiny_chained).calibration
+    assert bool(calibration.multipliers["unet"]) == grouped
+    return calibration
+
+
 def codes_of(calibration: Calibration) -> dict[str, torch.Tensor]:
     return dict(calibration.codes["unet"])
 
 
 def test_codes_are_saved_loaded_and_what_the_quantized_model_holds(
-    compensated: Calibration, tiny_source: ModelSource, tmp_path: Path
+    either: Calibration, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
-    compensated.save(tmp_path / "calibration")
+    either.save(tmp_path / "calibration")
     loaded = Calibration.load(tmp_path / "calibration")
-    assert codes_of(loaded).keys() == codes_of(compensated).keys() != set()
-    assert loaded.identity() == compensated.identity()
+    assert codes_of(loaded).keys() == codes_of(either).keys() != set()
+    assert loaded.identity() == either.identity()
     unet = load_pipeline(tiny_source, "cpu").unet
     quantize_(unet, loaded, "unet")
     layers = quantized_layers(unet)
-    for name, packed in codes_of(compensated).items():
+    for name, packed in codes_of(either).items():
         assert torch.equal(layers[name].packed_codes()[0], packed), name
 
 
 def test_moved_weights_round_to_the_codes_and_change_nowhere_else(
-    compensated: Calibration, tiny_source: ModelSource
+    either: Calibration, tiny_source: ModelSource
 ) -> None:
     unet = load_pipeline(tiny_source, "cpu").unet
     before = {name: layer.weight.clone() for name, layer in find_layers(unet).items()}
-    move_weights_(unet, compensated, "unet")
+    move_weights_(unet, either, "unet")
     for name, layer in find_layers(unet).items():
-        if name not in codes_of(compensated):
+        if name not in codes_of(either):
             assert torch.equal(layer.weight, before[name])
             continue
-        fmt = compensated.table("unet")[name].weight
-        scale = per_channel(compensated.scales["unet"][name], layer.weight.ndim)
-        codes = quantize(layer.weight, Grid(fmt, scale))
-        assert torch.equal(codes, unpack(codes_of(compensated)[name], fmt.bits, codes.shape))
+        fmt = either.table("unet")[name].weight
+        sizes = step_sizes(*either.steps_of("unet", name), layer.weight.shape)
+        codes = quantize(layer.weight, Grid(fmt, sizes))
+        assert torch.equal(codes, unpack(codes_of(either)[name], fmt.bits, codes.shape))
 
 
-def test_training_begins_at_the_codes(compensated: Calibration, tiny_source: ModelSource) -> None:
+def test_training_begins_at_the_codes(either: Calibration, tiny_source: ModelSource) -> None:
     unet = load_pipeline(tiny_source, "cpu").unet
-    move_weights_(unet, compensated, "unet")
-    table = compensated.table("unet")
-    scales = compensated.scales["unet"]
-    student = Student(unet, table, scales, FEW_UPDATES, 1.0)
-    for name, packed in codes_of(compensated).items():
+    move_weights_(unet, either, "unet")
+    table = either.table("unet")
+    scales = either.scales["unet"]
+    student = Student(unet, table, scales, FEW_UPDATES, 1.0, either.multipliers["unet"])
+    for name, packed in codes_of(either).items():
         layer = student.layers[name]
-        place = Grid(table[name].weight, per_channel(scales[name], layer.layer.weight.ndim))
+        sizes = step_sizes(*either.steps_of("unet", name), layer.layer.weight.shape)
+        place = Grid(table[name].weight, sizes)
         codes = unpack(packed, place.format.bits, layer.layer.weight.shape)
         for member in range(FEW_UPDATES.hub_size):
             assert torch.equal(layer.rounded_weight(member), dequantize(codes, place)), name

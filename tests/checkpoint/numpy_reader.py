@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-_KEYS = {"weight", "input", "hub", "further_inputs", "lookup"}
+_KEYS = {"weight", "input", "hub", "further_inputs", "lookup", "weight_groups"}
 _TORCH = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"} | {
     "U8": "torch.uint8",
     "I64": "torch.int64",
@@ -107,10 +107,17 @@ class Component:
         book = code_book(entry["weight"])
         scale = self.tensors[f"{layer}.weight_scale"].view("<f4")
         count = math.prod(shape)
+        width = count // len(scale)
+        multipliers = np.ones((len(scale), width), np.float32)
+        if groups := entry.get("weight_groups", 0):
+            packed = self.tensors[f"{layer}.weight_multipliers"]
+            of_groups = unpack(packed, 4, len(scale) * groups).reshape(len(scale), groups) + 1
+            size = -(-width // groups)
+            multipliers = of_groups.repeat(size, axis=1)[:, :width].astype(np.float32)
         weights = []
         for codes in self._members(layer, entry):
             rows = book[codes[:count]].astype(np.float32).reshape(len(scale), -1)
-            weights.append((rows * scale[:, None]).reshape(shape))
+            weights.append((rows * multipliers * scale[:, None]).reshape(shape))
         return weights
 
     def _members(self, layer: str, entry: dict[str, Any]) -> list[NDArray[np.int64]]:

@@ -38,13 +38,16 @@ def compare(component: numpy_reader.Component, model: torch.nn.Module) -> int:
         assert len(members) == layer.scheme.hub
         for member, weight in enumerate(members):
             scale = per_channel(layer.get_buffer("weight_scale"), weight.ndim)
+            multipliers = layer.multipliers()
+            if multipliers is not None:
+                scale = scale * multipliers.float()
             expected = dequantize(layer.codes(member), Grid(layer.weight_format(), scale))
             assert (weight == expected.numpy()).all(), name
             count += 1
     return count
 
 
-@pytest.mark.parametrize("name", ["prompted_chained", "prompted_tuned"])
+@pytest.mark.parametrize("name", ["prompted_chained", "prompted_tuned", "tiny_grouped"])
 def test_reader_reproduces_every_weight_of_an_export(
     name: str, request: pytest.FixtureRequest
 ) -> None:
@@ -54,6 +57,8 @@ def test_reader_reproduces_every_weight_of_an_export(
     count = compare(component, pipe.unet)
     has_hubs = name == "prompted_tuned"
     assert (count > len(component.config["layers"])) == has_hubs
+    has_groups = any("weight_groups" in layer for layer in component.config["layers"].values())
+    assert has_groups == (name == "tiny_grouped")
     if has_hubs:
         assert any(tensor.endswith("weight_changes") for tensor in component.tensors)
         table = component.tensors["msfp_router.table"].reshape(1001, -1)
@@ -130,5 +135,7 @@ def test_document_names_every_key(tiny: Callable[[str], Path]) -> None:
         str(tiny("DDIMPipeline") / "unet"), quantization_config=MSFPConfig()
     )
     config = model.config.quantization_config.to_dict()
-    keys = config.keys() | next(iter(config["layers"].values())).keys() | {"lookup"}
+    keys = (
+        config.keys() | next(iter(config["layers"].values())).keys() | {"lookup", "weight_groups"}
+    )
     assert [key for key in sorted(keys) if f"| `{key}` |" not in text] == []

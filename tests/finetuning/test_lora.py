@@ -74,7 +74,8 @@ def tuned_layer(
     seed: int = 0,
 ) -> TunedLayer:
     scheme = LayerScheme(weight=E2M1, input=grid)
-    return TunedLayer(layer, scheme, scales_of(layer.weight), Route(), 0, recipe, generator(seed))
+    sizes = scales_of(layer.weight)[:, None]
+    return TunedLayer(layer, scheme, sizes, Route(), 0, recipe, generator(seed))
 
 
 def open_(layer: TunedLayer, member: int) -> None:
@@ -108,7 +109,7 @@ def stir_(layer: TunedLayer) -> None:
 def steps_of(layer: TunedLayer, k: int) -> Tensor:
     """The updated weight of a member, in steps of its grid."""
     return updated_steps(
-        layer.layer.weight, layer.scale, layer.lora_a[k].detach(), layer.lora_b[k].detach()
+        layer.layer.weight, layer.sizes, layer.lora_a[k].detach(), layer.lora_b[k].detach()
     )
 
 
@@ -144,7 +145,7 @@ def test_trained_member_computes_what_its_export_will(kind: str, grid: str) -> N
     export.route = Route[int]()
     export.prepare_("simulated")
     for k in range(SMALL.hub_size):
-        export.store_steps_(steps_of(tuned, k), tuned.scale, k)
+        export.store_steps_(steps_of(tuned, k), tuned.sizes[:, 0], k)
     outputs = []
     for member in range(SMALL.hub_size):
         open_(tuned, member)
@@ -209,10 +210,10 @@ def test_update_counts_in_steps_of_the_weights_grid(kind: str) -> None:
     tuned = tuned_layer(layer)
     stir_(tuned)
     wanted = (
-        layer.weight.detach().flatten(1) / tuned.scale[:, None]
+        layer.weight.detach().flatten(1) / tuned.sizes
         + (tuned.lora_b[1] @ tuned.lora_a[1]).detach()
     )
-    rounded = dequantize(quantize(wanted, Grid(E2M1, 1.0)), Grid(E2M1, tuned.scale[:, None]))
+    rounded = dequantize(quantize(wanted, Grid(E2M1, 1.0)), Grid(E2M1, tuned.sizes))
     torch.testing.assert_close(tuned.rounded_weight(1).detach(), rounded.view(layer.weight.shape))
 
 
@@ -221,7 +222,7 @@ def test_update_counts_in_steps_of_the_weights_grid(kind: str) -> None:
 def test_svd_leaves_of_the_rounding_error_what_a_truncated_svd_leaves(kind: str, rank: int) -> None:
     layer = float_layer(kind)
     tuned = tuned_layer(layer, recipe=FinetuneRecipe(hub_size=2, rank=rank, init="svd"))
-    steps = layer.weight.detach().flatten(1) / tuned.scale[:, None]
+    steps = layer.weight.detach().flatten(1) / tuned.sizes
     error = steps - fake_quantize(steps, Grid(E2M1, 1.0))
     left_out = torch.linalg.svdvals(error)[rank:]
     for a, b in zip(tuned.lora_a, tuned.lora_b, strict=True):
@@ -279,7 +280,7 @@ def test_gradient_of_the_weight_is_straight_through_where_rounding_did_not_clip(
     a, b = draw(3, 10, seed=1).requires_grad_(), draw(7, 3, seed=2).requires_grad_()
     steps = weight.flatten(1) / scale[:, None] + b @ a
     straight = steps.clamp(-E2M1.largest, E2M1.largest) * scale[:, None]
-    rounded = _RoundedWeight.apply(weight, scale, E2M1, a, b)
+    rounded = _RoundedWeight.apply(weight, scale[:, None], E2M1, a, b)
     torch.testing.assert_close(
         rounded, fake_quantize(steps.detach(), Grid(E2M1, 1.0)) * scale[:, None]
     )
@@ -317,7 +318,7 @@ def test_router_is_told_what_each_member_would_do_to_each_row(
                 weights[k] * (tuned.lora_b[k] @ tuned.lora_a[k]).detach()
                 for k in range(SMALL.hub_size)
             )
-            mixed = (update * inside * tuned.scale[:, None]).view(tuned.layer.weight.shape)
+            mixed = (update * inside * tuned.sizes).view(tuned.layer.weight.shape)
             with torch.no_grad():
                 rounded = tuned.rounded_input(x[places], Choice(member))
             (expected,) = torch.autograd.grad(
@@ -391,7 +392,7 @@ def test_tuned_layers_share_one_route_and_read_their_own_rows() -> None:
         stir_(layer)
     route.open([[Choice(1)], [Choice(2)]])
     for layer in layers.values():
-        grid = Grid(E2M1, layer.scale[:, None])
+        grid = Grid(E2M1, layer.sizes)
         (choice,) = route.of(layer.slot)
         assert choice.member == layer.slot + 1
         rounded = dequantize(quantize(steps_of(layer, choice.member), Grid(E2M1, 1.0)), grid)

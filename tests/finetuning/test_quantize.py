@@ -8,7 +8,7 @@ import torch
 from conftest import Finetuned
 from msfp_cli.calibration.quantize import move_weights_
 from msfp_cli.errors import RunError
-from msfp_cli.finetuning.lora import moved_input, tuned_names
+from msfp_cli.finetuning.lora import moved_input, tuned_names, weight_sizes
 from msfp_cli.finetuning.quantize import (
     first_equal,
     member_by_timestep,
@@ -91,8 +91,8 @@ def test_layers_hold_the_members_that_serve_and_switch_as_the_router_does(
         for name, (choice,) in zip(names, router([timestep]), strict=True):
             layer, weight = quantized_layers(denoiser)[name], floats[name].weight
             a, b = (best[f"{name}.{part}.{choice.member}"] for part in ("lora_a", "lora_b"))
-            scale = calibration.scales["unet"][name][:, None]
-            steps = (weight.flatten(1) / scale).double() + b.double() @ a.double()
+            sizes = weight_sizes(weight, *calibration.steps_of("unet", name))
+            steps = (weight.flatten(1) / sizes).double() + b.double() @ a.double()
             member = members.get(name, 0)
             codes = quantize(steps.float(), Grid(layer.scheme.weight, 1.0)).view(weight.shape)
             assert (layer.codes(member) == codes).float().mean() > 0.999, name  # but for ties

@@ -69,6 +69,22 @@ def test_equals_gptq_as_published(name: str, inputs: int) -> None:
         assert (each != expected).float().mean() < 0.02
 
 
+def test_columns_with_multipliers_round_to_their_multiples() -> None:
+    """One multiplier for all columns is a coarser grid for a smaller weight."""
+    fmt = parse("e2m1")
+    x = correlated(400, 30)
+    moments, cross = statistics(x, (x * 2).round() / 2)
+    steps = weight_steps(fmt, 8, 30)
+    plain = compensated_steps(steps, moments, cross, fmt, DAMPINGS)
+    threes = torch.full_like(steps, 3.0)
+    got = compensated_steps(3 * steps, moments, cross, fmt, DAMPINGS, threes)
+    assert (got != 3 * plain).float().mean() < 0.02  # ties, as above
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randint(1, 11, (8, 30), generator=generator).float()
+    (got,) = compensated_steps(4 * steps, moments, cross, fmt, torch.tensor([0.1]), mixed)
+    assert torch.equal(round_steps(got / mixed, fmt) * mixed, got)
+
+
 def test_a_weight_on_the_grid_is_kept_where_the_input_is_not_rounded() -> None:
     fmt = parse("e2m1")
     steps = round_steps(weight_steps(fmt, 8, 20), fmt)

@@ -17,6 +17,7 @@ from msfp_cli.calibration.denoiser_search import (
     check_layers,
     choices_of,
     held_out_error,
+    multipliers_of,
     observed_shards,
     scales_of,
     search_denoiser,
@@ -70,6 +71,7 @@ def calibrate_(
         recipe=recipe,
         layers={component: choices_of(layers) for component, layers in results.items()},
         scales={component: scales_of(layers) for component, layers in results.items()},
+        multipliers={component: multipliers_of(layers) for component, layers in results.items()},
         unused={
             component: unused_layers(denoisers[component], layers)
             for component, layers in results.items()

@@ -27,6 +27,7 @@ from msfp_cli.files.documents import Json, read_document, write_tensors
 from msfp_cli.files.typed import read_value
 from msfp_cli.formats.compensation import compensated_steps
 from msfp_cli.formats.float_format import FloatFormat
+from msfp_cli.formats.multipliers import expand
 from msfp_cli.formats.packing import pack
 from msfp_cli.formats.rounding import Grid, quantize, round_steps
 from msfp_cli.layers.scheme import LayerScheme
@@ -78,6 +79,7 @@ def compensate(
     """
     schemes = calibration.table(component)
     scales = calibration.scales[component]
+    multipliers = calibration.multipliers.get(component, {})
     identity = calibration.identity()
     names = [name for name, scheme in schemes.items() if scheme.tunable]
     groups = _groups({name: memory(denoiser.get_submodule(name), _CHECK_ROWS) for name in names})
@@ -93,7 +95,7 @@ def compensate(
                     for name in group
                 }
                 _sample(component, denoiser, recording, shards, samples, step)
-                stored = _round_all(samples, schemes, scales, step)
+                stored = _round_all(samples, schemes, scales, multipliers, step)
                 _store(place, identity, stored)
             else:
                 step(num_calls + len(group))
@@ -161,30 +163,38 @@ def _round_all(
     samples: Mapping[str, LayerSamples],
     schemes: Mapping[str, LayerScheme],
     scales: Mapping[str, Tensor],
+    multipliers: Mapping[str, Tensor],
     step: Advance,
 ) -> dict[str, RoundedWeight]:
     rounded = {}
     for name, each in samples.items():
         fmt = schemes[name].weight
         assert fmt is not None
-        rounded[name] = round_layer(each, fmt, scales[name])
+        rounded[name] = round_layer(each, fmt, scales[name], multipliers.get(name))
         each.moments.clear()  # one layer after another
         each.cross.clear()
         step(1)
     return rounded
 
 
-def round_layer(samples: LayerSamples, fmt: FloatFormat, scale: Tensor) -> RoundedWeight:
+def round_layer(
+    samples: LayerSamples, fmt: FloatFormat, scale: Tensor, multipliers: Tensor | None = None
+) -> RoundedWeight:
     """Round one weight: at the damping that does best on the rows to check, or to the nearest.
 
     Arguments:
         scale: of the weight, ``(out,)``.
+        multipliers: uint8 ``(out, groups)``, where its groups have some.
     """
     if not samples.checks:
         return RoundedWeight()
     layer = samples.layer
     scale = weight_rows(layer, scale.to(layer.weight.device))  # (groups, out / groups, 1)
     steps = weight_rows(layer, layer.weight.float()) / scale
+    factors = torch.ones_like(steps)
+    if multipliers is not None:
+        of_weights = expand(multipliers.to(steps.device), layer.weight.shape)
+        factors = weight_rows(layer, of_weights.float())
     rows = samples.check_rows()
     exact = _outputs(rows.exact, steps) * scale.mT
 
@@ -193,11 +203,11 @@ def round_layer(samples: LayerSamples, fmt: FloatFormat, scale: Tensor) -> Round
         outputs = _outputs(rows.rounded, integers) * scale.mT
         return float((outputs - exact).double().square().sum())
 
-    nearest = error(round_steps(steps, fmt))
+    nearest = error(round_steps(steps / factors, fmt) * factors)
     best = nearest
     chosen = None
     damping = None
-    for candidate, integers in _candidates(samples, steps, fmt):
+    for candidate, integers in _candidates(samples, steps, fmt, factors):
         if (found := error(integers)) < best:
             best = found
             chosen = integers
@@ -208,7 +218,7 @@ def round_layer(samples: LayerSamples, fmt: FloatFormat, scale: Tensor) -> Round
     )
     if chosen is None:
         return RoundedWeight(None, compensation)
-    codes = quantize(chosen, Grid(fmt, 1.0))
+    codes = quantize(chosen / factors, Grid(fmt, 1.0))
     return RoundedWeight(pack(codes, fmt.bits).cpu(), compensation)
 
 
@@ -218,7 +228,7 @@ def _outputs(rows: Tensor, steps: Tensor) -> Tensor:
 
 
 def _candidates(
-    samples: LayerSamples, steps: Tensor, fmt: FloatFormat
+    samples: LayerSamples, steps: Tensor, fmt: FloatFormat, factors: Tensor
 ) -> Iterator[tuple[float, Tensor]]:
     """Yield dampings and the weight's integers at each."""
     parts = input_parts(samples.layer)
@@ -231,7 +241,11 @@ def _candidates(
         for number, part in enumerate(parts):
             cross = samples.cross[number] if samples.cross else None
             own = steps[..., part]
-            pieces.append(compensated_steps(own, samples.moments[number], cross, fmt, values))
+            pieces.append(
+                compensated_steps(
+                    own, samples.moments[number], cross, fmt, values, factors[..., part]
+                )
+            )
         yield from zip(dampings, torch.cat(pieces, dim=-1), strict=True)
 
 

@@ -6,7 +6,9 @@
 3. Each layer is quantized alone on a few calls; how much that moves the denoiser's output is its
    sensitivity. The worst layers per multiply-add are lifted to 8 bits until the budget is spent. A
    handful of layers makes most of the error, so a few per cent of the arithmetic buys back more
-   than half of it (ours).
+   than half of it (ours). Where inputs have 8 bits anyway, a lifted layer takes more bytes but the
+   same products, so the worst layers per weight are lifted, within that share of the weights; the
+   share of the multiply-adds is for those among them whose input may take two bytes.
 """
 
 import math
@@ -20,7 +22,12 @@ from msfp_cli.calibration.layer_search import LIFTED_BITS, CalibratedLayer, sear
 from msfp_cli.calibration.observe import LayerObservation, observe
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import LayerChoice
-from msfp_cli.calibration.sensitivity import choose_lifted, quantized_alone
+from msfp_cli.calibration.sensitivity import (
+    by_multiply_adds,
+    by_weights,
+    choose_lifted,
+    quantized_alone,
+)
 from msfp_cli.errors import CalibrationError, UsageError
 from msfp_cli.layers.replace import find_layers, quantized_layers
 from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers, refuse_changed
@@ -57,8 +64,13 @@ def search_denoiser(
         return results
     results = _measure_sensitivity(component, denoiser, recording, recipe, results, progress)
     choices = {name: result.choice for name, result in results.items()}
-    for name in choose_lifted(choices, recipe.lift):
-        lifted = search_layer(name, layers[name], observations[name], recipe, lifted=True)
+    price = by_weights if recipe.has_wide_inputs else by_multiply_adds
+    chosen = choose_lifted(choices, recipe.lift, price)
+    wide = choose_lifted(choices, recipe.lift, by_multiply_adds, chosen)
+    for name in chosen:
+        lifted = search_layer(
+            name, layers[name], observations[name], recipe, lifted=True, wide=name in wide
+        )
         choice = replace(lifted.choice, sensitivity=choices[name].sensitivity)
         results[name] = replace(lifted, choice=choice)
     return results
@@ -146,7 +158,8 @@ def _measure_sensitivity(
     with progress.task(f"Measuring {component}", len(candidates)) as advance:
         for name in candidates:
             result = results[name]
-            with quantized_alone(layers[name], result.choice.scheme, result.scale):
+            scheme = result.choice.scheme
+            with quantized_alone(layers[name], scheme, result.scale, result.multipliers):
                 error = output_error(denoiser, calls).relative()
             measured[name] = replace(result, choice=replace(result.choice, sensitivity=error))
             advance(1)
@@ -161,6 +174,12 @@ def choices_of(layers: Mapping[str, CalibratedLayer]) -> dict[str, LayerChoice]:
 def scales_of(layers: Mapping[str, CalibratedLayer]) -> dict[str, Tensor]:
     """Return the weight scales of the layers whose weight is quantized."""
     return {name: layer.scale for name, layer in layers.items() if layer.scale is not None}
+
+
+def multipliers_of(layers: Mapping[str, CalibratedLayer]) -> dict[str, Tensor]:
+    """Return the multipliers of the layers whose weights have groups."""
+    found = {name: layer.multipliers for name, layer in layers.items()}
+    return {name: each for name, each in found.items() if each is not None}
 
 
 def unused_layers(denoiser: nn.Module, layers: Mapping[str, CalibratedLayer]) -> tuple[str, ...]:

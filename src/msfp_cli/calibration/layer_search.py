@@ -11,7 +11,7 @@ from torch import Tensor
 from msfp_cli.calibration.observe import LayerObservation
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import LayerChoice, Score
-from msfp_cli.formats.rounding import Grid
+from msfp_cli.formats.multipliers import GroupedScale, search_groups
 from msfp_cli.formats.search import SearchResult, SearchSpace, search_rows, search_tensor
 from msfp_cli.layers.base import FloatLayer
 from msfp_cli.layers.quantized import kind_of
@@ -23,10 +23,17 @@ _SPACE = SearchSpace()
 
 @dataclass(frozen=True)
 class CalibratedLayer:
-    """One layer's choice and the scales of its weight, ``(out_features,)``; None: not quantized."""
+    """One layer's choice, and the steps of its weight.
+
+    Arguments:
+        choice: formats, grids and errors.
+        scale: ``(out_features,)``; None where the weight is not quantized.
+        multipliers: uint8 ``(out_features, groups)``; None where a channel has one step.
+    """
 
     choice: LayerChoice
     scale: Tensor | None
+    multipliers: Tensor | None = None
 
 
 def search_layer(
@@ -37,8 +44,14 @@ def search_layer(
     space: SearchSpace = _SPACE,
     *,
     lifted: bool = False,
+    wide: bool = True,
 ) -> CalibratedLayer:
-    """Search one layer at the bits that the recipe gives it."""
+    """Search one layer at the bits that the recipe gives it.
+
+    Arguments:
+        lifted: whether it gets 8 bits.
+        wide: whether the integers of a lifted layer's input may take two bytes.
+    """
     reason, weight_bits, input_bits = bits_of(name, layer, recipe, lifted=lifted)
     weight = inputs = None
     if weight_bits is not None:
@@ -46,11 +59,11 @@ def search_layer(
             layer.weight, recipe.weight_formats(weight_bits), space.for_bits(weight_bits)
         )
     if input_bits is not None:
-        # Of the layers that take most of the time, inputs of two bytes would double the products.
-        candidates = recipe.input_formats(input_bits, wide=reason != "default")
+        # In the layers that take most of the time, inputs of two bytes would double the products.
+        candidates = recipe.input_formats(input_bits, wide=wide and reason != "default")
         inputs = search_tensor(observation.values(), candidates, space.for_bits(input_bits))
-    best = inputs.winner if inputs else None
-    grid = Grid.with_maximum(best.format, best.max_value[0], best.zero_point) if best else None
+    groups = _grouped(layer, weight, recipe) if weight else None
+    grid = inputs.winner.grid() if inputs else None
     choice = LayerChoice(
         kind=kind_of(layer).name,
         reason=reason,
@@ -59,15 +72,37 @@ def search_layer(
         minimum=observation.minimum,
         maximum=observation.maximum,
         scheme=LayerScheme(
-            weight=weight.winner.format if weight else None,
+            weight=groups.format if groups else weight.winner.format if weight else None,
             input=grid,
             lookup=kind_of(layer).is_table,
+            weight_groups=groups.multipliers.shape[1] if groups else 0,
         ),
-        weight_scores=_scores(weight),
+        weight_scores=_with_groups(_scores(weight), groups),
         input_scores=_scores(inputs),
     )
+    if groups:
+        return CalibratedLayer(choice, groups.scale.cpu(), groups.multipliers.cpu())
     scale = weight.winner.max_value.cpu() / weight.winner.format.largest if weight else None
     return CalibratedLayer(choice, scale)
+
+
+def _with_groups(scores: tuple[Score, ...], groups: GroupedScale | None) -> tuple[Score, ...]:
+    """Return scores in which the chosen format has the error that it has in groups, best first."""
+    if groups is None:
+        return scores
+    chosen = Score(format=groups.format.name, error=groups.error)
+    return (chosen, *(score for score in scores if score.format != chosen.format))
+
+
+def _grouped(
+    layer: FloatLayer, search: SearchResult, recipe: CalibrateRecipe
+) -> GroupedScale | None:
+    """Return steps for groups of weights, if that lowers the error of the weight."""
+    if not recipe.group_weights or kind_of(layer).is_table:
+        return None
+    formats = [score.format for score in search.scores]
+    groups = search_groups(layer.weight, formats, recipe.group_weights)
+    return groups if groups and groups.error < search.winner.error else None
 
 
 def _scores(result: SearchResult | None) -> tuple[Score, ...]:

@@ -5,8 +5,8 @@ from torch import nn
 
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.formats.compensation import move_into_cells
+from msfp_cli.formats.multipliers import step_sizes
 from msfp_cli.formats.packing import unpack_integers
-from msfp_cli.formats.rounding import per_channel
 from msfp_cli.layers.replace import find_layers, store_layers_
 
 
@@ -24,12 +24,17 @@ def move_weights_(denoiser: nn.Module, calibration: Calibration, component: str)
             continue
         weight = layers[name].weight
         integers = unpack_integers(packed.to(weight.device), fmt, weight.shape).float()
-        scale = per_channel(calibration.scales[component][name], weight.ndim).to(weight.device)
-        weight.data = move_into_cells(weight, scale, integers, fmt)
+        sizes = step_sizes(*calibration.steps_of(component, name), weight.shape)
+        weight.data = move_into_cells(weight, sizes.to(weight.device), integers, fmt)
 
 
 def quantize_(denoiser: nn.Module, calibration: Calibration, component: str) -> nn.Module:
     """Replace the denoiser's layers by quantized ones, one after another, to save memory."""
     move_weights_(denoiser, calibration, component)
-    store_layers_(denoiser, calibration.table(component), calibration.scales[component])
+    store_layers_(
+        denoiser,
+        calibration.table(component),
+        calibration.scales[component],
+        calibration.multipliers.get(component, {}),
+    )
     return denoiser

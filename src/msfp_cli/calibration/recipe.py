@@ -18,6 +18,7 @@ from msfp_cli.formats.float_format import (
 from msfp_cli.recipe import Recipe, option
 
 ROUNDINGS = ("compensated", "nearest")
+_GROUP = 32  # weights
 FORMAT_SETS = ("mixed", "signed", "unsigned", "integer")
 
 
@@ -28,6 +29,15 @@ def _read_bits(option_name: str) -> Callable[[str], int | None]:
 
 def _write_bits(bits: int | None) -> str:
     return "none" if bits is None else str(bits)
+
+
+def _read_groups(text: str) -> int:
+    """Read the weights of a group, or ``none``, which is 0."""
+    if text.strip().lower() == "none":
+        return 0
+    if not text.strip().isdecimal():
+        raise UsageError(f"--weight-groups {text!r} is not a number; choose 32, 64 or none")
+    return int(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +78,7 @@ class CalibrateRecipe(Recipe):
     lift: float = option(
         0.05,
         "Share of the multiply-adds, 0 to 1, that may get 8 bits: the layers with the largest "
-        "error come first.",
+        "error come first. Where inputs have 8 bits or more, the share of the weights.",
         at_least=0,
         at_most=1,
     )
@@ -78,6 +88,17 @@ class CalibrateRecipe(Recipe):
         "to the nearest code.",
         choices=ROUNDINGS,
         before="nearest",
+    )
+    weight_groups: int | None = option(
+        None,
+        "Weights in a row that share a multiplier of their output channel's step, which takes 4 "
+        "bits; none for one step a channel. Default: 32 where inputs have 8 bits or more, "
+        "otherwise none.",
+        at_least=0,
+        at_most=1024,
+        read=_read_groups,
+        write=lambda size: str(size) if size else "none",
+        before=0,
     )
     max_samples: int = option(
         40_000,
@@ -109,6 +130,22 @@ class CalibrateRecipe(Recipe):
                     f"--formats {self.formats!r} names no format with the bits of --weights or "
                     "--activations"
                 )
+
+    @property
+    def has_wide_inputs(self) -> bool:
+        """Whether inputs have so many bits that a layer with 8-bit weights takes no more time."""
+        return self.activations is None or self.activations >= BYTE_BITS
+
+    @property
+    def group_weights(self) -> int:
+        """Weights of a group that has a multiplier; 0 for none.
+
+        With inputs of 4 bits most of the error is theirs, and multipliers lowered it by less than
+        the lift did for the same bytes.
+        """
+        if self.weight_groups is None:
+            return _GROUP if self.has_wide_inputs else 0
+        return self.weight_groups
 
     def idle_rules(self, names: Collection[str]) -> list[str]:
         """Return the rules of `keep` that match no layer: of another model, or misspelt.

@@ -5,6 +5,8 @@ Layout of a calibration directory::
     calibration.json       source, recipe, per layer: formats, scales, errors, sensitivity, and
         every format's score
     scales.safetensors     the weight scales, one tensor per layer, named ``component/layer``
+    multipliers.safetensors
+        the multipliers of the weights in groups, likewise
     codes.safetensors      packed codes of the weights that are not rounded to the nearest, likewise
 """
 
@@ -31,6 +33,7 @@ from msfp_cli.files.documents import (
     to_text,
 )
 from msfp_cli.files.typed import read_fields, read_value
+from msfp_cli.formats.multipliers import refuse_multipliers
 from msfp_cli.formats.packing import packed_size
 from msfp_cli.formats.rounding import are_scales
 from msfp_cli.layers.scheme import LayerScheme
@@ -41,8 +44,10 @@ _SCHEMA = 1
 _DOCUMENT = "calibration.json"
 _SCALES = "scales.safetensors"
 _CODES = "codes.safetensors"
+_MULTIPLIERS = "multipliers.safetensors"
 _REDO = "run `msfp calibrate --overwrite`"
-_OF_THE_FILE = ("schema", "scales_digest", "codes_digest")  # keys that say nothing of the result
+# Keys that say nothing of the result.
+_OF_THE_FILE = ("schema", "scales_digest", "codes_digest", "multipliers_digest")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +123,14 @@ class LayerChoice:
         grid = self.scheme.input
         return self._chosen(self.input_scores, None if grid is None else grid.format.name)
 
-    def refuse_misfit(self, name: str, scale: Tensor | None, codes: Tensor | None) -> None:
-        """Refuse a weight's scale and packed codes that do not fit the layer.
+    def refuse_misfit(
+        self,
+        name: str,
+        scale: Tensor | None,
+        codes: Tensor | None,
+        multipliers: Tensor | None = None,
+    ) -> None:
+        """Refuse a weight's scale, packed codes and multipliers that do not fit the layer.
 
         Raises:
             ValueError: one is missing, of a wrong size, or has a value that cannot be.
@@ -136,6 +147,11 @@ class LayerChoice:
         size = packed_size(self.num_weights, weight.bits)
         if codes is not None and (codes.dtype != torch.uint8 or codes.shape != (size,)):
             raise ValueError(f"{name} has codes of another size")
+        groups = self.scheme.weight_groups
+        if (multipliers is not None) != bool(groups):
+            raise ValueError(f"{name} has {groups} groups of weights, which do not fit its tensors")
+        if multipliers is not None:
+            refuse_multipliers(name, multipliers, weight, (len(scale), groups))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; files call the scheme ``parameters``."""
@@ -159,6 +175,7 @@ class Calibration:
         layers: by component, then by layer name.
         scales: float32 weight scales, ``(out,)``, by component and layer name, for layers with a
             quantized weight.
+        multipliers: uint8 ``(out, groups)``, by component and layer name, for weights in groups.
         codes: packed codes of the weights that are not rounded to the nearest, uint8, by component
             and layer name.
         held_out_error: relative squared error of the denoiser's output on held-out calls, by
@@ -173,6 +190,7 @@ class Calibration:
     recipe: CalibrateRecipe
     layers: Mapping[str, Mapping[str, LayerChoice]]
     scales: Mapping[str, Mapping[str, Tensor]]
+    multipliers: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     codes: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     held_out_error: Mapping[str, float] = field(default_factory=dict)
     unused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -186,6 +204,10 @@ class Calibration:
             if layer.scheme.weight is not None or layer.scheme.input is not None
         }
 
+    def steps_of(self, component: str, name: str) -> tuple[Tensor, Tensor | None]:
+        """Return the scale and the multipliers of a layer's weight, see `step_sizes`."""
+        return self.scales[component][name], self.multipliers.get(component, {}).get(name)
+
     def tunable(self) -> tuple[str, ...]:
         """List the components that have a layer to fine-tune."""
         return tuple(filter(self._is_tunable, self.layers))
@@ -198,8 +220,9 @@ class Calibration:
         schemes = {component: _to_json(self.table(component)) for component in self.layers}
         settings = [self.source.to_json(), self.record.to_json(), schemes]
         text = json.dumps(settings, sort_keys=True) + digest(_flatten(self.scales))
-        if codes := _flatten(self.codes):
-            text += digest(codes)
+        for tensors in (self.codes, self.multipliers):
+            if flat := _flatten(tensors):
+                text += digest(flat)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _refuse_misfit(self) -> None:
@@ -211,8 +234,10 @@ class Calibration:
         for component in self.layers:
             scales = self.scales[component]
             codes = self.codes.get(component, {})
+            multipliers = self.multipliers.get(component, {})
             for name, layer in self.layers[component].items():
-                layer.refuse_misfit(name, scales.get(name), codes.get(name))
+                own = (scales.get(name), codes.get(name), multipliers.get(name))
+                layer.refuse_misfit(name, *own)
 
     def save(self, directory: Path, *, overwrite: bool = False) -> None:
         """Write the calibration; the directory appears whole or not at all.
@@ -222,10 +247,12 @@ class Calibration:
         """
         flat = _flatten(self.scales)
         codes = _flatten(self.codes)
+        multipliers = _flatten(self.multipliers)
         document = {
             "schema": _SCHEMA,
             "scales_digest": digest(flat),
             "codes_digest": digest(codes) if codes else None,
+            "multipliers_digest": digest(multipliers) if multipliers else None,
             "source": self.source.to_json(),
             "record": self.record.to_json(),
             "recipe": self.recipe.to_json(),
@@ -237,8 +264,9 @@ class Calibration:
         with replace_directory(directory, overwrite=overwrite) as temporary:
             (temporary / _DOCUMENT).write_text(to_text(document, indent=1))
             save_file(flat, temporary / _SCALES)
-            if codes:
-                save_file(codes, temporary / _CODES)
+            for tensors, place in ((codes, _CODES), (multipliers, _MULTIPLIERS)):
+                if tensors:
+                    save_file(tensors, temporary / place)
 
     @classmethod
     def load(cls, directory: Path) -> "Calibration":
@@ -250,23 +278,25 @@ class Calibration:
         """
         if not (directory / _DOCUMENT).exists():
             raise RunError(f"no calibration in {directory}; run `msfp calibrate` first")
-        path = directory / _SCALES
-        flat = read_tensors(path, redo=_REDO)
-        codes_path = directory / _CODES
-        codes = read_tensors(codes_path, redo=_REDO) if codes_path.exists() else {}
+        places = {"scales": _SCALES, "codes": _CODES, "multipliers": _MULTIPLIERS}
+        paths = {kind: directory / name for kind, name in places.items()}
+        flat = {
+            kind: read_tensors(path, redo=_REDO)
+            for kind, path in paths.items()
+            if kind == "scales" or path.exists()
+        }
 
         def parse(document: Json) -> Calibration:
-            refuse_altered(path, flat, document["scales_digest"], redo=_REDO)
-            if expected := document.get("codes_digest"):
-                refuse_altered(codes_path, codes, expected, redo=_REDO)
+            for kind, path in paths.items():
+                if expected := document.get(f"{kind}_digest"):
+                    refuse_altered(path, flat.get(kind, {}), expected, redo=_REDO)
             own = {key: value for key, value in document.items() if key not in _OF_THE_FILE}
             layers = read_value(_LAYERS, own.pop("layers"))
             calibration = read_fields(
                 cls,
                 own,
                 layers=layers,
-                scales=_unflatten(flat, layers),
-                codes=_unflatten(codes, layers) if codes else {},
+                **{kind: _unflatten(flat.get(kind, {}), layers) for kind in paths},
             )
             calibration._refuse_misfit()
             return calibration

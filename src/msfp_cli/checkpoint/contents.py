@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from msfp_cli.errors import CheckpointError
 from msfp_cli.files.documents import Json, digest, open_tensors, refuse_altered
 from msfp_cli.files.seal import REDO, is_checked, is_compared
+from msfp_cli.formats.multipliers import refuse_multipliers, unpack_multipliers
 from msfp_cli.formats.rounding import are_scales
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import ROUTER
@@ -139,6 +140,7 @@ class Contents:
             if _kind(tensor) != _kind(place):
                 raise self._error(f"{name} is of type {tensor.dtype}")
         self._refuse_unknown_members(model)
+        self._refuse_wrong_multipliers(model)
 
     def _refuse_unknown_members(self, model: nn.Module) -> None:
         """Refuse a router's table that names a member which a layer does not have."""
@@ -147,6 +149,19 @@ class Contents:
         hubs = [layers[name].scheme.hub for name in sorted(layers) if layers[name].scheme.hub > 1]
         if table is not None and (table >= torch.tensor(hubs, dtype=torch.int16)).any():
             raise self._error(f"{ROUTER}.table names a member that there is not")
+
+    def _refuse_wrong_multipliers(self, model: nn.Module) -> None:
+        """Refuse multipliers whose integers would not be signed bytes."""
+        for name, layer in quantized_layers(model).items():
+            groups = layer.scheme.weight_groups
+            if not groups:
+                continue
+            shape = (layer.weight_shape[0], groups)
+            multipliers = unpack_multipliers(self.tensors[f"{name}.weight_multipliers"], shape)
+            try:
+                refuse_multipliers(name, multipliers, layer.weight_format(), shape)
+            except ValueError as error:
+                raise self._error(str(error)) from None
 
 
 def _kind(tensor: Tensor) -> str:

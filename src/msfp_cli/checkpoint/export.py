@@ -13,7 +13,7 @@ from torch import nn
 from msfp_cli.calibration.quantize import quantize_
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.quantizer import (
-    FOLDED_HUBS,
+    NEWEST_SCHEMA,
     SCHEMA_VERSION,
     MSFPConfig,
     bytes_of_members,
@@ -85,10 +85,11 @@ def load_calibrated(
         else:
             quantize_tuned_(denoiser, calibration, component, learned)
         layers = quantized_layers(denoiser)
-        has_hubs = any(layer.scheme.hub > 1 for layer in layers.values())
+        schemes = [layer.scheme for layer in layers.values()]
+        is_second = any(scheme.hub > 1 or scheme.weight_groups for scheme in schemes)
         config = MSFPConfig(
             layers={name: layer.scheme.to_json() for name, layer in layers.items()},
-            schema_version=FOLDED_HUBS if has_hubs else SCHEMA_VERSION,
+            schema_version=NEWEST_SCHEMA if is_second else SCHEMA_VERSION,
             timestep_unit=1.0 if learned is None else learned.unit,
             source=calibration.source.to_json(),
             sampling=calibration.record.arguments(),

@@ -39,7 +39,7 @@ DiffusersModel: TypeAlias = Any  # diffusers is untyped
 Argument: TypeAlias = Any  # whatever diffusers passes
 
 SCHEMA_VERSION = 1
-NEWEST_SCHEMA = FOLDED_HUBS = 2  # exports whose layers have several members, see `hubs`
+NEWEST_SCHEMA = 2  # layers with several members are folded (`hubs`), or weights have groups
 METHOD = "msfp"
 
 
@@ -247,7 +247,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the tensors as files hold them, and for their header the config and the digest."""
         config = self.quantization_config
-        if config.schema_version >= FOLDED_HUBS:
+        if config.schema_version >= NEWEST_SCHEMA:
             schemes = config.table()
             formats = {name: each.weight for name, each in schemes.items() if each.weight}
             state_dict = fold(state_dict, formats)

@@ -90,7 +90,12 @@ def _trainer(
     calibration = material.calibration
     move_weights_(denoiser, calibration, component)
     student = Student(
-        denoiser, calibration.table(component), calibration.scales[component], recipe, task.unit
+        denoiser,
+        calibration.table(component),
+        calibration.scales[component],
+        recipe,
+        task.unit,
+        calibration.multipliers.get(component, {}),
     )
     trainer = Trainer(student, task, run.finetuned(component), accelerator)
     if component in material.states:

@@ -24,6 +24,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from msfp_cli.errors import MsfpError
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.router import Choice, TellRouter
 from msfp_cli.formats.float_format import FloatFormat
+from msfp_cli.formats.multipliers import step_sizes
 from msfp_cli.formats.rounding import (
     Context,
     Grid,
@@ -60,28 +62,28 @@ class _RoundedWeight(torch.autograd.Function):
     def forward(
         ctx: Context,
         weight: Tensor,
-        scale: Tensor,
+        sizes: Tensor,
         fmt: FloatFormat,
         a: Tensor,
         b: Tensor,
     ) -> Tensor:
-        steps = updated_steps(weight, scale, a, b)
-        ctx.save_for_backward(steps.abs() <= fmt.largest, scale, a, b)
-        return round_steps(steps, fmt).mul_(scale[:, None])
+        steps = updated_steps(weight, sizes, a, b)
+        ctx.save_for_backward(steps.abs() <= fmt.largest, sizes, a, b)
+        return round_steps(steps, fmt).mul_(sizes)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[None, None, None, Tensor, Tensor]:
-        inside, scale, a, b = ctx.saved_tensors
-        grad = (grad * scale[:, None]).mul_(inside)
+        inside, sizes, a, b = ctx.saved_tensors
+        grad = (grad * sizes).mul_(inside)
         return None, None, None, b.t() @ grad, grad @ a.t()
 
 
-def updated_steps(weight: Tensor, scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return ``W / s + B A``, the updated weight in steps of its grid.
+def updated_steps(weight: Tensor, sizes: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return ``W / s + B A``, the updated weight in its own steps.
 
     Arguments:
         weight: ``(out, ...)``.
-        scale: float32, ``(out,)``.
+        sizes: float32, ``(out, 1)`` or ``(out, in * k * k)``, the step of each weight.
         a: ``(rank, in * k * k)``.
         b: ``(out, rank)``.
 
@@ -89,7 +91,17 @@ def updated_steps(weight: Tensor, scale: Tensor, a: Tensor, b: Tensor) -> Tensor
         float32 ``(out, in * k * k)``, whatever the autocast: half a step is all the difference.
     """
     with torch.autocast(weight.device.type, enabled=False):
-        return torch.addmm(weight.detach().float().flatten(1) / scale[:, None], b, a)
+        return torch.addmm(weight.detach().float().flatten(1) / sizes, b, a)
+
+
+def weight_sizes(weight: Tensor, scale: Tensor, multipliers: Tensor | None) -> Tensor:
+    """Return the step of each weight as a matrix, ``(out, 1)`` or ``(out, in * k * k)``.
+
+    Arguments:
+        scale: ``(out,)``.
+        multipliers: uint8 ``(out, groups)``, None for a step for each row.
+    """
+    return step_sizes(scale, multipliers, weight.flatten(1).shape).to(weight.device)
 
 
 def moved_input(grid: Grid, growth: float, steps: float) -> Grid:
@@ -111,7 +123,7 @@ class TunedLayer(nn.Module):
     Arguments:
         layer: the float layer; its weight and bias are frozen.
         scheme: the calibrated formats; the weight's is needed, the input's may be None.
-        scale: the weight's step size per output channel, ``(out,)``.
+        sizes: the step of each weight, ``(out, 1)`` or ``(out, in * k * k)``.
         route: where the choice of member is found.
         slot: the layer's row in the choice.
         recipe: hub size, rank, initialisation, and whether the input's grid is trained.
@@ -127,7 +139,7 @@ class TunedLayer(nn.Module):
         self,
         layer: FloatLayer,
         scheme: LayerScheme,
-        scale: Tensor,
+        sizes: Tensor,
         route: Route[Sequence[Choice]],
         slot: int,
         recipe: FinetuneRecipe,
@@ -141,7 +153,7 @@ class TunedLayer(nn.Module):
         assert scheme.weight is not None
         self.input = scheme.input
         self.weight_format = scheme.weight
-        self.register_buffer("scale", scale.to(layer.weight.device).float(), persistent=False)
+        self.register_buffer("sizes", sizes.to(layer.weight.device).float(), persistent=False)
         a, b = self._beginning(recipe, generator)
         self.lora_a = nn.ParameterList(a.clone() for _ in range(recipe.hub_size))
         self.lora_b = nn.ParameterList(b.clone() for _ in range(recipe.hub_size))
@@ -172,7 +184,7 @@ class TunedLayer(nn.Module):
 
     def _svd_of_rounding_error(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return the A and B whose product is nearest to what rounding takes from the weight."""
-        steps = self.layer.weight.float().flatten(1) / self.get_buffer("scale")[:, None]
+        steps = self.layer.weight.float().flatten(1) / self.get_buffer("sizes")
         error = steps - round_steps(steps, self.weight_format)
         u, s, v = torch.linalg.svd(error, full_matrices=False)
         root = s[:rank].sqrt()
@@ -182,7 +194,7 @@ class TunedLayer(nn.Module):
         """Return the weight of a member, rounded; float32, shape of the weight."""
         rounded: Tensor = _RoundedWeight.apply(  # type: ignore[no-untyped-call]
             self.layer.weight,
-            self.get_buffer("scale"),
+            self.get_buffer("sizes"),
             self.weight_format,
             self.lora_a[member],
             self.lora_b[member],
@@ -244,11 +256,11 @@ class TunedLayer(nn.Module):
     def _changes(self, serving: int, x: Tensor) -> Iterator[Tensor]:
         """Yield what each member adds to the output, where the serving member's is not clipped."""
         weight = self.layer.weight
-        scale = self.get_buffer("scale")
-        steps = updated_steps(weight, scale, self.lora_a[serving], self.lora_b[serving])
+        sizes = self.get_buffer("sizes")
+        steps = updated_steps(weight, sizes, self.lora_a[serving], self.lora_b[serving])
         inside = steps.abs() <= self.weight_format.largest
         for a, b in zip(self.lora_a, self.lora_b, strict=True):
-            update = scale[:, None] * (b @ a) * inside
+            update = sizes * (b @ a) * inside
             yield self._run(x, update.view(weight.shape), None)
 
     def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -262,6 +274,7 @@ def tune_layers_(
     scales: Mapping[str, Tensor],
     recipe: FinetuneRecipe,
     generator: torch.Generator,
+    multipliers: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[dict[str, TunedLayer], Route[Sequence[Choice]]]:
     """Replace every layer that has a quantized weight by a `TunedLayer`.
 
@@ -272,8 +285,9 @@ def tune_layers_(
     route = Route[Sequence[Choice]]()
     tuned: dict[str, TunedLayer] = {}
     for slot, name in enumerate(tuned_names(table)):
-        layer = denoiser.get_submodule(name)
-        tuned[name] = TunedLayer(layer, table[name], scales[name], route, slot, recipe, generator)
+        layer: FloatLayer = denoiser.get_submodule(name)
+        sizes = weight_sizes(layer.weight, scales[name], multipliers.get(name))
+        tuned[name] = TunedLayer(layer, table[name], sizes, route, slot, recipe, generator)
         replace_module_(denoiser, name, tuned[name])
     return tuned, route
 

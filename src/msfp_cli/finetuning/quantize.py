@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from msfp_cli.calibration.quantize import move_weights_
 from msfp_cli.calibration.result import Calibration
-from msfp_cli.finetuning.lora import moved_input, tuned_names, updated_steps
+from msfp_cli.finetuning.lora import moved_input, tuned_names, updated_steps, weight_sizes
 from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.finetuning.router import Router
 from msfp_cli.layers.replace import find_layers, replace_layers_, store_layers_
@@ -70,14 +70,15 @@ def quantize_tuned_(
     move_weights_(denoiser, calibration, component)
     schemes = calibration.table(component)
     scales = calibration.scales[component]
+    multipliers = calibration.multipliers.get(component, {})
     names = tuned_names(schemes)
     table = first_equal(state, names, member_table(state, names))
     members = {name: used_members(table[:, slot]) for slot, name in enumerate(names)}
     best = state.tensors_of("best")
     tuned = {name: _scheme_with_hub(schemes[name], best, name, members[name]) for name in names}
     untuned = {name: schemes[name] for name in schemes if name not in members}
-    store_layers_(denoiser, untuned, scales)
-    _store_members_(denoiser, tuned, scales, state, members)
+    store_layers_(denoiser, untuned, scales, multipliers)
+    _store_members_(denoiser, tuned, scales, multipliers, state, members)
     _store_router_(denoiser, table, members)
     return denoiser
 
@@ -137,6 +138,7 @@ def _store_members_(
     denoiser: nn.Module,
     schemes: Mapping[str, LayerScheme],
     scales: Mapping[str, Tensor],
+    multipliers: Mapping[str, Tensor],
     state: FinetuneState,
     members: Mapping[str, Sequence[int]],
 ) -> None:
@@ -148,11 +150,14 @@ def _store_members_(
     layers = find_layers(denoiser)
     for name, quantized in replace_layers_(denoiser, schemes, timestep_unit=state.unit).items():
         weight = layers.pop(name).weight.detach()
-        scale = scales[name].to(weight.device)
+        scale = scales[name]
+        factors = multipliers.get(name)
+        sizes = weight_sizes(weight, scale, factors)
         for position, member in enumerate(members[name]):
             a = best[f"{name}.lora_a.{member}"].to(weight.device)
             b = best[f"{name}.lora_b.{member}"].to(weight.device)
-            quantized.store_steps_(updated_steps(weight, scale, a, b), scale, position)
+            steps = updated_steps(weight, sizes, a, b)
+            quantized.store_steps_(steps, scale, position, factors)
 
 
 def _store_router_(

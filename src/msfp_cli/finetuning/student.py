@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ class Student(nn.Module):
         denoiser: the float denoiser; its layers are replaced in place.
         table, scales: calibrated schemes and weight scales, by layer name.
         recipe: hub size, rank, initialisation, seed.
+        multipliers: of the weights in groups, by layer name.
         unit: the factor that maps its timesteps to 0..1000, see `routing.timestep_unit`.
     """
 
@@ -49,13 +51,17 @@ class Student(nn.Module):
         scales: Mapping[str, Tensor],
         recipe: FinetuneRecipe,
         unit: float,
+        multipliers: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.denoiser = denoiser.requires_grad_(False)
         generator = torch.Generator().manual_seed(recipe.seed)
         tuned = set(tuned_names(table))
-        store_layers_(denoiser, {name: table[name] for name in table if name not in tuned}, scales)
-        self.layers, self.route = tune_layers_(denoiser, table, scales, recipe, generator)
+        untuned = {name: table[name] for name in table if name not in tuned}
+        store_layers_(denoiser, untuned, scales, multipliers)
+        self.layers, self.route = tune_layers_(
+            denoiser, table, scales, recipe, generator, multipliers
+        )
         self.router = Router(len(self.layers), recipe.hub_size, unit, generator)
         self.router.to(next(denoiser.parameters()).device)
 

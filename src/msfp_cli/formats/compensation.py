@@ -21,8 +21,8 @@ arXiv:2210.17323), which updates the columns that are not rounded yet: its error
 them. GPTQ needs the inverse of ``H``, and this needs its Cholesky factor only. Columns with the
 largest input are rounded first, when most others are left to make up for them.
 
-Weights count in steps of their grid, one scale per output channel, which changes nothing above:
-output channels do not depend on each other.
+Weights count in steps of their output channel, which changes nothing above: output channels do not
+depend on each other. A group of columns with a multiplier ``m`` rounds to multiples of ``m``.
 """
 
 import torch
@@ -36,7 +36,12 @@ _INSET = 1 / 16  # of half a cell: how far from its border a moved weight stays
 
 
 def compensated_steps(
-    steps: Tensor, moments: Tensor, cross: Tensor | None, fmt: FloatFormat, dampings: Tensor
+    steps: Tensor,
+    moments: Tensor,
+    cross: Tensor | None,
+    fmt: FloatFormat,
+    dampings: Tensor,
+    multipliers: Tensor | None = None,
 ) -> Tensor:
     """Round a weight so that the output of its layer has the least error.
 
@@ -48,9 +53,11 @@ def compensated_steps(
         fmt: the format of the weight.
         dampings: float32 ``(d,)``, the values of the damping to try, as shares of the mean of the
             diagonal of `moments`.
+        multipliers: float32, shape of `steps`; None for 1.
 
     Returns:
-        float32 ``(d, ..., out, k)``, integers of the format's code book. Where the moments have no
+        float32 ``(d, ..., out, k)``, integers of the format's code book times their multipliers.
+        Where the moments have no
         Cholesky factor at some damping, all are NaN.
     """
     order = moments.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, stable=True)
@@ -60,7 +67,10 @@ def compensated_steps(
     if cross is not None:
         missing = _permuted(cross, order).mT @ columns
         target = target + torch.cholesky_solve(missing.expand(target.shape), lower)
-    rounded = _nearest_plane(target, lower, fmt)
+    factors = torch.ones(1, device=steps.device) if multipliers is None else multipliers.mT
+    if multipliers is not None:
+        factors = torch.take_along_dim(factors, order[..., None], dim=-2)
+    rounded = _nearest_plane(target, lower, fmt, factors.expand(columns.shape))
     back = order.argsort(dim=-1)[..., None].expand(target.shape)
     return rounded.gather(-2, back).mT.contiguous()
 
@@ -82,12 +92,13 @@ def _damped_factor(moments: Tensor, dampings: Tensor) -> Tensor:
     return lower.masked_fill_((failure != 0)[..., None, None], torch.nan)
 
 
-def _nearest_plane(target: Tensor, lower: Tensor, fmt: FloatFormat) -> Tensor:
+def _nearest_plane(target: Tensor, lower: Tensor, fmt: FloatFormat, factors: Tensor) -> Tensor:
     """Return the integers nearest to `target` in the metric of `lower`, last column first.
 
     Arguments:
         target: ``(..., k, out)``, a row for each column of the weight.
         lower: ``(..., k, k)``.
+        factors: ``(..., k, out)``, the multiplier of each element.
     """
     rounded = torch.empty_like(target, memory_format=torch.contiguous_format)
     errors = torch.zeros_like(rounded)
@@ -98,7 +109,8 @@ def _nearest_plane(target: Tensor, lower: Tensor, fmt: FloatFormat) -> Tensor:
         after = push[..., end:, start:end].mT @ errors[..., end:, :]
         for column in range(end - 1, start - 1, -1):
             best = target[..., column, :] + after[..., column - start, :]
-            rounded[..., column, :] = round_steps(best, fmt)
+            factor = factors[..., column, :]
+            rounded[..., column, :] = round_steps(best / factor, fmt) * factor
             errors[..., column, :] = target[..., column, :] - rounded[..., column, :]
             before = push[..., column, start:column, None]
             after[..., : column - start, :] += before * errors[..., None, column, :]

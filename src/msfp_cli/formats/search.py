@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from msfp_cli.formats.float_format import FloatFormat
+from msfp_cli.formats.rounding import Grid
 
 _CHUNK = 1 << 20  # elements of a block of rows: small enough for a processor's cache
 
@@ -77,6 +78,10 @@ class FormatScore:
     error: float
     max_value: Tensor
     zero_point: float | None = None
+
+    def grid(self) -> Grid:
+        """Return the grid of a whole tensor, which is one row."""
+        return Grid.with_maximum(self.format, self.max_value[0], self.zero_point)
 
 
 @dataclass(frozen=True)

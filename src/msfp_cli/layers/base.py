@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from msfp_cli.formats.float_format import FloatFormat
+from msfp_cli.formats.multipliers import LARGEST_INTEGER
 from msfp_cli.formats.rounding import Grid, per_channel
 from msfp_cli.layers.kernels.geometry import Geometry
 from msfp_cli.layers.scheme import LayerScheme
@@ -66,8 +67,16 @@ class QuantizedLayer(nn.Module, ABC):
         assert self.scheme.weight is not None, "this layer's weight is in floating point"
         return self.scheme.weight
 
+    @property
+    def largest_integer(self) -> int:
+        """A bound of the weight's integers, their multipliers included."""
+        return LARGEST_INTEGER if self.scheme.weight_groups else self.weight_format().largest
+
     def weight_grid(self) -> Grid:
-        """Return the grid of the weight, one scale per output channel."""
+        """Return the grid of the weight, one scale per output channel.
+
+        Integers of groups have their multiplier, so this is the scale of theirs, too.
+        """
         scale = per_channel(self.get_buffer("weight_scale"), len(self.weight_shape))
         return Grid(self.weight_format(), scale)
 

@@ -12,8 +12,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from msfp_cli.formats.multipliers import (
+    expand,
+    pack_multipliers,
+    step_sizes,
+    unpack_multipliers,
+)
 from msfp_cli.formats.packing import pack, packed_size, unpack, unpack_integers
-from msfp_cli.formats.rounding import Grid, dequantize, per_channel, quantize
+from msfp_cli.formats.rounding import Grid, dequantize, quantize
 from msfp_cli.layers.base import Kernel, QuantizedLayer
 from msfp_cli.layers.weight import PackedWeight
 
@@ -33,6 +39,18 @@ class PackedLayer(QuantizedLayer):
         scale = torch.empty(self.weight_shape[0], dtype=torch.float32, device=device)
         self.register_buffer("weight_codes", codes)
         self.register_buffer("weight_scale", scale)
+        if self.scheme.weight_groups:
+            size = packed_size(self.weight_shape[0] * self.scheme.weight_groups, 4)
+            packed = torch.empty(size, dtype=torch.uint8, device=device)
+            self.register_buffer("weight_multipliers", packed)
+
+    def multipliers(self) -> Tensor | None:
+        """Return the multiplier of each weight, uint8, ``weight_shape``; None if there are none."""
+        if not self.scheme.weight_groups:
+            return None
+        shape = (self.weight_shape[0], self.scheme.weight_groups)
+        packed = self.get_buffer("weight_multipliers")
+        return expand(unpack_multipliers(packed, shape), self.weight_shape)
 
     def restore_(self) -> None:
         """Let go of the kernel, and take back the codes; the next call chooses again."""
@@ -50,7 +68,8 @@ class PackedLayer(QuantizedLayer):
 
     def source(self) -> Source:
         """Return what tells whether the tensors that a kernel was made from have changed."""
-        tensors = [self._buffers.get(name) for name in ("weight_codes", "weight_scale")]
+        names = ("weight_codes", "weight_scale", "weight_multipliers")
+        tensors = [self._buffers.get(name) for name in names]
         return tuple(
             (id(tensor), 0 if tensor.is_inference() else tensor._version, tensor.device)
             for tensor in tensors
@@ -89,7 +108,7 @@ class PackedLayer(QuantizedLayer):
         return self._dequantize(self.member())
 
     def _dequantize(self, member: int | Tensor) -> Tensor:
-        if self._weight_holder is not None:
+        if self._weight_holder is not None or self.scheme.weight_groups:
             return self.integers(member).float() * self.weight_grid().scale
         return dequantize(self.codes(member), self.weight_grid())
 
@@ -101,13 +120,21 @@ class PackedLayer(QuantizedLayer):
         """Return the integers of a member's weight, int8, shape of the float weight."""
         if self._weight_holder is not None:
             return self._weight_holder.integers(member)
-        return unpack_integers(self._packed_row(member), self.weight_format(), self.weight_shape)
+        packed = self._packed_row(member)
+        integers = unpack_integers(packed, self.weight_format(), self.weight_shape)
+        multipliers = self.multipliers()
+        return integers if multipliers is None else integers.mul_(multipliers.to(torch.int8))
 
     def packed_codes(self) -> Tensor:
         """Return the packed codes, uint8, one row per member, wherever they are held."""
         if self._weight_holder is None:
             return self.get_buffer("weight_codes")
-        rows = [self._pack(self.integers(member)) for member in range(self.scheme.hub)]
+        multipliers = self.multipliers()
+        rows = []
+        for member in range(self.scheme.hub):
+            integers = self.integers(member)
+            own = integers if multipliers is None else integers.float() / multipliers
+            rows.append(self._pack(own))
         return torch.stack(rows)
 
     def _packed_row(self, member: int | Tensor) -> Tensor:
@@ -121,26 +148,34 @@ class PackedLayer(QuantizedLayer):
         fmt = self.weight_format()
         return pack(quantize(steps, Grid(fmt, 1.0)), fmt.bits)
 
-    def store_(self, weight: Tensor, scale: Tensor, member: int = 0) -> None:
+    def store_(
+        self, weight: Tensor, scale: Tensor, member: int = 0, multipliers: Tensor | None = None
+    ) -> None:
         """Round a float weight to the layer's format and keep the codes.
 
         Arguments:
             weight: ``weight_shape``.
             scale: float32, ``(out,)``; all members share it.
             member: whose weight it is.
+            multipliers: uint8 ``(out, groups)``, where the scheme has groups; likewise.
         """
-        steps = weight.float() / per_channel(scale, weight.ndim).to(weight.device)
-        self.store_steps_(steps, scale, member)
+        sizes = step_sizes(scale, multipliers, weight.shape).to(weight.device)
+        self.store_steps_(weight.float() / sizes, scale, member, multipliers)
 
-    def store_steps_(self, steps: Tensor, scale: Tensor, member: int = 0) -> None:
-        """Round a weight that is given in steps of its grid, ``W / scale``, and keep the codes.
+    def store_steps_(
+        self, steps: Tensor, scale: Tensor, member: int = 0, multipliers: Tensor | None = None
+    ) -> None:
+        """Round a weight that is given in its own steps, and keep the codes.
 
         Arguments:
             steps: ``weight_shape``, or a matrix ``(out, rest)``.
             scale: float32, ``(out,)``; all members share it.
             member: whose weight it is.
+            multipliers: uint8 ``(out, groups)``, where the scheme has groups; likewise.
         """
         packed = self._pack(steps)
         self.restore_()
         self.get_buffer("weight_scale").copy_(scale)
+        if multipliers is not None:
+            self.get_buffer("weight_multipliers").copy_(pack_multipliers(multipliers))
         self.get_buffer("weight_codes")[member].copy_(packed)

@@ -2,6 +2,7 @@
 
 import fnmatch
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,10 @@ def replace_layers_(
 
 @torch.no_grad()
 def store_layers_(
-    denoiser: nn.Module, table: Mapping[str, LayerScheme], scales: Mapping[str, Tensor]
+    denoiser: nn.Module,
+    table: Mapping[str, LayerScheme],
+    scales: Mapping[str, Tensor],
+    multipliers: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Replace each layer that `table` names, and store its weight, rounded.
 
@@ -89,6 +93,7 @@ def store_layers_(
 
     Arguments:
         scales: float32 weight scales, ``(out,)``, of the layers with a quantized weight.
+        multipliers: uint8 ``(out, groups)``, of the layers whose weights have groups.
 
     Raises:
         CheckpointError: the denoiser has no such layer.
@@ -97,7 +102,7 @@ def store_layers_(
     for name, quantized in replace_layers_(denoiser, table).items():
         weight = layers.pop(name).weight.detach()
         if table[name].weight is not None:
-            quantized.store_(weight, scales[name].to(weight.device))
+            quantized.store_(weight, scales[name], multipliers=multipliers.get(name))
 
 
 def replace_by_codes_(

@@ -24,6 +24,8 @@ class LayerScheme:
             share one.
         lookup: whether this is a table, whose rows are looked up: one scale per row, no input to
             round, no hub.
+        weight_groups: groups of each row of the weight that have a multiplier, see
+            `formats.multipliers`; 0 for none.
     """
 
     weight: FloatFormat | None = None
@@ -31,6 +33,7 @@ class LayerScheme:
     hub: int = 1
     further_inputs: tuple[Grid, ...] = ()
     lookup: bool = False
+    weight_groups: int = 0
 
     def __post_init__(self) -> None:
         if self.hub > MAX_HUB:
@@ -39,6 +42,8 @@ class LayerScheme:
             raise ValueError(
                 f"{len(self.further_inputs)} further inputs do not fit a hub of {self.hub}"
             )
+        if self.weight_groups < 0 or (self.weight_groups and self.weight is None):
+            raise ValueError(f"{self.weight_groups} groups do not fit this weight")
         if self.lookup and (self.input is not None or self.hub > 1):
             raise ValueError("a table has neither a hub nor an input to round")
 
@@ -55,6 +60,7 @@ class LayerScheme:
             "hub": self.hub,
             "further_inputs": [_grid_to_json(grid) for grid in self.further_inputs],
             **({"lookup": True} if self.lookup else {}),
+            **({"weight_groups": self.weight_groups} if self.weight_groups else {}),
         }
 
     @classmethod
@@ -72,6 +78,7 @@ class LayerScheme:
             hub=1 if written.hub is None else written.hub,
             further_inputs=tuple(further.grid() for further in written.further_inputs or ()),
             lookup=bool(written.lookup),
+            weight_groups=written.weight_groups or 0,
         )
 
     def input_of(self, member: int) -> Grid | None:
@@ -108,3 +115,4 @@ class _Written:
     hub: int | None = None
     further_inputs: tuple[_WrittenGrid, ...] | None = None
     lookup: bool | None = None
+    weight_groups: int | None = None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.errors import UsageError
 from msfp_cli.formats.float_format import FloatFormat, formats_of_width
+from msfp_cli.formats.multipliers import largest_multiplier
 from msfp_cli.formats.rounding import Grid, quantize
 from msfp_cli.layers.kernels.cpu import Cpu, Geometry, round_to_bytes
 from msfp_cli.layers.kernels.registry import AUTO, KERNELS, choose_kernel
@@ -67,12 +68,21 @@ def layer_of(
     grid: Grid | None = None,
     hub: int = 1,
     further: tuple[Grid, ...] = (),
+    weight_groups: int = 0,
     **options: Any,  # noqa: ANN401 (as torch's)
 ) -> Any:  # noqa: ANN401 (one of two classes)
     layer = kind(*arguments, **options)
     for i, parameter in enumerate(layer.parameters()):
         parameter.data = draw(*parameter.shape, seed=i) * 0.3
-    scheme = LayerScheme(weight=weight, input=grid, hub=hub, further_inputs=further)
+    scheme = LayerScheme(
+        weight=weight, input=grid, hub=hub, further_inputs=further, weight_groups=weight_groups
+    )
+    multipliers = None
+    if weight_groups and weight:
+        generator = torch.Generator().manual_seed(3)
+        size = (len(layer.weight), weight_groups)
+        highest = largest_multiplier(weight) + 1
+        multipliers = torch.randint(1, highest, size, generator=generator).to(torch.uint8)
     new = (QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d)(layer, scheme)
     for member in range(hub if weight else 0):
         values = layer.weight.detach() * (
@@ -80,8 +90,12 @@ def layer_of(
         )
         new.store_(
             values,
-            layer.weight.detach().abs().flatten(1).amax(dim=1) * 0.8 / weight.largest,
+            layer.weight.detach().abs().flatten(1).amax(dim=1)
+            * 0.8
+            / weight.largest
+            / (1 + weight_groups),
             member,
+            multipliers,
         )
     return new
 
@@ -347,6 +361,55 @@ def test_layer_that_units_cannot_hold_is_simulated_and_says_why(reason: str) -> 
     assert re.match(f"cpu: {reason}", why)
     layer.prepare_()
     assert layer.kernel.name == "simulated"
+
+
+@pytest.mark.parametrize("weight", ["e2m1", "e1m2", "e2m3"])
+@pytest.mark.parametrize("fmt", ["e2m1", "ue2m2", "e1m6", "ue2m6"])
+@pytest.mark.parametrize("make", [linear, conv])
+def test_groups_of_weights_are_exact_in_every_kernel(
+    make: Callable[..., Any], fmt: str, weight: str
+) -> None:
+    layer = make(weight=WEIGHTS[weight], grid=grid_of(INPUTS[fmt]), weight_groups=3)
+    integers = layer.integers()
+    assert int(integers.abs().max()) > WEIGHTS[weight].largest
+    assert torch.equal(integers, layer.multipliers().to(torch.int8) * own_integers(layer))
+    x = draw(3, 4, 7, 6) if isinstance(layer, nn.Conv2d) else draw(7, 12)
+    agree(layer, x)
+
+
+def own_integers(layer: Any) -> Tensor:  # noqa: ANN401
+    """The integers of the codes themselves."""
+    book = torch.tensor(layer.weight_format().code_book, dtype=torch.int8)
+    return book[layer.codes().long()]
+
+
+@pytest.mark.parametrize("keep_packed", [False, True])
+def test_groups_survive_a_kernel_that_holds_the_weight(keep_packed: bool) -> None:
+    layer = conv(grid=grid_of(INPUTS["ue2m2"]), weight_groups=4)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    integers = layer.integers()
+    by_kernel(layer, draw(2, 4, 5, 5), "cpu", keep_packed=keep_packed)
+    after = layer.state_dict()
+    assert before.keys() == after.keys()
+    assert "weight_multipliers" in after
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    assert torch.equal(copy.deepcopy(layer).integers(), integers)
+    before["weight_multipliers"].zero_()  # all are 1
+    layer.load_state_dict(before)
+    assert torch.equal(layer.integers(), own_integers(layer))
+    x = draw(2, 4, 5, 5)
+    with torch.no_grad():
+        close(layer(x), in_float64(layer, x))
+
+
+def test_cpu_without_vnni_refuses_groups_that_could_overflow_16_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert Cpu.refusal(linear(grid=grid_of(INPUTS["ue1m7"]))) is None
+    reason = Cpu.refusal(linear(grid=grid_of(INPUTS["ue1m7"]), weight_groups=2))
+    assert "lacks VNNI" in (reason or "")
 
 
 def test_sums_that_could_overflow_are_refused() -> None:

@@ -126,7 +126,7 @@ def _refusal_of_sums(layer: QuantizedLayer) -> str | None:
     grid = layer.scheme.input
     assert grid is not None, "refused before"
     largest_byte = min(grid.format.largest * (1 + grid.format.signed), BYTE)
-    product = largest_byte * weight.largest
+    product = largest_byte * layer.largest_integer
     if product * layer.weight_shape[1:].numel() > _INT32:
         return "the sum could overflow 32 bits"
     if 2 * product > _INT16 and not torch.cpu._is_vnni_supported():

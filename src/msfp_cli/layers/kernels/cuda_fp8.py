@@ -43,7 +43,8 @@ class CudaFp8(Kernel):
         self.cuda = Cuda(layer, keep_packed=keep_packed)
         self.holds_weight = self.cuda.holds_weight
         self.product: Float8Product | None = None
-        is_simple = self.cuda.is_linear and layer.scheme.hub == 1
+        scheme = layer.scheme
+        is_simple = self.cuda.is_linear and scheme.hub == 1 and not scheme.weight_groups
         if is_simple and self.holds_weight:
             self.product = Float8Product.of(self.cuda, layer.weight_format())
         if self.product is not None:

@@ -87,7 +87,7 @@ def _planes(x: Tensor, grid: Grid, shift: int) -> list[Tensor]:
 
 def _exact_type(layer: QuantizedLayer, fmt: FloatFormat) -> torch.dtype:
     """Return a type in which the layer's sums are exact."""
-    product = min(fmt.largest, BYTE) * layer.weight_format().largest
+    product = min(fmt.largest, BYTE) * layer.largest_integer
     most = product * layer.weight_shape[1:].numel()
     return torch.float32 if most <= _EXACT_IN_FLOAT32 else torch.float64
 
