@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from msfp_cli.calibration.calibrate import calibrate_
@@ -47,13 +46,13 @@ class Material:
         source: the pipeline that is quantized.
         work: where the calibration's recordings are kept.
         options: what to record.
-        run: what the user fine-tuned, a run directory or an export.
+        runs: what the user fine-tuned, run directories.
     """
 
     source: ModelSource
     work: Path
     options: RecordOptions
-    run: Path | None = None
+    runs: tuple[Path, ...] = ()
 
     def record(self) -> tuple[Recording, Recording]:
         """Return the calls that all are calibrated on, and the held-out ones; record them once."""
@@ -244,20 +243,20 @@ def msfp_linear(pipe: Pipeline, material: Material, **changes: Any) -> Pipeline:
     )
 
 
-def msfp_finetuned(pipe: Pipeline, material: Material) -> Pipeline:
-    """Load what the user fine-tuned: a run directory, or its export."""
-    if material.run is None:
-        raise SystemExit("give --run, the directory that `msfp calibrate` and `msfp finetune` made")
-    if (material.run / "model_index.json").exists():
-        return DiffusionPipeline.from_pretrained(material.run)
-    run = Run(material.run)
-    calibration = Calibration.load(run.calibration)
-    tuned = load_finetunings(run, calibration)
-    if calibration.source != material.source or not tuned:
-        raise SystemExit(
-            f"{material.run} is not a fine-tuning of {material.source.model}; run `msfp finetune`"
-        )
-    return load_calibrated(calibration, "cpu", tuned)
+def msfp_finetuned(pipe: Pipeline, material: Material, *, inputs: int) -> Pipeline:
+    """Load what the user fine-tuned with inputs of so many bits."""
+    for directory in material.runs:
+        run = Run(directory)
+        calibration = Calibration.load(run.calibration)
+        tuned = load_finetunings(run, calibration)
+        if calibration.recipe.activations == inputs and tuned:
+            if calibration.source != material.source:
+                raise SystemExit(f"{directory} is of another model than {material.source.model}")
+            return load_calibrated(calibration, "cpu", tuned)
+    raise SystemExit(
+        f"give --run, a directory that `msfp calibrate --activations {inputs}` and `msfp finetune` "
+        "made"
+    )
 
 
 LINEAR = (nn.Linear,)
@@ -329,5 +328,6 @@ METHODS = (
     Method("FP4, signed", "4/4", msfp, {"formats": "signed", "lift": 0.0}),
     Method("msfp, calibrated, 8-bit inputs", "4/8", msfp, {"activations": 8}),
     Method("msfp, calibrated", "4/4", msfp),
-    Method("msfp, fine-tuned", "4/4", msfp_finetuned),
+    Method("msfp, fine-tuned, 8-bit inputs", "4/8", msfp_finetuned, {"inputs": 8}),
+    Method("msfp, fine-tuned", "4/4", msfp_finetuned, {"inputs": 4}),
 )

@@ -23,15 +23,16 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from material import add_size_options, record_options, source_of
 from page import put
-from peer_quantizers import METHODS, Material, Method
+from peer_quantizers import METHODS, Material, Method, msfp_finetuned
 from test_set import BATCH, MAX_TESTS, TestSet
 from torch import Tensor, nn
 
@@ -67,7 +68,7 @@ def material(arguments: argparse.Namespace) -> Material:
         source=source_of(arguments),
         work=arguments.work,
         options=record_options(arguments),
-        run=arguments.run,
+        runs=tuple(arguments.run),
     )
 
 
@@ -129,14 +130,14 @@ def result_path(method: Method, arguments: argparse.Namespace) -> Path:
     return test_set(arguments).directory / "results" / f"{name}.json"
 
 
-def settings(method: Method, run: Path | None) -> str:
+def settings(method: Method, runs: Sequence[Path]) -> str:
     """Return what a result depends on: its settings and, for the fine-tuned row, the files."""
     options = sorted(method.options.items(), key=lambda item: item[0])
     text = f"{method.bits} {options} {requirements().get(method.peer)}"
-    if method.name != "msfp, fine-tuned" or run is None:
+    if method.quantize is not msfp_finetuned or not runs:
         return text
     digest = hashlib.sha256()
-    for pattern in ("calibration/*", "finetune/*.safetensors", "unet/*.safetensors"):
+    for run, pattern in product(runs, ("calibration/*", "finetune/*.safetensors")):
         for file in sorted(run.glob(pattern)):
             digest.update(file.read_bytes())
     return f"{text} {digest.hexdigest()}"
@@ -234,13 +235,13 @@ def refuse_tested_prompts(arguments: argparse.Namespace) -> None:
         SystemExit: it was; the message says with how many.
     """
     recorded: set[str] = set()
-    for name in ("recording", "held-out"):
-        directory = arguments.run / name
+    for run, name in product(arguments.run, ("recording", "held-out")):
+        directory = run / name
         if directory.exists():
             recorded.update(Recording(directory).recipe["record"]["conditions"])
     if shared := recorded & set(test_set(arguments).prompts()):
         raise SystemExit(
-            f"{arguments.run} was recorded with {len(shared)} prompts of the tests; "
+            f"--run was recorded with {len(shared)} prompts of the tests; "
             "record different ones, or test with fewer"
         )
 
@@ -297,7 +298,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, required=True, help="where everything is kept")
     parser.add_argument(
-        "--run", type=Path, help="a fine-tuned run directory of the pipeline, or its export"
+        "--run",
+        type=Path,
+        action="append",
+        default=[],
+        help="a fine-tuned run directory of the pipeline; repeatable, one for each bits of inputs",
     )
     parser.add_argument("--num-tests", type=int, default=100, help=f"at most {MAX_TESTS}")
     parser.add_argument(

@@ -244,3 +244,10 @@ def test_two_directories_exchange_their_names(tmp_path: Path) -> None:
         assert (one / "thesis.txt").exists()
         assert (other / "calibration.json").exists()
     assert not exchange(one, tmp_path / "nowhere")
+
+
+def test_a_directory_whose_marking_was_killed_is_marked(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f".{MARK}.msfp-tmp").write_text("{")
+    claim(tmp_path / "out", EVALUATION)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [MARK]

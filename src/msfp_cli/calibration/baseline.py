@@ -20,7 +20,9 @@ def load_signed(run: Run, calibration: Calibration, place: Path, device: str | N
         calibration: gives the bits.
         place: where its calibration is kept.
     """
-    recipe = replace(calibration.recipe, formats="signed", lift=0.0, rounding="nearest")
+    recipe = replace(
+        calibration.recipe, formats="signed", lift=0.0, rounding="nearest", weight_groups=0
+    )
     pipe = load_pipeline(calibration.source, device)
     signed = Calibration.load(place) if place.exists() else None
     if signed is None or (signed.recipe, signed.record) != (recipe, calibration.record):

@@ -32,6 +32,7 @@ EVALUATION = (
     "measured/*.json",
     "signed/calibration.json",
     "signed/scales.safetensors",
+    "signed/multipliers.safetensors",
     f"signed/{MARK}",
 )
 _EXPORT = ("*/config.json", b'"quant_method": "msfp"')
@@ -113,6 +114,7 @@ def claim(directory: Path, patterns: tuple[str, ...]) -> None:
     Raises:
         RunError: something there is not ours.
     """
+    delete(temporary_of(directory / MARK))  # of a process that was killed in its first moment
     refuse_foreign(directory)
     if not (directory / MARK).exists():
         write_text(directory / MARK, Seal(patterns=patterns).to_text())

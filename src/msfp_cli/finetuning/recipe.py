@@ -16,7 +16,7 @@ MAX_HUB = 255
 class FinetuneRecipe(Recipe):
     """How to train the LoRA hubs and the router."""
 
-    steps: int = option(2000, "Updates of the trained parameters.", at_least=1)
+    steps: int = option(500, "Updates of the trained parameters.", at_least=1)
     batch_size: int = option(
         16, "Recorded rows in a denoiser call; every row has its own timestep.", at_least=1
     )
@@ -42,7 +42,7 @@ class FinetuneRecipe(Recipe):
         choices=INITS,
     )
     learning_rate: float = option(
-        4e-2,
+        1e-2,
         "Learning rate of the LoRAs, in steps of the weight's grid; it decays linearly to 0.",
         above=0,
     )
@@ -82,5 +82,5 @@ class FinetuneRecipe(Recipe):
         0, "Seed of the initial LoRAs and of the order of the data.", at_least=0, at_most=MAX_SEED
     )
     evaluate_every: int = option(
-        500, "Updates between two measurements on the held-out calls.", at_least=1
+        250, "Updates between two measurements on the held-out calls.", at_least=1
     )
