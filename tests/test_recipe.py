@@ -69,7 +69,7 @@ def test_unknown_and_missing_keys_are_named(recipe: Recipe) -> None:
     data = recipe.to_json()
     with pytest.raises(ValueError, match="'frobnicate'"):
         type(recipe).from_json({**data, "frobnicate": 1})
-    since = {name for name, each in options_of(type(recipe)).items() if each.before}
+    since = {name for name, each in options_of(type(recipe)).items() if each.before is not None}
     for missing in data.keys() - since:
         with pytest.raises(ValueError, match=f"'{missing}'"):
             type(recipe).from_json({key: value for key, value in data.items() if key != missing})

@@ -6,6 +6,7 @@ saves, loads and samples in a moment.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,31 +273,33 @@ def build_ldm_text_to_image() -> DiffusionPipeline:
 
 def build_stable_diffusion() -> DiffusionPipeline:
     """Build a Stable Diffusion 1 pipeline without its safety checker."""
-    return _stable_diffusion(_conditional_unet(), _vae(), text_layers=2)
+    return _stable_diffusion(_conditional_unet, _vae, text_layers=2)
 
 
 def build_smallest() -> DiffusionPipeline:
     """Build a Stable Diffusion 1 pipeline with one level, which loads in a tenth of a second."""
-    unet = _conditional_unet(
+    unet = partial(
+        _conditional_unet,
         sample_size=8,
         block_out_channels=(16,),
         down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("UpBlock2D",),
         mid_block_type=None,
     )
-    return _stable_diffusion(unet, _vae(levels=1), text_layers=1)
+    return _stable_diffusion(unet, partial(_vae, levels=1), text_layers=1)
 
 
 def _stable_diffusion(
-    unet: UNet2DConditionModel, vae: AutoencoderKL, text_layers: int
+    unet: Callable[..., UNet2DConditionModel], vae: Callable[..., AutoencoderKL], text_layers: int
 ) -> DiffusionPipeline:
+    """Build the parts in this order, on which their random weights depend."""
     tokenizer = _clip_tokenizer()
     text_config = _clip_config(tokenizer, num_hidden_layers=text_layers)
     pipeline = StableDiffusionPipeline(
-        vae=vae,
+        vae=vae(),
         text_encoder=CLIPTextModel(text_config),
         tokenizer=tokenizer,
-        unet=unet,
+        unet=unet(),
         scheduler=_latent_ddim_scheduler(),
         safety_checker=None,
         feature_extractor=None,

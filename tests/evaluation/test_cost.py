@@ -117,6 +117,7 @@ def test_process_is_told_all_and_its_last_line_counts(
         "sampling": {"num_inference_steps": 3, "guidance_scale": 1.5},
         "conditions": ["a cat", "1"],
         "device": "cpu",
+        "kernel": None,
     }
 
 

@@ -407,8 +407,14 @@ def test_cost_alone_differs_between_evaluations(
     calls: list[tuple[object, ...]] = []
 
     def measure(
-        source: ModelSource, conditions: object, sampling: Sampling, *, device: str | None
+        source: ModelSource,
+        conditions: object,
+        sampling: Sampling,
+        *,
+        device: str | None,
+        kernel: str | None,
     ) -> Cost:
+        assert kernel == ("auto" if source.model == str(tiny_chained.export) else None)
         calls.append((source.model, conditions, sampling.arguments(), device))
         return Cost(load_seconds=1.0, seconds_per_picture=float(len(calls)), peak_memory_bytes=5)
 
