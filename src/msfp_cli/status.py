@@ -64,7 +64,7 @@ def next_command(run: Run) -> str:
 
 
 def wider_inputs(calibration: Calibration, device: str | None) -> str:
-    """Say that inputs of 8 bits are free where the same products of bytes are made for them.
+    """Say that inputs of 8 bits take no more time where the same products are made for them.
 
     Arguments:
         device: as the user gave it.
@@ -78,9 +78,9 @@ def wider_inputs(calibration: Calibration, device: str | None) -> str:
     if choose_device(device) != "cpu" or not runs_on_this_cpu():
         return ""
     return (
-        f"inputs of {BYTE_BITS} bits take the same products on this CPU as those of {bits}, and no "
-        f"more bytes in the export; `msfp calibrate --activations {BYTE_BITS} --overwrite` has a "
-        "smaller error"
+        f"inputs of {BYTE_BITS} bits take the same products on this CPU as those of {bits}; "
+        f"`msfp calibrate --activations {BYTE_BITS} --overwrite` has a smaller error, and makes "
+        "the export a little larger"
     )
 
 

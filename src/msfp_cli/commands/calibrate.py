@@ -146,6 +146,7 @@ def show(calibration: "Calibration", component: str) -> None:
         layer.num_weights * (layer.scheme.weight.bits if layer.scheme.weight else 16)
         for layer in layers.values()
     )
+    bits += 4 * sum(each.numel() for each in calibration.multipliers.get(component, {}).values())
     half = sum(layer.num_weights * 16 for layer in layers.values())
     error = calibration.held_out_error[component]
     console.note(

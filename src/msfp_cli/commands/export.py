@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from msfp_cli.options import (
     OverwriteOption,
     RunOption,
 )
+
+if TYPE_CHECKING:
+    from msfp_cli.checkpoint.export import ExportReport
 
 HELP = """Write the calibrated and fine-tuned pipeline as a diffusers directory of 4-bit weights.
 
@@ -86,6 +89,13 @@ def export(
         max_shard_size=max_shard_size,
         complete=_converter(engine),
     )
+    _show(report)
+    console.result(report.directory, report.to_json(), as_json=json_)
+    console.note(f"next: {next_command(run)}")
+
+
+def _show(report: "ExportReport") -> None:
+    """Print how large the denoiser is, and what was fine-tuned."""
     size = report.denoiser_bytes / 2**20
     half = report.half_precision_bytes / 2**20
     console.note(
@@ -98,8 +108,6 @@ def export(
             f"hub: {report.switching_layers} layers have several members, which take "
             f"{report.hub_bytes / 2**20:.2f} MiB of that"
         )
-    console.result(report.directory, report.to_json(), as_json=json_)
-    console.note(f"next: {next_command(run)}")
 
 
 def _converter(engine: str | None) -> Callable[[Path], None]:

@@ -25,14 +25,6 @@ class ComponentSize:
     after: int
 
 
-def size_of(files: Sequence[Path], directory: Path) -> ComponentSize:
-    """Return the size of a component's files, and of those in a directory it was written to."""
-    return ComponentSize(
-        before=sum(path.stat().st_size for path in files),
-        after=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
-    )
-
-
 def plan_of(files: Sequence[Path], recipe: QuantizeRecipe) -> dict[str, Any]:
     """Return what unfinished work depends on: files in full precision, the recipe, the version."""
     stats = [(path.name, path.stat()) for path in files]
@@ -44,14 +36,14 @@ def plan_of(files: Sequence[Path], recipe: QuantizeRecipe) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenoiserJob:
-    """A denoiser that is to be quantized.
+class ComponentJob:
+    """A component that is to be quantized.
 
     Arguments:
-        model_class: of diffusers.
+        model_class: of diffusers or transformers.
         source: its directory.
         variant: of its files; None for those without one.
-        work: a directory for its parts.
+        work: a directory for what is finished.
         recipe: its bits, and the rules.
         origin: what the pipeline was loaded from, as JSON.
     """
@@ -62,6 +54,18 @@ class DenoiserJob:
     work: Path
     recipe: QuantizeRecipe
     origin: dict[str, Any]
+
+    def size(self, directory: Path) -> ComponentSize:
+        """Return what it takes in the source, and in a directory that it was written to."""
+        files = weight_files(self.source, self.variant)
+        return ComponentSize(
+            before=sum(path.stat().st_size for path in files),
+            after=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
+        )
+
+
+class DenoiserJob(ComponentJob):
+    """A denoiser that is to be quantized."""
 
     def encode(self, progress: Progress) -> int:
         """Make the parts that are missing; return how many parameters they hold.
@@ -95,7 +99,3 @@ class DenoiserJob:
         mark_quantized_(model, weight_only_config(Parts(self.work).fill_(model), self.origin))
         model.save_pretrained(directory, max_shard_size=self.recipe.max_shard_size)
         tidy_(directory)
-
-    def size(self, directory: Path) -> ComponentSize:
-        """Return what it takes in the source, and in a directory that it was written to."""
-        return size_of(weight_files(self.source, self.variant), directory)

@@ -1,39 +1,19 @@
 """One text encoder of a pipeline on its way to a quantized one, read as transformers reads it."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from msfp_cli.checkpoint.export import tidy_
 from msfp_cli.checkpoint.quantizer import MSFPConfig
 from msfp_cli.files.atomic import temporary_of
 from msfp_cli.progress import Progress
-from msfp_cli.streaming.component import ComponentSize, plan_of, size_of
+from msfp_cli.streaming.component import ComponentJob, plan_of
 from msfp_cli.streaming.parts import Parts
-from msfp_cli.streaming.recipe import QuantizeRecipe
 from msfp_cli.streaming.weight_files import stored_tensors, weight_files
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextEncoderJob:
-    """A text encoder that is to be quantized.
-
-    Arguments:
-        model_class: of transformers.
-        source: its directory.
-        variant: of its files; None for those without one.
-        work: a directory for what is finished.
-        recipe: its bits, and the rules.
-        origin: what the pipeline was loaded from, as JSON.
-    """
-
-    model_class: Any
-    source: Path
-    variant: str | None
-    work: Path
-    recipe: QuantizeRecipe
-    origin: dict[str, Any]
+class TextEncoderJob(ComponentJob):
+    """A text encoder that is to be quantized."""
 
     def encode(self, progress: Progress) -> int:
         """Quantize it unless that is done; return how many parameters it has.
@@ -68,7 +48,3 @@ class TextEncoderJob:
     def write(self, directory: Path) -> None:
         """Move the quantized text encoder to its place."""
         os.replace(self._whole, directory)
-
-    def size(self, directory: Path) -> ComponentSize:
-        """Return what it takes in the source, and in a directory that it was written to."""
-        return size_of(weight_files(self.source, self.variant), directory)
