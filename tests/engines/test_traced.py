@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layers.kernels.test_kernels import (
     CONVOLUTIONS,
@@ -14,6 +14,7 @@ from layers.kernels.test_kernels import (
     conv,
     draw,
     grid_of,
+    layer_of,
     linear,
 )
 from msfp_cli.engines.traced import Traced, integers_of, planes_of
@@ -114,3 +115,11 @@ def test_the_member_that_serves_is_selected(member: int) -> None:
     expected = by_kernel(layer, x, "reference")
     layer.route.open([torch.tensor([member])])
     same_sums(traced(layer, x), expected)
+
+
+@pytest.mark.parametrize(("width", "refused"), [(60_000, False), (70_000, True)])
+def test_sums_that_could_overflow_are_left_in_floating_point(width: int, refused: bool) -> None:
+    options = {"weight": WEIGHTS["e1m6"], "grid": grid_of(INPUTS["ue1m7"])}
+    layer = layer_of(nn.Linear, width, 1, **options)
+    assert (Traced.reason(layer) == "the sum could overflow 32 bits") == refused
+    assert (Traced(layer).arithmetic is None) == refused

@@ -23,7 +23,12 @@ from torch.nn import functional
 from msfp_cli.formats.float_format import BYTE_BITS, FloatFormat
 from msfp_cli.formats.rounding import Grid, dequantize, per_channel
 from msfp_cli.layers.base import Kernel, QuantizedLayer
-from msfp_cli.layers.kernels.arithmetic import BYTE, Arithmetic, refusal_of_integers
+from msfp_cli.layers.kernels.arithmetic import (
+    BYTE,
+    Arithmetic,
+    refusal_of_integers,
+    refusal_of_overflow,
+)
 from msfp_cli.layers.kernels.geometry import Geometry
 
 _SIGNED = (-128, 127)
@@ -44,7 +49,9 @@ class Traced(Kernel):
     @staticmethod
     def reason(layer: QuantizedLayer) -> str | None:
         """Say why a layer that multiplies is computed in floating point, or nothing."""
-        return None if layer.scheme.lookup else refusal_of_integers(layer)
+        if layer.scheme.lookup:
+            return None
+        return refusal_of_integers(layer) or refusal_of_overflow(layer, BYTE)
 
     def __init__(self, layer: QuantizedLayer, *, keep_packed: bool = True) -> None:
         """Unpack the weights, and fold scales and zero point."""
@@ -56,7 +63,7 @@ class Traced(Kernel):
             self.weights = [dequantize(layer.codes(m), layer.weight_grid()) for m in members]
         else:
             self.weights = [layer.integers(member) for member in members]
-            if refusal_of_integers(layer) is None:
+            if not layer.scheme.lookup and self.reason(layer) is None:
                 self.arithmetic = Arithmetic.of(layer, self.weights)
 
     def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:

@@ -428,6 +428,15 @@ REFUSED = {
 }
 
 
+def test_groups_of_weights_count_in_the_bound_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"weight": WEIGHTS["e2m1"], "grid": grid_of(INPUTS["ue1m7"])}
+    for groups, refused in ((0, False), (3, True)):
+        layer = layer_of(nn.Linear, 70_000, 1, weight_groups=groups, **options)
+        FakeGpu(layer, monkeypatch)
+        reasons = [kernel.refusal(layer) for kernel in (Cuda, CudaFp8)]
+        assert [reason == "the sum could overflow 32 bits" for reason in reasons] == [refused] * 2
+
+
 @pytest.mark.parametrize("reason", list(REFUSED))
 def test_refusal_says_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = REFUSED[reason]()

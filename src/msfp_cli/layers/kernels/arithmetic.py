@@ -29,6 +29,7 @@ from msfp_cli.layers.base import QuantizedLayer
 from msfp_cli.layers.kernels.geometry import Geometry, tap_sums
 
 BYTE = 255
+_INT32 = 2**31 - 1
 KINDS_IN_INTEGERS = frozenset({"linear", "conv2d"})
 
 
@@ -130,6 +131,16 @@ def refusal_of_integers(layer: QuantizedLayer) -> str | None:
         if fmt.integer_bits > integer_bits:
             return f"{fmt} takes integers of {fmt.integer_bits} bits"
     return refusal_of_geometry(layer)
+
+
+def refusal_of_overflow(layer: QuantizedLayer, byte: int) -> str | None:
+    """Say that 32 bits might not hold a layer's sums, or nothing.
+
+    Arguments:
+        byte: the largest magnitude of an input's byte.
+    """
+    largest = byte * layer.largest_integer * layer.weight_shape[1:].numel()
+    return "the sum could overflow 32 bits" if largest > _INT32 else None
 
 
 def refusal_of_geometry(layer: QuantizedLayer) -> str | None:

@@ -28,6 +28,7 @@ from msfp_cli.layers.kernels.arithmetic import (
     KINDS_IN_INTEGERS,
     Arithmetic,
     refusal_of_integers,
+    refusal_of_overflow,
     unsigned_planes,
 )
 from msfp_cli.layers.kernels.geometry import Geometry, subtract_frame_
@@ -37,7 +38,6 @@ from msfp_cli.layers.kernels.simulated import input_grid, simulate
 # Elements for each thread: 256 KiB of float32, which stay in its cache from pass to pass.
 _PIECE = 1 << 16
 _INT16 = 2**15 - 1
-_INT32 = 2**31 - 1
 
 
 class Cpu(Kernel):
@@ -126,10 +126,9 @@ def _refusal_of_sums(layer: QuantizedLayer) -> str | None:
     grid = layer.scheme.input
     assert grid is not None, "refused before"
     largest_byte = min(grid.format.largest * (1 + grid.format.signed), BYTE)
-    product = largest_byte * layer.largest_integer
-    if product * layer.weight_shape[1:].numel() > _INT32:
-        return "the sum could overflow 32 bits"
-    if 2 * product > _INT16 and not torch.cpu._is_vnni_supported():
+    if reason := refusal_of_overflow(layer, largest_byte):
+        return reason
+    if 2 * largest_byte * layer.largest_integer > _INT16 and not torch.cpu._is_vnni_supported():
         return (
             f"products of {grid.format} and {weight} could overflow the 16-bit sums of this CPU: "
             "it lacks VNNI"

@@ -25,7 +25,13 @@ from torch import Tensor
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.layers.base import Kernel, QuantizedLayer
 from msfp_cli.layers.kernels import int8
-from msfp_cli.layers.kernels.arithmetic import KINDS_IN_INTEGERS, add_bias, refusal_of_geometry
+from msfp_cli.layers.kernels.arithmetic import (
+    BYTE,
+    KINDS_IN_INTEGERS,
+    add_bias,
+    refusal_of_geometry,
+    refusal_of_overflow,
+)
 from msfp_cli.layers.kernels.geometry import Geometry, num_window_kinds
 from msfp_cli.layers.kernels.simulated import simulate
 
@@ -187,9 +193,7 @@ def _refusal_of_numbers(layer: QuantizedLayer, weight: FloatFormat, fmt: FloatFo
     kinds = num_window_kinds(geometry.kernel[0]) * num_window_kinds(geometry.kernel[1])
     if any(geometry.padding) and kinds > _MOST_KINDS:
         return f"padding around windows of {geometry.kernel[0]}x{geometry.kernel[1]}"
-    if max(128, min(fmt.largest, 255)) * weight.largest * layer.weight_shape[1:].numel() > _INT32:
-        return "the sum could overflow 32 bits"
-    return None
+    return refusal_of_overflow(layer, max(128, min(fmt.largest, BYTE)))
 
 
 def keep_in_place(*tensors: Tensor) -> None:
