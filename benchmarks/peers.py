@@ -36,7 +36,7 @@ from peer_quantizers import METHODS, Material, Method, msfp_finetuned
 from test_set import BATCH, MAX_TESTS, TestSet
 from torch import Tensor, nn
 
-from msfp_cli.checkpoint.quantizer import MSFPQuantizer
+from msfp_cli.checkpoint.quantizer import saved_tensors
 from msfp_cli.commands.console import quiet_libraries
 from msfp_cli.files.atomic import write_text
 from msfp_cli.layers.replace import find_layers
@@ -101,10 +101,7 @@ def sizes(unet: nn.Module, source: ModelSource) -> dict[str, float]:
         if not is_float(unet.get_submodule(name)):
             quantized += layer.weight.numel()
     stored = 0
-    state = unet.state_dict()
-    if isinstance(quantizer := getattr(unet, "hf_quantizer", None), MSFPQuantizer):
-        state, _ = quantizer.get_state_dict_and_metadata(state)
-    for entry in state.values():
+    for entry in saved_tensors(unet).values():
         stored += sum(tensor.nbytes for tensor in stored_tensors(entry))
     bits = 8 * (stored - 4 * (total - quantized)) / quantized if quantized else 32.0
     return {"share": quantized / total, "megabytes": stored / 1e6, "bits": bits}

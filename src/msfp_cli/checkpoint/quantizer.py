@@ -246,12 +246,17 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the tensors as files hold them, and for their header the config and the digest."""
+        tensors = self.as_saved(state_dict)
+        return tensors, header_of(tensors, to_text(self.quantization_config), self._model_text)
+
+    def as_saved(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a state dict as files hold them."""
         config = self.quantization_config
-        if config.schema_version >= NEWEST_SCHEMA:
-            schemes = config.table()
-            formats = {name: each.weight for name, each in schemes.items() if each.weight}
-            state_dict = fold(state_dict, formats)
-        return state_dict, header_of(state_dict, to_text(config), self._model_text)
+        if config.schema_version < NEWEST_SCHEMA:
+            return state_dict
+        schemes = config.table()
+        formats = {name: each.weight for name, each in schemes.items() if each.weight}
+        return fold(state_dict, formats)
 
     @property
     def is_serializable(self) -> bool:
@@ -286,6 +291,13 @@ def mark_quantized_(denoiser: DiffusersModel, config: MSFPConfig) -> None:
     denoiser.hf_quantizer = quantizer
     denoiser.register_to_config(quantization_config=config)
     _adapt_(denoiser)
+
+
+def saved_tensors(denoiser: DiffusersModel) -> dict[str, Tensor]:
+    """Return the tensors that the files of a denoiser hold, quantized or not."""
+    state: dict[str, Tensor] = denoiser.state_dict()
+    quantizer = getattr(denoiser, "hf_quantizer", None)
+    return quantizer.as_saved(state) if isinstance(quantizer, MSFPQuantizer) else state
 
 
 def bytes_of_members(directory: Path) -> int:

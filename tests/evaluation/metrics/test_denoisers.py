@@ -8,7 +8,8 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from conftest import Chained
+from conftest import Chained, Finetuned
+from msfp_cli.checkpoint.quantizer import saved_tensors
 from msfp_cli.evaluation.metrics.denoisers import denoiser_bytes, input_histograms
 from msfp_cli.files.documents import digest
 from msfp_cli.layers.replace import find_layers
@@ -77,11 +78,13 @@ def test_histogram_of_few_values(value: float | None, counts: list[int]) -> None
     assert nonzero == [i for i, count in enumerate(counts) if count]
 
 
+@pytest.mark.parametrize("name", ["tiny_chained", "tiny_grouped", "tiny_tuned"])
 def test_size_is_what_the_export_holds_and_sixteen_bits_of_full_precision(
-    tiny_chained: Chained, tiny_pipe: DiffusionPipeline
+    name: str, request: pytest.FixtureRequest, tiny_pipe: DiffusionPipeline
 ) -> None:
-    exported = load_pipeline(ModelSource(model=str(tiny_chained.export)), "cpu")
-    (path,) = (tiny_chained.export / "unet").glob("*.safetensors")
+    chained: Chained | Finetuned = request.getfixturevalue(name)
+    exported = load_pipeline(ModelSource(model=str(chained.export)), "cpu")
+    (path,) = (chained.export / "unet").glob("*.safetensors")
     assert denoiser_bytes(exported) == sum(tensor.nbytes for tensor in load_file(path).values())
     (header,) = struct.unpack("<Q", path.read_bytes()[:8])
     assert path.stat().st_size == 8 + header + denoiser_bytes(exported)
@@ -89,4 +92,4 @@ def test_size_is_what_the_export_holds_and_sixteen_bits_of_full_precision(
         parameter.numel() for parameter in tiny_pipe.unet.parameters()
     )
     assert denoiser_bytes(exported) < 0.5 * denoiser_bytes(tiny_pipe)
-    assert digest(find_denoisers(exported)["unet"].state_dict()) == digest(load_file(path))
+    assert digest(saved_tensors(find_denoisers(exported)["unet"])) == digest(load_file(path))

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from msfp_cli.calibration.observe import observe
+from msfp_cli.checkpoint.quantizer import saved_tensors
 from msfp_cli.evaluation.result import DenoiserError, Histogram
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers
@@ -78,7 +79,7 @@ def denoiser_bytes(pipe: Pipeline) -> int:
     """Return the denoisers' size: as exported if quantized, otherwise with 16 bits per number."""
     size = 0
     for denoiser in find_denoisers(pipe).values():
-        tensors = denoiser.state_dict().values()
+        tensors = saved_tensors(denoiser).values()
         if quantized_layers(denoiser):
             size += sum(tensor.nbytes for tensor in tensors)
         else:
