@@ -189,6 +189,14 @@ def only_line(result: Result, exit_code: int) -> str:
     return only_error(result, exit_code)
 
 
+@pytest.fixture(autouse=True)
+def torch_as_it_was() -> Iterator[None]:
+    """Fail the test that leaves a function of torch.nn replaced, not the tests that come later."""
+    register = nn.Module.register_parameter
+    yield
+    assert nn.Module.register_parameter is register, "a model was left half loaded"
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function that gives the directory of a tiny pipeline by the name of its class."""

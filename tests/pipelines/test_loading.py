@@ -1,14 +1,19 @@
 """Finding and loading the user's model, and one helpful line where that fails."""
 
+import contextlib
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from torch import nn
 
 from conftest import Invoke
 from msfp_cli.errors import ModelError, UsageError
@@ -210,3 +215,22 @@ def test_type_follows_from_the_device_unless_given(tiny_source: ModelSource) -> 
 def test_unknown_dtype_lists_the_known() -> None:
     with pytest.raises(UsageError, match="'int4'.*float32, float16, bfloat16"):
         ModelSource(model="x", dtype="int4")
+
+
+def test_two_threads_that_load_at_once_leave_torch_as_it_was(
+    tiny_source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, register = DiffusionPipeline.from_pretrained, nn.Module.register_parameter
+    both = threading.Barrier(2)
+
+    def meet(*args: object, **kwargs: object) -> object:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(timeout=0.2)  # passed at once only if both threads were inside
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", meet)
+    with ThreadPoolExecutor(2) as pool:
+        pipes = list(pool.map(lambda _: load_pipeline(tiny_source, "cpu"), range(2)))
+    assert both.broken
+    assert nn.Module.register_parameter is register
+    assert all(not p.is_meta for pipe in pipes for p in pipe.unet.parameters())

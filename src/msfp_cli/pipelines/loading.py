@@ -4,6 +4,7 @@ Where it cannot be loaded, one line says why. torch and diffusers are imported o
 """
 
 import contextlib
+import threading
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +22,10 @@ Pipeline: TypeAlias = Any  # any diffusers pipeline: its class is the user's
 Scheduler: TypeAlias = Any  # any diffusers scheduler
 
 DTYPES = ("float32", "float16", "bfloat16")
+
+# While diffusers and transformers load a model, they replace functions of torch.nn for the whole
+# process; of two threads that load at once, the later would leave its replacement behind for good.
+LOADING = threading.RLock()
 
 BUILT_IN = "msfp:fashion"
 BUILT_IN_STEPS, BUILT_IN_GUIDANCE = 20, 3.0
@@ -161,11 +166,12 @@ def load_pipeline(source: ModelSource, device: str | None = None) -> Pipeline:
     with checked(Path(model), redo=REDO):  # what msfp exported; others have no seal
         refuse_endless_sizes(Path(model))
         try:
-            pipe = DiffusionPipeline.from_pretrained(
-                model,
-                dtype=choose_dtype(source.dtype, place),
-                **{k: v for k, v in options.items() if v is not None},
-            )
+            with LOADING:
+                pipe = DiffusionPipeline.from_pretrained(
+                    model,
+                    dtype=choose_dtype(source.dtype, place),
+                    **{k: v for k, v in options.items() if v is not None},
+                )
         except MsfpError:
             raise
         except Exception as error:  # every library below has its own kinds
