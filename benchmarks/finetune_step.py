@@ -78,9 +78,7 @@ def train_msfp(calibration: Calibration, task: TrainingTask, clock: Clock) -> No
     """Train as `msfp finetune` does with the default recipe until the clock stops it."""
     unet = find_denoisers(load_pipeline(calibration.source, "cpu"))["unet"]
     move_weights_(unet, calibration, "unet")
-    student = Student(
-        unet, calibration.table("unet"), calibration.scales["unet"], task.recipe, task.unit
-    )
+    student = Student(unet, calibration.table("unet"), calibration.scales["unet"], task.recipe)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "unet.safetensors"
         Trainer(student, task, path, Accelerator(cpu=True)).train(stop=clock.done)

@@ -132,7 +132,7 @@ def test_grey_and_large_pictures_fit_a_contact_sheet() -> None:
 
 def test_sheets_of_different_models_do_not_overwrite_each_other(tmp_path: Path) -> None:
     sheets = [
-        Sheet(title=title, pictures=[Image.new("RGB", (8, 8))])
+        Sheet(title=title, works=[Image.new("RGB", (8, 8))])
         for title in ("signed FP4", "MSFP W4A4")
     ]
     save_pictures(sheets, (None,), Sampling(seed=2), tmp_path / "out", overwrite=False)

@@ -10,6 +10,7 @@ commands of a run with it. So a setting is described in one place, where its def
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from msfp_cli.errors import UsageError
@@ -34,6 +35,7 @@ class Option:
         formerly: its key in files of earlier versions.
         before: what held in versions that did not have it, whose files lack it; None makes its
             absence an error.
+        later: whether files lack it where it is None, as those of versions that did not have it.
     """
 
     help: str
@@ -47,6 +49,7 @@ class Option:
     is_typed: bool = True
     formerly: str | None = None
     before: str | int | None = None
+    later: bool = False
 
     @property
     def name(self) -> str:
@@ -99,7 +102,10 @@ class Recipe:
     def to_json(self) -> dict[str, Json]:
         """Return plain JSON values."""
         values = asdict(self)
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+        for name, each in options_of(type(self)).items():
+            if each.later and values[name] is None:
+                del values[name]
+        return {key: _plain(value) for key, value in values.items()}
 
     @classmethod
     def from_json(cls: type[T], data: dict[str, Json]) -> T:
@@ -111,8 +117,13 @@ class Recipe:
         """
         options = options_of(cls)
         renamed = {each.formerly: name for name, each in options.items()}
-        values = {n: each.before for n, each in options.items() if each.before is not None}
+        values: dict[str, Json] = {
+            n: each.before for n, each in options.items() if each.before is not None
+        }
         values |= {renamed.get(key, key): value for key, value in data.items()}
+        for name, each in options.items():
+            if each.later:
+                values.setdefault(name, None)
         if odd := sorted(values.keys() ^ {each.name for each in fields(cls)}):
             raise ValueError(f"settings do not fit this version of msfp: key {odd[0]!r}")
         return read_fields(cls, values)
@@ -133,6 +144,13 @@ class Recipe:
             if each.is_typed and value != default_of(type(self), name):
                 words += _words(each, value)
         return words
+
+
+def _plain(value: Json) -> Json:
+    """Return the value of a field as JSON has it."""
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def options_of(recipe: type[Recipe]) -> dict[str, Option]:

@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from msfp_cli.checkpoint.pipeline import MSFPPipeline, read_configs
 from msfp_cli.files.directories import refuse_existing, replace_directory
-from msfp_cli.files.documents import Json
-from msfp_cli.pipelines.conditions import conditioning_of, expand_conditions, say_cut_prompts
+from msfp_cli.pipelines.conditions import conditioning_of, expand_conditions
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
-from msfp_cli.pipelines.sampling import Sampling, call_pipeline
+from msfp_cli.pipelines.media import Work, sample_rate_of, save, still
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline, say_conditions
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.run import Run
 
@@ -23,10 +24,17 @@ _TITLE_HEIGHT = 24  # pixels above a row of a contact sheet
 
 @dataclass(frozen=True, kw_only=True)
 class Sheet:
-    """Pictures of one model, in the order of the conditions."""
+    """What one model made, in the order of the conditions: pictures, videos or sound.
+
+    Arguments:
+        title: of the model.
+        works: one for each condition.
+        sample_rate: of sound, in Hertz.
+    """
 
     title: str
-    pictures: Sequence[Image.Image]
+    works: Sequence[Work]
+    sample_rate: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +49,7 @@ class Samples:
     sheet: Path
     num_pictures: int
 
-    def to_json(self) -> Json:
+    def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {"sheet": str(self.sheet), "pictures": self.num_pictures}
 
@@ -92,7 +100,7 @@ def sample_run(
             progress=progress,
         ).pipe
         conditions = expand_conditions(prompts, num_images, conditioning_of(pipe))
-        say_cut_prompts(pipe, conditions, progress)
+        say_conditions(pipe, conditions, sampling, progress)
         sheets = [make_pictures(pipe, conditions, sampling, title="MSFP", progress=progress)]
         if compare:
             source = ModelSource(**config.source)
@@ -113,13 +121,13 @@ def make_pictures(
     progress: Progress = SILENT,
 ) -> Sheet:
     """Make one picture per condition; picture i is drawn with seed ``sampling.seed + i``."""
-    pictures: list[Image.Image] = []
+    works: list[Work] = []
     with progress.task(f"Sampling {title}", len(conditions)) as advance:
         for first in range(0, len(conditions), sampling.batch_size):
             batch = conditions[first : first + sampling.batch_size]
-            pictures.extend(call_pipeline(pipe, batch, sampling, first=first))
+            works.extend(call_pipeline(pipe, batch, sampling, first=first))
             advance(len(batch))
-    return Sheet(title=title, pictures=pictures)
+    return Sheet(title=title, works=works, sample_rate=sample_rate_of(pipe))
 
 
 def save_pictures(
@@ -130,7 +138,7 @@ def save_pictures(
     *,
     overwrite: bool,
 ) -> Path:
-    """Write every picture as PNG, and a contact sheet with one row per model.
+    """Write all that was made, as PNG, GIF or WAV, and a contact sheet with one row per model.
 
     Returns:
         The path of the contact sheet.
@@ -142,14 +150,20 @@ def save_pictures(
     with replace_directory(directory, overwrite=overwrite) as temporary:
         for sheet in sheets:
             suffix = f"-{_slug(sheet.title)}" if several else ""
-            for i, picture in enumerate(sheet.pictures):
+            for i, work in enumerate(sheet.works):
                 condition = conditions[i]
                 prompt = "" if condition is None else f"{_slug(condition)[:40]}-"
-                picture.save(temporary / f"{i:03d}-{prompt}seed{sampling.seed + i}{suffix}.png")
+                name = f"{i:03d}-{prompt}seed{sampling.seed + i}{suffix}"
+                save(work, temporary / name, sheet.sample_rate)
         titles = [sheet.title for sheet in sheets] if several else []
-        contact = contact_sheet([sheet.pictures for sheet in sheets], titles=titles)
+        contact = contact_sheet([_stills(sheet) for sheet in sheets], titles=titles)
         contact.save(temporary / "sheet.png")
     return directory / "sheet.png"
+
+
+def _stills(sheet: Sheet) -> list[Image.Image]:
+    """Return a picture of each work."""
+    return [still(work) for work in sheet.works]
 
 
 def contact_sheet(

@@ -283,7 +283,7 @@ def test_fine_tuned_export_computes_bit_for_bit_what_was_trained(
     assert rounded.relative() == pytest.approx(error.relative(), rel=2e-2)
     assert (error.relative(), tuple(error.by_timestep())) == (last.error, last.by_timestep)
     assert last.error != tuned.history[0].error
-    assert tuned.unit == (1000.0 if name == "FluxPipeline" else 1.0)
+    assert tuned.clock.unit == (1000.0 if name == "FluxPipeline" else 1.0)
 
 
 def test_best_state_is_exported_and_not_the_last(

@@ -35,10 +35,7 @@ def test_members_are_those_of_the_exported_table(
     members = json.loads(msfp("inspect", "--json").stdout)["unet"]["members"]
     names = tuned_names(Calibration.load(tiny_tuned.run.calibration).table("unet"))
     table = member_table(inspected, names)
-    rows = [
-        table_index(timestep, inspected.unit)
-        for timestep in sorted(inspected.timesteps, reverse=True)
-    ]
+    rows = [table_index(timestep) for timestep in sorted(inspected.timesteps, reverse=True)]
     assert members == {name: table[rows, slot].tolist() for slot, name in enumerate(names)}
     assert any(len(set(row)) > 1 for row in members.values())
 

@@ -528,7 +528,7 @@ def test_unknown_denoising_factor_asks_for_the_plain_loss(
     fresh_run: FreshRun, msfp: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh_run()
-    monkeypatch.setattr(Recording, "factors", lambda recording: None)
+    monkeypatch.setattr(Recording, "factors", lambda recording, component: None)
     assert only_line(msfp("finetune", *OPTIONS), 1).endswith("is not known; use --loss plain")
     assert msfp("finetune", *OPTIONS, "--loss", "plain").exit_code == 0
 

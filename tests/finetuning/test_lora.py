@@ -38,7 +38,6 @@ SMALL = FinetuneRecipe(hub_size=3, rank=2)
 each_kind = pytest.mark.parametrize("kind", SHAPES)
 each_input = pytest.mark.parametrize("grid", INPUTS)
 few = settings(max_examples=25, deadline=None, derandomize=True)
-units = st.sampled_from([1.0, 1000.0])
 positions = st.floats(0, 1000)
 
 

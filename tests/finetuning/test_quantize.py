@@ -50,7 +50,7 @@ def test_members_by_timestep_are_those_of_the_table_from_noisy_to_clean(
 
 def router_of(tuned: FinetuneState, layers: int) -> Router:
     """Return the trained router as it was when the error was lowest."""
-    router = Router(layers, tuned.recipe.hub_size, tuned.unit, torch.Generator())
+    router = Router(layers, tuned.recipe.hub_size, torch.Generator())
     router.load_state_dict(
         {
             n.removeprefix("router."): t

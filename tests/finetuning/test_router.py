@@ -1,4 +1,3 @@
-import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from hypothesis import given, settings
@@ -9,7 +8,6 @@ from msfp_cli.finetuning.router import Router, equal_stretches
 from msfp_cli.layers.routing import TABLE_SIZE, table_index
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
-units = st.sampled_from([1.0, 1000.0])
 positions = st.floats(0, 1000)
 
 
@@ -17,8 +15,8 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def router(hub: int = 3, unit: float = 1.0, num_layers: int = 4, seed: int = 0) -> Router:
-    return Router(num_layers, hub, unit, torch.Generator().manual_seed(seed))
+def router(hub: int = 3, num_layers: int = 4, seed: int = 0) -> Router:
+    return Router(num_layers, hub, torch.Generator().manual_seed(seed))
 
 
 def members(model: Router, timestep: float) -> list[int]:
@@ -28,16 +26,15 @@ def members(model: Router, timestep: float) -> list[int]:
 
 def plain_softmax(model: Router, timestep: float) -> Tensor:
     """The router's formula, ``(layers, hub)``."""
-    row = torch.tensor([float(table_index(timestep, model.unit))])
+    row = torch.tensor([float(table_index(timestep))])
     hidden = nn.functional.silu(model.hidden(get_timestep_embedding(row, model.hidden.in_features)))
     return model.logits(hidden).view(model.num_layers, model.hub_size).softmax(dim=-1)
 
 
-@given(st.lists(positions, min_size=1, max_size=5), units)
+@given(st.lists(positions, min_size=1, max_size=5))
 @few
-def test_same_timestep_routes_the_same_way(asked: list[float], unit: float) -> None:
-    timesteps = [position / unit for position in asked]
-    one, other = router(unit=unit), router(unit=unit)
+def test_same_timestep_routes_the_same_way(timesteps: list[float]) -> None:
+    one, other = router(), router()
     first = {timestep: members(one, timestep) for timestep in timesteps}
     assert {timestep: members(one, timestep) for timestep in timesteps} == first
     assert {timestep: members(other, timestep) for timestep in reversed(timesteps)} == first
@@ -51,10 +48,10 @@ def test_other_timesteps_route_other_ways() -> None:
     assert not torch.equal(router(seed=1).table([0.0, 500.0]), model.table([0.0, 500.0]))
 
 
-@given(st.lists(positions, min_size=1, max_size=8), units)
+@given(st.lists(positions, min_size=1, max_size=8))
 @few
-def test_each_row_gets_its_own_timesteps_member(asked: list[float], unit: float) -> None:
-    model, timesteps = router(unit=unit), [position / unit for position in asked]
+def test_each_row_gets_its_own_timesteps_member(timesteps: list[float]) -> None:
+    model = router()
     own = [plain_softmax(model, timestep).argmax(dim=-1).tolist() for timestep in timesteps]
     for slot, choices in enumerate(model(timesteps)):
         assert [choice.rows[0] for choice in choices] == sorted(
@@ -65,11 +62,11 @@ def test_each_row_gets_its_own_timesteps_member(asked: list[float], unit: float)
         assert all(list(choice.rows) == sorted(choice.rows) for choice in choices)
 
 
-@given(st.lists(positions, min_size=1, max_size=8), units)
+@given(st.lists(positions, min_size=1, max_size=8))
 @few
-def test_every_row_passes_its_own_gradient_on(asked: list[float], unit: float) -> None:
-    model, upstream = router(unit=unit), draw(len(asked), 4, 3, seed=4)
-    timesteps, parameters = [position / unit for position in asked], list(model.parameters())
+def test_every_row_passes_its_own_gradient_on(timesteps: list[float]) -> None:
+    model, upstream = router(), draw(len(timesteps), 4, 3, seed=4)
+    parameters = list(model.parameters())
     got = torch.zeros(())
     for slot, choices in enumerate(model(timesteps, learning=True)):
         for choice in choices:
@@ -89,26 +86,23 @@ def test_nothing_is_passed_on_where_the_router_does_not_learn() -> None:
     assert all(choice.weights is None for choices in router()([500.0, 1.0]) for choice in choices)
 
 
-@given(st.lists(positions, min_size=1, max_size=8), units)
+@given(st.lists(positions, min_size=1, max_size=8))
 @few
 def test_table_is_the_routers_own_choice_at_the_timesteps_and_the_nearest_ones_between(
-    asked: list[float], unit: float
+    timesteps: list[float],
 ) -> None:
-    model, timesteps = router(unit=unit), [position / unit for position in asked]
+    model = router()
     table = model.table(timesteps)
     assert table.dtype == torch.uint8 and table.shape == (TABLE_SIZE, 4)
-    own = {table_index(timestep, unit): members(model, timestep) for timestep in timesteps}
+    own = {table_index(timestep): members(model, timestep) for timestep in timesteps}
     for row, choice in enumerate(table.tolist()):
         distance = min(abs(row - known) for known in own)
         assert choice in [own[known] for known in own if abs(row - known) == distance]
 
 
-@pytest.mark.parametrize("unit", [1.0, 1000.0])
-def test_router_begins_as_it_is_told_and_can_be_overturned(unit: float) -> None:
-    model = router(unit=unit)
-    told = {
-        t / unit: k for t, k in zip(range(980, -1, -49), [0] * 6 + [1] * 9 + [2] * 6, strict=True)
-    }
+def test_router_begins_as_it_is_told_and_can_be_overturned() -> None:
+    model = router()
+    told = dict(zip(range(980, -1, -49), [0] * 6 + [1] * 9 + [2] * 6, strict=True))
     model.begin_(told)
     for timestep, member in told.items():
         assert members(model, timestep) == [member] * 4

@@ -266,7 +266,7 @@ def test_only_hubs_inputs_and_router_learn(calibrated: Callable[[str], Run]) -> 
     calibration = Calibration.load(calibrated("DiTPipeline").calibration)
     (denoiser,) = find_denoisers(load_pipeline(calibration.source, "cpu")).values()
     table, scales = calibration.table("transformer"), calibration.scales["transformer"]
-    student = Student(denoiser, table, scales, FEW_UPDATES, unit=1.0)
+    student = Student(denoiser, table, scales, FEW_UPDATES)
     learning = {id(p) for parameters in student.trainable().values() for p in parameters.values()}
     assert learning == {id(p) for p in student.parameters() if p.requires_grad}
     multiplying = [name for name in scales if not table[name].lookup]

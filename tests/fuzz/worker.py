@@ -118,7 +118,9 @@ def _recording(directory: Path) -> str:
         for call in recording.calls()
     ]
     timesteps = [recording.timesteps(index, "unet") for index in range(recording.num_shards)]
-    return str((calls, timesteps, recording.num_calls(), recording.factors()))
+    return str(
+        (calls, timesteps, recording.num_calls(), recording.factors("unet"), recording.clocks())
+    )
 
 
 READERS: dict[str, dict[str, Reader]] = {

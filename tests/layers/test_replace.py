@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from msfp_cli.errors import CheckpointError, MsfpError
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import Grid
+from msfp_cli.layers.clock import Clock
 from msfp_cli.layers.quantized import QuantConv2d, Quantized, QuantLinear
 from msfp_cli.layers.replace import find_layers, quantized_layers, replace_layers_
 from msfp_cli.layers.routing import ROUTER, TABLE_SIZE, RouterTable
@@ -157,12 +158,12 @@ def test_layers_of_one_member_need_no_router() -> None:
     assert not net._forward_pre_hooks and not net._forward_hooks
 
 
-@pytest.mark.parametrize("unit", [1.0, 1000.0])
-def test_layers_of_several_members_share_a_router_in_the_order_of_their_names(unit: float) -> None:
+@pytest.mark.parametrize("clock", [Clock(), Clock(argument="t", scale=-1.0)], ids=str)
+def test_layers_of_several_members_share_a_router_in_the_order_of_their_names(clock: Clock) -> None:
     net = Net()
-    new = replace_layers_(net, HUBS, timestep_unit=unit)
+    new = replace_layers_(net, HUBS, clock=clock)
     router = net.get_submodule(ROUTER)
-    assert isinstance(router, RouterTable) and router.unit == unit
+    assert isinstance(router, RouterTable) and router.clock == clock
     assert router.table.shape == (TABLE_SIZE, 3)
     switching = ["blocks.0.0", "blocks.0.2", "odd.plain"]
     assert [new[name].slot for name in switching] == [0, 1, 2]

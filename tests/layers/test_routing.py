@@ -1,5 +1,4 @@
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -8,19 +7,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from msfp_cli.errors import MsfpError
+from msfp_cli.layers.clock import TRAINING_CLOCK, Clock
 from msfp_cli.layers.routing import (
     ROUTER,
     TABLE_SIZE,
     Route,
     RouterTable,
-    shared_timestep,
     table_index,
-    timestep_unit,
 )
 from tiny_pipelines import build_tiny
 
 relaxed = settings(max_examples=100, deadline=None, derandomize=True)
-units = st.sampled_from([1.0, 1000.0])
+clocks = st.sampled_from(
+    [Clock(), Clock(scale=1000.0), Clock(scale=-1000.0, offset=1000.0), Clock(scale=250, offset=9)]
+)
 NUM_LAYERS = 3
 
 
@@ -38,9 +38,9 @@ class Reader(nn.Module):
 class Denoiser(nn.Module):
     """Returns what its layers chose, after the arguments of diffusers' denoisers."""
 
-    def __init__(self, unit: float = 1.0) -> None:
+    def __init__(self, clock: Clock = TRAINING_CLOCK) -> None:
         super().__init__()
-        router = RouterTable(NUM_LAYERS, unit)
+        router = RouterTable(NUM_LAYERS, clock)
         router.table.copy_(random_table())
         self.readers = nn.ModuleList(Reader(router.route, slot) for slot in range(NUM_LAYERS))
         router.attach_(self)
@@ -64,67 +64,21 @@ def is_closed(denoiser: Denoiser) -> bool:
     return True
 
 
-@given(st.floats(0, 1000), units)
+@given(st.floats(0, 1000))
 @relaxed
-def test_row_is_the_nearest(position: float, unit: float) -> None:
-    timestep = position / unit
-    assert abs(table_index(timestep, unit) - timestep * unit) <= 0.5
+def test_row_is_the_nearest(timestep: float) -> None:
+    assert abs(table_index(timestep) - timestep) <= 0.5
 
 
-@given(st.floats(-1e6, 1e6), units)
+@given(st.floats(-1e6, 1e6))
 @relaxed
-def test_row_is_in_the_table_whatever_the_timestep(timestep: float, unit: float) -> None:
-    row = table_index(timestep, unit)
+def test_row_is_in_the_table_whatever_the_timestep(timestep: float) -> None:
+    row = table_index(timestep)
     assert 0 <= row < TABLE_SIZE
-    if timestep * unit >= TABLE_SIZE - 1:
+    if timestep >= TABLE_SIZE - 1:
         assert row == TABLE_SIZE - 1
     if timestep <= 0:
         assert row == 0
-
-
-@given(st.integers(0, TABLE_SIZE - 1), units)
-@relaxed
-def test_every_row_is_reached_by_its_own_timestep(row: int, unit: float) -> None:
-    assert table_index(row / unit, unit) == row
-    assert table_index(float(torch.tensor(row / unit, dtype=torch.float32)), unit) == row
-
-
-@pytest.mark.parametrize(
-    ("timesteps", "unit"),
-    [
-        ([999.0, 500.0, 0.0], 1.0),
-        ([1.5], 1.0),
-        ([1.0, 0.25], 1000.0),
-        ([0.999], 1000.0),
-        ([250.0, 1.0], 1.0),
-    ],
-)
-def test_flows_count_in_thousandths(timesteps: list[float], unit: float) -> None:
-    assert timestep_unit(timesteps) == timestep_unit(timesteps[::-1]) == unit
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        981,
-        981.0,
-        torch.tensor(981),
-        torch.tensor(981.0),
-        torch.tensor([981]),
-        torch.tensor([981.0] * 4, dtype=torch.float16),
-        torch.tensor([[981.0], [981.0]], requires_grad=True),
-    ],
-    ids=["int", "float", "0-d int", "0-d", "one", "batch", "column"],
-)
-def test_timestep_is_read_from_a_number_or_a_batch_that_shares_it(value: Any) -> None:  # noqa: ANN401 (as passed)
-    assert shared_timestep(value) == 981.0
-    assert type(shared_timestep(value)) is float
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float16], ids=str)
-def test_batch_of_several_timesteps_is_refused(dtype: torch.dtype) -> None:
-    with pytest.raises(MsfpError, match="several timesteps at once"):
-        shared_timestep(torch.tensor([981, 981, 980], dtype=dtype))
 
 
 def test_route_answers_only_while_it_is_open() -> None:
@@ -142,11 +96,12 @@ def test_route_answers_only_while_it_is_open() -> None:
         route.of(0)
 
 
-@given(st.floats(0, 1000), units)
+@given(st.floats(0, 1000), clocks)
 @settings(max_examples=30, deadline=None, derandomize=True)
-def test_layers_read_the_tables_row_of_the_called_timestep(position: float, unit: float) -> None:
-    denoiser, timestep = Denoiser(unit), position / unit
-    expected = random_table()[table_index(timestep, unit)].tolist()
+def test_layers_read_the_tables_row_of_the_called_timestep(position: float, clock: Clock) -> None:
+    denoiser = Denoiser(clock)
+    timestep = (position - clock.offset) / clock.scale
+    expected = random_table()[table_index(clock.read(timestep))].tolist()
     sample = torch.zeros(2, 1)
     assert denoiser(sample, timestep) == expected
     assert denoiser(sample, timestep=timestep) == expected
@@ -209,7 +164,7 @@ def test_table_keeps_its_type_when_the_denoiser_is_converted() -> None:
 @pytest.mark.parametrize("name", ["DDIMPipeline", "StableDiffusionPipeline"])
 def test_hooks_find_the_timestep_among_the_arguments_of_a_stock_denoiser(name: str) -> None:
     unet = build_tiny(name).unet
-    router, seen = RouterTable(NUM_LAYERS, 1.0), list[int]()
+    router, seen = RouterTable(NUM_LAYERS, TRAINING_CLOCK), list[int]()
     router.table.copy_(random_table())
     router.attach_(unet)
     unet.conv_out.register_forward_hook(lambda *_: seen.append(router.route.of(2)))

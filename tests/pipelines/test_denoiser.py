@@ -58,19 +58,16 @@ def pipe(**components: object) -> SimpleNamespace:
     return SimpleNamespace(components=components)
 
 
-@pytest.mark.parametrize("role", ["unet", "transformer", "transformer_2", "prior", "decoder"])
-def test_finds_the_denoiser_under_its_role(role: str) -> None:
-    denoiser = Denoiser()
-    assert find_denoisers(pipe(vae=nn.Linear(1, 1), **{role: denoiser})) == {role: denoiser}
-
-
-def test_finds_every_denoiser_of_a_cascade() -> None:
-    both = {"transformer": Denoiser(), "transformer_2": Denoiser()}
-    assert find_denoisers(pipe(**both, text_encoder=None)) == both
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"])
+def test_models_of_diffusers_that_decode_nothing_may_be_denoisers(name: str) -> None:
+    parts = build_tiny(name).components
+    denoiser = parts.get("unet") or parts["transformer"]
+    assert list(find_denoisers(pipe(**parts)).values()) == [denoiser]
+    assert find_denoisers(pipe(odd=denoiser, text_encoder=None)) == {"odd": denoiser}
 
 
 @pytest.mark.parametrize("wrong", [None, "unet", nn.Linear(2, 2), object()])
-def test_a_role_without_a_timestep_is_no_denoiser(wrong: object) -> None:
+def test_what_is_not_a_model_of_diffusers_is_no_denoiser(wrong: object) -> None:
     with pytest.raises(ModelError):
         find_denoisers(pipe(unet=wrong))
 

@@ -1,3 +1,4 @@
+import copy
 import inspect
 from typing import Any
 
@@ -105,12 +106,12 @@ class Scheduler:
 
 @pytest.mark.parametrize("own", [False, True], ids=["of the class", "of the object"])
 def test_steps_are_seen_and_not_changed(own: bool) -> None:
-    scheduler, seen = Scheduler(), list[tuple[Tensor, Tensor]]()
+    scheduler, seen = Scheduler(), list[tuple[object, Tensor, Tensor]]()
     output, sample = torch.randn(2, 3)
     if own:
         scheduler.step = scheduler.step
     before = scheduler.step
-    with watch_scheduler(scheduler, lambda output, result: seen.append((output, result))):
+    with watch_scheduler(scheduler, lambda *report: seen.append(report)):
         assert list(inspect.signature(scheduler.step).parameters) == [
             "model_output",
             "timestep",
@@ -122,15 +123,28 @@ def test_steps_are_seen_and_not_changed(own: bool) -> None:
             scheduler.step(model_output=output, timestep=7, sample=sample, eta=1.0),
         ):
             assert torch.equal(got, sample - 2 * output)
-    assert len(seen) == 2 and all(each[0] is output for each in seen)
-    assert all(torch.equal(result, sample - 2 * output) for _, result in seen)
+    assert [timestep for timestep, *_ in seen] == [7, 7]
+    assert all(each[1] is output for each in seen)
+    assert all(torch.equal(result, sample - 2 * output) for *_, result in seen)
     assert scheduler.step == before and ("step" in vars(scheduler)) == own
+
+
+def test_copy_of_a_scheduler_steps_by_itself_and_is_seen_as_well() -> None:
+    scheduler, seen = Scheduler(), list[object]()
+    scheduler.owner = "the first"
+    with watch_scheduler(scheduler, lambda timestep, *_: seen.append(timestep)):
+        twin = copy.deepcopy(scheduler)
+        twin.owner = "the copy"
+        assert twin.step.__self__ is twin
+        twin.step(draw(1), 5, draw(2))
+    assert seen == [5]
+    assert torch.equal(twin.step(draw(1), 4, draw(2)), draw(2) - draw(1))
 
 
 def test_what_has_no_steps_is_left_alone() -> None:
     with (
-        watch_scheduler(None, lambda output, result: pytest.fail("no step")),
-        watch_scheduler(object(), lambda output, result: None),
+        watch_scheduler(None, lambda *report: pytest.fail("no step")),
+        watch_scheduler(object(), lambda *report: None),
     ):
         pass
 
@@ -139,7 +153,7 @@ def test_scheduler_is_as_before_after_an_error() -> None:
     scheduler = Scheduler()
     with (
         pytest.raises(KeyboardInterrupt),
-        watch_scheduler(scheduler, lambda output, result: None),
+        watch_scheduler(scheduler, lambda *report: None),
     ):
         raise KeyboardInterrupt
     assert not vars(scheduler)

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from msfp_cli.errors import CheckpointError, ModelError, RunError
+from msfp_cli.layers.clock import Clock
 from msfp_cli.pipelines.denoiser import DenoiserCall
 from msfp_cli.recording.encode import size_bytes
 from msfp_cli.recording.result import Recording
@@ -134,10 +136,52 @@ def test_calls_of_one_component_are_counted_and_yielded_alone(tmp_path: Path) ->
 
 def test_denoising_factors_come_back_and_may_be_unknown(tmp_path: Path) -> None:
     known, unknown = make(tmp_path / "known", 1), make(tmp_path / "unknown", 1)
-    known.write_shard(0, [call()], [(981.0, 0.25), (1.0, 0.1)])
+    pairs = [(981.0, 0.25), (1.0, 0.1)]
+    known.write_shard(0, [call()], {"unet": pairs, "prior": None})
     unknown.write_shard(0, [call()])
-    assert known.factors() == [(981.0, 0.25), (1.0, 0.1)]
-    assert unknown.factors() is None
+    assert known.factors("unet") == pairs
+    assert known.factors("prior") is None
+    assert unknown.factors("unet") is None
+
+
+def test_clocks_come_back_and_are_those_of_the_first_shard_that_is_there(tmp_path: Path) -> None:
+    recording = make(tmp_path)
+    assert recording.clocks() is None
+    assert recording.clock("unet") == Clock()
+    clock = Clock(argument="t", scale=-1000.0, offset=1000.0)
+    recording.write_shard(1, [call()], {}, {"unet": clock})
+    assert recording.clocks() == {"unet": clock}
+    assert recording.clock("unet") == clock
+
+
+def as_before_clocks(recording: Recording, timesteps: list[float], factors: Any) -> None:  # noqa: ANN401 (JSON)
+    """Rewrite the header of the first shard as versions wrote it that had to guess the unit."""
+    path = recording.shard_path(0)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["record"])
+    del header["clocks"], header["sha256"]
+    for each, timestep in zip(header["calls"], timesteps, strict=True):
+        del each["time"], each["is_listed"]
+        each["timestep"] = timestep
+    header["factors"] = factors
+    save_file(load_file(path), path, {"record": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "unit"),
+    [([999.0, 0.0], 1.0), ([1.5, 0.5], 1.0), ([1.0, 0.25], 1000.0), ([0.999, 0.0], 1000.0)],
+    ids=str,
+)
+def test_timesteps_of_earlier_versions_are_read_in_their_unit(
+    tmp_path: Path, timesteps: list[float], unit: float
+) -> None:
+    recording = make(tmp_path, 1)
+    recording.write_shard(0, [call(9.0), call(5.0)])
+    as_before_clocks(recording, timesteps, [(750.0, 0.5)])
+    assert [each.timestep for each in recording.shard(0)] == [unit * t for t in timesteps]
+    assert recording.timesteps(0, "unet") == [unit * t for t in timesteps]
+    assert recording.clock("unet") == Clock(scale=unit)
+    assert recording.factors("unet") == [(750.0, 0.5)]
 
 
 def stored(recording: Recording) -> int:

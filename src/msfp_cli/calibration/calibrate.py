@@ -28,7 +28,6 @@ from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration, LayerChoice
 from msfp_cli.files.directories import refuse_existing
 from msfp_cli.pipelines.conditions import prompts_of
-from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
@@ -59,7 +58,7 @@ def calibrate_(
             leave no layer to quantize.
     """
     check_layers(pipe, recipe, SILENT)
-    denoisers = find_denoisers(pipe)
+    denoisers = {name: pipe.components[name] for name in recording.clocks() or {}}
     results = {}
     for component, denoiser in denoisers.items():
         layers = search_denoiser(component, denoiser, recording, recipe, progress)
@@ -69,6 +68,7 @@ def calibrate_(
         source=ModelSource.from_json(recording.recipe["source"]),
         record=RecordRecipe.from_json(recording.recipe["record"]),
         recipe=recipe,
+        clocks=recording.clocks(),
         layers={component: choices_of(layers) for component, layers in results.items()},
         scales={component: scales_of(layers) for component, layers in results.items()},
         multipliers={component: multipliers_of(layers) for component, layers in results.items()},

@@ -36,6 +36,7 @@ from msfp_cli.files.typed import read_fields, read_value
 from msfp_cli.formats.multipliers import refuse_multipliers
 from msfp_cli.formats.packing import packed_size
 from msfp_cli.formats.rounding import are_scales
+from msfp_cli.layers.clock import TRAINING_CLOCK, Clock
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.recording.recipe import RecordRecipe
@@ -181,6 +182,7 @@ class Calibration:
         held_out_error: relative squared error of the denoiser's output on held-out calls, by
             component.
         unused: layers that never ran and stay in floating point, by component.
+        clocks: what reads the timestep of a call, by component; None in files of earlier versions.
         options: of the command, those that differ from their defaults, as words; None in files
             of earlier versions. They are no part of an export.
     """
@@ -194,7 +196,12 @@ class Calibration:
     codes: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     held_out_error: Mapping[str, float] = field(default_factory=dict)
     unused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    clocks: Mapping[str, Clock] | None = None
     options: list[str] | None = None
+
+    def clock(self, component: str) -> Clock:
+        """Return what reads the timestep of a call of a component."""
+        return (self.clocks or {}).get(component, TRAINING_CLOCK)
 
     def table(self, component: str) -> dict[str, LayerScheme]:
         """Return the scheme of the component's quantized layers."""
@@ -258,6 +265,7 @@ class Calibration:
             "recipe": self.recipe.to_json(),
             "options": self.options,
             "held_out_error": dict(self.held_out_error),
+            "clocks": {name: clock.to_json() for name, clock in (self.clocks or {}).items()},
             "unused": {component: list(names) for component, names in self.unused.items()},
             "layers": {component: _to_json(layers) for component, layers in self.layers.items()},
         }

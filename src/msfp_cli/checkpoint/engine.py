@@ -1,7 +1,7 @@
 """Let an engine run the denoisers of an export, with conversions that lie beside it."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 from msfp_cli.engines.conversions import FOLDER
@@ -48,7 +48,7 @@ def device_of(kernel: str, device: str | None) -> str | None:
 
 def attach_engine_(
     pipe: Pipeline,
-    components: Iterable[str],
+    times: Mapping[str, str],
     kernel: str,
     directory: Path,
     progress: Progress,
@@ -57,12 +57,14 @@ def attach_engine_(
     """Let an engine run the denoisers of an export.
 
     Arguments:
+        times: by component, the argument that says what time it is.
         place: where to write new conversions; None for the user's cache.
     """
-    for component in components:
+    for component, time in times.items():
         attach_(
             getattr(pipe, component),
             _content(directory / component),
+            time=time,
             device=kernel.partition(":")[2],
             stored=directory / FOLDER,
             place=place,

@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from msfp_cli.calibration.quantize import quantize_
@@ -17,6 +18,7 @@ from msfp_cli.checkpoint.quantizer import (
     SCHEMA_VERSION,
     MSFPConfig,
     bytes_of_members,
+    clock_settings,
     mark_quantized_,
 )
 from msfp_cli.files.directories import refuse_existing, replace_directory
@@ -90,7 +92,7 @@ def load_calibrated(
         config = MSFPConfig(
             layers={name: layer.scheme.to_json() for name, layer in layers.items()},
             schema_version=NEWEST_SCHEMA if is_second else SCHEMA_VERSION,
-            timestep_unit=1.0 if learned is None else learned.unit,
+            **clock_settings(calibration.clock(component)),
             source=calibration.source.to_json(),
             sampling=calibration.record.arguments(),
             tool_version=__version__,
@@ -213,7 +215,8 @@ def save_pipeline(
 
 
 def _write(pipe: Pipeline, directory: Path, max_shard_size: str) -> None:
-    pipe.save_pretrained(directory, safe_serialization=True, max_shard_size=max_shard_size)
+    write = DiffusionPipeline.save_pretrained  # without what we add to it
+    write(pipe, directory, safe_serialization=True, max_shard_size=max_shard_size)
     tidy_(directory)
 
 

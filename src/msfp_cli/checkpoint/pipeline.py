@@ -1,6 +1,7 @@
 """`MSFPPipeline`: an exported checkpoint as a pipeline, with what only we know about it."""
 
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ def read_configs(directory: Path) -> dict[str, MSFPConfig]:
             "run `msfp calibrate` and `msfp export`"
         )
     return configs
+
+
+def times_of(configs: Mapping[str, MSFPConfig]) -> dict[str, str]:
+    """Return the argument that tells each denoiser what time it is."""
+    return {component: config.read_clock().argument for component, config in configs.items()}
 
 
 def _quantization_config(document: Json) -> dict[str, Any] | None:
@@ -88,17 +94,18 @@ def load_export(source: ModelSource, device: str | None, kernel: str) -> Pipelin
 
 
 class MSFPPipeline:
-    """A stock pipeline with quantized layers; call it as you would call the pipeline.
+    """What a stock pipeline with quantized layers can do besides.
 
-    Every attribute that is not defined here is the stock pipeline's own (``unet``, ``scheduler``,
-    ``to`` ...), so the wrapper can be used in its place. ``DiffusionPipeline.from_pretrained`` on
-    the same directory gives ``.pipe`` itself.
+    `from_pretrained` returns a pipeline of the class that the export names, which has these methods
+    as well. ``DiffusionPipeline.from_pretrained`` on the same directory gives it without them.
     """
 
-    def __init__(self, pipe: Pipeline, configs: dict[str, MSFPConfig]) -> None:
-        """Wrap a loaded pipeline; use `from_pretrained`."""
-        self.pipe = pipe
-        self.configs = configs
+    configs: dict[str, MSFPConfig]
+
+    @property
+    def pipe(self) -> Pipeline:
+        """The stock pipeline, which it is itself."""
+        return self
 
     @classmethod
     def from_pretrained(
@@ -111,7 +118,7 @@ class MSFPPipeline:
         keep_packed: bool = False,
         check: bool = True,
         progress: Progress = SILENT,
-    ) -> "MSFPPipeline":
+    ) -> Pipeline:
         """Load an exported directory.
 
         Arguments:
@@ -136,40 +143,30 @@ class MSFPPipeline:
         with nullcontext() if check else unchecked():
             pipe = load_pipeline(ModelSource(model=str(directory), dtype=name), device)
             if is_engine(kernel):
-                attach_engine_(pipe, configs, kernel, directory, progress)
+                attach_engine_(pipe, times_of(configs), kernel, directory, progress)
             else:
                 for component in configs:
                     prepare_(getattr(pipe, component), kernel, keep_packed=keep_packed)
-        return cls(pipe, configs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the pipeline's own signature)
-        """Call the stock pipeline."""
-        return self.pipe(*args, **kwargs)
-
-    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
-        """Set components and everything else on the stock pipeline, where it acts."""
-        if name in ("pipe", "configs"):
-            super().__setattr__(name, value)
-        else:
-            setattr(self.pipe, name, value)
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        """Hand everything else to the stock pipeline."""
-        if name == "pipe":  # not yet set, as while unpickling
-            raise AttributeError(name)
-        return getattr(self.pipe, name)
+        return _with_methods_(pipe, configs)
 
     def save_pretrained(
-        self, directory: str | Path, *, overwrite: bool = False, **options: str
+        self,
+        directory: str | Path,
+        *args: Any,  # noqa: ANN401 (diffusers' own)
+        overwrite: bool = False,
+        **options: Any,  # noqa: ANN401 (diffusers' own)
     ) -> None:
         """Write the pipeline again; what was loaded unchanged gives the same bytes.
 
         Arguments:
-            options: ``max_shard_size`` of a file of weights.
+            args, options: of diffusers; with others than ``max_shard_size``, diffusers writes.
         """
+        if args or options.keys() - {"max_shard_size"}:
+            super().save_pretrained(directory, *args, **options)  # type: ignore[misc]
+            return
         from msfp_cli.checkpoint.export import save_pipeline
 
-        save_pipeline(self.pipe, Path(directory), overwrite=overwrite, **options)
+        save_pipeline(self, Path(directory), overwrite=overwrite, **options)
 
     def describe(self) -> str:
         """Return what was quantized, from what, and how, as a few lines of text."""
@@ -198,3 +195,15 @@ class MSFPPipeline:
             "no kernel yet" if layer.kernel is None else layer.kernel.name for layer in layers
         )
         return ", ".join(f"{name} ({count})" for name, count in names.most_common())
+
+
+def _with_methods_(pipe: Pipeline, configs: dict[str, MSFPConfig]) -> Pipeline:
+    """Give a stock pipeline the methods of `MSFPPipeline`: its class gets a subclass of that name.
+
+    diffusers writes the name of the class, and finds related pipelines by it.
+    """
+    stock = type(pipe)
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    pipe.__class__ = type(stock.__name__, (MSFPPipeline, stock), names)
+    pipe.configs = configs
+    return pipe

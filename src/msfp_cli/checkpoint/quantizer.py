@@ -30,8 +30,8 @@ from msfp_cli.checkpoint.contents import Contents, exported_tensors, header_of, 
 from msfp_cli.checkpoint.hubs import fold, make_room_, unfold_
 from msfp_cli.checkpoint.weight_only import WeightEncoder
 from msfp_cli.errors import CheckpointError, MsfpError, UsageError
+from msfp_cli.layers.clock import Clock
 from msfp_cli.layers.replace import replace_layers_
-from msfp_cli.layers.routing import check_unit
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.version import __version__
 
@@ -61,8 +61,9 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
         keep: of such a model, rules ``PATTERN:BITS`` as in ``--keep`` of `msfp calibrate`.
         layers: per layer name, the JSON of `LayerScheme`: every layer's real formats, scale and
             zero point.
-        timestep_unit: what brings the denoiser's timesteps to 0..1000, the rows of the router's
-            table.
+        timestep_unit: what brings the denoiser's argument ``timestep`` to 0..1000, the rows of the
+            router's table; where no unit does, `clock` says how.
+        clock: the JSON of `Clock`.
         source: model, revision, variant and dtype that were quantized.
         sampling: steps and guidance that it was calibrated with, defaults for `msfp sample`.
         tool_version: version of msfp that wrote it.
@@ -76,6 +77,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
     keep: Sequence[str] = ()
     layers: dict[str, Any] = field(default_factory=dict)
     timestep_unit: float = 1.0
+    clock: dict[str, Any] | None = None
     source: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
     tool_version: str = ""
@@ -113,6 +115,16 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
         """Return how a model is quantized while it loads."""
         return CalibrateRecipe(weights=self.weights, activations=None, keep=tuple(self.keep))
 
+    def read_clock(self) -> Clock:
+        """Return what reads the timestep of a call.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        return (
+            Clock.of_unit(self.timestep_unit) if self.clock is None else Clock.from_json(self.clock)
+        )
+
     def table(self) -> dict[str, LayerScheme]:
         """Return the layers' schemes.
 
@@ -120,7 +132,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
             CheckpointError: an entry is damaged.
         """
         try:
-            check_unit(self.timestep_unit)
+            self.read_clock()
             return {name: LayerScheme.from_json(entry) for name, entry in self.layers.items()}
         except (KeyError, TypeError, ValueError, AttributeError, MsfpError) as error:
             raise CheckpointError(
@@ -129,7 +141,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: what was done, not what was asked for."""
-        return {
+        values = {
             "quant_method": METHOD,
             "schema_version": self.schema_version,
             "tool_version": self.tool_version,
@@ -138,6 +150,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
             "timestep_unit": self.timestep_unit,
             "layers": self.layers,
         }
+        return values if self.clock is None else {**values, "clock": self.clock}
 
 
 class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is untyped
@@ -193,7 +206,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
             self._encoder = WeightEncoder(model, config.recipe())
             return
         self._contents.refuse_other_model(model)
-        replace_layers_(model, config.table(), timestep_unit=config.timestep_unit)
+        replace_layers_(model, config.table(), clock=config.read_clock())
         make_room_(model, self._contents.tensors)
         self._contents.refuse_misfit(model)
         del self._contents  # which keeps the files open
@@ -272,6 +285,13 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
     def is_compileable(self) -> bool:
         """Whether ``torch.compile`` may be used."""
         return True
+
+
+def clock_settings(clock: Clock) -> dict[str, Any]:
+    """Return the fields of a config that say how a denoiser is told the time."""
+    if clock.unit is None:
+        return {"clock": clock.to_json()}
+    return {"timestep_unit": clock.unit}
 
 
 def weight_only_config(schemes: dict[str, Any], origin: dict[str, Any] | None = None) -> MSFPConfig:

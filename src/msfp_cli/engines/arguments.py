@@ -30,15 +30,18 @@ class Call(NamedTuple):
     tensors: dict[str, Tensor]
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> "Call":
+    def of(cls, arguments: Mapping[str, Any], time: str = "timestep") -> "Call":
         """Describe a call by its arguments.
+
+        Arguments:
+            time: the argument that says what time it is.
 
         Raises:
             UsageError: an argument is neither a tensor nor a plain value.
         """
         tensors = dict[str, Tensor]()
         given = dict(arguments)
-        given["timestep"] = torch.as_tensor(given["timestep"]).float()
+        given[time] = torch.as_tensor(given[time]).float()
         tree = {name: _describe(value, name, tensors) for name, value in given.items()}
         return cls(tree, tensors)
 

@@ -75,6 +75,7 @@ def attach_(
     denoiser: Denoiser,
     content: str,
     *,
+    time: str = "timestep",
     device: str = "",
     stored: Path | None = None,
     place: Path | None = None,
@@ -84,6 +85,7 @@ def attach_(
 
     Arguments:
         content: what tells the denoiser from others, such as a digest of its files.
+        time: the argument that says what time it is.
         device: OpenVINO's name of it, such as CPU, GPU or NPU; empty for the CPU.
         stored: where to look for a conversion first, the folder in an export.
         place: where to write a new one; None for the user's cache.
@@ -100,7 +102,8 @@ def attach_(
         )
     place = place or conversions.cache_directory()
     places = [place] if stored is None else [stored, place]
-    engine = Engine(denoiser, openvino, device, f"{content} {denoiser.dtype}", places, progress)
+    identity = f"{content} {denoiser.dtype}"
+    engine = Engine(denoiser, openvino, device, identity, places, progress, time)
     denoiser.forward = engine.forward
     _refuse_methods_(denoiser, _CHANGES)
     return engine
@@ -147,7 +150,9 @@ class Engine:
         content: str,
         places: Sequence[Path],
         progress: Progress,
+        time: str = "timestep",
     ) -> None:
+        self._time = time
         self.device = device
         self._denoiser = denoiser
         self._openvino = openvino
@@ -189,7 +194,7 @@ class Engine:
             _refuse("torch.compile")
         arguments = dict(self._signature.bind(*args, **kwargs).arguments)
         is_wrapped = arguments.pop("return_dict", True)
-        call = Call.of(arguments)
+        call = Call.of(arguments, self._time)
         if torch.is_grad_enabled() and any(_needs_gradient(value) for value in arguments.values()):
             raise UsageError(f"kernel {NAME!r} has no gradients; load with another kernel")
         with self._lock:

@@ -56,7 +56,7 @@ def measure_cost(
     """
     job = {
         "source": source.to_json(),
-        "sampling": sampling.arguments(),
+        "sampling": Sampling(**sampling.settings()).to_json(),
         "conditions": list(conditions),
         "device": device,
         "kernel": kernel,
@@ -105,7 +105,7 @@ def _measure(job: Json) -> Cost:
     else:
         pipe = load_export(source, job["device"], job["kernel"])
     load_seconds = time.perf_counter() - start
-    sampling = Sampling(**job["sampling"])
+    sampling = Sampling.from_json(job["sampling"])
     seconds = []
     for _ in range(1 + _TURNS):
         start = time.perf_counter()

@@ -22,7 +22,7 @@ from torch import Tensor
 from msfp_cli.errors import ModelError, RunError
 from msfp_cli.files.documents import open_tensors, read_json, write_json, write_tensors
 from msfp_cli.pipelines.loading import Pipeline
-from msfp_cli.pipelines.sampling import call_pipeline
+from msfp_cli.pipelines.sampling import draw_stills
 from msfp_cli.pipelines.watch import watch_scheduler
 from msfp_cli.processes import ALONE, Processes
 from msfp_cli.progress import SILENT, Progress
@@ -95,10 +95,8 @@ class Gallery:
                 first = index * recipe.batch_size
                 conditions = recipe.conditions[first : first + recipe.batch_size]
                 with watch_samples(pipe) as samples:
-                    pictures = call_pipeline(pipe, conditions, recipe, first=first)
-                stacked = torch.from_numpy(
-                    np.stack([np.asarray(each.convert("RGB")) for each in pictures])
-                )
+                    pictures = draw_stills(pipe, conditions, recipe, first=first)
+                stacked = torch.from_numpy(np.stack([np.asarray(each) for each in pictures]))
                 tensors = {
                     "latents": samples[-1].detach().float().cpu().contiguous(),
                     "pictures": stacked.permute(0, 3, 1, 2).contiguous(),
@@ -137,7 +135,7 @@ def watch_samples(pipe: Pipeline) -> Iterator[list[Tensor]]:
         )
     samples: list[Tensor] = []
 
-    def keep(model_output: Tensor, result: Sequence[Tensor]) -> None:
+    def keep(timestep: object, model_output: Tensor, result: Sequence[Tensor]) -> None:
         samples[:] = [result[0]]
 
     with watch_scheduler(scheduler, keep):

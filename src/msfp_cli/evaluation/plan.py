@@ -13,9 +13,9 @@ from msfp_cli.pipelines.conditions import (
     conditioning_of,
     conditions_for,
     prompts_of,
-    say_cut_prompts,
 )
 from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, Pipeline, default_prompts
+from msfp_cli.pipelines.sampling import say_conditions
 from msfp_cli.processes import Processes
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordRecipe
@@ -134,8 +134,9 @@ def pictures_to_draw(
         prompts = _unrecorded_prompts(provenance, source)
     pool = conditions_for(full, source, prompts, recipe.num_images)
     conditions = tuple(pool[i % len(pool)] for i in range(recipe.num_images))
-    say_cut_prompts(full, conditions, progress)
-    return RecordRecipe.of(conditions, recipe.or_else(provenance.sampling))
+    record = RecordRecipe.of(conditions, recipe.or_else(provenance.sampling))
+    say_conditions(full, conditions, record, progress)
+    return record
 
 
 def _unrecorded_prompts(provenance: Provenance, source: ModelSource) -> tuple[str, ...]:

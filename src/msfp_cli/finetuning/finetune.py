@@ -94,7 +94,6 @@ def _trainer(
         calibration.table(component),
         calibration.scales[component],
         recipe,
-        task.unit,
         calibration.multipliers.get(component, {}),
     )
     trainer = Trainer(student, task, run.finetuned(component), accelerator)

@@ -41,7 +41,7 @@ def member_table(state: FinetuneState, layers: Sequence[str]) -> Tensor:
     Returns:
         uint8 ``(1001, layers)``.
     """
-    router = Router(len(layers), state.recipe.hub_size, state.unit, torch.Generator())
+    router = Router(len(layers), state.recipe.hub_size, torch.Generator())
     best = state.tensors_of("best")
     # A hub of one has an untrained router, which is not saved: it keeps its initial weights.
     initial = router.state_dict()
@@ -52,7 +52,7 @@ def member_table(state: FinetuneState, layers: Sequence[str]) -> Tensor:
 def member_by_timestep(state: FinetuneState, layers: Sequence[str]) -> dict[str, list[int]]:
     """Return for each layer the member that serves each trained timestep, from noisy to clean."""
     timesteps = sorted(state.timesteps, reverse=True)
-    rows = [table_index(timestep, state.unit) for timestep in timesteps]
+    rows = [table_index(timestep) for timestep in timesteps]
     table = member_table(state, layers)[rows]
     return {name: table[:, slot].tolist() for slot, name in enumerate(layers)}
 
@@ -148,7 +148,7 @@ def _store_members_(
     """
     best = state.tensors_of("best")
     layers = find_layers(denoiser)
-    for name, quantized in replace_layers_(denoiser, schemes, timestep_unit=state.unit).items():
+    for name, quantized in replace_layers_(denoiser, schemes, clock=state.clock).items():
         weight = layers.pop(name).weight.detach()
         scale = scales[name]
         factors = multipliers.get(name)

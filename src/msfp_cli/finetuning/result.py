@@ -28,7 +28,7 @@ from msfp_cli.files.documents import (
 )
 from msfp_cli.files.typed import read_fields
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.layers.routing import check_unit
+from msfp_cli.layers.clock import Clock
 from msfp_cli.run import Run
 
 _SCHEMA = 1
@@ -60,8 +60,8 @@ class FinetuneState:
     Arguments:
         recipe: how it is trained.
         calibration: identity of the calibration it began with, see `Calibration.identity`.
-        unit: what brings its timesteps to 0..1000.
-        timesteps: those it is trained at, in its own unit.
+        clock: reads the timestep of its calls.
+        timesteps: those it is trained at, 1000 (noise) to 0 (clean).
         step: updates done.
         history: the evaluations so far; the first is the calibrated model.
         losses: of the updates since the last evaluation.
@@ -71,7 +71,7 @@ class FinetuneState:
 
     recipe: FinetuneRecipe
     calibration: str
-    unit: float
+    clock: Clock
     timesteps: tuple[float, ...]
     step: int
     history: tuple[HeldOutMeasurement, ...]
@@ -115,7 +115,7 @@ class FinetuneState:
             "schema": _SCHEMA,
             "recipe": self.recipe.to_json(),
             "calibration": self.calibration,
-            "unit": self.unit,
+            "clock": self.clock.to_json(),
             "timesteps": list(self.timesteps),
             "step": self.step,
             "history": [asdict(evaluation) for evaluation in self.history],
@@ -157,11 +157,31 @@ class FinetuneState:
     def _from_document(cls, document: Json, tensors: dict[str, Tensor]) -> "FinetuneState":
         """Put together what the file's header and its tensors say."""
         own = {key: value for key, value in document.items() if key not in ("schema", "digest")}
+        if "clock" not in own:
+            own = _in_thousandths(own)
         state = read_fields(cls, own, tensors=tensors)
-        check_unit(state.unit)
         if not state.history:
             raise ValueError("its history is empty")
         return state
+
+
+def _in_thousandths(document: Json) -> Json:
+    """Return what a file of earlier versions says, whose timesteps are in the denoiser's unit."""
+    rest = dict(document)
+    clock = Clock.of_unit(rest.pop("unit"))
+    rest["clock"] = clock.to_json()
+    rest["timesteps"] = [timestep * clock.scale for timestep in rest["timesteps"]]
+    rest["shares"] = _scaled(rest["shares"], clock.scale)
+    rest["history"] = [
+        {**each, "by_timestep": _scaled(each["by_timestep"], clock.scale)}
+        for each in rest["history"]
+    ]
+    return rest
+
+
+def _scaled(pairs: Json, scale: float) -> list[tuple[float, float]]:
+    """Return (timestep, value) pairs with timesteps in another unit."""
+    return [(timestep * scale, value) for timestep, value in pairs]
 
 
 def load_finetunings(run: Run, calibration: Calibration) -> dict[str, FinetuneState]:

@@ -87,17 +87,13 @@ class Router(nn.Module):
 
     Arguments:
         num_layers, hub_size: shape of the choice.
-        unit: the factor that maps timesteps to 0..1000, see `routing.timestep_unit`.
         generator: draws the initial weights.
     """
 
-    def __init__(
-        self, num_layers: int, hub_size: int, unit: float, generator: torch.Generator
-    ) -> None:
+    def __init__(self, num_layers: int, hub_size: int, generator: torch.Generator) -> None:
         super().__init__()
         self.num_layers = num_layers
         self.hub_size = hub_size
-        self.unit = unit
         self.hidden = nn.Linear(_EMBEDDING, _EMBEDDING)
         self.logits = nn.Linear(_EMBEDDING, num_layers * hub_size)
         for layer in (self.hidden, self.logits):
@@ -106,7 +102,7 @@ class Router(nn.Module):
 
     def _features(self, timesteps: Iterable[float]) -> Tensor:
         """Return what the logits are linear in, ``(timesteps, 64)``."""
-        index = torch.tensor([float(table_index(timestep, self.unit)) for timestep in timesteps])
+        index = torch.tensor([float(table_index(timestep)) for timestep in timesteps])
         embedding = get_timestep_embedding(index.to(self.hidden.weight.device), _EMBEDDING)
         return nn.functional.silu(self.hidden(embedding.to(self.hidden.weight)))
 
@@ -160,8 +156,8 @@ class Router(nn.Module):
             timesteps: those that the hub was trained at. A row between them gets the choice of the
                 nearest, because no member was trained for what the router would say there.
         """
-        trained = sorted({table_index(timestep, self.unit) for timestep in timesteps})
-        members = {row: [choice.member for (choice,) in self([row / self.unit])] for row in trained}
+        trained = sorted({table_index(timestep) for timestep in timesteps})
+        members = {row: [choice.member for (choice,) in self([row])] for row in trained}
         rows = [members[_nearest(trained, row)] for row in range(TABLE_SIZE)]
         return torch.tensor(rows, dtype=torch.uint8)
 

@@ -41,7 +41,6 @@ class Student(nn.Module):
         table, scales: calibrated schemes and weight scales, by layer name.
         recipe: hub size, rank, initialisation, seed.
         multipliers: of the weights in groups, by layer name.
-        unit: the factor that maps its timesteps to 0..1000, see `routing.timestep_unit`.
     """
 
     def __init__(
@@ -50,7 +49,6 @@ class Student(nn.Module):
         table: Mapping[str, LayerScheme],
         scales: Mapping[str, Tensor],
         recipe: FinetuneRecipe,
-        unit: float,
         multipliers: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         super().__init__()
@@ -62,7 +60,7 @@ class Student(nn.Module):
         self.layers, self.route = tune_layers_(
             denoiser, table, scales, recipe, generator, multipliers
         )
-        self.router = Router(len(self.layers), recipe.hub_size, unit, generator)
+        self.router = Router(len(self.layers), recipe.hub_size, generator)
         self.router.to(next(denoiser.parameters()).device)
 
     @contextmanager

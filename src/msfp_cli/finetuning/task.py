@@ -16,7 +16,7 @@ from msfp_cli.errors import RunError
 from msfp_cli.finetuning.batches import Batches
 from msfp_cli.finetuning.load import Material
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.layers.routing import timestep_unit
+from msfp_cli.layers.clock import Clock
 from msfp_cli.pipelines.denoiser import DenoiserCall, call_with
 from msfp_cli.pipelines.denoising_factor import loss_weights
 from msfp_cli.recording.compare import relative_error
@@ -32,6 +32,7 @@ class TrainingTask:
     Arguments:
         recipe: learning rates, updates, calls per update.
         calibration: identity of the calibration that the student begins with.
+        clock: reads the timestep of the denoiser's calls.
         batches: the rows of each update.
         weights: loss weight of each timestep.
         held_out: calls to measure on.
@@ -39,14 +40,10 @@ class TrainingTask:
 
     recipe: FinetuneRecipe
     calibration: str
+    clock: Clock
     batches: Batches = field(repr=False)
     weights: dict[float, float]
     held_out: list[DenoiserCall] = field(repr=False)
-
-    @property
-    def unit(self) -> float:
-        """The factor that maps the denoiser's timesteps to 0..1000."""
-        return timestep_unit(self.batches.timesteps)
 
     def row_weights(self, timesteps: Sequence[float]) -> list[float]:
         """Return the factor of each row's error in the loss, a mean over the rows of an update.
@@ -73,12 +70,12 @@ def training_task(material: Material, component: str, recipe: FinetuneRecipe) ->
         calls_per_update=recipe.calls_per_update,
         seed=recipe.seed,
     )
-    unit = timestep_unit(batches.timesteps)
     return TrainingTask(
         recipe=recipe,
         calibration=material.calibration.identity(),
+        clock=recording.clock(component),
         batches=batches,
-        weights=timestep_weights(batches.timesteps, recording.factors(), recipe, unit),
+        weights=timestep_weights(batches.timesteps, recording.factors(component), recipe),
         held_out=list(material.held_out.calls(component)),
     )
 
@@ -87,16 +84,14 @@ def timestep_weights(
     timesteps: Sequence[float],
     factors: Sequence[tuple[float, float]] | None,
     recipe: FinetuneRecipe,
-    unit: float,
 ) -> dict[float, float]:
     """Return the loss weight of each recorded timestep, of mean 1.
 
     Arguments:
-        timesteps: in the denoiser's own unit.
-        factors: the sampler's (timestep, denoising factor) pairs, see `Recording.factors`.
+        timesteps: those that were recorded.
+        factors: (timestep, denoising factor) pairs, see `Recording.factors`.
         recipe: its loss is ``plain`` for equal weights, ``dfa`` for weights proportional to a power
             of the factor.
-        unit: the factor that maps the denoiser's timesteps to the sampler's.
 
     Raises:
         RunError: the loss is ``dfa`` and the factors are not known.
@@ -107,10 +102,10 @@ def timestep_weights(
         raise RunError(
             "the denoising factor of this pipeline's scheduler is not known; use --loss plain"
         )
-    sampler_timesteps, sampler_factors = torch.tensor(factors, dtype=torch.float64).unbind(dim=1)
-    ours = torch.tensor(timesteps, dtype=torch.float64) * unit
-    nearest = (ours[:, None] - sampler_timesteps).abs().argmin(dim=1)
-    weights = loss_weights(sampler_factors[nearest], power=recipe.loss_power)
+    known_timesteps, known_factors = torch.tensor(factors, dtype=torch.float64).unbind(dim=1)
+    ours = torch.tensor(timesteps, dtype=torch.float64)
+    nearest = (ours[:, None] - known_timesteps).abs().argmin(dim=1)
+    weights = loss_weights(known_factors[nearest], power=recipe.loss_power)
     return dict(zip(timesteps, weights.tolist(), strict=True))
 
 

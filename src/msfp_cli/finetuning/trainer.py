@@ -245,7 +245,7 @@ class Trainer:
         return FinetuneState(
             recipe=self.recipe,
             calibration=self.task.calibration,
-            unit=self.task.unit,
+            clock=self.task.clock,
             timesteps=tuple(self.batches.timesteps),
             step=self.step,
             history=tuple(self.history),

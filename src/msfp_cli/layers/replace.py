@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from msfp_cli.errors import CheckpointError, UsageError
 from msfp_cli.layers.base import FloatLayer
+from msfp_cli.layers.clock import TRAINING_CLOCK, Clock
 from msfp_cli.layers.quantized import Quantized, find_kind, kind_of
 from msfp_cli.layers.routing import RouterTable
 from msfp_cli.layers.scheme import LayerScheme
@@ -47,7 +48,7 @@ def replace_module_(denoiser: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def replace_layers_(
-    denoiser: nn.Module, table: Mapping[str, LayerScheme], *, timestep_unit: float = 1.0
+    denoiser: nn.Module, table: Mapping[str, LayerScheme], *, clock: Clock = TRAINING_CLOCK
 ) -> dict[str, Quantized]:
     """Put an empty quantized layer in the place of each float layer that `table` names.
 
@@ -55,7 +56,7 @@ def replace_layers_(
     module `routing.ROUTER`.
 
     Arguments:
-        timestep_unit: what brings the denoiser's timesteps to 0..1000, for the router.
+        clock: reads the timestep of the denoiser's calls, for the router.
 
     Returns:
         The new layers by name; they have the settings and the bias of the old ones, and no codes
@@ -74,7 +75,7 @@ def replace_layers_(
     replaced = {name: _quantize_empty(name, layers[name], table[name]) for name in table}
     for name, new in replaced.items():
         replace_module_(denoiser, name, new)
-    _attach_router_(denoiser, replaced, timestep_unit)
+    _attach_router_(denoiser, replaced, clock)
     if answer_for_weights not in denoiser._state_dict_hooks.values():
         denoiser._register_state_dict_hook(answer_for_weights)
     return replaced
@@ -136,13 +137,13 @@ def _quantize_empty(name: str, layer: FloatLayer, scheme: LayerScheme) -> Quanti
     return kind.quantized_class(layer, scheme)
 
 
-def _attach_router_(denoiser: nn.Module, layers: Mapping[str, Quantized], unit: float) -> None:
+def _attach_router_(denoiser: nn.Module, layers: Mapping[str, Quantized], clock: Clock) -> None:
     """Give the layers whose hub has several members a common router, if there are any."""
     switching = [layers[name] for name in sorted(layers) if layers[name].scheme.hub > 1]
     if not switching:
         return
     router = RouterTable(
-        len(switching), unit, device=switching[0].get_buffer("weight_scale").device
+        len(switching), clock, device=switching[0].get_buffer("weight_scale").device
     )
     for slot, layer in enumerate(switching):
         layer.route = router.route

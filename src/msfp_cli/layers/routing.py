@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from msfp_cli.errors import MsfpError
+from msfp_cli.layers.clock import Clock
 
-TABLE_SIZE = 1001  # timesteps 0..1000, or 0..1 in thousandths
+TABLE_SIZE = 1001  # timesteps 0..1000
 ROUTER = "msfp_router"  # the name of the table among a denoiser's modules
 
 T = TypeVar("T")
@@ -82,49 +83,9 @@ def _is_recorded() -> bool:
     return torch.compiler.is_compiling() or torch.jit._trace.is_tracing()
 
 
-def table_index(timestep: float, unit: float) -> int:
-    """Return the row of the table that serves a timestep.
-
-    Arguments:
-        unit: the factor that brings timesteps to 0..1000, see `timestep_unit`.
-    """
-    return min(max(round(timestep * unit), 0), TABLE_SIZE - 1)
-
-
-def timestep_unit(timesteps: Sequence[float]) -> float:
-    """Return the factor that brings timesteps to 0..1000.
-
-    It is 1000 for flow models, whose time runs from 1 to 0, and otherwise 1.
-    """
-    return 1000.0 if max(timesteps) <= 1.0 else 1.0
-
-
-def check_unit(unit: float) -> float:
-    """Return a unit of timesteps as `timestep_unit` makes it.
-
-    Raises:
-        ValueError: it is another number.
-    """
-    if unit not in (1.0, 1000.0):
-        raise ValueError(f"a timestep unit of {unit} is neither 1 nor 1000")
-    return float(unit)
-
-
-def shared_timestep(value: Any) -> float:  # noqa: ANN401 (tensor or number, as the pipeline passes it)
-    """Return the timestep of a call, whose batch has to share one.
-
-    Raises:
-        MsfpError: the rows of the batch are at several timesteps.
-    """
-    if not isinstance(value, Tensor):
-        return float(value)
-    values = value.detach().reshape(-1).cpu().double()
-    if (values != values[0]).any():
-        raise MsfpError(
-            "the denoiser was called with several timesteps at once; "
-            "a router needs one for the whole batch"
-        )
-    return float(values[0])
+def table_index(timestep: float) -> int:
+    """Return the row of the table that serves a timestep, 1000 (noise) to 0 (clean)."""
+    return min(max(round(timestep), 0), TABLE_SIZE - 1)
 
 
 class _Row(Sequence[int]):
@@ -153,14 +114,14 @@ class RouterTable(nn.Module):
 
     Arguments:
         num_layers: layers that switch, in the order of their names.
-        unit: see `timestep_unit`.
+        clock: reads the timestep of a call.
 
     The table is the buffer ``table``, uint8, ``(1001, num_layers)``.
     """
 
-    def __init__(self, num_layers: int, unit: float, device: torch.device | None = None) -> None:
+    def __init__(self, num_layers: int, clock: Clock, device: torch.device | None = None) -> None:
         super().__init__()
-        self.unit = unit
+        self.clock = clock
         self.route = Route[int | Tensor]()
         self.register_buffer(
             "table", torch.zeros(TABLE_SIZE, num_layers, dtype=torch.uint8, device=device)
@@ -171,34 +132,36 @@ class RouterTable(nn.Module):
 
         This is ``forward`` because offloaders bring a module's tensors back for that.
         """
-        row: list[int] = self.get_buffer("table")[table_index(timestep, self.unit)].tolist()
+        row: list[int] = self.get_buffer("table")[table_index(timestep)].tolist()
         return row
 
     def compiled_choices(self, timestep: Tensor) -> Sequence[Tensor]:
         """Return the same as tensors, int64 of one element, for a graph that serves every timestep.
 
-        A compiled call cannot look whether the rows of a batch share their timestep; the first
-        row's counts.
+        Arguments:
+            timestep: the argument of the call that says what time it is.
         """
-        row = (timestep.reshape(-1)[:1].double() * self.unit).round().clamp(0, TABLE_SIZE - 1)
+        row = self.clock.traced(timestep).round().clamp(0, TABLE_SIZE - 1)
         return torch.split(self.get_buffer("table").index_select(0, row.long())[0].long(), 1)
 
     def attach_(self, denoiser: nn.Module) -> None:
         """Become a module of the denoiser and listen to its calls."""
         denoiser.add_module(ROUTER, self)
         names = list(inspect.signature(denoiser.forward).parameters)
-        self._position = names.index("timestep") if "timestep" in names else len(names)
+        argument = self.clock.argument
+        self._position = names.index(argument) if argument in names else len(names)
         denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
         denoiser.register_forward_hook(self._after, always_call=True)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = args[self._position] if len(args) > self._position else kwargs.get("timestep")
+        is_positional = len(args) > self._position
+        timestep = args[self._position] if is_positional else kwargs.get(self.clock.argument)
         if timestep is None:
             raise MsfpError("the denoiser was called without its timestep, which its router needs")
         if _is_recorded() and isinstance(timestep, Tensor):
             self.route.open(self.compiled_choices(timestep))
         else:
-            self.route.open(_Row(self, shared_timestep(timestep)))
+            self.route.open(_Row(self, self.clock.read(timestep)))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
         self.route.close()

@@ -15,7 +15,16 @@ _MAX_PICTURES = 10_000  # of a contact sheet
 def conditioning_of(pipe: Pipeline) -> str:
     """Say what a pipeline is conditioned on: ``prompt``, ``class_labels`` or ``none``."""
     parameters = inspect.signature(pipe.__call__).parameters
-    return next((kind for kind in ("prompt", "class_labels") if kind in parameters), "none")
+    if "prompt" in parameters:
+        return "prompt"
+    return "class_labels" if "class_labels" in parameters and _num_classes(pipe) else "none"
+
+
+def _num_classes(pipe: Pipeline) -> int:
+    """Return how many classes a denoiser tells apart, 0 if none."""
+    if getattr(pipe, "transformer", None) is not None:
+        return int(pipe.transformer.config.get("num_embeds_ada_norm") or 1000)
+    return int(pipe.unet.config.get("num_class_embeds") or 0)
 
 
 def prompts_of(prompts: Path | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -69,7 +78,7 @@ def conditions_for(
         return prompts[:num_images]
     if kind == "prompt":
         return default_prompts(source.model)[:num_images]
-    classes = int(pipe.transformer.config.get("num_embeds_ada_norm") or 1000)
+    classes = _num_classes(pipe)
     return tuple(str(i * classes // num_images) for i in range(num_images))
 
 
@@ -132,8 +141,10 @@ def _is_cut(pipe: Pipeline, prompt: str, limits: Mapping[str, int]) -> bool:
 def arguments_of(pipe: Pipeline, conditions: Sequence[str | None]) -> dict[str, Any]:
     """Return the arguments that pass one condition per image."""
     kind = conditioning_of(pipe)
+    parameters = inspect.signature(pipe.__call__).parameters
+    size = {"batch_size": len(conditions)} if "batch_size" in parameters else {}
     if kind == "none":
-        return {"batch_size": len(conditions)}
+        return size
     if any(condition is None for condition in conditions):
         raise UsageError(
             f"{type(pipe).__name__} needs a prompt for every picture; give --prompt or "
@@ -141,7 +152,8 @@ def arguments_of(pipe: Pipeline, conditions: Sequence[str | None]) -> dict[str, 
         )
     if kind == "prompt":
         return {"prompt": list(conditions)}
-    return {"class_labels": [_class_label(pipe, str(condition)) for condition in conditions]}
+    labels = [_class_label(pipe, str(condition)) for condition in conditions]
+    return {"class_labels": labels, **size}
 
 
 def _class_label(pipe: Pipeline, text: str) -> int:

@@ -1,26 +1,28 @@
-"""Find the denoiser of a pipeline, and replay its calls.
+"""The denoisers of a pipeline, and replaying their calls.
 
-A pipeline is never re-implemented here. Its denoiser is found by looking at its components, a hook
-on the denoiser's own ``forward`` sees each call (`watch.watch_calls`), and `replay` repeats one. So
-classifier-free guidance, added conditions, guidance vectors and any scheduler come along without a
-line about them.
+A pipeline is never re-implemented here. Its denoisers are learned by watching it (`discovery`), a
+hook on a denoiser's own ``forward`` sees each call (`watch.watch_calls`), and `replay` repeats one.
+So classifier-free guidance, added conditions, guidance vectors and any scheduler come along without
+a line about them.
 """
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from msfp_cli.errors import ModelError, UsageError
 from msfp_cli.files.documents import digest
+from msfp_cli.layers.clock import TRAINING_CLOCK, Clock
 from msfp_cli.pipelines.loading import Pipeline
 
-# The attribute names under which diffusers' pipelines keep the network that is called once per
-# timestep.
+# The names under which most pipelines of diffusers keep their denoisers, for pipelines that are
+# not called.
 _ROLES = ("unet", "transformer", "transformer_2", "transformer_3", "prior", "decoder")
+
+Output: TypeAlias = Any  # of a denoiser: a tensor, a tuple, a list, or a class of diffusers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,44 +31,64 @@ class DenoiserCall:
 
     Arguments:
         component: the pipeline's name for the denoiser, e.g. ``unet``.
-        timestep: the timestep it was called with, in the denoiser's own unit.
+        timestep: of the call, 1000 (noise) to 0 (clean), see `Clock`.
         arguments: all arguments by name; tensors, plain values, and lists or dicts of them.
         output: what it returned, without the wrapping tuple, and without channels that the pipeline
             throws away.
+        time: the argument that says what time it is.
+        is_listed: whether the denoiser takes and returns lists with an item for each picture.
     """
 
     component: str
     timestep: float
     arguments: dict[str, Any]
     output: Tensor
+    time: str = "timestep"
+    is_listed: bool = False
 
     @classmethod
-    def of(cls, component: str, arguments: dict[str, Any], output: object) -> "DenoiserCall":
-        """Describe a call by its arguments and by what it returned, however that is wrapped."""
+    def of(
+        cls,
+        component: str,
+        arguments: dict[str, Any],
+        output: object,
+        clock: Clock = TRAINING_CLOCK,
+    ) -> "DenoiserCall":
+        """Describe a call by its arguments and by what it returned, however that is wrapped.
+
+        Raises:
+            ModelError: the denoiser was called without its time.
+        """
+        if clock.argument not in arguments:
+            raise ModelError(f"{component} was called without its argument {clock.argument!r}")
+        first = _unwrapped(output)
         return cls(
             component=component,
-            timestep=_as_timestep(arguments["timestep"]),
+            timestep=clock.read(arguments[clock.argument]),
             arguments=arguments,
             output=_first(output),
+            time=clock.argument,
+            is_listed=not isinstance(first, Tensor),
         )
 
 
 def find_denoisers(pipe: Pipeline) -> dict[str, nn.Module]:
-    """Return the pipeline's denoisers by component name, usually one.
+    """Return the networks of a pipeline that may be denoisers, by component name.
+
+    They are the models of diffusers that do not decode pictures; `discovery.learn_clocks` says
+    which of them are.
 
     Raises:
         ModelError: there is none.
     """
-    components = pipe.components
-    denoisers = {role: components[role] for role in _ROLES if _is_denoiser(components.get(role))}
-    if not denoisers:
-        names = sorted(name for name, part in components.items() if part is not None)
+    networks = {name: part for name, part in pipe.components.items() if _may_denoise(part)}
+    if not networks:
+        names = sorted(name for name, part in pipe.components.items() if part is not None)
         raise ModelError(
-            f"{type(pipe).__name__} has no denoiser (looked for {', '.join(_ROLES)}; "
-            f"it has {', '.join(names) or 'nothing'}); "
-            "msfp quantizes pipelines whose UNet or transformer is called once per timestep"
+            f"{type(pipe).__name__} has no denoiser: none of its components is a UNet or "
+            f"transformer of diffusers (it has {', '.join(names) or 'nothing'})"
         )
-    return denoisers
+    return networks
 
 
 def denoiser_names(index: Mapping[str, Any]) -> list[str]:
@@ -112,11 +134,11 @@ def _is_wrapped(module: nn.Module) -> bool:
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
-def _is_denoiser(component: object) -> bool:
-    """Whether a component of a pipeline is a network that is called with a timestep."""
-    if not isinstance(component, nn.Module):
-        return False
-    return "timestep" in inspect.signature(component.forward).parameters
+def _may_denoise(component: object) -> bool:
+    """Whether a component is a model of diffusers, and not one that decodes pictures."""
+    from diffusers import ModelMixin  # whose import brings ours along
+
+    return isinstance(component, ModelMixin) and not hasattr(component, "decode")
 
 
 _SAMPLES = 256  # elements of each parameter that a fingerprint reads
@@ -136,14 +158,15 @@ def fingerprint(denoiser: nn.Module) -> str:
     return digest(sampled)
 
 
-def _as_timestep(value: Any) -> float:  # noqa: ANN401 (tensor or number, as the pipeline passes it)
-    """Return the timestep of a call, whose batch shares one."""
-    return float(value.reshape(-1)[0]) if isinstance(value, Tensor) else float(value)
+def _unwrapped(output: Output) -> Output:
+    """Return what a denoiser returned: a tensor, or a list of one tensor for each picture."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
-def _first(output: Any) -> Tensor:  # noqa: ANN401 (a tuple, or an output class of diffusers)
-    """Return the tensor a denoiser returned."""
-    return output[0] if not isinstance(output, Tensor) else output
+def _first(output: object) -> Tensor:
+    """Return what a denoiser returned as one tensor."""
+    first = _unwrapped(output)
+    return first if isinstance(first, Tensor) else torch.stack(list(first))
 
 
 def call_with(denoiser: nn.Module, arguments: Mapping[str, Any], recorded: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from msfp_cli.errors import ModelError, MsfpError
+from msfp_cli.errors import ModelError, MsfpError, UsageError
 from msfp_cli.files.seal import REDO, checked
 from msfp_cli.pipelines.bounds import refuse_endless_prompts, refuse_endless_sizes
 from msfp_cli.recipe import Recipe, option
@@ -55,6 +55,12 @@ class ModelSource(Recipe):
         None,
         f"Type to compute in: {', '.join(DTYPES)}. Default: float32 on a CPU, else bfloat16.",
         choices=DTYPES,
+    )
+    pipeline: str | None = option(
+        None,
+        "Class of diffusers to load the model as, such as StableDiffusionImg2ImgPipeline. Default: "
+        "the one that the model names.",
+        later=True,
     )
 
 
@@ -158,16 +164,15 @@ def load_pipeline(source: ModelSource, device: str | None = None) -> Pipeline:
         ModelError: it cannot be found or loaded; the message says why, as far as can be known.
         CheckpointError: it is an export that was altered.
     """
-    from diffusers import DiffusionPipeline
-
     place = choose_device(device)
+    pipeline_class = _pipeline_class(source.pipeline)
     model = _place_of(source)
     options = {"revision": source.revision, "variant": source.variant}
     with checked(Path(model), redo=REDO):  # what msfp exported; others have no seal
         refuse_endless_sizes(Path(model))
         try:
             with LOADING:
-                pipe = DiffusionPipeline.from_pretrained(
+                pipe = pipeline_class.from_pretrained(
                     model,
                     dtype=choose_dtype(source.dtype, place),
                     **{k: v for k, v in options.items() if v is not None},
@@ -181,6 +186,25 @@ def load_pipeline(source: ModelSource, device: str | None = None) -> Pipeline:
     with contextlib.suppress(AttributeError):
         pipe.set_progress_bar_config(disable=True)
     return pipe.to(place)
+
+
+def _pipeline_class(name: str | None) -> Any:  # noqa: ANN401 (a class of diffusers)
+    """Return the class that loads a pipeline.
+
+    Raises:
+        UsageError: diffusers has no such pipeline.
+    """
+    import diffusers
+
+    if name is None:
+        return diffusers.DiffusionPipeline
+    found = getattr(diffusers, name, None) if "Pipeline" in name else None
+    if found is None:
+        raise UsageError(
+            f"--pipeline {name!r} is not a pipeline of diffusers {diffusers.__version__}; "
+            "give a class such as StableDiffusionImg2ImgPipeline"
+        )
+    return found
 
 
 def _refuse_missing_tensors(model: str, pipe: Pipeline) -> None:

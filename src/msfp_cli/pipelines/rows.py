@@ -1,5 +1,6 @@
 """Rows of recorded calls: take some, or join those of several calls, at several timesteps."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -23,7 +24,7 @@ class JoinedCall:
 
     Arguments:
         timesteps: one per row.
-        arguments: as in `DenoiserCall`; ``timestep`` is a tensor of one per row.
+        arguments: as in `DenoiserCall`; the time is a tensor of one per row.
         output: what was recorded, a row for each.
     """
 
@@ -40,7 +41,7 @@ def take_rows(call: DenoiserCall, rows: Tensor) -> DenoiserCall:
     """
     return replace(
         call,
-        arguments=_merge([_take(call.arguments, rows, len(call.output))]),
+        arguments=_merge([_take_all(call, call.arguments, rows)]),
         output=call.output[rows],
     )
 
@@ -57,10 +58,8 @@ def join_rows(picked: Sequence[tuple[DenoiserCall, int]]) -> list[JoinedCall]:
     """
     groups: list[list[tuple[DenoiserCall, int, Any]]] = []
     for call, row in picked:
-        own = call.arguments | {
-            "timestep": _of_each_row(call.arguments["timestep"], len(call.output))
-        }
-        taken = _take(own, torch.tensor([row]), len(call.output))
+        time = _of_each_row(call.arguments[call.time], len(call.output))
+        taken = _take_all(call, call.arguments | {call.time: time}, torch.tensor([row]))
         group = next((group for group in groups if _alike(group[0][2], taken)), None)
         if group is None:
             groups.append(group := [])
@@ -84,10 +83,28 @@ def _of_each_row(timestep: Any, batch: int) -> Tensor:  # noqa: ANN401 (tensor o
 
 
 @dataclass(frozen=True)
+class _Items:
+    """Some items of a list that has one for each row of the batch."""
+
+    values: list[Any]
+
+
+@dataclass(frozen=True)
 class _Rows:
     """Some rows of a tensor whose first dimension is the batch."""
 
     values: Tensor
+
+
+def _take_all(call: DenoiserCall, arguments: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Return the arguments of a call with `_Rows` and `_Items` for all that has rows."""
+    batch = len(call.output)
+    taken: dict[str, Any] = _take(arguments, rows, batch)
+    if call.is_listed:
+        for name, value in arguments.items():
+            if isinstance(value, list | tuple) and len(value) == batch:
+                taken[name] = _Items([value[row] for row in rows.tolist()])
+    return taken
 
 
 def _take(value: Any, rows: Tensor, batch: int, name: str = "") -> Any:  # noqa: ANN401 (a tree of arguments)
@@ -117,6 +134,8 @@ def _alike(one: Any, other: Any) -> bool:  # noqa: ANN401 (trees of arguments)
         return False
     if isinstance(one, _Rows):
         return (one.values.dtype, one.values.shape) == (other.values.dtype, other.values.shape)
+    if isinstance(one, _Items):
+        return True  # of any size
     if isinstance(one, Tensor):
         return one.dtype == other.dtype and bool(torch.equal(one, other))
     if isinstance(one, dict):
@@ -131,6 +150,8 @@ def _merge(trees: Sequence[Any]) -> Any:  # noqa: ANN401 (trees of arguments)
     first = trees[0]
     if isinstance(first, _Rows):
         return torch.cat([tree.values for tree in trees])
+    if isinstance(first, _Items):
+        return list(itertools.chain.from_iterable(tree.values for tree in trees))
     if isinstance(first, dict):
         return {key: _merge(list(map(itemgetter(key), trees))) for key in first}
     if isinstance(first, list | tuple):

@@ -11,13 +11,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from msfp_cli.errors import ModelError
-from msfp_cli.pipelines.conditions import arguments_of
+from msfp_cli.errors import ModelError, UsageError
+from msfp_cli.pipelines.conditions import arguments_of, say_cut_prompts
 from msfp_cli.pipelines.loading import Pipeline
+from msfp_cli.pipelines.pictures import pictures_of, say_pictures
+from msfp_cli.progress import Progress
 from msfp_cli.recipe import Recipe, option
 
 if TYPE_CHECKING:  # `msfp --help` must not load torch
     import torch
+    from PIL.Image import Image
 
 MAX_SEED = 2**62  # torch takes 64 bits; pictures count on from here
 
@@ -51,12 +54,37 @@ class Sampling(Recipe):
         at_most=MAX_SEED,
     )
     batch_size: int = option(8, "Pictures per call of the pipeline.", at_least=1)
+    height: int | None = option(
+        None,
+        "Height of the pictures in pixels. Default: the pipeline's own.",
+        at_least=1,
+        later=True,
+    )
+    width: int | None = option(
+        None,
+        "Width of the pictures in pixels. Default: the pipeline's own.",
+        at_least=1,
+        later=True,
+    )
+    num_frames: int | None = option(
+        None, "Frames of a video. Default: the pipeline's own.", at_least=1, later=True
+    )
+    images: Path | None = option(
+        None,
+        "Folder with pictures for pipelines that take some (img2img, inpainting, ControlNet, "
+        "upscaling). The mask of NAME.png is NAME-mask.png, white where it is to be repainted. "
+        "Default: stand-ins made from noise.",
+        read=Path,
+        later=True,
+    )
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of the pipeline's call, which an export remembers as well."""
+        sizes = {"height": self.height, "width": self.width, "num_frames": self.num_frames}
         return {
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
+            **{name: size for name, size in sizes.items() if size is not None},
         }
 
     def settings(self) -> dict[str, Any]:
@@ -74,6 +102,27 @@ def write_prompts(prompts: Path | Sequence[str]) -> str:
     return str(prompts) if isinstance(prompts, Path) else "prompts.txt"
 
 
+def say_conditions(
+    pipe: Pipeline, conditions: Sequence[str | None], sampling: Sampling, progress: Progress
+) -> None:
+    """Say which prompts are not read to their end, and where stand-ins take the place of pictures.
+
+    Raises:
+        UsageError: there are pictures, and the pipeline takes none, or they cannot be read.
+    """
+    say_cut_prompts(pipe, conditions, progress)
+    say_pictures(pipe, sampling, progress)
+
+
+def draw_stills(
+    pipe: Pipeline, conditions: Sequence[str | None], sampling: Sampling, *, first: int = 0
+) -> "list[Image]":
+    """Run the pipeline once for a batch and return a picture that shows each thing it made."""
+    from msfp_cli.pipelines.media import still
+
+    return [still(work) for work in call_pipeline(pipe, conditions, sampling, first=first)]
+
+
 def call_pipeline(
     pipe: Pipeline,
     conditions: Sequence[str | None],
@@ -81,8 +130,8 @@ def call_pipeline(
     *,
     first: int = 0,
     output_type: str = "pil",
-) -> Any:  # noqa: ANN401 (a list of pictures, or latents)
-    """Run the pipeline once for a batch and return its pictures (or latents).
+) -> Any:  # noqa: ANN401 (a list of works, or latents)
+    """Run the pipeline once for a batch and return what it made (or latents).
 
     Arguments:
         conditions: prompt or class label for each image; None for an unconditional pipeline.
@@ -99,10 +148,13 @@ def call_pipeline(
     arguments = {
         key: value for key, value in options.items() if key in parameters and value is not None
     }
+    arguments |= arguments_of(pipe, conditions)
+    arguments |= pictures_of(pipe, sampling, first, len(conditions))
+    _refuse_missing(pipe, parameters, arguments)
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
     try:
-        result = pipe(**arguments_of(pipe, conditions), **arguments)
+        result = pipe(**arguments)
     except TypeError as error:
         if "ScalarType" not in str(error):
             raise
@@ -110,7 +162,29 @@ def call_pipeline(
             f"{type(pipe).__name__} cannot turn this type into pictures ({error}); "
             "use --dtype float32"
         ) from None
-    return result.images if hasattr(result, "images") else result[0]
+    if output_type == "latent":
+        return result[0]
+    from msfp_cli.pipelines.media import works_of
+
+    return works_of(result)
+
+
+def _refuse_missing(
+    pipe: Pipeline, parameters: Mapping[str, inspect.Parameter], arguments: Mapping[str, Any]
+) -> None:
+    """Refuse a pipeline that needs what msfp has not.
+
+    Raises:
+        UsageError: an argument without a default is missing.
+    """
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    for name, parameter in parameters.items():
+        has_default = parameter.default is not inspect.Parameter.empty
+        if not has_default and parameter.kind not in variable and name not in arguments:
+            raise UsageError(
+                f"{type(pipe).__name__} needs {name!r}, which is neither a prompt nor a picture; "
+                "calibrate the combined pipeline, if there is one, or record it from Python"
+            )
 
 
 def _generators(seed: int, count: int) -> "list[torch.Generator]":

@@ -8,15 +8,21 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType, MethodType
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from msfp_cli.layers.clock import TRAINING_CLOCK, Clock
 from msfp_cli.pipelines.denoiser import DenoiserCall
 from msfp_cli.pipelines.loading import Scheduler
 
+Passed: TypeAlias = Any  # to a scheduler, or by it
 # A layer's name, the layer, its arguments in the order they were given in, and its output.
 LayerReport: TypeAlias = Callable[[str, nn.Module, tuple[Any, ...], Tensor], None]
+# A step's timestep, the output of the denoiser that the pipeline passed to it, and what it
+# returned, whose first item is the new sample.
+StepReport: TypeAlias = Callable[[Any, Tensor, Any], None]
 
 
 @contextmanager
@@ -44,13 +50,20 @@ def _report_layer(
 
 @contextmanager
 def watch_calls(
-    denoisers: Mapping[str, nn.Module], report: Callable[[DenoiserCall], None]
+    denoisers: Mapping[str, nn.Module],
+    report: Callable[[DenoiserCall], None],
+    clocks: Mapping[str, Clock] = MappingProxyType({}),
 ) -> Iterator[None]:
-    """Report every call of some denoisers, by component name, while the context is open."""
+    """Report every call of some denoisers, by component name, while the context is open.
+
+    Arguments:
+        clocks: by component, where the denoiser is not passed a training timestep.
+    """
     with ExitStack() as hooks:
         for component, denoiser in denoisers.items():
             signature = inspect.signature(denoiser.forward)
-            hook = functools.partial(_report_call, component, signature, report)
+            clock = clocks.get(component, TRAINING_CLOCK)
+            hook = functools.partial(_report_call, component, clock, signature, report)
             handle = denoiser.register_forward_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
         yield
@@ -58,6 +71,7 @@ def watch_calls(
 
 def _report_call(
     component: str,
+    clock: Clock,
     signature: inspect.Signature,
     report: Callable[[DenoiserCall], None],
     denoiser: nn.Module,
@@ -68,32 +82,30 @@ def _report_call(
     """Report one call; the last four arguments are those of torch's forward hooks."""
     arguments = dict(signature.bind(*args, **kwargs).arguments)
     arguments.pop("return_dict", None)
-    report(DenoiserCall.of(component, arguments, output))
+    report(DenoiserCall.of(component, arguments, output, clock))
 
 
 @contextmanager
-def watch_scheduler(scheduler: Scheduler, report: Callable[[Tensor, Any], None]) -> Iterator[None]:
-    """Report every step of a scheduler while the context is open.
+def watch_scheduler(scheduler: Scheduler, report: StepReport) -> Iterator[None]:
+    """Report every step of a scheduler, and of copies of it, while the context is open.
 
     A scheduler without ``step``, or None, is left alone.
-
-    Arguments:
-        report: is given the model output that the pipeline passed to ``step``, and what ``step``
-            returned, whose first item is the new sample.
     """
-    step = getattr(scheduler, "step", None)
+    step = getattr(type(scheduler), "step", None)
     if step is None:
         yield
         return
+    own = vars(scheduler).get("step")  # None: it is the class's
+    signature = inspect.signature(step)
 
     @functools.wraps(step)  # pipelines look at its signature
-    def watched(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (as each scheduler has it)
-        result = step(*args, **kwargs)
-        report(args[0] if args else kwargs["model_output"], result)
+    def watched(self: Scheduler, *args: Passed, **kwargs: Passed) -> Passed:
+        result = step(self, *args, **kwargs) if own is None else own(*args, **kwargs)
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        report(arguments.get("timestep"), arguments["model_output"], result)
         return result
 
-    own = vars(scheduler).get("step")  # None: it is the class's
-    scheduler.step = watched
+    scheduler.step = MethodType(watched, scheduler)  # of a copy, its own
     try:
         yield
     finally:

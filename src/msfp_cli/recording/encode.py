@@ -82,6 +82,8 @@ def encode_calls(calls: list[DenoiserCall]) -> tuple[list[dict[str, Any]], dict[
         {
             "component": call.component,
             "timestep": call.timestep,
+            "time": call.time,
+            "is_listed": call.is_listed,
             "arguments": encoder.encode(call.arguments, "arguments"),
             "output": encoder.encode(call.output, "output"),
         }

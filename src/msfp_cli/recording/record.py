@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from msfp_cli.errors import CalibrationError, ModelError, MsfpError, RunError
 from msfp_cli.files.atomic import remove
 from msfp_cli.files.directories import refuse_foreign
-from msfp_cli.pipelines.conditions import conditions_for, prompts_of, say_cut_prompts
+from msfp_cli.pipelines.conditions import conditions_for, prompts_of
 from msfp_cli.pipelines.denoiser import (
     DenoiserCall,
     find_denoisers,
     fingerprint,
 )
 from msfp_cli.pipelines.denoising_factor import denoising_factors
+from msfp_cli.pipelines.discovery import Argument, Clocks, learn_clocks, watch_pipeline
 from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, ModelSource, Pipeline
-from msfp_cli.pipelines.sampling import call_pipeline
-from msfp_cli.pipelines.watch import watch_calls, watch_scheduler
+from msfp_cli.pipelines.sampling import call_pipeline, say_conditions
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.encode import size_bytes
 from msfp_cli.recording.recipe import (
@@ -34,7 +34,7 @@ from msfp_cli.recording.recipe import (
     RecordRecipe,
     recorded_conditions,
 )
-from msfp_cli.recording.result import Recording
+from msfp_cli.recording.result import Factors, Recording
 from msfp_cli.run import Run
 
 _HELD_OUT_SEED = 1_000_003  # far from any calibration image's seed
@@ -49,7 +49,10 @@ class _Watcher:
         self.num_runs = num_runs
         self.max_bytes = max_bytes
         self.calls: list[DenoiserCall] = []
-        self.channels: set[int] = set()  # of what reached the scheduler
+        # By component: how many channels of its output reached a scheduler, and for each scheduler
+        # our timesteps by the scheduler's own.
+        self.channels: dict[str, set[int]] = {}
+        self.timesteps: dict[str, dict[str, dict[float, float]]] = {}
 
     def add_call(self, call: DenoiserCall) -> None:
         """Keep a call."""
@@ -63,9 +66,22 @@ class _Watcher:
             self._check_size(call)
         self.calls.append(call)
 
-    def add_step(self, model_output: Tensor, result: object) -> None:
-        """Note how many channels reach the scheduler."""
-        self.channels.add(model_output.shape[1])
+    def add_step(
+        self,
+        scheduler: str,
+        timestep: Argument,
+        model_output: Tensor,
+        result: object,
+    ) -> None:
+        """Note what of the last call reached a scheduler, and at which timestep of that."""
+        if not self.calls:
+            return
+        last = self.calls[-1]
+        if model_output.ndim > 1:
+            self.channels.setdefault(last.component, set()).add(model_output.shape[1])
+        if timestep is not None:
+            own = self.timesteps.setdefault(last.component, {}).setdefault(scheduler, {})
+            own[float(torch.as_tensor(timestep).reshape(-1)[0])] = last.timestep
 
     def used_calls(self) -> list[DenoiserCall]:
         """Return the calls without output channels that the pipeline did not use.
@@ -73,15 +89,29 @@ class _Watcher:
         DiT, for one, predicts a variance as well. Such a denoiser returns twice the channels that
         reach the scheduler, and the pipelines keep the first half.
         """
-        if len(self.channels) != 1:
-            return self.calls
-        (used,) = self.channels
-        return [
-            replace(call, output=call.output[:, :used].contiguous())
-            if call.output.shape[1] == 2 * used
-            else call
-            for call in self.calls
-        ]
+        return [self._used(call) for call in self.calls]
+
+    def _used(self, call: DenoiserCall) -> DenoiserCall:
+        channels = self.channels.get(call.component, set())
+        if len(channels) != 1 or call.output.shape[1] != 2 * min(channels):
+            return call
+        return replace(call, output=call.output[:, : min(channels)].contiguous())
+
+    def factors(self) -> dict[str, Factors]:
+        """Return the (timestep, denoising factor) pairs of each component."""
+        return {component: self._factors_of(component) for component in self.timesteps}
+
+    def _factors_of(self, component: str) -> Factors:
+        """Return the pairs of one component; None: they are not known."""
+        ((name, ours), *others) = self.timesteps[component].items()
+        if others:
+            return None
+        try:
+            timesteps, factors = denoising_factors(self.pipe.components[name])
+        except (ModelError, AttributeError):
+            return None
+        pairs = zip(timesteps.tolist(), factors.tolist(), strict=True)
+        return [(ours[timestep], factor) for timestep, factor in pairs if timestep in ours] or None
 
     def _check_size(self, call: DenoiserCall) -> None:
         """Refuse a recording that is too large, by its first call.
@@ -106,15 +136,6 @@ class _Watcher:
         return 1 if timesteps is None else len(timesteps)
 
 
-def _factors(pipe: Pipeline) -> list[tuple[float, float]] | None:
-    """Return the denoising factors of the sampler as it was just used; None: they are not known."""
-    try:
-        timesteps, factors = denoising_factors(pipe.scheduler)
-    except (ModelError, AttributeError):
-        return None
-    return list(zip(timesteps.tolist(), factors.tolist(), strict=True))
-
-
 def _settings_of(pipe: Pipeline, source: ModelSource, recipe: RecordRecipe) -> dict[str, Any]:
     """Return the settings that a recording's manifest holds; the fingerprint tells models apart."""
     prints = {component: fingerprint(module) for component, module in find_denoisers(pipe).items()}
@@ -127,6 +148,7 @@ def record_calls(
     recipe: RecordRecipe,
     directory: Path,
     *,
+    clocks: Clocks | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
     progress: Progress = SILENT,
     description: str = "Recording",
@@ -135,29 +157,44 @@ def record_calls(
 
     An interrupted recording goes on with the first shard that is missing.
 
+    Arguments:
+        clocks: of its denoisers, where another recording has learned them.
+
     Raises:
+        ModelError: the pipeline has no denoiser.
         RunError: the directory holds another recording, or this one would take more than
             `max_bytes` or the free disk.
         CalibrationError: the full-precision model itself gives a NaN or an infinity.
     """
-    denoisers = find_denoisers(pipe)
     settings = _settings_of(pipe, source, recipe)
     recording = Recording.create(directory, settings, recipe.num_shards)
     missing = recording.missing_shards()
+    if not missing:
+        return recording
+    clocks = recording.clocks() or clocks or _learn_clocks(pipe, recipe, progress)
     with progress.task(description, len(recipe.conditions)) as advance:
         advance(min((recipe.num_shards - len(missing)) * recipe.batch_size, len(recipe.conditions)))
         for index in missing:
             watcher = _Watcher(pipe, recording, len(missing), max_bytes)
             first = index * recipe.batch_size
             conditions = recipe.conditions[first : first + recipe.batch_size]
-            with (
-                watch_calls(denoisers, watcher.add_call),
-                watch_scheduler(getattr(pipe, "scheduler", None), watcher.add_step),
-            ):
+            with watch_pipeline(pipe, clocks, watcher.add_call, watcher.add_step):
                 call_pipeline(pipe, conditions, recipe, first=first, output_type="latent")
-            recording.write_shard(index, watcher.used_calls(), _factors(pipe))
+            recording.write_shard(index, watcher.used_calls(), watcher.factors(), clocks)
             advance(len(conditions))
     return recording
+
+
+def _learn_clocks(pipe: Pipeline, recipe: RecordRecipe, progress: Progress) -> Clocks:
+    """Watch how a first picture is made; one step alone would not tell which way time goes."""
+    steps = recipe.num_inference_steps
+    first = replace(recipe, num_inference_steps=None if steps is None else max(2, steps))
+
+    def draw() -> None:
+        call_pipeline(pipe, recipe.conditions[:1], first, output_type="latent")
+
+    with progress.task("Watching a first picture", None):
+        return learn_clocks(pipe, draw)
 
 
 def record_recipes(
@@ -212,9 +249,10 @@ def record_both(
     Recordings that the run has with the same settings are reused, and completed if they were
     interrupted; with `overwrite`, others are replaced.
     """
-    recordings = []
+    recordings = list[Recording]()
     recipes = record_recipes(pipe, source, options)
-    say_cut_prompts(pipe, [*recipes[0].conditions, *recipes[1].conditions], progress)
+    conditions = [*recipes[0].conditions, *recipes[1].conditions]
+    say_conditions(pipe, conditions, options, progress)
     for recipe, directory, title in zip(
         recipes, (run.recording, run.held_out), ("Recording", "Recording held-out"), strict=True
     ):
@@ -231,6 +269,7 @@ def record_both(
                 source,
                 recipe,
                 directory,
+                clocks=recordings[0].clocks() if recordings else None,
                 max_bytes=options.max_bytes,
                 progress=progress,
                 description=title,

@@ -13,8 +13,9 @@ on with the first that is missing.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
@@ -33,11 +34,12 @@ from msfp_cli.files.documents import (
     write_tensors,
 )
 from msfp_cli.files.typed import read_fields, read_value
+from msfp_cli.layers.clock import TRAINING_CLOCK, Clock
 from msfp_cli.pipelines.denoiser import DenoiserCall
 from msfp_cli.recording.encode import content_hash, decode_items, encode_calls
 
 T = TypeVar("T")
-_FACTORS: TypeAlias = list[tuple[float, float]] | None
+Factors: TypeAlias = list[tuple[float, float]] | None
 
 _SCHEMA = 1
 _MANIFEST = "recording.json"
@@ -131,18 +133,24 @@ class Recording:
         self,
         index: int,
         calls: list[DenoiserCall],
-        factors: list[tuple[float, float]] | None = None,
+        factors: Mapping[str, Factors] = MappingProxyType({}),
+        clocks: Mapping[str, Clock] = MappingProxyType({}),
     ) -> None:
         """Store the calls of one pipeline run, without tensors that an earlier shard holds.
 
         Arguments:
-            factors: the sampler's (timestep, denoising factor) pairs, None where they are not
-                known.
+            factors: (timestep, denoising factor) pairs by component, None where they are not known.
+            clocks: what reads the timestep of a call, by component.
         """
         encoded, tensors = encode_calls(calls)
         stored = self._tensor_index()
         fresh = {name: tensor for name, tensor in tensors.items() if name not in stored}
-        document = {"calls": encoded, "factors": factors, "recording": self._identity}
+        document = {
+            "calls": encoded,
+            "factors": dict(factors),
+            "clocks": {component: clock.to_json() for component, clock in clocks.items()},
+            "recording": self._identity,
+        }
         header = {_HEADER: to_text(document)}
         path = self.shard_path(index)
         write_tensors(path, fresh, header)
@@ -212,7 +220,7 @@ class Recording:
             return tensors[name]
 
         def parse(document: Json) -> list[DenoiserCall]:
-            calls = [decode_items(call, tensor_of) for call in document["calls"]]
+            calls = [decode_items(call, tensor_of) for call in _calls_of(document)]
             return [read_fields(DenoiserCall, call) for call in calls]
 
         return self._read_header(index, parse)
@@ -230,7 +238,7 @@ class Recording:
         """Return the timestep of each call of a shard, None for calls of another component."""
 
         def parse(document: Json) -> list[float | None]:
-            calls = document["calls"]
+            calls = _calls_of(document)
             timesteps = [
                 call["timestep"] if call["component"] == component else None for call in calls
             ]
@@ -247,11 +255,48 @@ class Recording:
         indices = range(self.num_shards) if shards is None else shards
         return sum(self._read_header(index, count) for index in indices)
 
-    def factors(self) -> list[tuple[float, float]] | None:
-        """Return the sampler's (timestep, denoising factor) pairs; None: they are not known."""
+    def factors(self, component: str) -> Factors:
+        """Return a denoiser's (timestep, denoising factor) pairs; None: they are not known."""
 
-        def parse(document: Json) -> list[tuple[float, float]] | None:
-            factors: list[tuple[float, float]] | None = read_value(_FACTORS, document["factors"])
+        def parse(document: Json) -> Factors:
+            by_component = document["factors"]
+            if isinstance(by_component, dict):  # earlier versions had one list for all
+                by_component = by_component.get(component)
+            factors: Factors = read_value(Factors, by_component)
             return factors
 
         return self._read_header(0, parse)
+
+    def clocks(self) -> dict[str, Clock] | None:
+        """Return what reads the timestep of a call, by component; None: nothing says it yet."""
+        index = next((i for i in range(self.num_shards) if self.shard_path(i).exists()), None)
+        return None if index is None else self._read_header(index, _clocks_of)
+
+    def clock(self, component: str) -> Clock:
+        """Return what reads the timestep of a call of a component."""
+        return (self.clocks() or {}).get(component, TRAINING_CLOCK)
+
+
+def _clocks_of(document: Json) -> dict[str, Clock] | None:
+    """Return the clocks of a shard; earlier versions wrote the argument ``timestep`` itself."""
+    if "clocks" in document:
+        clocks: dict[str, Clock] = read_value(dict[str, Clock], document["clocks"])
+        return clocks
+    clock = Clock.of_unit(_old_unit(document))
+    return {call["component"]: clock for call in document["calls"]}
+
+
+def _old_unit(document: Json) -> float:
+    """Return the unit of the timesteps in a shard of an earlier version, which had to guess it."""
+    largest = max((call["timestep"] for call in document["calls"]), default=0)
+    return 1000.0 if read_value(float, largest) <= 1 else 1.0
+
+
+def _calls_of(document: Json) -> list[dict[str, Any]]:
+    """Return what a shard says of its calls."""
+    calls: list[dict[str, Any]] = document["calls"]
+    if "clocks" in document:
+        return calls
+    unit = _old_unit(document)
+    added = {"time": "timestep", "is_listed": False}
+    return [{**call, "timestep": call["timestep"] * unit, **added} for call in calls]

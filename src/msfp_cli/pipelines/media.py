@@ -1,0 +1,129 @@
+"""What a pipeline makes: pictures, videos as lists of frames, or sound.
+
+Each is shown as a picture (`still`) and saved as what it is (`save`): PNG, GIF or WAV. diffusers
+returns videos as frames of Pillow where it can, and sound as waves of -1 to 1.
+"""
+
+import wave
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from msfp_cli.pipelines.loading import Pipeline
+
+Made: TypeAlias = Any  # an output class of diffusers, or what it holds of one thing
+# A picture, the frames of a video, or the wave of a sound, ``(samples,)`` or ``(channels,
+# samples)``.
+Work: TypeAlias = Image.Image | list[Image.Image] | np.ndarray
+
+_SAMPLE_RATE = 44_100  # of sound whose pipeline does not say
+_FRAME_MILLISECONDS = 125
+_WAVE_SIZE = (256, 64)  # pixels of a drawn wave
+
+
+def works_of(result: Made) -> list[Work]:
+    """Return what a pipeline made, one by one."""
+    names = ("images", "frames", "audios")
+    made = next((getattr(result, name) for name in names if hasattr(result, name)), None)
+    made = result[0] if made is None else made
+    return [_work(each) for each in made]
+
+
+def _work(made: Made) -> Work:
+    if isinstance(made, Image.Image):
+        return made
+    if isinstance(made, list | tuple):
+        return [_picture(frame) for frame in made]
+    values = made.detach().float().cpu().numpy() if isinstance(made, torch.Tensor) else made
+    if values.ndim <= 2:
+        return np.asarray(values)
+    if values.ndim == 4:
+        return [_picture(frame) for frame in values]
+    return _picture(values)
+
+
+def _picture(made: Made) -> Image.Image:
+    """Return a frame as a picture; arrays have values of 0 to 1 and channels first or last."""
+    if isinstance(made, Image.Image):
+        return made
+    values = np.asarray(made, dtype=np.float32)
+    if values.shape[0] in (1, 3) and values.shape[-1] not in (1, 3):
+        values = values.transpose(1, 2, 0)
+    pixels = (values.clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+
+
+def still(work: Work) -> Image.Image:
+    """Return a picture that shows it: itself, its frames side by side, or the drawn wave."""
+    if isinstance(work, Image.Image):
+        return work.convert("RGB")
+    if isinstance(work, np.ndarray):
+        return _drawn(work)
+    return _side_by_side(work)
+
+
+def _side_by_side(frames: Sequence[Image.Image]) -> Image.Image:
+    width, height = frames[0].size
+    strip = Image.new("RGB", (width * len(frames), height))
+    for number, frame in enumerate(frames):
+        strip.paste(frame.convert("RGB"), (number * width, 0))
+    return strip
+
+
+def _drawn(sound: np.ndarray) -> Image.Image:
+    """Draw a wave as a line for each column of pixels, from its least to its greatest value."""
+    width, height = _WAVE_SIZE
+    picture = Image.new("RGB", _WAVE_SIZE, "white")
+    draw = ImageDraw.Draw(picture)
+    mono = np.nan_to_num(np.atleast_2d(sound).mean(axis=0))
+    for x, piece in enumerate(np.array_split(mono, width)):
+        if piece.size:
+            ends = [(1 - float(end)) / 2 * (height - 1) for end in (piece.max(), piece.min())]
+            draw.line([(x, ends[0]), (x, ends[1])], fill="black")
+    return picture
+
+
+def save(work: Work, path: Path, sample_rate: int = _SAMPLE_RATE) -> Path:
+    """Write it as what it is, and return the path with its ending.
+
+    Arguments:
+        path: without an ending.
+        sample_rate: of sound, in Hertz.
+    """
+    if isinstance(work, np.ndarray):
+        target = path.with_name(f"{path.name}.wav")
+        _save_sound(work, target, sample_rate)
+    elif isinstance(work, Image.Image):
+        target = path.with_name(f"{path.name}.png")
+        work.save(target)
+    else:
+        target = path.with_name(f"{path.name}.gif")
+        first, *rest = [frame.convert("RGB") for frame in work]
+        first.save(target, save_all=True, append_images=rest, duration=_FRAME_MILLISECONDS, loop=0)
+    return target
+
+
+def _save_sound(sound: np.ndarray, path: Path, sample_rate: int) -> None:
+    """Write a wave as 16-bit WAV."""
+    channels = np.nan_to_num(np.atleast_2d(sound))
+    samples = (channels.clip(-1, 1) * 32767).round().astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(len(samples))
+        file.setsampwidth(2)
+        file.setframerate(sample_rate)
+        file.writeframes(samples.T.tobytes())
+
+
+def sample_rate_of(pipe: Pipeline) -> int:
+    """Return the sample rate of a pipeline's sound in Hertz."""
+    for part in pipe.components.values():
+        config = getattr(part, "config", None)
+        for name in ("sampling_rate", "sample_rate"):
+            rate = getattr(config, name, None)
+            if isinstance(rate, int) and rate > 1000:
+                return rate
+    return _SAMPLE_RATE

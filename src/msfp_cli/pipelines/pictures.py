@@ -1,0 +1,183 @@
+"""Pictures that a pipeline is conditioned on: those of a folder, or stand-ins made from noise.
+
+What a pipeline takes is read off its signature: ``image`` or ``control_image``, and ``mask_image``
+for inpainting. All pictures of a call get one size.
+"""
+
+import inspect
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from msfp_cli.errors import UsageError
+from msfp_cli.pipelines.loading import Pipeline
+from msfp_cli.progress import Progress
+
+if TYPE_CHECKING:  # `msfp --help` loads it late
+    from PIL.Image import Image
+
+_PICTURES = ("image", "control_image", "images")
+_MASK = "mask_image"
+# Arguments and components of pipelines that cannot do without a picture, where the signature has
+# None for its default.
+_SIGNS = ("strength", "control_image", "image_guidance_scale", "mask_image")
+_PARTS = ("controlnet", "low_res_scheduler", "adapter")
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_SIZE = 512  # of stand-ins for a pipeline that names no size
+_STAND_IN = 8  # pixels of the noise that a stand-in is enlarged from
+
+
+class PictureSettings(Protocol):
+    """What of a sampling says which pictures are given."""
+
+    @property
+    def images(self) -> Path | None:
+        """A folder of them."""
+
+    @property
+    def height(self) -> int | None:
+        """In pixels."""
+
+    @property
+    def width(self) -> int | None:
+        """In pixels."""
+
+
+def picture_arguments(pipe: Pipeline) -> list[str]:
+    """Return the arguments of a pipeline that take pictures or masks."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    names = [name for name in _PICTURES if name in parameters]
+    return [*names, _MASK] if names and _MASK in parameters else names
+
+
+def needs_pictures(pipe: Pipeline) -> bool:
+    """Whether a pipeline cannot be called without a picture."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    names = picture_arguments(pipe)
+    required = any(parameters[name].default is inspect.Parameter.empty for name in names)
+    parts = getattr(pipe, "components", {})
+    has_signs = any(name in parameters for name in _SIGNS) or any(name in parts for name in _PARTS)
+    return bool(names) and (required or has_signs)
+
+
+def say_pictures(pipe: Pipeline, settings: PictureSettings, progress: Progress) -> None:
+    """Say that stand-ins take the place of pictures, where none are given.
+
+    Raises:
+        UsageError: pictures are given to a pipeline that takes none, or there are none.
+    """
+    names = picture_arguments(pipe)
+    if settings.images is not None:
+        if not names:
+            raise UsageError(f"{type(pipe).__name__} takes no pictures; leave --images out")
+        picture_files(settings.images)
+    elif needs_pictures(pipe):
+        progress.log(
+            f"no --images: pictures made from noise stand in for {' and '.join(names)} of "
+            f"{type(pipe).__name__}; give a folder of pictures such as it will be used with"
+        )
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """Return the pictures of a folder by name, without masks.
+
+    Raises:
+        UsageError: the folder cannot be read, or holds no picture.
+    """
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _ENDINGS)
+    except OSError as error:
+        raise UsageError(f"cannot read --images {folder}: {error.strerror}") from None
+    paths = [path for path in paths if not path.stem.endswith("-mask")]
+    if not paths:
+        raise UsageError(f"--images {folder} holds no picture; it may hold {', '.join(_ENDINGS)}")
+    return paths
+
+
+def pictures_of(
+    pipe: Pipeline, settings: PictureSettings, first: int, count: int
+) -> dict[str, "list[Image]"]:
+    """Return the arguments that pass pictures to a call of a pipeline.
+
+    Arguments:
+        first: index of the call's first picture.
+        count: pictures of the call; picture i is conditioned on file i, or i modulo their number.
+    """
+    names = picture_arguments(pipe)
+    if settings.images is None and not needs_pictures(pipe):
+        return {}
+    numbers = range(first, first + count)
+    files = None if settings.images is None else picture_files(settings.images)
+    pictures = [_stand_in(i) if files is None else _open(files[i % len(files)]) for i in numbers]
+    size = _size_of(pipe, settings, None if files is None else _open(files[0]))
+    given = {name: [_fit(picture, size) for picture in pictures] for name in names if name != _MASK}
+    if _MASK in names:
+        masks = [None if files is None else _mask_file(files[i % len(files)]) for i in numbers]
+        given[_MASK] = [_fit(_mask(path), size) for path in masks]
+    return given
+
+
+def _size_of(pipe: Pipeline, settings: PictureSettings, example: "Image | None") -> tuple[int, int]:
+    """Return width and height of the pictures: those asked for, or the first picture's."""
+    own = _usual_size(pipe) if example is None else example.size
+    return settings.width or own[0], settings.height or own[1]
+
+
+def _usual_size(pipe: Pipeline) -> tuple[int, int]:
+    """Return the size of the pictures that a pipeline makes by itself, as far as it says so."""
+    side = getattr(pipe, "default_sample_size", None)
+    for name in ("unet", "transformer"):
+        config = getattr(getattr(pipe, name, None), "config", {})
+        side = side or config.get("sample_size")
+    if not isinstance(side, int):
+        return _SIZE, _SIZE
+    side *= getattr(pipe, "vae_scale_factor", 1)
+    return side, side
+
+
+def _open(path: Path) -> "Image":
+    """Read a picture.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise UsageError(f"cannot read the picture {path}: {error}") from None
+
+
+def _fit(picture: "Image", size: tuple[int, int]) -> "Image":
+    """Return a picture cut and scaled to a size."""
+    from PIL import ImageOps
+
+    return picture if picture.size == size else ImageOps.fit(picture, size)
+
+
+def _mask_file(path: Path) -> Path | None:
+    """Return the mask that lies beside a picture, None if there is none."""
+    masks = [path.with_name(f"{path.stem}-mask{ending}") for ending in (path.suffix, ".png")]
+    return next((mask for mask in masks if mask.exists()), None)
+
+
+def _mask(path: Path | None) -> "Image":
+    """Return a mask; without a file, of the middle of a picture."""
+    from PIL import Image
+
+    if path is not None:
+        return _open(path).convert("L")
+    mask = Image.new("L", (_SIZE, _SIZE))
+    mask.paste(255, (_SIZE // 4, _SIZE // 4, 3 * _SIZE // 4, 3 * _SIZE // 4))
+    return mask
+
+
+def _stand_in(index: int) -> "Image":
+    """Return a smooth picture made from noise, always the same for an index."""
+    from PIL import Image
+
+    generator = random.Random(index)
+    pixels = bytes(generator.randrange(256) for _ in range(3 * _STAND_IN**2))
+    noise = Image.frombytes("RGB", (_STAND_IN, _STAND_IN), pixels)
+    return noise.resize((_SIZE, _SIZE), Image.Resampling.BICUBIC)
