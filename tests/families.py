@@ -5,21 +5,24 @@ with its folder ``tests``: the tests of its pipelines say how each is built from
 and called, so a new family costs no line here. What they take from the hub (tokenizers, a few
 encoders) is replaced by what `tiny_pipelines` makes, so nothing is downloaded.
 
-``--only wan`` tries the modules whose name contains ``wan``, and prints instead of writing.
+``--only PATTERN`` tries the modules of tests whose name matches, and prints instead of writing.
 """
 
 import argparse
-import importlib
+import importlib.util
 import inspect
-import json
+import multiprocessing
 import os
-import subprocess
+import re
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -189,36 +192,46 @@ def steps_of(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], obje
     yield STEPS[3], lambda: sample_run(run, asked, Sampling(**settings), device="cpu")
 
 
-def try_module(name: str) -> None:
-    """Print what came of each pipeline of a test module, as a line of JSON."""
-    patch_hub()
-    module = importlib.import_module(name)
-    for builder in builders_of(module):
-        result = try_family(builder)
-        print(json.dumps([builder.pipeline_class.__name__, result]), flush=True)
+def try_module(name: str, report: Connection) -> None:
+    """Report what came of each pipeline of a test module."""
+    if not os.environ.get("FAMILIES_TRACE"):
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    try:
+        builders = list(builders_of(importlib.import_module(name)))
+    except Exception as error:
+        report.send((name.rpartition(".")[2], {"build": _line(error)}))
+        return
+    for builder in builders:
+        report.send((builder.pipeline_class.__name__, try_family(builder)))
 
 
 def outcomes(checkout: Path, only: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield each pipeline and what came of it, each module of tests in a process of its own."""
+    context = multiprocessing.get_context("fork")  # what is imported is imported once
     for path in sorted((checkout / "tests" / "pipelines").rglob("test_*.py")):
         name = ".".join(path.relative_to(checkout).with_suffix("").parts)
-        if only not in name or "common" in name:
+        if not re.search(only, name) or "pipeline_class" not in path.read_text():
             continue
-        command = [sys.executable, __file__, str(checkout), "--module", name]
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=try_module, args=(name, sender))
+        process.start()
+        sender.close()
+        yield from _received(receiver, path.stem)
+        process.kill()
+        process.join()
+
+
+def _received(receiver: Connection, name: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield what a process reports until it ends or takes too long."""
+    end = time.monotonic() + SECONDS
+    while True:
+        if not receiver.poll(max(0.0, end - time.monotonic())):
+            yield name, {"build": f"it took more than {SECONDS} s"}
+            return
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=SECONDS, check=False
-            )
-            text, errors = done.stdout, done.stderr
-        except subprocess.TimeoutExpired as expired:
-            text, errors = (expired.stdout or b"").decode(), f"it took more than {SECONDS} s"
-        found = [json.loads(line) for line in text.splitlines() if line.startswith('["')]
-        yield from ((pipeline, result) for pipeline, result in found)
-        if os.environ.get("FAMILIES_TRACE"):
-            print(errors)
-        if not found and "pipeline_class" in path.read_text():
-            last = (errors.strip().splitlines() or ["it cannot be imported"])[-1]
-            yield name.rpartition(".")[2], {"build": last[:150]}
+            yield receiver.recv()
+        except EOFError:
+            return
 
 
 def page(results: Mapping[str, Mapping[str, str]]) -> str:
@@ -257,12 +270,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--only", default="")
-    parser.add_argument("--module")
     arguments = parser.parse_args()
     sys.path.insert(0, str(arguments.checkout))
-    if arguments.module:
-        try_module(arguments.module)
-        return
+    for missing in ("requests_mock", "parameterized"):  # which only tests call
+        if importlib.util.find_spec(missing) is None:
+            sys.modules[missing] = MagicMock()
+    patch_hub()
+    for each in ("tests.pipelines.test_pipelines_common", "msfp_cli.commands.app"):
+        importlib.import_module(each)
     results = {}
     for name, result in outcomes(arguments.checkout, arguments.only):
         results[name] = result

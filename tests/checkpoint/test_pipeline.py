@@ -1,5 +1,6 @@
 """Reloading an export: the wrapper, and what both entry points say of a damaged one."""
 
+import copy
 import gc
 import json
 import shutil
@@ -10,7 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    AutoPipelineForImage2Image,
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -243,10 +249,12 @@ def wrapper(prompted_chained: Chained) -> MSFPPipeline:
     return MSFPPipeline.from_pretrained(prompted_chained.export, device="cpu")
 
 
-def test_wrapper_stands_in_for_the_stock_pipeline(wrapper: MSFPPipeline) -> None:
+def test_wrapper_is_the_stock_pipeline(wrapper: MSFPPipeline) -> None:
     assert msfp_cli.MSFPPipeline is MSFPPipeline
-    assert wrapper.unet is wrapper.pipe.unet
-    assert wrapper.components.keys() == wrapper.pipe.components.keys()
+    assert isinstance(wrapper, StableDiffusionPipeline)
+    assert isinstance(wrapper, MSFPPipeline)
+    assert type(wrapper).__name__ == "StableDiffusionPipeline"
+    assert wrapper.pipe is wrapper
     pictures = [
         p("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
         for p in (wrapper, wrapper.pipe)
@@ -254,6 +262,24 @@ def test_wrapper_stands_in_for_the_stock_pipeline(wrapper: MSFPPipeline) -> None
     assert np.array_equal(*pictures)
     with pytest.raises(AttributeError, match="no_such_part"):
         _ = wrapper.no_such_part
+
+
+@pytest.mark.parametrize("options", [{}, {"safe_serialization": True}], ids=["ours", "stock"])
+def test_what_our_pipeline_writes_names_the_stock_class(
+    wrapper: MSFPPipeline, tmp_path: Path, options: dict[str, bool]
+) -> None:
+    wrapper.save_pretrained(tmp_path / "again", **options)
+    again = DiffusionPipeline.from_pretrained(tmp_path / "again")
+    assert type(again) is StableDiffusionPipeline
+
+
+def test_pipelines_are_made_from_ours_and_from_copies_of_it(wrapper: MSFPPipeline) -> None:
+    made = AutoPipelineForImage2Image.from_pipe(wrapper)
+    assert type(made) is StableDiffusionImg2ImgPipeline
+    assert made.unet is wrapper.unet
+    twin = copy.deepcopy(wrapper)
+    assert type(twin) is type(wrapper)
+    assert twin.configs.keys() == wrapper.configs.keys() == {"unet"}
 
 
 def test_description_names_the_source_and_the_formats(

@@ -1,0 +1,143 @@
+"""Pictures as conditions: which argument takes them, files beside masks, and stand-ins."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from msfp_cli.errors import UsageError
+from msfp_cli.pipelines.loading import ModelSource, load_pipeline
+from msfp_cli.pipelines.pictures import (
+    needs_pictures,
+    picture_arguments,
+    picture_files,
+    pictures_of,
+    say_pictures,
+)
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline
+from pipelines.test_conditions import Lines
+
+TAKEN = {
+    "StableDiffusionPipeline": [],
+    "StableDiffusionImg2ImgPipeline": ["image"],
+    "StableDiffusionInpaintPipeline": ["image", "mask_image"],
+    "StableDiffusionInstructPix2PixPipeline": ["image"],
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with two pictures, one of which has a mask, and a text."""
+    for name, color, size in (("b.png", "red", (40, 30)), ("a.jpg", "blue", (36, 36))):
+        Image.new("RGB", size, color).save(tmp_path / name)
+    Image.new("L", (36, 36), 255).save(tmp_path / "a-mask.png")
+    (tmp_path / "notes.txt").write_text("not a picture")
+    return tmp_path
+
+
+@pytest.fixture(params=TAKEN)
+def pipe(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> DiffusionPipeline:
+    source = ModelSource(model=str(tiny("StableDiffusionPipeline")), pipeline=request.param)
+    return load_pipeline(source, "cpu")
+
+
+def test_what_takes_pictures_is_read_off_the_signature(pipe: DiffusionPipeline) -> None:
+    taken = TAKEN[type(pipe).__name__]
+    assert picture_arguments(pipe) == taken
+    assert needs_pictures(pipe) == bool(taken)
+    stand_ins = pictures_of(pipe, Sampling(), 0, 2)
+    assert list(stand_ins) == taken
+
+
+def test_stand_ins_are_said_and_given_pictures_are_not(
+    pipe: DiffusionPipeline, folder: Path
+) -> None:
+    said = Lines()
+    say_pictures(pipe, Sampling(), said)
+    taken = TAKEN[type(pipe).__name__]
+    assert len(said.lines) == bool(taken)
+    assert all(name in said.lines[0] and "stand in" in said.lines[0] for name in taken)
+    if taken:
+        say_pictures(pipe, Sampling(images=folder), said)
+        assert len(said.lines) == 1
+    else:
+        with pytest.raises(UsageError, match="takes no pictures; leave --images out"):
+            say_pictures(pipe, Sampling(images=folder), said)
+
+
+def test_pictures_come_in_the_order_of_their_names_and_again(
+    tiny: Callable[[str], Path], folder: Path
+) -> None:
+    source = ModelSource(
+        model=str(tiny("StableDiffusionPipeline")), pipeline="StableDiffusionInpaintPipeline"
+    )
+    pipe = load_pipeline(source, "cpu")
+    assert [path.name for path in picture_files(folder)] == ["a.jpg", "b.png"]
+    given = pictures_of(pipe, Sampling(images=folder), first=1, count=2)
+    assert [picture.size for picture in given["image"]] == [(36, 36)] * 2  # as the first
+    reds = [np.asarray(picture)[..., 0].mean() for picture in given["image"]]
+    assert reds[0] > 200 > 50 > reds[1]
+    masks = [np.asarray(mask).mean() for mask in given["mask_image"]]
+    assert masks[0] == pytest.approx(255 / 4, rel=0.2)  # none beside it: the middle
+    assert masks[1] == 255
+    sized = pictures_of(pipe, Sampling(images=folder, width=24, height=16), 0, 1)
+    assert {each[0].size for each in sized.values()} == {(24, 16)}
+
+
+def test_stand_ins_are_the_same_each_time_and_differ_from_each_other(
+    tiny: Callable[[str], Path],
+) -> None:
+    source = ModelSource(
+        model=str(tiny("StableDiffusionPipeline")), pipeline="StableDiffusionImg2ImgPipeline"
+    )
+    pipe = load_pipeline(source, "cpu")
+    one, other = pictures_of(pipe, Sampling(), 0, 2)["image"]
+    (again,) = pictures_of(pipe, Sampling(), 1, 1)["image"]
+    assert np.array_equal(np.asarray(other), np.asarray(again))
+    assert not np.array_equal(np.asarray(one), np.asarray(other))
+    assert one.size == (32, 32)  # what the pipeline makes by itself
+
+
+@pytest.mark.parametrize("name", [name for name in TAKEN if TAKEN[name]][:2])
+def test_a_picture_changes_what_is_made(
+    name: str, tiny: Callable[[str], Path], folder: Path
+) -> None:
+    source = ModelSource(model=str(tiny("StableDiffusionPipeline")), pipeline=name)
+    pipe = load_pipeline(source, "cpu")
+    made = [
+        np.asarray(call_pipeline(pipe, ["a cat"], sampling)[0])
+        for sampling in (
+            Sampling(num_inference_steps=2),
+            Sampling(num_inference_steps=2, images=folder, width=32, height=32),
+        )
+    ]
+    assert made[0].shape == made[1].shape == (32, 32, 3)
+    assert not np.array_equal(*made)
+
+
+def test_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no picture"):
+        picture_files(tmp_path)
+    with pytest.raises(UsageError, match="cannot read --images .*missing"):
+        picture_files(tmp_path / "missing")
+
+
+def test_picture_that_cannot_be_read_is_named(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no")
+    source = ModelSource(
+        model=str(tiny("StableDiffusionPipeline")), pipeline="StableDiffusionImg2ImgPipeline"
+    )
+    with pytest.raises(UsageError, match=r"cannot read the picture .*a\.png"):
+        pictures_of(load_pipeline(source, "cpu"), Sampling(images=tmp_path), 0, 1)
+
+
+@pytest.mark.parametrize("name", ["NoSuchPipeline", "UNet2DModel", "version"])
+def test_class_that_is_not_a_pipeline_is_refused(name: str, tiny: Callable[[str], Path]) -> None:
+    with pytest.raises(
+        UsageError, match=f"'{name}' is not a pipeline of diffusers {diffusers.__version__}"
+    ):
+        load_pipeline(ModelSource(model=str(tiny("DDIMPipeline")), pipeline=name), "cpu")
