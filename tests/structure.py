@@ -20,7 +20,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "msfp_cli"
 # What may be imported by whom: a package imports itself and those on the lines before its own. The
 # first line is the ground.
 ORDER = (
-    "errors version progress files recipe processes run",
+    "errors version progress files recipe processes run memory",
     "formats",
     "layers",
     "engines",

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Optional, TypeVar, get_origin
 
 import typer
 
+from msfp_cli.errors import UsageError
 from msfp_cli.files.documents import Json
+from msfp_cli.memory import read_size
 from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.recipe import Option, Recipe, options_of
 from msfp_cli.run import DEFAULT_DIRECTORY, Run
@@ -35,12 +37,34 @@ DeviceOption = Annotated[
     ),
 ]
 DtypeOption = Annotated[str | None, typer.Option(help=options_of(ModelSource)["dtype"].help)]
+MaxMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory to take at most, such as 8GiB: weights are read from the model's files when "
+        "their layers run. The result is the same. Default: the model is loaded whole.",
+    ),
+]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace a result that exists already.")
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result on stdout as JSON instead of text.")
 ]
+
+
+def read_memory(text: str | None) -> int | None:
+    """Return the bytes that ``--max-memory`` allows; None if it was not typed.
+
+    Raises:
+        UsageError: it is not a size.
+    """
+    if text is None:
+        return None
+    try:
+        return read_size(text)
+    except UsageError as error:
+        raise UsageError(f"--max-memory {error}") from None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import nn
 
 from conftest import FEW_UPDATES, QUICK, Chained
 from msfp_cli.calibration import compensate as module
+from msfp_cli.calibration import samples
 from msfp_cli.calibration.calibrate import calibrate_
 from msfp_cli.calibration.compensate import held_back, round_layer
 from msfp_cli.calibration.quantize import move_weights_, quantize_
@@ -186,7 +187,7 @@ def test_the_bound_on_memory_does_not_change_the_codes(
     tiny_recordings: Recordings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "_GROUP_BYTES", 2**18)
+    monkeypatch.setattr(samples, "_GROUP_BYTES", 2**18)
     pipe = load_pipeline(tiny_source, "cpu")
     again = calibrate_(pipe, *tiny_recordings, QUICK)
     assert again.identity() == compensated.identity()
@@ -199,7 +200,7 @@ def test_a_killed_compensation_goes_on_with_the_group_that_is_missing(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(module, "_GROUP_BYTES", 2**18)
+    monkeypatch.setattr(samples, "_GROUP_BYTES", 2**18)
     stop_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         calibrate_(load_pipeline(tiny_source, "cpu"), *tiny_recordings, QUICK, work=tmp_path)
@@ -207,7 +208,7 @@ def test_a_killed_compensation_goes_on_with_the_group_that_is_missing(
     assert len(finished) == 2
 
     monkeypatch.undo()
-    monkeypatch.setattr(module, "_GROUP_BYTES", 2**18)
+    monkeypatch.setattr(samples, "_GROUP_BYTES", 2**18)
     pipe = load_pipeline(tiny_source, "cpu")
     resumed = calibrate_(pipe, *tiny_recordings, QUICK, work=tmp_path)
     assert resumed.identity() == compensated.identity()
@@ -217,7 +218,7 @@ def test_a_killed_compensation_goes_on_with_the_group_that_is_missing(
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
     """Interrupt when a number of groups were sampled."""
-    sample = module._sample
+    sample = module.sample
     left = [None] * groups
 
     def interrupted(*arguments: object) -> None:
@@ -226,7 +227,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
         left.pop()
         sample(*arguments)
 
-    monkeypatch.setattr(module, "_sample", interrupted)
+    monkeypatch.setattr(module, "sample", interrupted)
 
 
 def test_what_other_settings_left_is_not_used(

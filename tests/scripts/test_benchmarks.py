@@ -201,3 +201,14 @@ def test_whole_pipeline_draws_equal_pictures_before_and_after(tmp_path: Path) ->
     options = ("--work", tmp_path / "work", "--billions", 0.001)
     lines = run_script("benchmarks/whole_pipeline.py", *options)
     assert "equal before and after: True" in lines
+
+
+@linux_only
+def test_calibration_memory_finds_the_same_in_both_ways(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    options = ("--size", "tiny", "--sensitivity-calls", 1, "--markdown", page)
+    lines = run_script("benchmarks/calibration_memory.py", "--work", tmp_path / "work", *options)
+    assert "same formats, scales, codes and errors of layers: True" in lines
+    every = next(cells(line) for line in lines if line.startswith("| all"))
+    assert all(float(cell) > 0 for cell in every[1:5])
+    assert "calibration_memory.py begins" in page.read_text()

@@ -23,15 +23,15 @@ from msfp_cli.calibration.denoiser_search import (
     search_denoiser,
     unused_layers,
 )
+from msfp_cli.calibration.estimate import estimate
 from msfp_cli.calibration.quantize import quantize_
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration, LayerChoice
 from msfp_cli.files.directories import refuse_existing
-from msfp_cli.pipelines.conditions import prompts_of
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
-from msfp_cli.recording.record import record_both
+from msfp_cli.recording.record import record_both, record_recipes
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 
@@ -44,6 +44,7 @@ def calibrate_(
     *,
     progress: Progress = SILENT,
     work: Path | None = None,
+    max_memory: int | None = None,
 ) -> Calibration:
     """Calibrate every denoiser of a pipeline, and leave them quantized in place.
 
@@ -51,6 +52,7 @@ def calibrate_(
         recording: calls to choose on.
         held_out: calls to measure on.
         work: where finished parts of compensation are kept, so that a killed run goes on.
+        max_memory: bytes that this process may take; less takes longer and gives the same result.
 
     Raises:
         CalibrationError: a weight or an activation holds a NaN or infinity.
@@ -78,10 +80,11 @@ def calibrate_(
         },
     )
     if recipe.rounding == "compensated" and recipe.weights is not None:
-        calibration = _compensated(calibration, denoisers, recording, progress, work)
+        calibration = _compensated(calibration, denoisers, recording, progress, work, max_memory)
     errors = {}
     for component in results:
-        quantize_(denoisers[component], calibration, component)
+        is_bounded = max_memory is not None
+        quantize_(denoisers[component], calibration, component, keep_packed=is_bounded)
         errors[component] = held_out_error(denoisers[component], held_out, component, progress)
     return replace(calibration, held_out_error=errors)
 
@@ -92,12 +95,20 @@ def _compensated(
     recording: Recording,
     progress: Progress,
     work: Path | None,
+    max_memory: int | None,
 ) -> Calibration:
     """Round every weight for the output of its layer."""
     shards = observed_shards(recording)
     rounded = {
         component: compensate(
-            component, denoisers[component], recording, shards, calibration, progress, work
+            component,
+            denoisers[component],
+            recording,
+            shards,
+            calibration,
+            progress,
+            work,
+            max_memory,
         )
         for component in calibration.layers
     }
@@ -132,10 +143,14 @@ def calibrate_run(
     recipe: CalibrateRecipe,
     *,
     device: str | None = None,
+    max_memory: int | None = None,
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Calibration:
     """Record and calibrate a model into a run directory.
+
+    Arguments:
+        max_memory: bytes that this process may take; None loads the model whole, which is faster.
 
     Raises:
         RunError: the run holds a calibration already, or a recording of other settings, and
@@ -145,15 +160,23 @@ def calibrate_run(
     with run.lock(create=True):
         refuse_existing(run.calibration, overwrite=overwrite)
         words = [*recipe.words(), *options.words(), *source.words()]
-        prompts = prompts_of(options.prompts)  # before the model is loaded
-        options = replace(options, prompts=prompts)
-        pipe = load_pipeline(source, device)
+        options = options.with_prompts()  # before the model is loaded
+        pipe = load_pipeline(source, device, streamed=max_memory is not None)
         check_layers(pipe, recipe, progress)
+        recipes = record_recipes(pipe, source, options)
+        for line in estimate(pipe, *recipes, recipe, max_memory).lines():
+            progress.log(line)
         recording, held_out = record_both(
             pipe, run, source, options, overwrite=overwrite, progress=progress
         )
         calibration = calibrate_(
-            pipe, recording, held_out, recipe, progress=progress, work=run.unfinished_codes
+            pipe,
+            recording,
+            held_out,
+            recipe,
+            progress=progress,
+            work=run.unfinished_codes,
+            max_memory=max_memory,
         )
         calibration = replace(calibration, options=words)
         calibration.save(run.calibration, overwrite=overwrite)

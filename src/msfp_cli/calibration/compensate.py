@@ -11,18 +11,23 @@ before, which are not a function of this layer's input: made from them, the code
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from msfp_cli.calibration.result import Calibration, Compensation
-from msfp_cli.calibration.samples import LayerSamples, input_parts, memory, weight_rows
+from msfp_cli.calibration.samples import (
+    LayerSamples,
+    group_bytes,
+    group_layers,
+    input_parts,
+    sample,
+    weight_rows,
+)
 from msfp_cli.files.documents import Json, read_document, write_tensors
 from msfp_cli.files.typed import read_value
 from msfp_cli.formats.compensation import compensated_steps
@@ -31,19 +36,15 @@ from msfp_cli.formats.multipliers import expand
 from msfp_cli.formats.packing import pack
 from msfp_cli.formats.rounding import Grid, quantize, round_steps
 from msfp_cli.layers.scheme import LayerScheme
-from msfp_cli.pipelines.denoiser import replay
-from msfp_cli.pipelines.watch import watch_layers
+from msfp_cli.layers.streamed import weight_in_memory
 from msfp_cli.progress import Advance, Progress
 from msfp_cli.recording.result import Recording
 
 # Less than 0.03 lowers the error of most layers and raises that of the denoiser: once it is
 # quantized, its layers get inputs with errors that the samples do not have.
 DAMPINGS = (0.03, 0.1, 0.3, 1.0)
-_ROWS = 16_384  # of each layer's input that are summed up
-_CHECK_ROWS = 2048  # of each layer's input that dampings are compared on
 _HELD_BACK = 5  # one call in so many is held back
-_GROUP_BYTES = 3 * 2**30  # the samples of a group of layers
-_FACTOR_BYTES = 2**29  # the Cholesky factors that are in use at once
+_FACTOR_BYTES = 2**27  # the Cholesky factors that are in use at once, and several copies of them
 _HEADER = "compensation"
 
 
@@ -67,6 +68,7 @@ def compensate(
     calibration: Calibration,
     progress: Progress,
     work: Path | None = None,
+    max_memory: int | None = None,
 ) -> dict[str, RoundedWeight]:
     """Round the weight of every layer that multiplies by quantized weights.
 
@@ -76,44 +78,30 @@ def compensate(
         calibration: formats, grids and scales; whatever codes it has are not used.
         work: where the codes of a finished group are kept, so that a killed run goes on; None
             keeps nothing.
+        max_memory: bytes that this process may take: the less, the more often the recording is
+            replayed. At least one layer is sampled at a time.
     """
     schemes = calibration.table(component)
     scales = calibration.scales[component]
     multipliers = calibration.multipliers.get(component, {})
     identity = calibration.identity()
     names = [name for name, scheme in schemes.items() if scheme.tunable]
-    groups = _groups({name: memory(denoiser.get_submodule(name), _CHECK_ROWS) for name in names})
-    num_calls = recording.num_calls(component, shards)
-    rounded: dict[str, RoundedWeight] = {}
-    with progress.task(f"Compensating {component}", num_calls * len(groups) + len(names)) as step:
-        for number, group in enumerate(groups):
-            place = work / f"{component}-{number:03d}.safetensors" if work else None
-            stored = _load(place, identity, group)
-            if stored is None:
-                samples = {
-                    name: LayerSamples(name, denoiser.get_submodule(name), schemes[name].input)
-                    for name in group
-                }
-                _sample(component, denoiser, recording, shards, samples, step)
-                stored = _round_all(samples, schemes, scales, multipliers, step)
-                _store(place, identity, stored)
-            else:
-                step(num_calls + len(group))
-            rounded |= stored
-    return rounded
-
-
-def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Put layers together, in order, as long as their samples fit into memory."""
-    groups: list[list[str]] = []
-    filled = math.inf
-    for name, size in sizes.items():
-        if filled + size > _GROUP_BYTES:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    return groups
+    rounded = _finished(work, component, identity) if work else {}
+    left = {name: denoiser.get_submodule(name) for name in names if name not in rounded}
+    groups = group_layers(left, group_bytes(max_memory))
+    num_calls = [recording.num_calls(component, [shard]) for shard in shards]
+    checks = held_back(shards, num_calls)
+    total = len(checks) * len(groups) + len(names)
+    with progress.task(f"Compensating {component}", total) as step:
+        step(len(names) - len(left))
+        for group in groups:
+            samples = {name: LayerSamples(name, left[name], schemes[name].input) for name in group}
+            sample(denoiser, recording.calls(component, shards), checks, samples, step)
+            new = _round_all(samples, schemes, scales, multipliers, step)
+            if work:
+                _store(work / f"{component}-{len(rounded):05d}.safetensors", identity, new)
+            rounded |= new
+    return {name: rounded[name] for name in names}
 
 
 def held_back(shards: Sequence[int], num_calls: Sequence[int]) -> list[bool]:
@@ -131,34 +119,6 @@ def held_back(shards: Sequence[int], num_calls: Sequence[int]) -> list[bool]:
     return list(chain.from_iterable(marks))
 
 
-def _sample(
-    component: str,
-    denoiser: nn.Module,
-    recording: Recording,
-    shards: Sequence[int],
-    samples: Mapping[str, LayerSamples],
-    step: Advance,
-) -> None:
-    """Replay the recording and fill the samples."""
-    checks = held_back(shards, [recording.num_calls(component, [shard]) for shard in shards])
-    checking = iter(checks)
-    is_check = False
-    added = max(1, _ROWS // max(1, len(checks) - sum(checks)))
-    kept = max(1, _CHECK_ROWS // max(1, sum(checks)))
-
-    def report(name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if is_check:
-            samples[name].keep(args[0], output, kept)
-        else:
-            samples[name].add(args[0], output, added)
-
-    with watch_layers({name: each.layer for name, each in samples.items()}, report):
-        for call in recording.calls(component, shards):
-            is_check = next(checking)
-            replay(denoiser, call)
-            step(1)
-
-
 def _round_all(
     samples: Mapping[str, LayerSamples],
     schemes: Mapping[str, LayerScheme],
@@ -170,9 +130,11 @@ def _round_all(
     for name, each in samples.items():
         fmt = schemes[name].weight
         assert fmt is not None
-        rounded[name] = round_layer(each, fmt, scales[name], multipliers.get(name))
+        with weight_in_memory(each.layer):
+            rounded[name] = round_layer(each, fmt, scales[name], multipliers.get(name))
         each.moments.clear()  # one layer after another
         each.cross.clear()
+        each.checks.clear()
         step(1)
     return rounded
 
@@ -249,10 +211,8 @@ def _candidates(
         yield from zip(dampings, torch.cat(pieces, dim=-1), strict=True)
 
 
-def _store(path: Path | None, identity: str, rounded: Mapping[str, RoundedWeight]) -> None:
+def _store(path: Path, identity: str, rounded: Mapping[str, RoundedWeight]) -> None:
     """Write what was found for a group of layers."""
-    if path is None:
-        return
     layers = {name: _to_json(each.compensation) for name, each in rounded.items()}
     codes = {name: each.codes for name, each in rounded.items() if each.codes is not None}
     header = {_HEADER: json.dumps({"identity": identity, "layers": layers})}
@@ -263,17 +223,16 @@ def _to_json(compensation: Compensation | None) -> Json:
     return None if compensation is None else asdict(compensation)
 
 
-def _load(
-    path: Path | None, identity: str, group: Sequence[str]
-) -> dict[str, RoundedWeight] | None:
-    """Read what was found for a group of layers; None if there is nothing that belongs here."""
-    if path is None or not path.exists():
-        return None
+def _finished(work: Path, component: str, identity: str) -> dict[str, RoundedWeight]:
+    """Read what was found for layers before the process was killed, whatever their groups."""
 
-    def parse(document: Json, codes: dict[str, Tensor]) -> dict[str, RoundedWeight] | None:
+    def parse(document: Json, codes: dict[str, Tensor]) -> dict[str, RoundedWeight]:
         layers = read_value(dict[str, Compensation | None], document["layers"])
-        if document["identity"] != identity or list(layers) != list(group):
-            return None
+        if document["identity"] != identity:
+            return {}
         return {name: RoundedWeight(codes.get(name), each) for name, each in layers.items()}
 
-    return read_document(path, _HEADER, parse, redo="run `msfp calibrate --overwrite`")
+    rounded: dict[str, RoundedWeight] = {}
+    for path in sorted(work.glob(f"{component}-*.safetensors")):
+        rounded |= read_document(path, _HEADER, parse, redo="run `msfp calibrate --overwrite`")
+    return rounded

@@ -30,10 +30,12 @@ from msfp_cli.calibration.sensitivity import (
 )
 from msfp_cli.errors import CalibrationError, UsageError
 from msfp_cli.layers.replace import find_layers, quantized_layers
+from msfp_cli.layers.streamed import weight_in_memory
 from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers, refuse_changed
 from msfp_cli.pipelines.loading import Pipeline
-from msfp_cli.progress import SILENT, Progress
-from msfp_cli.recording.compare import output_error, spread_calls
+from msfp_cli.pipelines.prefix import RepeatedCall
+from msfp_cli.progress import SILENT, Advance, Progress
+from msfp_cli.recording.compare import OutputError, output_error, spread_calls
 from msfp_cli.recording.result import Recording
 
 _OBSERVED_PICTURES = 80
@@ -58,7 +60,8 @@ def search_denoiser(
     with progress.task(f"Searching {component}", len(observations)) as advance:
         for name in layers:
             if name in observations:
-                results[name] = search_layer(name, layers[name], observations[name], recipe)
+                with weight_in_memory(layers[name]):
+                    results[name] = search_layer(name, layers[name], observations[name], recipe)
                 advance(1)
     if recipe.lift == 0 or _narrowest(recipe) >= LIFTED_BITS:
         return results
@@ -68,9 +71,10 @@ def search_denoiser(
     chosen = choose_lifted(choices, recipe.lift, price)
     wide = choose_lifted(choices, recipe.lift, by_multiply_adds, chosen)
     for name in chosen:
-        lifted = search_layer(
-            name, layers[name], observations[name], recipe, lifted=True, wide=name in wide
-        )
+        with weight_in_memory(layers[name]):
+            lifted = search_layer(
+                name, layers[name], observations[name], recipe, lifted=True, wide=name in wide
+            )
         choice = replace(lifted.choice, sensitivity=choices[name].sensitivity)
         results[name] = replace(lifted, choice=choice)
     return results
@@ -102,7 +106,9 @@ def check_layers(pipe: Pipeline, recipe: CalibrateRecipe, progress: Progress) ->
 def _refuse_not_finite(denoiser: nn.Module) -> None:
     """Refuse a weight that is not finite, before its NaN shows up in another layer's input."""
     for name, layer in find_layers(denoiser).items():
-        if not torch.isfinite(layer.weight).all():
+        with weight_in_memory(layer):
+            is_finite = torch.isfinite(layer.weight).all()
+        if not is_finite:
             raise CalibrationError(
                 f"the weight of layer {name!r} holds a NaN or infinity, "
                 "so the model's file is broken; download it again"
@@ -132,9 +138,13 @@ def _observe(
 
 def observed_shards(recording: Recording) -> list[int]:
     """Spread shards of some 80 pictures over the recording: the search needs no more of them."""
-    batch_size = recording.recipe["record"]["batch_size"]
-    count = min(recording.num_shards, math.ceil(_OBSERVED_PICTURES / batch_size))
+    count = num_observed(recording.num_shards, recording.recipe["record"]["batch_size"])
     return [i * recording.num_shards // count for i in range(count)]
+
+
+def num_observed(num_shards: int, batch_size: int) -> int:
+    """Return how many shards of a recording are observed."""
+    return min(num_shards, math.ceil(_OBSERVED_PICTURES / batch_size))
 
 
 def _narrowest(recipe: CalibrateRecipe) -> int:
@@ -152,18 +162,34 @@ def _measure_sensitivity(
 ) -> dict[str, CalibratedLayer]:
     """Add the sensitivity of every layer at the default bits."""
     calls = spread_calls(recording, component, recipe.sensitivity_calls)
-    layers = find_layers(denoiser)
-    measured = dict(results)
     candidates = [name for name, each in results.items() if each.choice.reason == "default"]
-    with progress.task(f"Measuring {component}", len(candidates)) as advance:
-        for name in candidates:
-            result = results[name]
-            scheme = result.choice.scheme
-            with quantized_alone(layers[name], scheme, result.scale, result.multipliers):
-                error = output_error(denoiser, calls).relative()
-            measured[name] = replace(result, choice=replace(result.choice, sensitivity=error))
-            advance(1)
-    return measured
+    errors = {name: OutputError() for name in candidates}
+    with progress.task(f"Measuring {component}", len(candidates) * len(calls)) as advance:
+        for call in calls:
+            _add_errors(errors, denoiser, call, results, advance)
+    return {
+        name: replace(each, choice=replace(each.choice, sensitivity=errors[name].relative()))
+        if name in errors
+        else each
+        for name, each in results.items()
+    }
+
+
+def _add_errors(
+    errors: Mapping[str, OutputError],
+    denoiser: nn.Module,
+    call: DenoiserCall,
+    results: Mapping[str, CalibratedLayer],
+    advance: Advance,
+) -> None:
+    """Add the error of the denoiser's output in one call, with each layer quantized alone."""
+    repeated = RepeatedCall(denoiser, call)
+    layers = find_layers(denoiser)
+    for name, error in errors.items():
+        each = results[name]
+        with quantized_alone(layers[name], each.choice.scheme, each.scale, each.multipliers):
+            error.add(call.timestep, repeated.from_layer(name), call.output)
+        advance(1)
 
 
 def choices_of(layers: Mapping[str, CalibratedLayer]) -> dict[str, LayerChoice]:

@@ -1,13 +1,32 @@
 """Quantize a float denoiser as a calibration says."""
 
+import functools
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.formats.compensation import move_into_cells
 from msfp_cli.formats.multipliers import step_sizes
 from msfp_cli.formats.packing import unpack_integers
+from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.replace import find_layers, store_layers_
+
+
+def moved_weight(calibration: Calibration, component: str, name: str, weight: Tensor) -> Tensor:
+    """Return a weight that was moved to where it rounds to the calibration's codes, if it has some.
+
+    Arguments:
+        name: of the layer.
+        weight: of the float layer; it stays as it is.
+    """
+    codes = calibration.codes.get(component, {}).get(name)
+    fmt = calibration.table(component)[name].weight
+    if codes is None or fmt is None:
+        return weight
+    integers = unpack_integers(codes.to(weight.device), fmt, weight.shape).float()
+    sizes = step_sizes(*calibration.steps_of(component, name), weight.shape)
+    return move_into_cells(weight, sizes.to(weight.device), integers, fmt)
 
 
 @torch.no_grad()
@@ -17,24 +36,27 @@ def move_weights_(denoiser: nn.Module, calibration: Calibration, component: str)
     All that rounds the weights afterwards, or begins to train them, begins at these codes.
     """
     layers = find_layers(denoiser)
-    table = calibration.table(component)
-    for name, packed in calibration.codes.get(component, {}).items():
-        fmt = table[name].weight
-        if fmt is None or name not in layers:  # another model, which is refused where it is used
-            continue
-        weight = layers[name].weight
-        integers = unpack_integers(packed.to(weight.device), fmt, weight.shape).float()
-        sizes = step_sizes(*calibration.steps_of(component, name), weight.shape)
-        weight.data = move_into_cells(weight, sizes.to(weight.device), integers, fmt)
+    for name in calibration.codes.get(component, {}):
+        if name in layers:  # another model is refused where it is used
+            weight = layers[name].weight
+            weight.data = moved_weight(calibration, component, name, weight)
 
 
-def quantize_(denoiser: nn.Module, calibration: Calibration, component: str) -> nn.Module:
-    """Replace the denoiser's layers by quantized ones, one after another, to save memory."""
-    move_weights_(denoiser, calibration, component)
+def quantize_(
+    denoiser: nn.Module, calibration: Calibration, component: str, *, keep_packed: bool = False
+) -> nn.Module:
+    """Replace the denoiser's layers by quantized ones, one after another, to save memory.
+
+    Arguments:
+        keep_packed: leave their weights packed when they run, which takes less memory.
+    """
     store_layers_(
         denoiser,
         calibration.table(component),
         calibration.scales[component],
         calibration.multipliers.get(component, {}),
+        functools.partial(moved_weight, calibration, component),
     )
+    if keep_packed:
+        prepare_(denoiser, keep_packed=True)
     return denoiser

@@ -6,8 +6,11 @@ after the input was rounded. Positions are drawn by a generator of the layer's o
 neither on which other layers are sampled nor on which process does it.
 """
 
+import math
 import zlib
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +18,20 @@ from torch.nn import functional
 
 from msfp_cli.formats.rounding import Grid, fake_quantize
 from msfp_cli.layers.base import FloatLayer
+from msfp_cli.memory import peak_bytes
+from msfp_cli.pipelines.denoiser import DenoiserCall, replay
+from msfp_cli.pipelines.watch import watch_layers
+from msfp_cli.progress import Advance
 
 # Inputs of one sum of products: 5,760 take 0.13 GB in float32. A wider layer has several sums, of
 # whole input channels each, and loses the products of one part with another.
 _MAX_INPUTS = 5760
+_ROWS = 16_384  # of each layer's input that are summed up
+_CHECK_ROWS = 2048  # of each layer's input that dampings are compared on
+_GROUP_BYTES = 3 * 2**30  # the samples of a group of layers, at most
+ROUNDING_BYTES = 3 * 2**28  # what rounding the largest layer takes beside its samples
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -144,9 +157,65 @@ class LayerSamples:
         return Pairs(exact, rows_at(self.layer, rounded, output, positions))
 
 
-def memory(layer: FloatLayer, check_rows: int) -> int:
+def sample(
+    denoiser: nn.Module,
+    calls: Iterable[DenoiserCall],
+    checks: Sequence[bool],
+    samples: Mapping[str, LayerSamples],
+    advance: Advance,
+) -> None:
+    """Replay recorded calls and fill the samples of some layers.
+
+    Arguments:
+        checks: of each call, whether its rows are kept to check on.
+    """
+    checking = iter(checks)
+    is_check = False
+    added = max(1, _ROWS // max(1, len(checks) - sum(checks)))
+    kept = max(1, _CHECK_ROWS // max(1, sum(checks)))
+
+    def report(name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if is_check:
+            samples[name].keep(args[0], output, kept)
+        else:
+            samples[name].add(args[0], output, added)
+
+    with watch_layers({name: each.layer for name, each in samples.items()}, report):
+        for call in calls:
+            is_check = next(checking)
+            replay(denoiser, call)
+            advance(1)
+
+
+def group_layers(layers: Mapping[K, FloatLayer], size: int) -> list[list[K]]:
+    """Put layers together, in order, as long as their samples fit into `size` bytes."""
+    groups: list[list[K]] = []
+    filled = math.inf
+    for name, layer in layers.items():
+        own = memory(layer)
+        if filled + own > size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += own
+    return groups
+
+
+def group_bytes(max_memory: int | None) -> int:
+    """Return what the samples of a group of layers may take.
+
+    Arguments:
+        max_memory: bytes that this process may take; what it took so far, to call the denoiser
+            among others, is not for samples.
+    """
+    if max_memory is None:
+        return _GROUP_BYTES
+    return min(_GROUP_BYTES, max_memory - peak_bytes() - ROUNDING_BYTES)
+
+
+def memory(layer: FloatLayer) -> int:
     """Return the bytes that the samples of a layer take, at most."""
     groups: int = num_groups(layer)
     sums: int = sum((part.stop - part.start) ** 2 for part in input_parts(layer))
     inputs: int = layer.weight[0].numel()
-    return 4 * 2 * groups * (sums + check_rows * inputs)
+    return 4 * 2 * groups * (sums + _CHECK_ROWS * inputs)

@@ -12,6 +12,7 @@ from msfp_cli.formats.multipliers import step_sizes
 from msfp_cli.formats.rounding import Grid, fake_quantize
 from msfp_cli.layers.base import FloatLayer
 from msfp_cli.layers.scheme import LayerScheme
+from msfp_cli.layers.streamed import weight_in_memory
 
 
 def by_multiply_adds(layer: LayerChoice) -> float:
@@ -65,8 +66,9 @@ def quantized_alone(
         scale: of the weight, ``(out_features,)``.
         multipliers: uint8 ``(out_features, groups)``, where its groups have some.
     """
-    weight = layer.weight.data
     with ExitStack() as undo:
+        undo.enter_context(weight_in_memory(layer))
+        weight = layer.weight.data
         undo.callback(setattr, layer.weight, "data", weight)
         if scheme.weight is not None and scale is not None:
             sizes = step_sizes(scale, multipliers, weight.shape).to(weight.device)

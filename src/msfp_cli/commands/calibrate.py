@@ -13,9 +13,11 @@ from msfp_cli.options import (
     DEFAULT_RUN,
     DeviceOption,
     JsonOption,
+    MaxMemoryOption,
     Options,
     OverwriteOption,
     RunOption,
+    read_memory,
     with_options,
 )
 from msfp_cli.pipelines.loading import ModelSource
@@ -37,6 +39,8 @@ Examples:
     msfp calibrate stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.txt
 
     msfp calibrate --weights 4 --activations 6 --keep '*attn2*:8'
+
+    msfp calibrate black-forest-labs/FLUX.1-schnell --max-memory 16GiB
 """
 ModelArgument = Annotated[
     str | None,
@@ -50,6 +54,7 @@ def calibrate(
     model: ModelArgument = None,
     run: RunOption = DEFAULT_RUN,
     device: DeviceOption = None,
+    max_memory: MaxMemoryOption = None,
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
 ) -> None:
@@ -57,6 +62,7 @@ def calibrate(
     recipe = options.recipe(CalibrateRecipe)
     recording = options.recipe(RecordOptions)
     source = options.recipe(ModelSource, model=model or "")
+    memory = read_memory(max_memory)
 
     from msfp_cli.calibration.calibrate import calibrate_run
     from msfp_cli.pipelines.loading import resolve_model
@@ -72,6 +78,7 @@ def calibrate(
         recording,
         recipe,
         device=device,
+        max_memory=memory,
         overwrite=overwrite,
         progress=console.ConsoleProgress(),
     )

@@ -13,10 +13,10 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from msfp_cli.errors import ModelError
 from msfp_cli.files.documents import Json
+from msfp_cli.memory import peak_bytes
 from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.pipelines.sampling import Sampling
 
@@ -115,24 +115,8 @@ def _measure(job: Json) -> Cost:
     return Cost(
         load_seconds=load_seconds,
         seconds_per_picture=statistics.median(seconds[1:]) / len(job["conditions"]),
-        peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else _peak_bytes(),
+        peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else peak_bytes(),
     )
-
-
-def _peak_bytes() -> int:
-    """Return the largest resident size of this process so far.
-
-    Linux's own count of the process is taken where there is one: what `resource` gives there begins
-    with the size of the process that started this one.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) << 10
-    import resource  # not everywhere
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Find and replace layers of a denoiser by name. A table of embeddings counts as a layer."""
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 import torch
@@ -13,6 +13,7 @@ from msfp_cli.layers.clock import TRAINING_CLOCK, Clock
 from msfp_cli.layers.quantized import Quantized, find_kind, kind_of
 from msfp_cli.layers.routing import RouterTable
 from msfp_cli.layers.scheme import LayerScheme
+from msfp_cli.layers.streamed import weight_in_memory
 from msfp_cli.layers.weight import answer_for_weights
 
 
@@ -87,6 +88,7 @@ def store_layers_(
     table: Mapping[str, LayerScheme],
     scales: Mapping[str, Tensor],
     multipliers: Mapping[str, Tensor] = MappingProxyType({}),
+    move: Callable[[str, Tensor], Tensor] = lambda name, weight: weight,
 ) -> None:
     """Replace each layer that `table` names, and store its weight, rounded.
 
@@ -95,14 +97,17 @@ def store_layers_(
     Arguments:
         scales: float32 weight scales, ``(out,)``, of the layers with a quantized weight.
         multipliers: uint8 ``(out, groups)``, of the layers whose weights have groups.
+        move: gives the weight to round for the name of a layer and its weight.
 
     Raises:
         CheckpointError: the denoiser has no such layer.
     """
     layers = find_layers(denoiser)
     for name, quantized in replace_layers_(denoiser, table).items():
-        weight = layers.pop(name).weight.detach()
+        layer = layers.pop(name)
         if table[name].weight is not None:
+            with weight_in_memory(layer):
+                weight = move(name, layer.weight.detach())
             quantized.store_(weight, scales[name], multipliers=multipliers.get(name))
 
 

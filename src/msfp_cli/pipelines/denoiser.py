@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from msfp_cli.errors import ModelError, UsageError
 from msfp_cli.files.documents import digest
 from msfp_cli.layers.clock import TRAINING_CLOCK, Clock
+from msfp_cli.layers.streamed import weight_in_memory
 from msfp_cli.pipelines.loading import Pipeline
 
 # The names under which most pipelines of diffusers keep their denoisers, for pipelines that are
@@ -152,9 +153,10 @@ def fingerprint(denoiser: nn.Module) -> str:
     """
     sampled = {}
     for name, parameter in denoiser.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        stride = max(1, flat.numel() // _SAMPLES)
-        sampled[f"{name} {tuple(parameter.shape)}"] = flat[::stride].cpu()
+        with weight_in_memory(denoiser.get_submodule(name.rpartition(".")[0])):
+            flat = parameter.detach().reshape(-1)
+            stride = max(1, flat.numel() // _SAMPLES)
+            sampled[f"{name} {tuple(parameter.shape)}"] = flat[::stride].cpu().clone()
     return digest(sampled)
 
 

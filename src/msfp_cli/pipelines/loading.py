@@ -157,16 +157,25 @@ def fetch_pipeline(source: ModelSource) -> Path:
         raise ModelError(_explain(source, error)) from error
 
 
-def load_pipeline(source: ModelSource, device: str | None = None) -> Pipeline:
+def load_pipeline(
+    source: ModelSource, device: str | None = None, *, streamed: bool = False
+) -> Pipeline:
     """Load a stock pipeline, all components in one type, ready to be called.
+
+    Arguments:
+        streamed: leave weights in their files until their layers run, see `layers.streamed`.
 
     Raises:
         ModelError: it cannot be found or loaded; the message says why, as far as can be known.
         CheckpointError: it is an export that was altered.
     """
+    from msfp_cli.pipelines.streamed import component_files, stored_types, stream_components_
+
     place = choose_device(device)
+    dtype = choose_dtype(source.dtype, place)
     pipeline_class = _pipeline_class(source.pipeline)
-    model = _place_of(source)
+    model = str(fetch_pipeline(source)) if streamed else _place_of(source)
+    stored = component_files(Path(model), source.variant) if streamed else {}
     options = {"revision": source.revision, "variant": source.variant}
     with checked(Path(model), redo=REDO):  # what msfp exported; others have no seal
         refuse_endless_sizes(Path(model))
@@ -174,7 +183,7 @@ def load_pipeline(source: ModelSource, device: str | None = None) -> Pipeline:
             with LOADING:
                 pipe = pipeline_class.from_pretrained(
                     model,
-                    dtype=choose_dtype(source.dtype, place),
+                    dtype={"default": dtype, **dict(stored_types(stored))} if stored else dtype,
                     **{k: v for k, v in options.items() if v is not None},
                 )
         except MsfpError:
@@ -183,6 +192,7 @@ def load_pipeline(source: ModelSource, device: str | None = None) -> Pipeline:
             raise ModelError(_explain(source, error)) from error
     _refuse_missing_tensors(model, pipe)
     refuse_endless_prompts(pipe.components)
+    stream_components_(pipe.components, stored, dtype, place)
     with contextlib.suppress(AttributeError):
         pipe.set_progress_bar_config(disable=True)
     return pipe.to(place)

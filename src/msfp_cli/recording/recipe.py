@@ -1,10 +1,11 @@
 """What is recorded and which pictures are held out; nothing here needs torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from msfp_cli.errors import UsageError
+from msfp_cli.pipelines.conditions import prompts_of
 from msfp_cli.pipelines.sampling import Sampling, write_prompts
 from msfp_cli.recipe import option
 
@@ -74,6 +75,14 @@ class RecordOptions(Sampling):
     def max_bytes(self) -> int:
         """The bound on the recording's size in bytes."""
         return int(self.max_recording_gib * 2**30)
+
+    def with_prompts(self) -> "RecordOptions":
+        """Return the same options with the prompts that their file holds.
+
+        Raises:
+            UsageError: the file cannot be read, or is empty.
+        """
+        return replace(self, prompts=prompts_of(self.prompts))
 
 
 def recorded_conditions(

@@ -19,10 +19,11 @@ _SHARD = r"(-\d{5}-of-\d{5})?"
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor in a file: its name, its elements, and its bytes."""
+    """A tensor in a file: its name, its type as the file has it, its elements, and its bytes."""
 
     file: Path
     name: str
+    dtype: str
     count: int
     size: int
 
@@ -62,7 +63,9 @@ def stored_tensors(files: list[Path]) -> Iterator[StoredTensor]:
                 count = math.prod(part.get_shape())
                 bits = re.search(r"\d+", part.get_dtype())  # BF16, F8_E4M3, BOOL ...
                 size = count * (int(bits[0]) if bits else 8) // 8
-                yield StoredTensor(file=path, name=name, count=count, size=size)
+                yield StoredTensor(
+                    file=path, name=name, dtype=part.get_dtype(), count=count, size=size
+                )
 
 
 def copy_component(directory: Path, target: Path, variant: str | None) -> None:

@@ -1,0 +1,122 @@
+"""How long a calibration will take, and how much disk and memory, said before it begins.
+
+Nearly all of a calibration is calls of the denoiser, of which each stage needs a known number, and
+one such call was timed. The search for each weight and its rounding do not depend on calls: the
+seconds for a million weights are those of one CPU (`benchmarks/calibration_memory.py`).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from msfp_cli.calibration.denoiser_search import num_observed
+from msfp_cli.calibration.layer_search import bits_of
+from msfp_cli.calibration.recipe import CalibrateRecipe
+from msfp_cli.calibration.samples import ROUNDING_BYTES, group_bytes, group_layers, memory
+from msfp_cli.layers.replace import find_layers
+from msfp_cli.memory import peak_bytes
+from msfp_cli.pipelines.denoiser import find_denoisers
+from msfp_cli.pipelines.loading import Pipeline
+from msfp_cli.pipelines.prefix import REPEATED_SHARE
+from msfp_cli.recording.compare import MAX_ROWS
+from msfp_cli.recording.probe import probe
+from msfp_cli.recording.recipe import RecordRecipe
+
+_SEARCH_SECONDS = 0.5  # for a million weights
+_ROUNDING_SECONDS = 0.5
+_LONG = 120  # seconds; whatever takes less is not announced
+_LOWER = {
+    "recording": "fewer --num-images or --steps",
+    "observing": "fewer --num-images or --steps",
+    "measuring layers alone": "--lift 0 leaves it out",
+    "rounding": "--rounding nearest leaves it out",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a calibration will take.
+
+    Arguments:
+        seconds: by stage.
+        disk: bytes of the recordings.
+        memory: bytes of this process.
+        is_bounded: whether weights stay in their files.
+    """
+
+    seconds: Mapping[str, float]
+    disk: int
+    memory: int
+    is_bounded: bool
+
+    def lines(self) -> Iterator[str]:
+        """Yield what to say, and which options would lower it; nothing if it is little."""
+        total = sum(self.seconds.values())
+        if total < _LONG:
+            return
+        parts = [f"{stage} {_words(time)}" for stage, time in self.seconds.items() if time >= 1]
+        yield f"this will take about {_words(total)}: {', '.join(parts)}"
+        longest = max(self.seconds, key=lambda stage: self.seconds[stage])
+        if advice := _LOWER.get(longest):
+            yield f"most of it is {longest}: {advice}"
+        advice = "" if self.is_bounded else "; --max-memory bounds it"
+        yield (
+            f"recordings take about {self.disk / 2**30:.1f} GiB on disk; memory "
+            f"{self.memory / 2**30:.1f} GiB{advice}"
+        )
+
+
+def _words(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def estimate(
+    pipe: Pipeline,
+    recording: RecordRecipe,
+    held_out: RecordRecipe,
+    recipe: CalibrateRecipe,
+    max_memory: int | None,
+) -> Estimate:
+    """Call the denoiser once, and estimate a calibration.
+
+    Arguments:
+        recording: of the calls to choose on.
+        held_out: of the calls to measure on.
+        max_memory: bytes that this process may take; None if the model is loaded whole.
+    """
+    cost = probe(pipe, recording)
+    run = cost.steps * cost.seconds
+    num_runs = recording.num_shards + held_out.num_shards
+    observing = num_observed(recording.num_shards, recording.batch_size) * run
+    bits = {
+        (component, name): (layer, *bits_of(name, layer, recipe))
+        for component, denoiser in find_denoisers(pipe).items()
+        for name, layer in find_layers(denoiser).items()
+    }
+    weights = sum(layer.weight.numel() for layer, _, weight, _ in bits.values() if weight) / 1e6
+    seconds = {
+        "recording": num_runs * run,
+        "observing": observing,
+        "searching": _SEARCH_SECONDS * weights,
+    }
+    if recipe.lift:
+        tried = sum(reason == "default" for _, reason, _, _ in bits.values())
+        rows = min(MAX_ROWS, cost.rows) / cost.rows
+        seconds["measuring layers alone"] = (
+            tried * recipe.sensitivity_calls * rows * cost.seconds * REPEATED_SHARE
+        )
+    peak = peak_bytes()
+    if recipe.rounding == "compensated" and recipe.weights is not None:
+        tunable = {key: layer for key, (layer, _, weight, _) in bits.items() if weight}
+        groups = group_layers(tunable, group_bytes(max_memory))
+        seconds["rounding"] = len(groups) * observing + _ROUNDING_SECONDS * weights
+        sizes = (sum(memory(tunable[key]) for key in group) for group in groups)
+        peak += ROUNDING_BYTES + max(sizes, default=0)
+    seconds["checking"] = held_out.num_shards * run
+    return Estimate(
+        seconds=seconds,
+        disk=num_runs * cost.num_bytes,
+        memory=peak,
+        is_bounded=max_memory is not None,
+    )

@@ -1,0 +1,92 @@
+"""Call the denoiser once, as a recording would, to know what all of its calls will take."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msfp_cli.pipelines.denoiser import find_denoisers
+from msfp_cli.pipelines.loading import Pipeline
+from msfp_cli.pipelines.sampling import call_pipeline
+from msfp_cli.recording.recipe import RecordRecipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallCost:
+    """What the calls of a denoiser take.
+
+    Arguments:
+        seconds: of one call.
+        rows: of its batch, guidance included.
+        steps: calls in one run of the pipeline.
+        num_bytes: of such a run, recorded. What changes from call to call is the sample and the
+            output, which has its size.
+    """
+
+    seconds: float
+    rows: int
+    steps: int
+    num_bytes: int
+
+
+class _StopError(Exception):
+    """Ends a run of the pipeline after the first call of its denoiser."""
+
+
+def probe(pipe: Pipeline, recipe: RecordRecipe) -> CallCost:
+    """Run the pipeline up to the first call of its largest network, and time that call once more.
+
+    Returns:
+        Nothing but zeros if that network is not called.
+    """
+    denoiser = max(find_denoisers(pipe).values(), key=_num_parameters)
+    passed: list[Any] = []
+
+    def stop(module: nn.Module, args: object, kwargs: object, output: object) -> None:
+        passed.extend((args, kwargs, output))
+        raise _StopError
+
+    handle = denoiser.register_forward_hook(stop, with_kwargs=True)
+    try:
+        conditions = recipe.conditions[: recipe.batch_size]
+        call_pipeline(pipe, conditions, recipe, output_type="latent")
+    except _StopError:
+        pass
+    finally:
+        handle.remove()
+    if not passed:
+        return CallCost(seconds=0.0, rows=1, steps=1, num_bytes=0)
+    args, kwargs, output = passed
+    outputs = list(_tensors(output))
+    changing = 2 * sum(tensor.nbytes for tensor in outputs)
+    steps = len(getattr(getattr(pipe, "scheduler", None), "timesteps", (0,)))
+    return CallCost(
+        seconds=_seconds(denoiser, args, kwargs),
+        rows=len(outputs[0]),
+        steps=steps,
+        num_bytes=sum(each.nbytes for each in _tensors((args, kwargs))) + changing * steps,
+    )
+
+
+@torch.no_grad()
+def _seconds(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    start = time.perf_counter()
+    for tensor in _tensors(module(*args, **kwargs)):
+        tensor.cpu()  # waits for an accelerator
+    return time.perf_counter() - start
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors of a tree of arguments or outputs."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)

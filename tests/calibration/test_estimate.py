@@ -1,0 +1,55 @@
+"""What a calibration says before it begins."""
+
+from dataclasses import replace
+
+import pytest
+
+from conftest import QUICK
+from msfp_cli.calibration.estimate import Estimate, estimate
+from msfp_cli.pipelines.loading import ModelSource, load_pipeline
+from msfp_cli.recording.recipe import RecordOptions
+from msfp_cli.recording.record import record_recipes
+
+OPTIONS = RecordOptions(num_images=20, num_inference_steps=3, batch_size=2)
+
+
+def estimated(source: ModelSource, **settings: object) -> Estimate:
+    pipe = load_pipeline(source, "cpu")
+    return estimate(pipe, *record_recipes(pipe, source, OPTIONS), replace(QUICK, **settings), None)
+
+
+def test_stages_that_are_left_out_take_no_time(tiny_source: ModelSource) -> None:
+    every = estimated(tiny_source).seconds
+    without = estimated(tiny_source, lift=0.0, rounding="nearest").seconds
+    assert every.keys() - without.keys() == {"measuring layers alone", "rounding"}
+    assert all(seconds > 0 for seconds in every.values())
+
+
+def test_memory_and_disk_are_at_least_what_is_stored(tiny_source: ModelSource) -> None:
+    found = estimated(tiny_source)
+    assert found.disk > 20 * 3 * 2 * 3 * 16 * 16 * 4 / 2
+    assert found.memory > estimated(tiny_source, rounding="nearest").memory - 2**30
+
+
+@pytest.mark.parametrize(
+    ("longest", "advice"),
+    [
+        ("recording", "--num-images"),
+        ("measuring layers alone", "--lift 0"),
+        ("rounding", "nearest"),
+    ],
+)
+def test_a_long_one_names_the_option_that_lowers_it(longest: str, advice: str) -> None:
+    seconds = {"recording": 60.0, "measuring layers alone": 60.0, "rounding": 60.0, longest: 8000.0}
+    found = Estimate(seconds=seconds, disk=2**31, memory=2**34, is_bounded=False)
+    total, most, sizes = found.lines()
+    assert total.startswith("this will take about 2.3 h: ")
+    assert most.startswith(f"most of it is {longest}: ") and advice in most
+    assert sizes == (
+        "recordings take about 2.0 GiB on disk; memory 16.0 GiB; --max-memory bounds it"
+    )
+
+
+def test_a_short_one_says_nothing() -> None:
+    found = Estimate(seconds={"recording": 100.0}, disk=1, memory=1, is_bounded=False)
+    assert list(found.lines()) == []

@@ -1,0 +1,72 @@
+"""A pipeline whose weights stay in its files: the same pictures, in hardly any memory."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from msfp_cli.errors import ModelError
+from msfp_cli.layers.replace import find_layers
+from msfp_cli.pipelines.denoiser import find_denoisers, fingerprint
+from msfp_cli.pipelines.loading import ModelSource, load_pipeline
+from tiny_pipelines import CALL_ARGUMENTS
+
+NAMES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+    "DiTPipeline",
+    "PixArtSigmaPipeline",
+    "LDMTextToImagePipeline",
+)
+
+
+def draw(pipe: DiffusionPipeline, name: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return pipe(**CALL_ARGUMENTS[name], output_type="pt", generator=generator).images
+
+
+def in_memory(pipe: DiffusionPipeline) -> int:
+    """Return the bytes of the weights of a pipeline's denoisers."""
+    layers = [each for part in find_denoisers(pipe).values() for each in find_layers(part).values()]
+    return sum(layer.weight.untyped_storage().nbytes() for layer in layers)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_and_fingerprints_are_those_of_the_whole_model(
+    name: str, tiny: Callable[[str], Path]
+) -> None:
+    source = ModelSource(model=str(tiny(name)))
+    whole = load_pipeline(source, "cpu")
+    streamed = load_pipeline(source, "cpu", streamed=True)
+    assert in_memory(streamed) * 20 < in_memory(whole)
+    for component, denoiser in find_denoisers(whole).items():
+        assert fingerprint(getattr(streamed, component)) == fingerprint(denoiser)
+    assert torch.equal(draw(streamed, name), draw(whole, name))
+    assert in_memory(streamed) * 20 < in_memory(whole)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline"])
+def test_files_in_half_precision_are_computed_in_the_type_that_was_asked_for(
+    name: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    DiffusionPipeline.from_pretrained(tiny(name), dtype=torch.bfloat16).save_pretrained(tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        source = ModelSource(model=str(tmp_path), dtype=dtype)
+        streamed = load_pipeline(source, "cpu", streamed=True)
+        whole = load_pipeline(source, "cpu")
+        for component, denoiser in find_denoisers(whole).items():
+            types = {key: each.dtype for key, each in denoiser.state_dict().items()}
+            others = getattr(streamed, component).state_dict()
+            assert {key: each.dtype for key, each in others.items()} == types
+        assert torch.equal(draw(streamed, name), draw(whole, name))
+
+
+def test_pickled_weights_are_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(tiny("DDIMPipeline"))
+    pipe.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(ModelError, match="has no safetensors files"):
+        load_pipeline(ModelSource(model=str(tmp_path)), "cpu", streamed=True)
