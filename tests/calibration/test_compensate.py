@@ -156,7 +156,7 @@ def test_training_begins_at_the_codes(either: Calibration, tiny_source: ModelSou
     move_weights_(unet, either, "unet")
     table = either.table("unet")
     scales = either.scales["unet"]
-    student = Student(unet, table, scales, FEW_UPDATES, 1.0, either.multipliers["unet"])
+    student = Student(unet, table, scales, FEW_UPDATES, either.multipliers["unet"])
     for name, packed in codes_of(either).items():
         layer = student.layers[name]
         sizes = step_sizes(*either.steps_of("unet", name), layer.layer.weight.shape)

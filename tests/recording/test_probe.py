@@ -29,5 +29,5 @@ def test_what_one_call_says_is_what_the_recording_takes(
     size = recording.shard_path(0).stat().st_size
     assert cost.steps == len(calls)
     assert cost.rows == len(calls[0].output)
-    assert 0.5 * size < cost.num_bytes < 2 * size
+    assert 0.5 * size < cost.num_bytes < 2.2 * size  # half of DiT's output is not recorded
     assert cost.seconds > 0

@@ -268,7 +268,8 @@ def test_interrupt_keeps_finished_shards_and_says_how_to_go_on(
         0,
     ]
     with monkeypatch.context() as patched:
-        stop_before_call(patched, 3, KeyboardInterrupt)
+        # The first two are to estimate, and to learn what the denoiser is.
+        stop_before_call(patched, 4, KeyboardInterrupt)
         result = msfp(*command)
     assert (result.exit_code, result.stdout) == (1, "")
     assert (

@@ -18,7 +18,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from msfp_cli.calibration.layer_search import LIFTED_BITS, CalibratedLayer, search_layer
+from msfp_cli.calibration.layer_search import (
+    LIFTED_BITS,
+    CalibratedLayer,
+    PlannedLayer,
+    search_layer,
+)
 from msfp_cli.calibration.observe import LayerObservation, observe
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import LayerChoice
@@ -33,9 +38,9 @@ from msfp_cli.layers.replace import find_layers, quantized_layers
 from msfp_cli.layers.streamed import weight_in_memory
 from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers, refuse_changed
 from msfp_cli.pipelines.loading import Pipeline
-from msfp_cli.pipelines.prefix import RepeatedCall
+from msfp_cli.pipelines.prefix import REPEATED_SHARE, RepeatedCall
 from msfp_cli.progress import SILENT, Advance, Progress
-from msfp_cli.recording.compare import OutputError, output_error, spread_calls
+from msfp_cli.recording.compare import MAX_ROWS, OutputError, output_error, spread_calls
 from msfp_cli.recording.result import Recording
 
 _OBSERVED_PICTURES = 80
@@ -145,6 +150,18 @@ def observed_shards(recording: Recording) -> list[int]:
 def num_observed(num_shards: int, batch_size: int) -> int:
     """Return how many shards of a recording are observed."""
     return min(num_shards, math.ceil(_OBSERVED_PICTURES / batch_size))
+
+
+def planned_layers(denoiser: nn.Module, recipe: CalibrateRecipe) -> dict[str, PlannedLayer]:
+    """Return what will be done to each layer of a denoiser."""
+    layers = find_layers(denoiser)
+    return {name: PlannedLayer.of(name, layer, recipe) for name, layer in layers.items()}
+
+
+def calls_to_measure(recipe: CalibrateRecipe, rows: int) -> float:
+    """Return how many calls of so many rows measuring a layer's part of the error is worth."""
+    is_measured = recipe.lift > 0 and _narrowest(recipe) < LIFTED_BITS
+    return is_measured * recipe.sensitivity_calls * min(MAX_ROWS, rows) / rows * REPEATED_SHARE
 
 
 def _narrowest(recipe: CalibrateRecipe) -> int:

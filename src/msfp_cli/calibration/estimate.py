@@ -8,16 +8,15 @@ seconds for a million weights are those of one CPU (`benchmarks/calibration_memo
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from msfp_cli.calibration.denoiser_search import num_observed
-from msfp_cli.calibration.layer_search import bits_of
+from msfp_cli.calibration.denoiser_search import (
+    calls_to_measure,
+    num_observed,
+    planned_layers,
+)
 from msfp_cli.calibration.recipe import CalibrateRecipe
-from msfp_cli.calibration.samples import ROUNDING_BYTES, group_bytes, group_layers, memory
-from msfp_cli.layers.replace import find_layers
-from msfp_cli.memory import peak_bytes
+from msfp_cli.calibration.samples import expected_groups
 from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import Pipeline
-from msfp_cli.pipelines.prefix import REPEATED_SHARE
-from msfp_cli.recording.compare import MAX_ROWS
 from msfp_cli.recording.probe import probe
 from msfp_cli.recording.recipe import RecordRecipe
 
@@ -89,34 +88,28 @@ def estimate(
     run = cost.steps * cost.seconds
     num_runs = recording.num_shards + held_out.num_shards
     observing = num_observed(recording.num_shards, recording.batch_size) * run
-    bits = {
-        (component, name): (layer, *bits_of(name, layer, recipe))
+    layers = {
+        (component, name): planned
         for component, denoiser in find_denoisers(pipe).items()
-        for name, layer in find_layers(denoiser).items()
+        for name, planned in planned_layers(denoiser, recipe).items()
     }
-    weights = sum(layer.weight.numel() for layer, _, weight, _ in bits.values() if weight) / 1e6
+    rounded = {key: each.layer for key, each in layers.items() if each.is_rounded}
+    millions = sum(layer.weight.numel() for layer in rounded.values()) / 1e6
+    tried = sum(each.is_tried for each in layers.values())
+    groups, memory = expected_groups(rounded, max_memory)
     seconds = {
         "recording": num_runs * run,
         "observing": observing,
-        "searching": _SEARCH_SECONDS * weights,
+        "searching": _SEARCH_SECONDS * millions,
+        "measuring layers alone": tried * calls_to_measure(recipe, cost.rows) * cost.seconds,
+        "rounding": groups * observing + _ROUNDING_SECONDS * millions,
+        "checking": held_out.num_shards * run,
     }
-    if recipe.lift:
-        tried = sum(reason == "default" for _, reason, _, _ in bits.values())
-        rows = min(MAX_ROWS, cost.rows) / cost.rows
-        seconds["measuring layers alone"] = (
-            tried * recipe.sensitivity_calls * rows * cost.seconds * REPEATED_SHARE
-        )
-    peak = peak_bytes()
-    if recipe.rounding == "compensated" and recipe.weights is not None:
-        tunable = {key: layer for key, (layer, _, weight, _) in bits.items() if weight}
-        groups = group_layers(tunable, group_bytes(max_memory))
-        seconds["rounding"] = len(groups) * observing + _ROUNDING_SECONDS * weights
-        sizes = (sum(memory(tunable[key]) for key in group) for group in groups)
-        peak += ROUNDING_BYTES + max(sizes, default=0)
-    seconds["checking"] = held_out.num_shards * run
+    if recipe.rounding == "nearest":
+        seconds["rounding"] = 0.0
     return Estimate(
         seconds=seconds,
         disk=num_runs * cost.num_bytes,
-        memory=peak,
+        memory=memory,
         is_bounded=max_memory is not None,
     )

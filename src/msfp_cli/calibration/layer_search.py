@@ -135,3 +135,25 @@ def bits_of(
     weight_bits = None if recipe.weights is None else bits
     input_bits = None if recipe.activations is None else bits
     return "lifted" if lifted else "kept", weight_bits, input_bits
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A layer as the recipe sees it, before anything is known of its input.
+
+    Arguments:
+        layer: the float layer.
+        is_tried: whether its part of the error may be measured.
+        is_rounded: whether its weight will be quantized, and multiplied.
+    """
+
+    layer: FloatLayer
+    is_tried: bool
+    is_rounded: bool
+
+    @classmethod
+    def of(cls, name: str, layer: FloatLayer, recipe: CalibrateRecipe) -> "PlannedLayer":
+        """Return what the recipe says of a layer."""
+        reason, weight_bits, _ = bits_of(name, layer, recipe)
+        is_rounded = weight_bits is not None and not kind_of(layer).is_table
+        return cls(layer, reason == "default", is_rounded)

@@ -213,6 +213,13 @@ def group_bytes(max_memory: int | None) -> int:
     return min(_GROUP_BYTES, max_memory - peak_bytes() - ROUNDING_BYTES)
 
 
+def expected_groups(layers: Mapping[K, FloatLayer], max_memory: int | None) -> tuple[int, int]:
+    """Return how many groups layers will make, and the memory that this process will take then."""
+    groups = group_layers(layers, group_bytes(max_memory))
+    samples = (sum(memory(layers[name]) for name in group) for group in groups)
+    return len(groups), peak_bytes() + ROUNDING_BYTES + max(samples, default=0)
+
+
 def memory(layer: FloatLayer) -> int:
     """Return the bytes that the samples of a layer take, at most."""
     groups: int = num_groups(layer)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from msfp_cli.files.weight_files import StoredTensor, stored_tensors, weight_files
 from msfp_cli.layers.replace import find_layers
 from msfp_cli.layers.streamed import stream_
-from msfp_cli.pipelines.weight_files import StoredTensor, stored_tensors, weight_files
 
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # A subclass may hand its weight to somebody else without running, as in nn.MultiheadAttention.

@@ -61,13 +61,14 @@ def probe(pipe: Pipeline, recipe: RecordRecipe) -> CallCost:
         return CallCost(seconds=0.0, rows=1, steps=1, num_bytes=0)
     args, kwargs, output = passed
     outputs = list(_tensors(output))
-    changing = 2 * sum(tensor.nbytes for tensor in outputs)
+    output_bytes = sum(tensor.nbytes for tensor in outputs)
+    first_bytes = output_bytes + sum(tensor.nbytes for tensor in _tensors((args, kwargs)))
     steps = len(getattr(getattr(pipe, "scheduler", None), "timesteps", (0,)))
     return CallCost(
         seconds=_seconds(denoiser, args, kwargs),
         rows=len(outputs[0]),
         steps=steps,
-        num_bytes=sum(each.nbytes for each in _tensors((args, kwargs))) + changing * steps,
+        num_bytes=first_bytes + 2 * output_bytes * (steps - 1),
     )
 
 

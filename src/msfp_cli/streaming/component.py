@@ -11,7 +11,7 @@ from msfp_cli.checkpoint.export import tidy_
 from msfp_cli.checkpoint.quantizer import DiffusersModel, mark_quantized_, weight_only_config
 from msfp_cli.checkpoint.weight_only import WeightEncoder
 from msfp_cli.errors import UsageError
-from msfp_cli.pipelines.weight_files import stored_tensors, weight_files
+from msfp_cli.files.weight_files import stored_tensors, weight_files
 from msfp_cli.progress import Progress
 from msfp_cli.streaming.parts import Parts
 from msfp_cli.streaming.recipe import QuantizeRecipe

@@ -19,9 +19,9 @@ from msfp_cli.checkpoint.weight_only import WeightEncoder
 from msfp_cli.errors import CheckpointError
 from msfp_cli.files.atomic import clean, delete
 from msfp_cli.files.documents import Json, open_tensors, read_json, write_json, write_tensors
+from msfp_cli.files.weight_files import StoredTensor
 from msfp_cli.layers.replace import replace_layers_
 from msfp_cli.layers.scheme import LayerScheme
-from msfp_cli.pipelines.weight_files import StoredTensor
 from msfp_cli.progress import Progress
 
 _SIZE = 1 << 28  # bytes in full precision of a part

@@ -20,9 +20,9 @@ from msfp_cli.files.atomic import delete
 from msfp_cli.files.directories import refuse_existing, replace_directory
 from msfp_cli.files.documents import Json, read_json
 from msfp_cli.files.lock import beside, only_writer
+from msfp_cli.files.weight_files import copy_component
 from msfp_cli.pipelines.denoiser import denoiser_names
 from msfp_cli.pipelines.loading import ModelSource, fetch_pipeline
-from msfp_cli.pipelines.weight_files import copy_component
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.streaming.component import ComponentSize, DenoiserJob
 from msfp_cli.streaming.recipe import QuantizeRecipe

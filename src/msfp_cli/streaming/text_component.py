@@ -6,7 +6,7 @@ from pathlib import Path
 from msfp_cli.checkpoint.export import tidy_
 from msfp_cli.checkpoint.quantizer import MSFPConfig
 from msfp_cli.files.atomic import temporary_of
-from msfp_cli.pipelines.weight_files import stored_tensors, weight_files
+from msfp_cli.files.weight_files import stored_tensors, weight_files
 from msfp_cli.progress import Progress
 from msfp_cli.streaming.component import ComponentJob, plan_of
 from msfp_cli.streaming.parts import Parts
