@@ -48,7 +48,7 @@ class Option:
     write: Callable[[Any], str] = str
     is_typed: bool = True
     formerly: str | None = None
-    before: str | int | None = None
+    before: str | int | tuple[()] | None = None
     later: bool = False
 
     @property

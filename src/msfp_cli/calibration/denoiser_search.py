@@ -89,9 +89,15 @@ def check_layers(pipe: Pipeline, recipe: CalibrateRecipe, progress: Progress) ->
     """Refuse a pipeline that cannot be calibrated as the recipe says; say which rules are idle.
 
     Raises:
-        UsageError: a denoiser is quantized already, has adapters or is offloaded, or the rules
-            leave no layer to quantize.
+        UsageError: a denoiser is quantized already, has adapters or is offloaded, the rules leave
+            no layer to quantize, or the pipeline has no such text encoder.
     """
+    texts = [name for name in pipe.components if name.startswith("text_encoder")]
+    if unknown := sorted(recipe.text_encoders().keys() - set(texts)):
+        raise UsageError(
+            f"--also {unknown[0]!r} is not a text encoder of this pipeline; it has "
+            f"{', '.join(texts) or 'none'}"
+        )
     names = list[str]()
     for component, denoiser in find_denoisers(pipe).items():
         refuse_changed(component, denoiser)

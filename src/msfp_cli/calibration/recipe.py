@@ -19,6 +19,7 @@ from msfp_cli.recipe import Recipe, option
 
 ROUNDINGS = ("compensated", "nearest")
 _GROUP = 32  # weights
+_TEXT_BITS = 4
 FORMAT_SETS = ("mixed", "signed", "unsigned", "integer")
 
 
@@ -100,6 +101,12 @@ class CalibrateRecipe(Recipe):
         write=lambda size: str(size) if size else "none",
         before=0,
     )
+    also: tuple[str, ...] = option(
+        (),
+        "NAME:weights=BITS quantizes the weights of a text encoder as well, such as "
+        "text_encoder_2:weights=4, when the pipeline is exported; repeatable. Default: none.",
+        before=(),
+    )
     max_samples: int = option(
         40_000,
         "Elements of each layer's input that are kept for the search.",
@@ -123,6 +130,7 @@ class CalibrateRecipe(Recipe):
             )
         for rule in self.keep:
             KeepRule.parse(rule)
+        self.text_encoders()
         if self.formats not in FORMAT_SETS:
             widths = {FloatFormat.parse(name).bits for name in self.formats.split(",")}
             if not widths & {self.weights, self.activations}:
@@ -146,6 +154,24 @@ class CalibrateRecipe(Recipe):
         if self.weight_groups is None:
             return _GROUP if self.has_wide_inputs else 0
         return self.weight_groups
+
+    def text_encoders(self) -> dict[str, int]:
+        """Return the bits of the weights of each text encoder that is quantized as well.
+
+        Raises:
+            UsageError: `also` is not of that form.
+        """
+        found = dict[str, int]()
+        for text in self.also:
+            name, _, value = text.partition(":weights=")
+            bits = parse_bits(value or str(_TEXT_BITS), "--also")
+            if bits is None or not name or ":" in name:
+                raise UsageError(
+                    f"cannot read --also {text!r}; write NAME:weights=BITS, "
+                    "for instance text_encoder_2:weights=4"
+                )
+            found[name] = bits
+        return found
 
     def idle_rules(self, names: Collection[str]) -> list[str]:
         """Return the rules of `keep` that match no layer: of another model, or misspelt.

@@ -13,6 +13,7 @@ from torch import nn
 
 from msfp_cli.calibration.quantize import quantize_
 from msfp_cli.calibration.result import Calibration
+from msfp_cli.checkpoint.in_memory import quantize_ as quantize_weights_
 from msfp_cli.checkpoint.quantizer import (
     NEWEST_SCHEMA,
     SCHEMA_VERSION,
@@ -70,7 +71,7 @@ def load_calibrated(
     device: str | None = None,
     tuned: Mapping[str, FinetuneState] | None = None,
 ) -> Pipeline:
-    """Load the calibrated model and quantize its denoisers: the in-memory twin of an export.
+    """Load the calibrated model and quantize it: the in-memory twin of an export.
 
     Arguments:
         tuned: fine-tunings by component; a component without one is as calibrated.
@@ -98,6 +99,9 @@ def load_calibrated(
             tool_version=__version__,
         )
         mark_quantized_(denoiser, config)
+    for name, bits in calibration.recipe.text_encoders().items():
+        origin = calibration.source.to_json()
+        quantize_weights_(pipe.components[name], MSFPConfig(weights=bits, source=origin))
     return pipe
 
 

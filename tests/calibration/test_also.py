@@ -1,0 +1,61 @@
+"""Text encoders that are quantized beside a calibrated denoiser."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from conftest import QUICK, Invoke, only_error
+from msfp_cli.calibration.recipe import CalibrateRecipe
+from msfp_cli.errors import UsageError
+from msfp_cli.layers.replace import quantized_layers
+from tiny_pipelines import CALL_ARGUMENTS
+
+NAME = "FluxPipeline"
+SIZES = ("--num-images", 2, "--steps", 1, "--lift", 0, "--rounding", "nearest")
+
+
+def draw(pipe: DiffusionPipeline) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return pipe(**CALL_ARGUMENTS[NAME], output_type="pt", generator=generator).images
+
+
+def test_a_text_encoder_is_exported_with_its_bits_and_loads_as_it_was(
+    msfp: Invoke, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    also = ("--also", "text_encoder_2:weights=5", "--also", "text_encoder")
+    assert msfp("calibrate", tiny(NAME), *SIZES, *also).exit_code == 0
+    assert msfp("export").exit_code == 0
+    pipe = DiffusionPipeline.from_pretrained("msfp-run/export")
+    bits = {"text_encoder": 4, "text_encoder_2": 5}
+    for component, expected in bits.items():
+        layers = quantized_layers(getattr(pipe, component)).values()
+        assert expected in {layer.scheme.weight.bits for layer in layers}
+    assert quantized_layers(pipe.transformer)
+    pipe.save_pretrained(tmp_path / "again")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "again")
+    assert torch.equal(draw(again), draw(pipe))
+    assert msfp("status").stdout.count("text_encoder") >= 2
+
+
+def test_a_component_that_is_no_text_encoder_is_refused(
+    msfp: Invoke, tiny: Callable[[str], Path]
+) -> None:
+    result = msfp("calibrate", tiny(NAME), *SIZES, "--also", "vae:weights=4")
+    assert "has text_encoder, text_encoder_2" in only_error(result, 2)
+
+
+@pytest.mark.parametrize(
+    "text", ["", ":weights=4", "text_encoder:bits=4", "text_encoder:weights=none"]
+)
+def test_what_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--also"):
+        CalibrateRecipe(also=(text,))
+
+
+def test_recipes_of_earlier_versions_have_none() -> None:
+    values = QUICK.to_json()
+    del values["also"]
+    assert CalibrateRecipe.from_json(values) == QUICK
