@@ -3,6 +3,7 @@
 The hub client reads HF_ENDPOINT when it is imported, so a test hands the address to a subprocess.
 """
 
+import base64
 import hashlib
 import json
 from collections.abc import Collection, Iterator
@@ -13,6 +14,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 DEFAULT_REVISION = "main"
@@ -127,12 +129,14 @@ class _HubHandler(BaseHTTPRequestHandler):
         gated: Collection[str],
         cut: set[str],
         requests: list[str],
+        uploads: Path | None,
     ) -> None:
         """Take repositories and requests before the base class answers the connection."""
         self.repositories = repositories
         self.gated = gated
         self.cut = cut
         self.requests = requests
+        self.uploads = uploads
         super().__init__(*connection)  # type: ignore[arg-type]
 
     def do_GET(self) -> None:
@@ -142,6 +146,47 @@ class _HubHandler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         """Answer with headers alone."""
         self._answer()
+
+    def do_POST(self) -> None:
+        """Take part in an upload: make a repository, say how files are sent, take a commit."""
+        self.requests.append(f"{self.command} {self.path}")
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        name = "/".join(parts[2:4])
+        if parts[:3] == ["api", "repos", "create"]:
+            asked = json.loads(body)
+            name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+            answer: object = self._create(name)
+        elif parts[:2] == ["api", "models"] and parts[4:5] == ["preupload"]:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [{"path": path, **modes} for path in paths]}
+        elif parts[:2] == ["api", "models"] and parts[4:5] == ["commit"]:
+            answer = self._commit(name, [json.loads(line) for line in body.splitlines()])
+        else:
+            answer = {"errors": [], "warnings": []}  # of a model card
+        self._send(HTTPStatus.OK, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    def _create(self, name: str) -> dict[str, str]:
+        """Make an empty repository."""
+        assert self.uploads is not None, "this server takes no uploads"
+        directory = self.uploads / name
+        directory.mkdir(parents=True, exist_ok=True)
+        self.repositories[name] = _Repository.read(name, directory)
+        return {"name": name, "url": f"http://{self.headers['Host']}/{name}"}
+
+    def _commit(self, name: str, lines: list[dict[str, Any]]) -> dict[str, object]:
+        """Write the files of a commit."""
+        assert self.uploads is not None, "this server takes no uploads"
+        for line in lines:
+            if line["key"] == "file":
+                path = self.uploads / name / line["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(line["value"]["content"]))
+        self.repositories[name] = _Repository.read(name, self.uploads / name)
+        commit = self.repositories[name].commit
+        url = f"http://{self.headers['Host']}/{name}/commit/{commit}"
+        return {"success": True, "commitOid": commit, "commitUrl": url}
 
     def log_message(self, format: str, *args: object) -> None:
         """Keep the output of the tests free of access logs."""
@@ -251,20 +296,29 @@ class _HubHandler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve_hub(
-    repositories: dict[str, Path], gated: Collection[str] = (), cut: Collection[str] = ()
+    repositories: dict[str, Path],
+    gated: Collection[str] = (),
+    cut: Collection[str] = (),
+    uploads: Path | None = None,
 ) -> Iterator[HubServer]:
     """Serve directories under the names of repositories ("owner/name") until the context ends.
 
     The files of `gated` repositories are described to everyone and given to no one. The connection
     is cut in the middle of one tensor file of each of the `cut` ones, once.
-    Each repository has one commit, reached by its hash and by "main", fixed when the server starts.
+    Each repository has one commit, reached by its hash and by "main", fixed when the server starts
+    or when it is pushed to; what is pushed lies below `uploads`.
     """
     served = {
         name: _Repository.read(name, Path(directory)) for name, directory in repositories.items()
     }
     requests: list[str] = []
     handler = partial(
-        _HubHandler, repositories=served, gated=gated, cut=set(cut), requests=requests
+        _HubHandler,
+        repositories=served,
+        gated=gated,
+        cut=set(cut),
+        requests=requests,
+        uploads=uploads,
     )
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)

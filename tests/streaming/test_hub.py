@@ -22,7 +22,8 @@ from hub_server import serve_hub
 full, quantized = map(Path, sys.argv[1:])
 results = {}
 served = {"tiny/full": full, "tiny/quantized": quantized, "tiny/gated": full}
-with serve_hub(served, gated=["tiny/gated"], cut=["tiny/full", "tiny/quantized"]) as hub:
+cut = ["tiny/full", "tiny/quantized"]
+with serve_hub(served, gated=["tiny/gated"], cut=cut, uploads=Path("uploads")) as hub:
     os.environ["HF_ENDPOINT"] = hub.url
     import msfp_cli, torch
     from diffusers import DiffusionPipeline
@@ -42,6 +43,8 @@ with serve_hub(served, gated=["tiny/gated"], cut=["tiny/full", "tiny/quantized"]
 
     picture = draw("tiny/quantized")
     results["equal"] = torch.equal(picture, draw(str(quantized)))
+    DiffusionPipeline.from_pretrained("tiny/quantized").push_to_hub("tiny/pushed", token="hf_x")
+    results["pushed"] = torch.equal(picture, draw("tiny/pushed"))
     run("download", "tiny/full", "--revision", hub.commits["tiny/full"])
     results["same"] = torch.equal(picture, draw("download"))
     run("revision", "tiny/full", "--revision", "v2")
@@ -51,6 +54,26 @@ with serve_hub(served, gated=["tiny/gated"], cut=["tiny/full", "tiny/quantized"]
 run("down", "somebody/something")
 results["cached"] = torch.equal(picture, draw("tiny/quantized"))
 print(json.dumps(results))
+"""
+
+
+# The same cache, where HF_HUB_OFFLINE is set.
+_OFFLINE = """
+import json, sys, torch, msfp_cli
+from diffusers import DiffusionPipeline
+from typer.testing import CliRunner
+from msfp_cli.commands.app import app
+
+def weights(place):
+    layers = DiffusionPipeline.from_pretrained(place).unet.state_dict()
+    return torch.cat([tensor.float().flatten() for tensor in layers.values()])
+
+command = ["quantize", "somebody/something", "--out", "x"]
+result = CliRunner().invoke(app, command, prog_name="msfp")
+print(json.dumps({
+    "offline": torch.equal(weights("tiny/quantized"), weights(sys.argv[2])),
+    "offline, unknown": [result.exit_code, result.stdout, result.stderr],
+}))
 """
 
 
@@ -69,12 +92,14 @@ def said(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) 
         "PYTHONPATH": os.pathsep.join(filter(None, own)),
         "COLUMNS": "200",
     }
-    command = [sys.executable, "-c", _CHILD, source, directory / "quantized"]
-    done = subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    results = dict[str, Any]()
+    for child, extra in ((_CHILD, {}), (_OFFLINE, {"HF_HUB_OFFLINE": "1"})):
+        command = [sys.executable, "-c", child, source, directory / "quantized"]
+        done = subprocess.run(
+            command, cwd=directory, env=environment | extra, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        results |= json.loads(done.stdout.splitlines()[-1])
     return results
 
 
@@ -92,6 +117,14 @@ def test_hub_model_is_downloaded_and_quantized(said: dict[str, Any]) -> None:
     assert said["same"]
 
 
+def test_a_reloaded_pipeline_is_pushed_and_loaded_again(said: dict[str, Any]) -> None:
+    assert said["pushed"]
+
+
+def test_offline_what_is_in_the_cache_is_loaded(said: dict[str, Any]) -> None:
+    assert said["offline"]
+
+
 def test_without_a_network_what_is_in_the_cache_is_loaded(said: dict[str, Any]) -> None:
     assert said["cached"]
 
@@ -103,6 +136,7 @@ def test_without_a_network_what_is_in_the_cache_is_loaded(said: dict[str, Any]) 
         ("gated", "tiny/gated is gated: accept its licence"),
         ("unknown", "'nobody/nothing' was not found on the hub"),
         ("down", "the hub cannot be reached"),
+        ("offline, unknown", "the hub cannot be reached"),
     ],
 )
 def test_hub_failure_is_one_line(said: dict[str, Any], name: str, words: str) -> None:
