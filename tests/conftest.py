@@ -303,6 +303,14 @@ def tiny_grouped(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
+def tiny_lifting(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Chained:
+    """Calibrate the smallest model with inputs lifted at one of three timesteps."""
+    recipe = dataclasses.replace(QUICK, input_lift=0.4, lift=0.2, formats="e2m1,ue2m2")
+    run = tmp_path_factory.mktemp("tiny-lifting") / "run"
+    return chain(tiny_source.model, run, SIX_PICTURES, recipe)
+
+
+@pytest.fixture(scope="session")
 def fashion_recordings(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recording, Recording]:
     """Record the built-in model, which is trained and therefore has real activations."""
     source, run = ModelSource(model=BUILT_IN), Run(tmp_path_factory.mktemp("fashion"))

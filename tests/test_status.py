@@ -42,8 +42,9 @@ def test_status_tells_each_stage_and_the_next_command(
     error = tiny_chained.calibration.held_out_error["unet"]
     count = len(tiny_chained.calibration.layers["unet"])
     assert (
-        status_of(run).stages["calibration"]
-        == f"W4A4 mixed, {count} layers, held-out error {error:.4f}"
+        status_of(run).stages["calibration"] == f"W4A4 mixed, {count} layers, inputs of "
+        f"{tiny_chained.calibration.input_bits('unet'):.1f} bits on average, "
+        f"held-out error {error:.4f}"
     )
     assert next_command(run).startswith("msfp finetune")
 

@@ -1,7 +1,7 @@
 """Options: those made from the fields of recipes, and those that several commands share."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
@@ -93,8 +93,10 @@ def with_options(*recipes: type[Recipe]) -> Callable[[Command], Command]:
     """Give a command the options of these recipes; it gets them as its first argument, `Options`.
 
     A field that several recipes have is one option. An option that is not typed is not in there:
-    its default may depend on what the command finds.
+    its default may depend on what the command finds. Where a recipe has presets, ``--preset`` names
+    one, and what is typed comes before it.
     """
+    presets = {name: settings for recipe in recipes for name, settings in recipe.PRESETS.items()}
     options = dict[str, Option]()
     parameters = dict[str, inspect.Parameter]()
     for recipe in recipes:
@@ -113,14 +115,41 @@ def with_options(*recipes: type[Recipe]) -> Callable[[Command], Command]:
                 for name, value in typed.items()
                 if value is not None and value != []
             }
-            command(Options(values), **arguments)
+            preset = _preset(presets, arguments.pop("preset")) if presets else {}
+            command(Options({**preset, **values}), **arguments)
 
         _, *own = inspect.signature(command).parameters.values()
+        if presets:
+            parameters["preset"] = _preset_parameter(presets)
         everything = [*parameters.values(), *(each.replace(kind=_KEYWORD) for each in own)]
         wrapper.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
         return wrapper
 
     return decorate
+
+
+def _preset_parameter(presets: Collection[str]) -> inspect.Parameter:
+    """Return the parameter of a command that names a preset."""
+    help_text = (
+        f"Settings to begin with: {', '.join(presets)}, the conditions of the paper (Zhao et al. "
+        "2025), to compare with. Options that are given as well come first. Default: those shown "
+        "here."
+    )
+    annotation = Annotated[str | None, typer.Option(help=help_text)]
+    return inspect.Parameter("preset", _KEYWORD, default=None, annotation=annotation)
+
+
+def _preset(presets: Mapping[str, Mapping[str, Json]], name: str | None) -> Mapping[str, Json]:
+    """Return the settings of a preset; none for None.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
+    if name is None:
+        return {}
+    if name not in presets:
+        raise UsageError(f"unknown --preset {name!r}; choose {', '.join(presets)}")
+    return presets[name]
 
 
 def _parameter(each: "Field[Any]", described: Option) -> inspect.Parameter:

@@ -8,10 +8,10 @@ commands of a run with it. So a setting is described in one place, where its def
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from msfp_cli.errors import UsageError
 from msfp_cli.files.documents import Json
@@ -93,7 +93,12 @@ def option(default: Json, help: str, **details: Json) -> Any:  # noqa: ANN401 (a
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A frozen dataclass that survives JSON; unknown and missing keys are errors."""
+    """A frozen dataclass that survives JSON; unknown and missing keys are errors.
+
+    ``PRESETS`` has settings that belong together, by the name that ``--preset`` gives them.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Json]]] = {}
 
     def __post_init__(self) -> None:
         for name, each in options_of(type(self)).items():

@@ -203,7 +203,11 @@ def _describe_calibration(calibration: Calibration | None) -> str:
     count = sum(len(layers) for layers in calibration.layers.values())
     error = max(calibration.held_out_error.values(), default=0.0)
     bits = f"W{recipe.weights or 16}A{recipe.activations or 16}"
-    return f"{bits} {recipe.formats}, {count} layers, held-out error {error:.4f}"
+    inputs = max(map(calibration.input_bits, calibration.layers), default=16.0)
+    return (
+        f"{bits} {recipe.formats}, {count} layers, inputs of {inputs:.1f} bits on average, "
+        f"held-out error {error:.4f}"
+    )
 
 
 def _describe_finetunings(finetunings: dict[str, FinetuneState]) -> str:

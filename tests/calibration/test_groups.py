@@ -81,7 +81,7 @@ def test_a_student_computes_what_its_export_will(tiny_grouped: Chained) -> None:
     unet = load_pipeline(calibration.source, "cpu").unet
     table = calibration.table("unet")
     multipliers = calibration.multipliers["unet"]
-    student = Student(unet, table, calibration.scales["unet"], FEW_UPDATES, 1.0, multipliers)
+    student = Student(unet, table, calibration.scales["unet"], FEW_UPDATES, multipliers)
     nearest = Calibration(**{**vars(calibration), "codes": {}})
     exported = grouped_layers(load_calibrated(nearest, "cpu"))
     for name, layer in exported.items():

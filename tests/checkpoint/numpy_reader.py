@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-_KEYS = {"weight", "input", "hub", "further_inputs", "lookup", "weight_groups"}
+_KEYS = {"weight", "input", "hub", "further_inputs", "lifted_input", "lookup", "weight_groups"}
 _TORCH = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"} | {
     "U8": "torch.uint8",
+    "I16": "torch.int16",
     "I64": "torch.int64",
 }
 
@@ -99,6 +100,14 @@ class Component:
             sha.update(f"{name}\0{_TORCH[kind]}\0{shape}\0".encode())
             sha.update(self.tensors[name].tobytes())
         return sha.hexdigest()
+
+    def table(self) -> Bytes:
+        """Return the variant at each timestep of each layer that switches, ``(1001, layers)``."""
+        rows = self.tensors["msfp_router.table"].reshape(self.kinds["msfp_router.table"][1])
+        starts = self.tensors.get("msfp_router.starts")
+        if starts is None:
+            return rows
+        return np.repeat(rows, np.diff(starts.view("<i2"), append=1001), axis=0)
 
     def weights(self, layer: str, shape: tuple[int, ...]) -> list[Floats]:
         """Return the weight of each member of a layer, float32 of this shape."""

@@ -30,7 +30,7 @@ from msfp_cli.finetuning.quantize import member_by_timestep
 from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.replace import quantized_layers
-from msfp_cli.layers.routing import ROUTER, TABLE_SIZE
+from msfp_cli.layers.routing import ROUTER
 from msfp_cli.pipelines.denoiser import replay
 from msfp_cli.pipelines.loading import built_in_directory, load_pipeline
 from msfp_cli.pipelines.sampling import Sampling, call_pipeline
@@ -342,7 +342,9 @@ def test_only_layers_that_switch_hold_several_sets_of_weights(tiny_tuned: Finetu
     switching = sum(count > 1 for count in members.values())
     assert switching > 0
     assert tiny_tuned.report.switching_layers == switching
-    assert tensors[f"{ROUTER}.table"].shape == (TABLE_SIZE, switching)
+    rows = len(tensors[f"{ROUTER}.starts"])
+    assert rows <= len(tiny_tuned.tuned.timesteps)  # a stretch for each, where members change
+    assert tensors[f"{ROUTER}.table"].shape == (rows, switching)
 
 
 def test_table_of_the_export_is_the_routers_choice_at_every_trained_timestep(
@@ -399,7 +401,7 @@ def test_hub_of_one_needs_no_router(fresh_run: Callable[..., Run], tmp_path: Pat
 def test_fine_tuning_adds_no_tensor_in_floating_point(tiny_tuned: Finetuned, plain: Path) -> None:
     ours, theirs = denoiser_of(tiny_tuned.export)[0], denoiser_of(plain)[0]
     added = {name for name in ours if not name.endswith(".weight_changes")} - theirs.keys()
-    assert added == {f"{ROUTER}.table"}
+    assert added == {f"{ROUTER}.table", f"{ROUTER}.starts"}
     assert theirs.keys() <= ours.keys()
     for name, tensor in ours.items():
         assert not tensor.is_floating_point() or torch.equal(tensor, theirs[name])
@@ -410,7 +412,7 @@ def test_hub_bytes_are_what_the_hub_takes_on_disk(tiny_tuned: Finetuned, plain: 
         content = (export / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
         return len(content) - 8 - int.from_bytes(content[:8], "little")
 
-    assert tiny_tuned.report.hub_bytes > TABLE_SIZE
+    assert tiny_tuned.report.hub_bytes > 0
     assert tiny_tuned.report.hub_bytes == bytes_without_header(
         tiny_tuned.export
     ) - bytes_without_header(plain)

@@ -117,6 +117,20 @@ def test_the_member_that_serves_is_selected(member: int) -> None:
     same_sums(traced(layer, x), expected)
 
 
+@pytest.mark.parametrize("variant", range(4))
+@pytest.mark.parametrize(("usual", "lifted"), [("e2m1", "e1m6"), ("ue2m2", "ue1m7")])
+def test_lifted_inputs_are_selected(usual: str, lifted: str, variant: int) -> None:
+    grids = {"grid": grid_of(INPUTS[usual]), "lifted": grid_of(INPUTS[lifted])}
+    layer = conv(hub=2, padding=1, **grids)
+    layer.route = Route[int | Tensor]()
+    x = draw(2, 4, 6, 5)
+    layer.route.open([variant])
+    expected = by_kernel(layer, x, "reference")
+    same_sums(traced(layer, x), expected)
+    layer.route.open([torch.tensor([variant])])
+    same_sums(traced(layer, x), expected)
+
+
 @pytest.mark.parametrize(("width", "refused"), [(60_000, False), (70_000, True)])
 def test_sums_that_could_overflow_are_left_in_floating_point(width: int, refused: bool) -> None:
     options = {"weight": WEIGHTS["e1m6"], "grid": grid_of(INPUTS["ue1m7"])}

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.evaluation.gallery import Gallery, watch_samples
 from msfp_cli.pipelines.loading import ModelSource, load_pipeline
-from msfp_cli.pipelines.sampling import Sampling, call_pipeline
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline, draw_stills
 from msfp_cli.processes import ALONE, Processes
 from msfp_cli.recording.recipe import RecordRecipe
 from tiny_pipelines import BUILDERS
@@ -99,9 +99,9 @@ def test_processes_that_share_a_gallery_draw_each_batch_once(
         pipe: object, conditions: tuple[None, ...], sampling: Sampling, *, first: int
     ) -> object:
         drawn.extend(range(first, first + len(conditions)))
-        return call_pipeline(pipe, conditions, sampling, first=first)
+        return draw_stills(pipe, conditions, sampling, first=first)
 
-    monkeypatch.setattr("msfp_cli.evaluation.gallery.call_pipeline", call)
+    monkeypatch.setattr("msfp_cli.evaluation.gallery.draw_stills", call)
     for index in reversed(range(num_processes)):
         share = Processes(index, num_processes)
         before = set(shared.missing())

@@ -25,6 +25,7 @@ from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.finetuning.student import Student
 from msfp_cli.finetuning.task import TrainingTask
 from msfp_cli.finetuning.trainer import SAVE_EVERY, Trainer
+from msfp_cli.layers.clock import TRAINING_CLOCK
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.pipelines.denoiser import call_with, find_denoisers
 from msfp_cli.pipelines.loading import load_pipeline
@@ -335,15 +336,14 @@ def test_gradients_that_float16_cannot_hold_are_not_lost(
     monkeypatch.setattr("msfp_cli.finetuning.student.call_with", call_in_float16)
     for part in (1, 1 / 64**2):
         denoiser = load_pipeline(replace(calibration.source, dtype="float16"), "cpu").unet
-        student = Student(
-            denoiser, calibration.table("unet"), calibration.scales["unet"], recipe, 1.0
-        )
+        student = Student(denoiser, calibration.table("unet"), calibration.scales["unet"], recipe)
         batches = Batches(
             Recording(run.recording), "unet", batch_size=2, calls_per_update=1, seed=0
         )
         task = TrainingTask(
             recipe=recipe,
             calibration="",
+            clock=TRAINING_CLOCK,
             batches=batches,
             weights=dict.fromkeys(batches.timesteps, part),
             held_out=[],

@@ -8,13 +8,13 @@ calls.
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from msfp_cli.calibration.compensate import RoundedWeight, compensate
 from msfp_cli.calibration.denoiser_search import (
-    check_layers,
     choices_of,
     held_out_error,
     multipliers_of,
@@ -23,17 +23,20 @@ from msfp_cli.calibration.denoiser_search import (
     search_denoiser,
     unused_layers,
 )
-from msfp_cli.calibration.estimate import estimate
+from msfp_cli.calibration.estimate import check_layers, estimate
 from msfp_cli.calibration.quantize import quantize_
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration, LayerChoice
 from msfp_cli.files.directories import refuse_existing
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
+from msfp_cli.pipelines.watch import final_sample
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
 from msfp_cli.recording.record import record_both, record_recipes
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
+
+_DRAWN_AGAIN = 4  # pictures, to see what rounded inputs do to them at each timestep
 
 
 def calibrate_(
@@ -61,19 +64,25 @@ def calibrate_(
     """
     check_layers(pipe, recipe, SILENT)
     denoisers = {name: pipe.components[name] for name in recording.clocks() or {}}
+    record = RecordRecipe.from_json(recording.recipe["record"])
+    draw = partial(final_sample, pipe, record.conditions[:_DRAWN_AGAIN], record)
     results = {}
+    lifts = {}
     for component, denoiser in denoisers.items():
-        layers = search_denoiser(component, denoiser, recording, recipe, progress)
+        layers, lift = search_denoiser(component, denoiser, recording, recipe, draw, progress)
         if layers:
             results[component] = layers
+        if lift:
+            lifts[component] = lift
     calibration = Calibration(
         source=ModelSource.from_json(recording.recipe["source"]),
-        record=RecordRecipe.from_json(recording.recipe["record"]),
+        record=record,
         recipe=recipe,
         clocks=recording.clocks(),
         layers={component: choices_of(layers) for component, layers in results.items()},
         scales={component: scales_of(layers) for component, layers in results.items()},
         multipliers={component: multipliers_of(layers) for component, layers in results.items()},
+        input_lifts=lifts,
         unused={
             component: unused_layers(denoisers[component], layers)
             for component, layers in results.items()
@@ -182,3 +191,30 @@ def calibrate_run(
         calibration.save(run.calibration, overwrite=overwrite)
         shutil.rmtree(run.unfinished_codes, ignore_errors=True)
         return calibration
+
+
+def load_signed(run: Run, calibration: Calibration, place: Path, device: str | None) -> Pipeline:
+    """Load the model in signed formats, to the nearest, no layer lifted: plain FP4 of these bits.
+
+    Arguments:
+        run: has the recordings to search on.
+        calibration: gives the bits.
+        place: where its calibration is kept.
+    """
+    recipe = replace(
+        calibration.recipe,
+        formats="signed",
+        lift=0.0,
+        input_lift=0.0,
+        rounding="nearest",
+        weight_groups=0,
+    )
+    pipe = load_pipeline(calibration.source, device)
+    signed = Calibration.load(place) if place.exists() else None
+    if signed is None or (signed.recipe, signed.record) != (recipe, calibration.record):
+        recordings = Recording(run.recording), Recording(run.held_out)
+        calibrate_(pipe, *recordings, recipe).save(place, overwrite=True)
+        return pipe
+    for component in signed.layers:
+        quantize_(pipe.components[component], signed, component)
+    return pipe

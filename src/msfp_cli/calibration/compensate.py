@@ -85,6 +85,8 @@ def compensate(
     scales = calibration.scales[component]
     multipliers = calibration.multipliers.get(component, {})
     identity = calibration.identity()
+    lift = calibration.input_lifts.get(component)
+    is_lifted_at = lift.at if lift else lambda timestep: False
     names = [name for name, scheme in schemes.items() if scheme.tunable]
     rounded = _finished(work, component, identity) if work else {}
     left = {name: denoiser.get_submodule(name) for name in names if name not in rounded}
@@ -95,8 +97,14 @@ def compensate(
     with progress.task(f"Compensating {component}", total) as step:
         step(len(names) - len(left))
         for group in groups:
-            samples = {name: LayerSamples(name, left[name], schemes[name].input) for name in group}
-            sample(denoiser, recording.calls(component, shards), checks, samples, step)
+            samples = {
+                name: LayerSamples(
+                    name, left[name], schemes[name].input, schemes[name].lifted_input
+                )
+                for name in group
+            }
+            calls = recording.calls(component, shards)
+            sample(denoiser, calls, checks, samples, step, is_lifted_at)
             new = _round_all(samples, schemes, scales, multipliers, step)
             if work:
                 _store(work / f"{component}-{len(rounded):05d}.safetensors", identity, new)

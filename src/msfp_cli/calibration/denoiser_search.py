@@ -12,7 +12,7 @@
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -24,7 +24,8 @@ from msfp_cli.calibration.layer_search import (
     PlannedLayer,
     search_layer,
 )
-from msfp_cli.calibration.observe import LayerObservation, observe
+from msfp_cli.calibration.lift_inputs import lift_inputs
+from msfp_cli.calibration.observe import LayerObservation, observe, refuse_not_finite
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import LayerChoice
 from msfp_cli.calibration.sensitivity import (
@@ -33,11 +34,10 @@ from msfp_cli.calibration.sensitivity import (
     choose_lifted,
     quantized_alone,
 )
-from msfp_cli.errors import CalibrationError, UsageError
-from msfp_cli.layers.replace import find_layers, quantized_layers
+from msfp_cli.layers.input_lift import InputLift
+from msfp_cli.layers.replace import find_layers
 from msfp_cli.layers.streamed import weight_in_memory
-from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers, refuse_changed
-from msfp_cli.pipelines.loading import Pipeline
+from msfp_cli.pipelines.denoiser import DenoiserCall
 from msfp_cli.pipelines.prefix import REPEATED_SHARE, RepeatedCall
 from msfp_cli.progress import SILENT, Advance, Progress
 from msfp_cli.recording.compare import MAX_ROWS, OutputError, output_error, spread_calls
@@ -51,14 +51,36 @@ def search_denoiser(
     denoiser: nn.Module,
     recording: Recording,
     recipe: CalibrateRecipe,
+    draw: Callable[[], Tensor],
     progress: Progress,
-) -> dict[str, CalibratedLayer]:
+) -> tuple[dict[str, CalibratedLayer], InputLift | None]:
     """Choose a format for every layer that runs; the denoiser stays in floating point.
+
+    Arguments:
+        draw: draws a few pictures, always the same, and returns the final sample.
+
+    Returns:
+        The layers by name, and the timesteps whose inputs are lifted; None if there are none.
 
     Raises:
         CalibrationError: a weight or an activation holds a NaN or infinity.
     """
-    _refuse_not_finite(denoiser)
+    layers = _search_layers(component, denoiser, recording, recipe, progress)
+    clock = recording.clock(component)
+    choices = choices_of(layers)
+    lift = lift_inputs(component, denoiser, clock, choices, draw, recipe.input_lift, progress)
+    return layers if lift else _without_lifted_inputs(layers), lift
+
+
+def _search_layers(
+    component: str,
+    denoiser: nn.Module,
+    recording: Recording,
+    recipe: CalibrateRecipe,
+    progress: Progress,
+) -> dict[str, CalibratedLayer]:
+    """Choose a format for every layer, and lift the worst to 8 bits."""
+    refuse_not_finite(denoiser)
     observations = _observe(component, denoiser, recording, recipe, progress)
     layers = find_layers(denoiser)
     results: dict[str, CalibratedLayer] = {}
@@ -78,52 +100,11 @@ def search_denoiser(
     for name in chosen:
         with weight_in_memory(layers[name]):
             lifted = search_layer(
-                name, layers[name], observations[name], recipe, lifted=True, wide=name in wide
+                name, layers[name], observations[name], recipe, is_lifted=True, wide=name in wide
             )
         choice = replace(lifted.choice, sensitivity=choices[name].sensitivity)
         results[name] = replace(lifted, choice=choice)
     return results
-
-
-def check_layers(pipe: Pipeline, recipe: CalibrateRecipe, progress: Progress) -> None:
-    """Refuse a pipeline that cannot be calibrated as the recipe says; say which rules are idle.
-
-    Raises:
-        UsageError: a denoiser is quantized already, has adapters or is offloaded, the rules leave
-            no layer to quantize, or the pipeline has no such text encoder.
-    """
-    texts = [name for name in pipe.components if name.startswith("text_encoder")]
-    if unknown := sorted(recipe.text_encoders().keys() - set(texts)):
-        raise UsageError(
-            f"--also {unknown[0]!r} is not a text encoder of this pipeline; it has "
-            f"{', '.join(texts) or 'none'}"
-        )
-    names = list[str]()
-    for component, denoiser in find_denoisers(pipe).items():
-        refuse_changed(component, denoiser)
-        if quantized_layers(denoiser):
-            raise UsageError(
-                f"{component} is quantized already; calibrate the full-precision model that it was "
-                "made from"
-            )
-        names += find_layers(denoiser)
-    for rule in recipe.idle_rules(names):
-        some = ", ".join(sorted(names)[:3])
-        progress.log(
-            f"--keep {rule!r} matches no layer of this model; its layers have names such as {some}"
-        )
-
-
-def _refuse_not_finite(denoiser: nn.Module) -> None:
-    """Refuse a weight that is not finite, before its NaN shows up in another layer's input."""
-    for name, layer in find_layers(denoiser).items():
-        with weight_in_memory(layer):
-            is_finite = torch.isfinite(layer.weight).all()
-        if not is_finite:
-            raise CalibrationError(
-                f"the weight of layer {name!r} holds a NaN or infinity, "
-                "so the model's file is broken; download it again"
-            )
 
 
 def _observe(
@@ -213,6 +194,15 @@ def _add_errors(
         with quantized_alone(layers[name], each.choice.scheme, each.scale, each.multipliers):
             error.add(call.timestep, repeated.from_layer(name), call.output)
         advance(1)
+
+
+def _without_lifted_inputs(layers: Mapping[str, CalibratedLayer]) -> dict[str, CalibratedLayer]:
+    """Return the layers without the grids for timesteps at which inputs would be lifted."""
+    plain = {}
+    for name, layer in layers.items():
+        scheme = replace(layer.choice.scheme, lifted_input=None)
+        plain[name] = replace(layer, choice=replace(layer.choice, scheme=scheme))
+    return plain
 
 
 def choices_of(layers: Mapping[str, CalibratedLayer]) -> dict[str, LayerChoice]:

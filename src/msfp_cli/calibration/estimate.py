@@ -1,4 +1,4 @@
-"""How long a calibration will take, and how much disk and memory, said before it begins.
+"""What is said before a calibration begins: what it will take, and what it cannot do.
 
 Nearly all of a calibration is calls of the denoiser, of which each stage needs a known number, and
 one such call was timed. The search for each weight and its rounding do not depend on calls: the
@@ -15,8 +15,11 @@ from msfp_cli.calibration.denoiser_search import (
 )
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.samples import expected_groups
-from msfp_cli.pipelines.denoiser import find_denoisers
+from msfp_cli.errors import UsageError
+from msfp_cli.layers.replace import find_layers, quantized_layers
+from msfp_cli.pipelines.denoiser import find_denoisers, refuse_changed
 from msfp_cli.pipelines.loading import Pipeline
+from msfp_cli.progress import Progress
 from msfp_cli.recording.probe import probe
 from msfp_cli.recording.recipe import RecordRecipe
 
@@ -27,6 +30,7 @@ _LOWER = {
     "recording": "fewer --num-images or --steps",
     "observing": "fewer --num-images or --steps",
     "measuring layers alone": "--lift 0 leaves it out",
+    "measuring timesteps": "--input-lift 0 leaves it out",
     "rounding": "--rounding nearest leaves it out",
 }
 
@@ -102,6 +106,7 @@ def estimate(
         "observing": observing,
         "searching": _SEARCH_SECONDS * millions,
         "measuring layers alone": tried * calls_to_measure(recipe, cost.rows) * cost.seconds,
+        "measuring timesteps": (1 + cost.steps) * run if recipe.lifts_inputs else 0.0,
         "rounding": groups * observing + _ROUNDING_SECONDS * millions,
         "checking": held_out.num_shards * run,
     }
@@ -113,3 +118,32 @@ def estimate(
         memory=memory,
         is_bounded=max_memory is not None,
     )
+
+
+def check_layers(pipe: Pipeline, recipe: CalibrateRecipe, progress: Progress) -> None:
+    """Refuse a pipeline that cannot be calibrated as the recipe says; say which rules are idle.
+
+    Raises:
+        UsageError: a denoiser is quantized already, has adapters or is offloaded, the rules leave
+            no layer to quantize, or the pipeline has no such text encoder.
+    """
+    texts = [name for name in pipe.components if name.startswith("text_encoder")]
+    if unknown := sorted(recipe.text_encoders().keys() - set(texts)):
+        raise UsageError(
+            f"--also {unknown[0]!r} is not a text encoder of this pipeline; it has "
+            f"{', '.join(texts) or 'none'}"
+        )
+    names = list[str]()
+    for component, denoiser in find_denoisers(pipe).items():
+        refuse_changed(component, denoiser)
+        if quantized_layers(denoiser):
+            raise UsageError(
+                f"{component} is quantized already; calibrate the full-precision model that it was "
+                "made from"
+            )
+        names += find_layers(denoiser)
+    for rule in recipe.idle_rules(names):
+        some = ", ".join(sorted(names)[:3])
+        progress.log(
+            f"--keep {rule!r} matches no layer of this model; its layers have names such as {some}"
+        )

@@ -10,7 +10,7 @@ from msfp_cli.formats.float_format import MAX_BITS, MIN_BITS
 # sampling little noise is left in the sample, and a rounded sample hides it. Those that run on the
 # timestep or lead into others take few multiply-adds, and all errors pass through them, so 8 bits
 # are the custom (EfficientDM, Q-Diffusion).
-_OUTERMOST = (
+OUTERMOST = (
     "conv_in",
     "conv_out",
     "x_embedder",
@@ -34,7 +34,7 @@ _EMBEDDINGS = (
     "*timestep_embedder.*",
 )
 DEFAULT_KEEP = (
-    *(f"{name}:none" for name in _OUTERMOST),
+    *(f"{name}:none" for name in OUTERMOST),
     *(f"{name}:8" for name in _EMBEDDINGS),
 )
 

@@ -43,16 +43,16 @@ def search_layer(
     recipe: CalibrateRecipe,
     space: SearchSpace = _SPACE,
     *,
-    lifted: bool = False,
+    is_lifted: bool = False,
     wide: bool = True,
 ) -> CalibratedLayer:
     """Search one layer at the bits that the recipe gives it.
 
     Arguments:
-        lifted: whether it gets 8 bits.
+        is_lifted: whether it gets 8 bits at all timesteps.
         wide: whether the integers of a lifted layer's input may take two bytes.
     """
-    reason, weight_bits, input_bits = bits_of(name, layer, recipe, lifted=lifted)
+    reason, weight_bits, input_bits = bits_of(name, layer, recipe, lifted=is_lifted)
     weight = inputs = None
     if weight_bits is not None:
         weight = search_rows(
@@ -64,6 +64,10 @@ def search_layer(
         inputs = search_tensor(observation.values(), candidates, space.for_bits(input_bits))
     groups = _grouped(layer, weight, recipe) if weight else None
     grid = inputs.winner.grid() if inputs else None
+    lifted = None
+    if grid is not None and reason == "default" and recipe.lifts_inputs:
+        candidates = recipe.lifted_formats(signed=grid.format.signed)
+        lifted = search_tensor(observation.values(), candidates, space.for_bits(LIFTED_BITS))
     choice = LayerChoice(
         kind=kind_of(layer).name,
         reason=reason,
@@ -74,6 +78,7 @@ def search_layer(
         scheme=LayerScheme(
             weight=groups.format if groups else weight.winner.format if weight else None,
             input=grid,
+            lifted_input=lifted.winner.grid() if lifted else None,
             lookup=kind_of(layer).is_table,
             weight_groups=groups.multipliers.shape[1] if groups else 0,
         ),

@@ -17,6 +17,7 @@ from msfp_cli.errors import CalibrationError
 from msfp_cli.layers.base import FloatLayer
 from msfp_cli.layers.quantized import kind_of
 from msfp_cli.layers.replace import find_layers
+from msfp_cli.layers.streamed import weight_in_memory
 from msfp_cli.pipelines.denoiser import DenoiserCall, replay
 from msfp_cli.pipelines.watch import watch_layers
 from msfp_cli.progress import Advance
@@ -128,3 +129,15 @@ def observe(
             replay(denoiser, call)
             advance(1)
     return observer.observations
+
+
+def refuse_not_finite(denoiser: nn.Module) -> None:
+    """Refuse a weight that is not finite, before its NaN shows up in another layer's input."""
+    for name, layer in find_layers(denoiser).items():
+        with weight_in_memory(layer):
+            is_finite = torch.isfinite(layer.weight).all()
+        if not is_finite:
+            raise CalibrationError(
+                f"the weight of layer {name!r} holds a NaN or infinity, "
+                "so the model's file is broken; download it again"
+            )

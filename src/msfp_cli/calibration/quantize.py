@@ -10,7 +10,7 @@ from msfp_cli.formats.compensation import move_into_cells
 from msfp_cli.formats.multipliers import step_sizes
 from msfp_cli.formats.packing import unpack_integers
 from msfp_cli.layers.prepare import prepare_
-from msfp_cli.layers.replace import find_layers, store_layers_
+from msfp_cli.layers.replace import find_layers, store_layers_, store_variants_
 
 
 def moved_weight(calibration: Calibration, component: str, name: str, weight: Tensor) -> Tensor:
@@ -50,13 +50,19 @@ def quantize_(
     Arguments:
         keep_packed: leave their weights packed when they run, which takes less memory.
     """
+    table = calibration.table(component)
+    lift = calibration.input_lifts.get(component)
     store_layers_(
         denoiser,
-        calibration.table(component),
+        table,
         calibration.scales[component],
         calibration.multipliers.get(component, {}),
         functools.partial(moved_weight, calibration, component),
+        clock=calibration.clock(component),
     )
+    if lift is not None:
+        rows = lift.rows()
+        store_variants_(denoiser, {n: rows for n, each in table.items() if each.variants > 1})
     if keep_packed:
         prepare_(denoiser, keep_packed=True)
     return denoiser

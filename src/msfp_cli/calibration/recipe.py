@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from msfp_cli.calibration.keep import DEFAULT_KEEP, KeepRule, parse_bits
+from msfp_cli.calibration.keep import DEFAULT_KEEP, OUTERMOST, KeepRule, parse_bits
 from msfp_cli.errors import UsageError
 from msfp_cli.formats.float_format import (
     BYTE_BITS,
@@ -49,6 +49,16 @@ class CalibrateRecipe(Recipe):
     the rules of `keep`.
     """
 
+    PRESETS = {
+        "paper": {
+            "lift": 0.0,
+            "input_lift": 0.0,
+            "rounding": "nearest",
+            "weight_groups": 0,
+            "keep": tuple(f"{name}:8" for name in OUTERMOST),
+        }
+    }
+
     weights: int | None = option(
         4,
         f"Bits of the weights, {MIN_BITS} to {MAX_BITS}, or none for floating point.",
@@ -82,6 +92,14 @@ class CalibrateRecipe(Recipe):
         "error come first. Where inputs have 8 bits or more, the share of the weights.",
         at_least=0,
         at_most=1,
+    )
+    input_lift: float = option(
+        0.0,
+        "Share of the sampling steps, 0 to 1, at which all inputs may get 8 bits: the steps with "
+        "the largest gain come first.",
+        at_least=0,
+        at_most=1,
+        before=0.0,
     )
     rounding: str = option(
         "compensated",
@@ -143,6 +161,15 @@ class CalibrateRecipe(Recipe):
     def has_wide_inputs(self) -> bool:
         """Whether inputs have so many bits that a layer with 8-bit weights takes no more time."""
         return self.activations is None or self.activations >= BYTE_BITS
+
+    @property
+    def lifts_inputs(self) -> bool:
+        """Whether inputs have fewer than 8 bits, but at some timesteps."""
+        return self.input_lift > 0 and not self.has_wide_inputs
+
+    def lifted_formats(self, *, signed: bool) -> tuple[FloatFormat, ...]:
+        """Return the candidates for an input where it is lifted: of 8 bits, integers of a byte."""
+        return one_byte_formats(BYTE_BITS, signed=signed)
 
     @property
     def group_weights(self) -> int:

@@ -37,6 +37,7 @@ from msfp_cli.formats.multipliers import refuse_multipliers
 from msfp_cli.formats.packing import packed_size
 from msfp_cli.formats.rounding import are_scales
 from msfp_cli.layers.clock import TRAINING_CLOCK, Clock
+from msfp_cli.layers.input_lift import InputLift
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.recording.recipe import RecordRecipe
@@ -179,6 +180,7 @@ class Calibration:
         multipliers: uint8 ``(out, groups)``, by component and layer name, for weights in groups.
         codes: packed codes of the weights that are not rounded to the nearest, uint8, by component
             and layer name.
+        input_lifts: the timesteps whose inputs are lifted, by component; empty if there are none.
         held_out_error: relative squared error of the denoiser's output on held-out calls, by
             component.
         unused: layers that never ran and stay in floating point, by component.
@@ -194,6 +196,7 @@ class Calibration:
     scales: Mapping[str, Mapping[str, Tensor]]
     multipliers: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     codes: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    input_lifts: Mapping[str, InputLift] = field(default_factory=dict)
     held_out_error: Mapping[str, float] = field(default_factory=dict)
     unused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     clocks: Mapping[str, Clock] | None = None
@@ -211,6 +214,18 @@ class Calibration:
             if layer.scheme.weight is not None or layer.scheme.input is not None
         }
 
+    def input_bits(self, component: str) -> float:
+        """Return the average bits of a layer's input, over the multiply-adds of a sampling.
+
+        Inputs in floating point count as 16 bits.
+        """
+        lift = self.input_lifts.get(component)
+        share = lift.share if lift else 0.0
+        layers = self.layers[component].values()
+        total = sum(layer.multiply_adds for layer in layers)
+        bits = sum(layer.multiply_adds * layer.scheme.input_bits(share) for layer in layers)
+        return bits / total if total else 16.0
+
     def steps_of(self, component: str, name: str) -> tuple[Tensor, Tensor | None]:
         """Return the scale and the multipliers of a layer's weight, see `step_sizes`."""
         return self.scales[component][name], self.multipliers.get(component, {}).get(name)
@@ -223,9 +238,15 @@ class Calibration:
         return any(scheme.tunable for scheme in self.table(component).values())
 
     def identity(self) -> str:
-        """Return a digest of what fine-tuning begins with: recording, schemes, scales, codes."""
+        """Return a digest of what fine-tuning begins with: recording, schemes, scales, codes.
+
+        The gains of lifted timesteps are measured, so their last digits are no part of it.
+        """
         schemes = {component: _to_json(self.table(component)) for component in self.layers}
         settings = [self.source.to_json(), self.record.to_json(), schemes]
+        if self.input_lifts:
+            lifts = self.input_lifts.items()
+            settings.append({component: lift.rows().tolist() for component, lift in lifts})
         text = json.dumps(settings, sort_keys=True) + digest(_flatten(self.scales))
         for tensors in (self.codes, self.multipliers):
             if flat := _flatten(tensors):
@@ -264,6 +285,7 @@ class Calibration:
             "record": self.record.to_json(),
             "recipe": self.recipe.to_json(),
             "options": self.options,
+            "input_lifts": {name: asdict(lift) for name, lift in self.input_lifts.items()},
             "held_out_error": dict(self.held_out_error),
             "clocks": {name: clock.to_json() for name, clock in (self.clocks or {}).items()},
             "unused": {component: list(names) for component, names in self.unused.items()},
@@ -299,6 +321,7 @@ class Calibration:
                 if expected := document.get(f"{kind}_digest"):
                     refuse_altered(path, flat.get(kind, {}), expected, redo=_REDO)
             own = {key: value for key, value in document.items() if key not in _OF_THE_FILE}
+            own.setdefault("input_lifts", {})  # files of earlier versions have none
             layers = read_value(_LAYERS, own.pop("layers"))
             calibration = read_fields(
                 cls,

@@ -8,7 +8,7 @@ neither on which other layers are sampled nor on which process does it.
 
 import math
 import zlib
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -105,6 +105,7 @@ class LayerSamples:
         name: of the layer; the positions depend on it.
         layer: the float layer.
         grid: of its input, None if the input is not rounded.
+        lifted: of its input where that is lifted, None if it never is.
         moments: ``sum x_q x_q^T`` for each of `input_parts`, ``(groups, k, k)``.
         cross: ``sum (x - x_q) x_q^T``, likewise; empty if the input is not rounded.
         checks: rows that are in no sum.
@@ -113,6 +114,7 @@ class LayerSamples:
     name: str
     layer: FloatLayer
     grid: Grid | None
+    lifted: Grid | None = None
     moments: list[Tensor] = field(default_factory=list)
     cross: list[Tensor] = field(default_factory=list)
     checks: list[Pairs] = field(default_factory=list)
@@ -126,9 +128,13 @@ class LayerSamples:
             if self.grid is not None:
                 self.cross.append(torch.zeros(shape, device=self.layer.weight.device))
 
-    def add(self, x: Tensor, output: Tensor, count: int) -> None:
-        """Add some rows of a run of the layer to the sums."""
-        pairs = self._draw(x, output, count)
+    def add(self, x: Tensor, output: Tensor, count: int, *, is_lifted: bool = False) -> None:
+        """Add some rows of a run of the layer to the sums.
+
+        Arguments:
+            is_lifted: whether inputs are lifted at the timestep of this run.
+        """
+        pairs = self._draw(x, output, count, is_lifted=is_lifted)
         for number, part in enumerate(input_parts(self.layer)):
             rounded = pairs.rounded[..., part]
             self.moments[number].baddbmm_(rounded.mT, rounded)
@@ -136,9 +142,9 @@ class LayerSamples:
                 missing = pairs.exact[..., part] - rounded
                 self.cross[number].baddbmm_(missing.mT, rounded)
 
-    def keep(self, x: Tensor, output: Tensor, count: int) -> None:
+    def keep(self, x: Tensor, output: Tensor, count: int, *, is_lifted: bool = False) -> None:
         """Keep some rows of a run of the layer to check on."""
-        self.checks.append(self._draw(x, output, count))
+        self.checks.append(self._draw(x, output, count, is_lifted=is_lifted))
 
     def check_rows(self) -> Pairs:
         """Return all rows that were kept."""
@@ -146,14 +152,15 @@ class LayerSamples:
         rounded = torch.cat([pairs.rounded for pairs in self.checks], dim=1)
         return Pairs(exact, rounded)
 
-    def _draw(self, x: Tensor, output: Tensor, count: int) -> Pairs:
+    def _draw(self, x: Tensor, output: Tensor, count: int, *, is_lifted: bool) -> Pairs:
         """Draw rows, without any twice."""
         total = output.numel() // self.layer.weight.shape[0]
         positions = torch.randperm(total, generator=self._generator)[:count].to(x.device)
         exact = rows_at(self.layer, x.float(), output, positions)
         if self.grid is None:
             return Pairs(exact, exact)
-        rounded = fake_quantize(x, self.grid).float()
+        grid = self.lifted if self.lifted is not None and is_lifted else self.grid
+        rounded = fake_quantize(x, grid).float()
         return Pairs(exact, rows_at(self.layer, rounded, output, positions))
 
 
@@ -163,26 +170,30 @@ def sample(
     checks: Sequence[bool],
     samples: Mapping[str, LayerSamples],
     advance: Advance,
+    is_lifted_at: Callable[[float], bool] = lambda timestep: False,
 ) -> None:
     """Replay recorded calls and fill the samples of some layers.
 
     Arguments:
         checks: of each call, whether its rows are kept to check on.
+        is_lifted_at: whether inputs are lifted at a timestep.
     """
     checking = iter(checks)
     is_check = False
+    is_lifted = False
     added = max(1, _ROWS // max(1, len(checks) - sum(checks)))
     kept = max(1, _CHECK_ROWS // max(1, sum(checks)))
 
     def report(name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if is_check:
-            samples[name].keep(args[0], output, kept)
+            samples[name].keep(args[0], output, kept, is_lifted=is_lifted)
         else:
-            samples[name].add(args[0], output, added)
+            samples[name].add(args[0], output, added, is_lifted=is_lifted)
 
     with watch_layers({name: each.layer for name, each in samples.items()}, report):
         for call in calls:
             is_check = next(checking)
+            is_lifted = is_lifted_at(call.timestep)
             replay(denoiser, call)
             advance(1)
 

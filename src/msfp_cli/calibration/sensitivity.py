@@ -74,13 +74,13 @@ def quantized_alone(
             sizes = step_sizes(scale, multipliers, weight.shape).to(weight.device)
             layer.weight.data = fake_quantize(weight, Grid(scheme.weight, sizes))
         if scheme.input is not None:
-            hook = functools.partial(_quantize_input, scheme.input)
+            hook = functools.partial(quantize_input, scheme.input)
             handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
             undo.callback(handle.remove)
         yield
 
 
-def _quantize_input(
+def quantize_input(
     grid: Grid, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Quantize the one argument of a layer; a forward pre-hook of torch."""

@@ -143,11 +143,12 @@ class Contents:
         self._refuse_wrong_multipliers(model)
 
     def _refuse_unknown_members(self, model: nn.Module) -> None:
-        """Refuse a router's table that names a member which a layer does not have."""
+        """Refuse a router's table that names a variant which a layer does not have."""
         table = self.tensors.get(f"{ROUTER}.table")
         layers = quantized_layers(model)
-        hubs = [layers[name].scheme.hub for name in sorted(layers) if layers[name].scheme.hub > 1]
-        if table is not None and (table >= torch.tensor(hubs, dtype=torch.int16)).any():
+        counts = [layers[name].scheme.variants for name in sorted(layers)]
+        counts = [count for count in counts if count > 1]
+        if table is not None and (table >= torch.tensor(counts, dtype=torch.int16)).any():
             raise self._error(f"{ROUTER}.table names a member that there is not")
 
     def _refuse_wrong_multipliers(self, model: nn.Module) -> None:

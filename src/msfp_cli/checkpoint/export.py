@@ -26,7 +26,6 @@ from msfp_cli.files.directories import refuse_existing, replace_directory
 from msfp_cli.finetuning.quantize import quantize_tuned_
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.layers.replace import quantized_layers
-from msfp_cli.layers.routing import TABLE_SIZE
 from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import Pipeline, load_pipeline
 from msfp_cli.run import Run, locked
@@ -89,7 +88,7 @@ def load_calibrated(
             quantize_tuned_(denoiser, calibration, component, learned)
         layers = quantized_layers(denoiser)
         schemes = [layer.scheme for layer in layers.values()]
-        is_second = any(scheme.hub > 1 or scheme.weight_groups for scheme in schemes)
+        is_second = any(scheme.variants > 1 or scheme.weight_groups for scheme in schemes)
         config = MSFPConfig(
             layers={name: layer.scheme.to_json() for name, layer in layers.items()},
             schema_version=NEWEST_SCHEMA if is_second else SCHEMA_VERSION,
@@ -144,8 +143,7 @@ def export_(
         directory=str(directory),
         denoiser_bytes=size,
         half_precision_bytes=half,
-        hub_bytes=TABLE_SIZE * len(switching)
-        + sum(bytes_of_members(directory / component) for component in denoisers),
+        hub_bytes=sum(bytes_of_members(directory / component) for component in denoisers),
         switching_layers=len(switching),
         finetunings={component: state.summary() for component, state in (tuned or {}).items()},
     )

@@ -39,7 +39,7 @@ DiffusersModel: TypeAlias = Any  # diffusers is untyped
 Argument: TypeAlias = Any  # whatever diffusers passes
 
 SCHEMA_VERSION = 1
-NEWEST_SCHEMA = 2  # layers with several members are folded (`hubs`), or weights have groups
+NEWEST_SCHEMA = 2  # layers have several variants, whose members are folded (`hubs`), or groups
 METHOD = "msfp"
 
 
@@ -321,10 +321,12 @@ def saved_tensors(denoiser: DiffusersModel) -> dict[str, Tensor]:
 
 
 def bytes_of_members(directory: Path) -> int:
-    """Return what the second and further members of a denoiser's hubs take on disk."""
+    """Return what a denoiser's router and the further members of its hubs take on disk."""
     whole = exported_tensors(directory, "weight_codes").values()
-    changes = exported_tensors(directory, "weight_changes").values()
-    return sum(codes[1:].nbytes for codes in whole) + sum(each.nbytes for each in changes)
+    size = sum(codes[1:].nbytes for codes in whole)
+    for kind in ("weight_changes", "table", "starts"):
+        size += sum(tensor.nbytes for tensor in exported_tensors(directory, kind).values())
+    return size
 
 
 def _adapt_(denoiser: DiffusersModel) -> None:

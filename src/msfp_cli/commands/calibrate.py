@@ -96,6 +96,7 @@ def summary(calibration: "Calibration") -> dict[str, Any]:
         "source": calibration.source.to_json(),
         "recipe": calibration.recipe.to_json(),
         "held_out_error": dict(calibration.held_out_error),
+        "input_bits": {name: calibration.input_bits(name) for name in calibration.layers},
         "components": {
             component: _summary_of(layers) for component, layers in calibration.layers.items()
         },
@@ -162,6 +163,10 @@ def show(calibration: "Calibration", component: str) -> None:
     console.note(
         f"{component}: weights {bits / 8 / 2**20:.1f} MiB, {bits / half:.3f} of half precision"
     )
+    bits_of_inputs = calibration.input_bits(component)
+    console.note(f"{component}: inputs have {bits_of_inputs:.2f} bits on average, by multiply-adds")
+    if line := _lifted_inputs(calibration, component):
+        console.note(f"{component}: {line}")
     if line := _rounding(layers):
         console.note(f"{component}: {line}")
     if unused := calibration.unused.get(component):
@@ -169,6 +174,20 @@ def show(calibration: "Calibration", component: str) -> None:
             f"{component}: {len(unused)} layers never ran and stay in floating point, "
             f"{unused[0]} among them"
         )
+
+
+def _lifted_inputs(calibration: "Calibration", component: str) -> str:
+    """Say at which timesteps inputs are lifted, and what that takes away; empty if nowhere."""
+    lift = calibration.input_lifts.get(component)
+    if lift is None:
+        return ""
+    pairs = zip(lift.timesteps, lift.lifted, strict=True)
+    chosen = [f"{timestep:g}" for timestep, lifted in pairs if lifted]
+    gain = sum(gain for gain, lifted in zip(lift.gains, lift.lifted, strict=True) if lifted)
+    return (
+        f"inputs have 8 bits at {len(chosen)} of {len(lift.timesteps)} timesteps "
+        f"({', '.join(chosen)}), with {gain:.0%} of what 8 bits at all of them would gain"
+    )
 
 
 def _rounding(layers: Mapping[str, "LayerChoice"]) -> str:

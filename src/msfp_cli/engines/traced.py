@@ -10,8 +10,9 @@ with the octaves' borders give the step at each value, and the value is rounded 
 All of this becomes one pass over the input, which ends in bytes.
 
 The products of all members of a hub are computed, and one result is selected, because OpenVINO lays
-a weight out once, when it compiles. A layer that cannot be a product of bytes is written in
-floating point.
+a weight out once, when it compiles. An input that is lifted at some timesteps is rounded both ways,
+and its bytes are selected, so the product is computed once; its factor changes with the timestep
+and is applied to the sum. A layer that cannot be a product of bytes is written in floating point.
 """
 
 from typing import ClassVar
@@ -28,8 +29,10 @@ from msfp_cli.layers.kernels.arithmetic import (
     Arithmetic,
     refusal_of_integers,
     refusal_of_overflow,
+    widest_input,
 )
 from msfp_cli.layers.kernels.geometry import Geometry
+from msfp_cli.layers.kernels.simulated import is_lifted
 
 _SIGNED = (-128, 127)
 _UNSIGNED = (0, BYTE)
@@ -67,43 +70,78 @@ class Traced(Kernel):
                 self.arithmetic = Arithmetic.of(layer, self.weights)
 
     def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
-        """Run the layer with the member that serves, an index or a tensor of one."""
-        member = layer.member()
-        if isinstance(member, int):
-            return self._run(layer, x, member)
-        y = self._run(layer, x, 0)
+        """Run the variant that the route says, an index or a tensor of one."""
+        variant = layer.variant()
+        if isinstance(variant, int):
+            return self._run(layer, x, variant % layer.scheme.hub, is_lifted(layer, variant))
+        member = variant % layer.scheme.hub
+        lifted = is_lifted(layer, variant)
+        y = self._run(layer, x, 0, lifted)
         for other in range(1, layer.scheme.hub):
-            y = torch.where(member == other, self._run(layer, x, other), y)
+            y = torch.where(member == other, self._run(layer, x, other, lifted), y)
         return y
 
-    def _run(self, layer: QuantizedLayer, x: Tensor, member: int) -> Tensor:
+    def _run(self, layer: QuantizedLayer, x: Tensor, member: int, lifted: bool | Tensor) -> Tensor:
+        """Run a member.
+
+        Arguments:
+            lifted: whether its input is.
+        """
         weight = self.weights[member]
         grid = layer.scheme.input_of(member)
         if self.arithmetic is not None and grid is not None:
-            return _run_in_bytes(layer, x, grid, self.arithmetic, weight, member)
+            return _run_in_bytes(layer, x, self.arithmetic, weight, member, lifted)
         if grid is not None:
-            x = integers_of(x, grid) * grid.scale + grid.zero_point
+            rounded = integers_of(x, grid) * grid.scale + grid.zero_point
+            other = layer.scheme.lifted_input
+            if other is not None:
+                to_8_bits = integers_of(x, other) * other.scale + other.zero_point
+                rounded = _select(lifted, to_8_bits, rounded)
+            x = rounded
         if weight.dtype == torch.int8:
             scale = per_channel(layer.get_buffer("weight_scale"), weight.ndim)
             weight = weight.float() * scale
         return layer.apply_weight(x, weight)
 
 
+def _select(lifted: bool | Tensor, of_lifted: Tensor, usual: Tensor) -> Tensor:
+    """Return one of two tensors, by a plain condition or by a tensor of one."""
+    if isinstance(lifted, bool):
+        return of_lifted if lifted else usual
+    return torch.where(lifted, of_lifted, usual)
+
+
 def _run_in_bytes(
     layer: QuantizedLayer,
     x: Tensor,
-    grid: Grid,
     arithmetic: Arithmetic,
     weight: Tensor,
     member: int,
+    lifted: bool | Tensor,
 ) -> Tensor:
     """Multiply bytes; of wide integers, both planes at once."""
     geometry = arithmetic.geometry
-    factor, constant, frame = arithmetic.of_member(member, layer.bias)
-    low, *further = planes_of(integers_of(x, grid), grid.format)
-    codes = _say_bytes(torch.cat([low, *further]) if further else low, grid.format)
+    usual = layer.scheme.input_of(member)
+    other = layer.scheme.lifted_input
+    assert usual is not None, "it is quantized"
+    fmt = widest_input(layer.scheme)
+    factor, constant, frame = arithmetic.of_variant(member, layer.bias)
+    integers = integers_of(x, usual)
+    ratio: Tensor | None = None
+    if other is not None:
+        integers = _select(lifted, integers_of(x, other), integers)
+        of_lifted = arithmetic.of_variant(member + layer.scheme.hub, layer.bias)
+        constant = _select(lifted, of_lifted[1], constant)
+        if frame is not None and of_lifted[2] is not None:
+            frame = _select(lifted, of_lifted[2], frame)
+        ratio = _select(lifted, of_lifted[0], factor)
+        factor = torch.ones_like(factor)
+    low, *further = planes_of(integers, fmt)
+    codes = _say_bytes(torch.cat([low, *further]) if further else low, fmt)
     y = _product(codes, weight, factor, geometry)
     along = (-1, 1, 1) if geometry else (-1,)
+    if ratio is not None:
+        y = y * ratio.view(along)
     if further:
         y, upper = y.chunk(2)
         y = y + constant.view(along) + upper * (BYTE + 1)

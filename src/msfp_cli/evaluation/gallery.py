@@ -9,8 +9,6 @@ Picture i is drawn with ``seed + i`` whatever the batch, so galleries of two mod
 is there whole or not at all, and an interrupted gallery goes on with the first that is missing.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msfp_cli.errors import ModelError, RunError
+from msfp_cli.errors import RunError
 from msfp_cli.files.documents import open_tensors, read_json, write_json, write_tensors
 from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.pipelines.sampling import draw_stills
-from msfp_cli.pipelines.watch import watch_scheduler
+from msfp_cli.pipelines.watch import watch_samples
 from msfp_cli.processes import ALONE, Processes
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordRecipe
@@ -119,24 +117,3 @@ class Gallery:
         with open_tensors(path, redo="delete it and run the same command again") as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
-
-
-@contextlib.contextmanager
-def watch_samples(pipe: Pipeline) -> Iterator[list[Tensor]]:
-    """Keep the last sample that the scheduler made while the context is open: the final latents.
-
-    Raises:
-        ModelError: the pipeline has no scheduler.
-    """
-    scheduler = getattr(pipe, "scheduler", None)
-    if scheduler is None:
-        raise ModelError(
-            f"{type(pipe).__name__} has no scheduler, so its final latents are not known"
-        )
-    samples: list[Tensor] = []
-
-    def keep(timestep: object, model_output: Tensor, result: Sequence[Tensor]) -> None:
-        samples[:] = [result[0]]
-
-    with watch_scheduler(scheduler, keep):
-        yield samples

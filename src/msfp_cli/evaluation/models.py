@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from msfp_cli.calibration.baseline import load_signed
+from msfp_cli.calibration.calibrate import load_signed
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import load_calibrated
 from msfp_cli.checkpoint.pipeline import load_export

@@ -89,12 +89,14 @@ def _trainer(
     refuse_different_replay(denoiser, component, task.batches)
     calibration = material.calibration
     move_weights_(denoiser, calibration, component)
+    lift = calibration.input_lifts.get(component)
     student = Student(
         denoiser,
         calibration.table(component),
         calibration.scales[component],
         recipe,
         calibration.multipliers.get(component, {}),
+        lift.at if lift else None,
     )
     trainer = Trainer(student, task, run.finetuned(component), accelerator)
     if component in material.states:

@@ -152,6 +152,7 @@ class TunedLayer(nn.Module):
         self.slot = slot
         assert scheme.weight is not None
         self.input = scheme.input
+        self.lifted_input = scheme.lifted_input
         self.weight_format = scheme.weight
         self.register_buffer("sizes", sizes.to(layer.weight.device).float(), persistent=False)
         a, b = self._beginning(recipe, generator)
@@ -202,9 +203,14 @@ class TunedLayer(nn.Module):
         return rounded.view(self.layer.weight.shape)
 
     def rounded_input(self, x: Tensor, choice: Choice) -> Tensor:
-        """Round the input to the chosen member's grid, where it has one."""
+        """Round the input to the chosen member's grid, where it has one.
+
+        The grid of lifted inputs is not trained: 8 bits leave next to no error.
+        """
         if self.input is None:
             return x
+        if choice.is_lifted and self.lifted_input is not None:
+            return fake_quantize(x, self.lifted_input)
         if self.input_shift is None:
             return fake_quantize(x, self.input)
         shift = self.input_shift[choice.member]

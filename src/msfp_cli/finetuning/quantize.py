@@ -10,7 +10,9 @@ whose members 2 and 3 are equal, a column of the table changes so:
     members that serve              [1, 2]          `used_members`
     numbers in the exported hub     1 1 1 0 0 1     `renumber`
 
-A layer with only one used member does not switch, and its column is left out of the export.
+The column of a layer whose input is lifted at some timesteps says that, too: there, the number of
+its members is added (`LayerScheme.variants`). A layer with only one variant does not switch, and
+its column is left out of the export.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,8 +26,8 @@ from msfp_cli.calibration.result import Calibration
 from msfp_cli.finetuning.lora import moved_input, tuned_names, updated_steps, weight_sizes
 from msfp_cli.finetuning.result import FinetuneState
 from msfp_cli.finetuning.router import Router
-from msfp_cli.layers.replace import find_layers, replace_layers_, store_layers_
-from msfp_cli.layers.routing import ROUTER, table_index
+from msfp_cli.layers.replace import find_layers, replace_layers_, store_layers_, store_variants_
+from msfp_cli.layers.routing import table_index
 from msfp_cli.layers.scheme import LayerScheme
 
 # The parts of a member, by the name of the trained parameter: LAYER.PART.MEMBER.
@@ -79,7 +81,14 @@ def quantize_tuned_(
     untuned = {name: schemes[name] for name in schemes if name not in members}
     store_layers_(denoiser, untuned, scales, multipliers)
     _store_members_(denoiser, tuned, scales, multipliers, state, members)
-    _store_router_(denoiser, table, members)
+    columns = {name: renumber(table[:, names.index(name)], members[name]) for name in names}
+    lift = calibration.input_lifts.get(component)
+    if lift is not None:
+        rows = lift.rows().to(table.dtype)
+        for name in names:
+            if tuned[name].lifted_input is not None:
+                columns[name] = columns[name] + rows * tuned[name].hub
+    store_variants_(denoiser, {name: columns[name] for name in names if tuned[name].variants > 1})
     return denoiser
 
 
@@ -158,20 +167,3 @@ def _store_members_(
             b = best[f"{name}.lora_b.{member}"].to(weight.device)
             steps = updated_steps(weight, sizes, a, b)
             quantized.store_steps_(steps, scale, position, factors)
-
-
-def _store_router_(
-    denoiser: nn.Module, table: Tensor, members: Mapping[str, Sequence[int]]
-) -> None:
-    """Write the columns of the layers that switch, in the order of their names.
-
-    Arguments:
-        table: a column for each layer with a hub, in the order of `members`.
-        members: the used members of each of these layers.
-    """
-    slots = {name: slot for slot, name in enumerate(members)}
-    switching = [name for name in sorted(members) if len(members[name]) > 1]
-    if not switching:
-        return
-    columns = [renumber(table[:, slots[name]], members[name]) for name in switching]
-    denoiser.get_submodule(ROUTER).get_buffer("table").copy_(torch.stack(columns, dim=1))

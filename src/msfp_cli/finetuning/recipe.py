@@ -16,6 +16,8 @@ MAX_HUB = 255
 class FinetuneRecipe(Recipe):
     """How to train the LoRA hubs and the router."""
 
+    PRESETS = {"paper": {"loss_power": 1.0, "input_learning_rate": 0.0, "timesteps": "uniform"}}
+
     steps: int = option(500, "Updates of the trained parameters.", at_least=1)
     batch_size: int = option(
         16, "Recorded rows in a denoiser call; every row has its own timestep.", at_least=1

@@ -48,12 +48,14 @@ class Choice(NamedTuple):
         weights: 0 in value, ``(rows, hub)``: the gradients of the members' weights go here; None if
             nobody asks.
         input: where training has moved the member's input grid; None if nobody has looked yet.
+        is_lifted: whether inputs are lifted at the timesteps of these rows.
     """
 
     member: int
     rows: tuple[int, ...] = (0,)
     weights: Tensor | None = None
     input: Grid | None = None
+    is_lifted: bool = False
 
 
 def learns_in_update(step: int) -> bool:
@@ -106,17 +108,24 @@ class Router(nn.Module):
         embedding = get_timestep_embedding(index.to(self.hidden.weight.device), _EMBEDDING)
         return nn.functional.silu(self.hidden(embedding.to(self.hidden.weight)))
 
-    def forward(self, timesteps: Sequence[float], *, learning: bool = False) -> list[list[Choice]]:
+    def forward(
+        self,
+        timesteps: Sequence[float],
+        *,
+        learning: bool = False,
+        lifted: Sequence[bool] | None = None,
+    ) -> list[list[Choice]]:
         """Choose for every layer and row.
 
         Arguments:
             timesteps: one per row.
+            lifted: of each row, whether inputs are lifted at its timestep; None for nowhere.
             learning: whether the choices pass the gradient of the members' weights on to the
                 router.
 
         Returns:
             For every layer a choice for each member that some row is given to, in the order of
-            their first rows.
+            their first rows; two for a member with rows whose inputs are lifted and others.
         """
         soft = (
             self.logits(self._features(timesteps))
@@ -127,7 +136,7 @@ class Router(nn.Module):
         passing = (soft - soft.detach()).unbind(dim=1) if learning else None
         members = soft.argmax(dim=-1).t().tolist()
         return [
-            _choices(of_layer, None if passing is None else passing[slot])
+            _choices(of_layer, lifted, None if passing is None else passing[slot])
             for slot, of_layer in enumerate(members)
         ]
 
@@ -207,19 +216,28 @@ class TellRouter(torch.autograd.Function):
         return grad, torch.stack(of_members, dim=1), None, None
 
 
-def _choices(members: Sequence[int], weights: Tensor | None) -> list[Choice]:
+def _choices(
+    members: Sequence[int], lifted: Sequence[bool] | None, weights: Tensor | None
+) -> list[Choice]:
     """Return one layer's choices, in the order of their first rows.
 
     Arguments:
         members: the member of each row.
+        lifted: of each row, whether its input is; None for nowhere.
         weights: ``(rows, hub)``, see `Choice`.
     """
-    rows_of: dict[int, list[int]] = {}
+    rows_of: dict[tuple[int, bool], list[int]] = {}
     for row, member in enumerate(members):
-        rows_of.setdefault(member, []).append(row)
+        is_lifted = lifted is not None and lifted[row]
+        rows_of.setdefault((member, is_lifted), []).append(row)
     return [
-        Choice(member, tuple(rows), None if weights is None else weights[rows])
-        for member, rows in rows_of.items()
+        Choice(
+            member,
+            tuple(rows),
+            None if weights is None else weights[rows],
+            is_lifted=is_lifted,
+        )
+        for (member, is_lifted), rows in rows_of.items()
     ]
 
 

@@ -1,6 +1,6 @@
 """A denoiser in training: it computes exactly what its export will, and its hubs can be trained."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -41,6 +41,7 @@ class Student(nn.Module):
         table, scales: calibrated schemes and weight scales, by layer name.
         recipe: hub size, rank, initialisation, seed.
         multipliers: of the weights in groups, by layer name.
+        is_lifted_at: whether inputs are lifted at a timestep; None for nowhere.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class Student(nn.Module):
         scales: Mapping[str, Tensor],
         recipe: FinetuneRecipe,
         multipliers: Mapping[str, Tensor] = MappingProxyType({}),
+        is_lifted_at: Callable[[float], bool] | None = None,
     ) -> None:
         super().__init__()
+        self._is_lifted_at = is_lifted_at
         self.denoiser = denoiser.requires_grad_(False)
         generator = torch.Generator().manual_seed(recipe.seed)
         tuned = set(tuned_names(table))
@@ -71,7 +74,9 @@ class Student(nn.Module):
             timesteps: one for each row of the call, or one for all.
             learning: whether the router gets a gradient.
         """
-        self.route.open(self._with_inputs(self.router(timesteps, learning=learning)))
+        lifted = list(map(self._is_lifted_at, timesteps)) if self._is_lifted_at else None
+        routed = self.router(timesteps, learning=learning, lifted=lifted)
+        self.route.open(self._with_inputs(routed))
         try:
             yield
         finally:

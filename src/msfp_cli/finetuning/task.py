@@ -18,7 +18,7 @@ from msfp_cli.finetuning.load import Material
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.layers.clock import Clock
 from msfp_cli.pipelines.denoiser import DenoiserCall, call_with
-from msfp_cli.pipelines.denoising_factor import loss_weights
+from msfp_cli.pipelines.denoising_factor import factors_at, loss_weights
 from msfp_cli.recording.compare import relative_error
 
 # The relative squared error of a replayed row that no order of summing explains, in any precision.
@@ -102,10 +102,7 @@ def timestep_weights(
         raise RunError(
             "the denoising factor of this pipeline's scheduler is not known; use --loss plain"
         )
-    known_timesteps, known_factors = torch.tensor(factors, dtype=torch.float64).unbind(dim=1)
-    ours = torch.tensor(timesteps, dtype=torch.float64)
-    nearest = (ours[:, None] - known_timesteps).abs().argmin(dim=1)
-    weights = loss_weights(known_factors[nearest], power=recipe.loss_power)
+    weights = loss_weights(factors_at(timesteps, factors), power=recipe.loss_power)
     return dict(zip(timesteps, weights.tolist(), strict=True))
 
 

@@ -43,6 +43,10 @@ class QuantizedLayer(nn.Module, ABC):
         """Return the integers of a member's weight, int8, shape of the float weight."""
 
     @abstractmethod
+    def variant(self) -> int | Tensor:
+        """Return which variant of the layer runs at the timestep that the denoiser is at."""
+
+    @abstractmethod
     def member(self, otherwise: int | None = None) -> int | Tensor:
         """Return which member of the layer's hub serves the timestep that the denoiser is at.
 

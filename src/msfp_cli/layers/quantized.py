@@ -6,8 +6,8 @@ state is two buffers,
 ``weight_codes`` (packed, one row per member of the layer's hub) and ``weight_scale`` (float32, one
 per output channel, or per row of a table), beside the float bias. What is one number per layer
 (formats, the input's scale and zero point) is not a tensor: it is a `LayerScheme`, a plain value
-that the checkpoint stores as JSON. A layer whose hub has several members reads from its route which
-one serves the timestep that the denoiser is at.
+that the checkpoint stores as JSON. A layer whose hub has several members, or whose input is lifted
+at some timesteps, reads from its route which variant runs at the timestep that the denoiser is at.
 
 A kind of layer is one row of `KINDS`: the class of the float layer, that of the quantized one, and
 what both compute. A layer of torch whose class has no row is left alone, and a kernel runs only the
@@ -154,17 +154,21 @@ class Quantized(PackedLayer):
         self._choose_kernel()
         return simulate(self, input) if self.kernel is None else self.kernel(self, input)
 
+    def variant(self) -> int | Tensor:
+        """Return which variant runs at this timestep; a tensor while the call is compiled."""
+        return 0 if self.route is None else self.route.of(self.slot)
+
     def member(self, otherwise: int | None = None) -> int | Tensor:
         """Return which member serves the current timestep; a tensor while the call is compiled.
 
         Arguments:
             otherwise: the answer if the denoiser is not running, which is an error without it.
         """
-        if self.route is None:
+        if self.scheme.hub == 1:
             return 0
-        if otherwise is not None and not self.route.is_open():
+        if otherwise is not None and (self.route is None or not self.route.is_open()):
             return otherwise
-        return self.route.of(self.slot)
+        return self.variant() % self.scheme.hub
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """Run the float operation with the given weight and the layer's own bias."""
@@ -224,8 +228,9 @@ def _make_code_books(scheme: LayerScheme) -> None:
     """
     if scheme.weight is not None:
         _ = scheme.weight.code_book
-    if scheme.input is not None:
-        _ = scheme.input.format.code_book
+    for grid in scheme.inputs():
+        if grid is not None:
+            _ = grid.format.code_book
 
 
 @dataclass(frozen=True, kw_only=True)

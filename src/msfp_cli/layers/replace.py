@@ -11,7 +11,7 @@ from msfp_cli.errors import CheckpointError, UsageError
 from msfp_cli.layers.base import FloatLayer
 from msfp_cli.layers.clock import TRAINING_CLOCK, Clock
 from msfp_cli.layers.quantized import Quantized, find_kind, kind_of
-from msfp_cli.layers.routing import RouterTable
+from msfp_cli.layers.routing import ROUTER, RouterTable
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.layers.streamed import weight_in_memory
 from msfp_cli.layers.weight import answer_for_weights
@@ -53,8 +53,8 @@ def replace_layers_(
 ) -> dict[str, Quantized]:
     """Put an empty quantized layer in the place of each float layer that `table` names.
 
-    Layers whose hub has several members get a router, in the order of their names: the denoiser's
-    module `routing.ROUTER`.
+    Layers with several variants get a router, in the order of their names: the denoiser's module
+    `routing.ROUTER`.
 
     Arguments:
         clock: reads the timestep of the denoiser's calls, for the router.
@@ -89,6 +89,8 @@ def store_layers_(
     scales: Mapping[str, Tensor],
     multipliers: Mapping[str, Tensor] = MappingProxyType({}),
     move: Callable[[str, Tensor], Tensor] = lambda name, weight: weight,
+    *,
+    clock: Clock = TRAINING_CLOCK,
 ) -> None:
     """Replace each layer that `table` names, and store its weight, rounded.
 
@@ -98,17 +100,29 @@ def store_layers_(
         scales: float32 weight scales, ``(out,)``, of the layers with a quantized weight.
         multipliers: uint8 ``(out, groups)``, of the layers whose weights have groups.
         move: gives the weight to round for the name of a layer and its weight.
+        clock: see `replace_layers_`.
 
     Raises:
         CheckpointError: the denoiser has no such layer.
     """
     layers = find_layers(denoiser)
-    for name, quantized in replace_layers_(denoiser, table).items():
+    for name, quantized in replace_layers_(denoiser, table, clock=clock).items():
         layer = layers.pop(name)
         if table[name].weight is not None:
             with weight_in_memory(layer):
                 weight = move(name, layer.weight.detach())
             quantized.store_(weight, scales[name], multipliers=multipliers.get(name))
+
+
+def store_variants_(denoiser: nn.Module, columns: Mapping[str, Tensor]) -> None:
+    """Write the table of a denoiser's router.
+
+    Arguments:
+        columns: the variant at each row of the table, ``(1001,)``, for each layer with several.
+    """
+    if columns:
+        table = torch.stack([columns[name] for name in sorted(columns)], dim=1)
+        denoiser.get_submodule(ROUTER).get_buffer("table").copy_(table)
 
 
 def replace_by_codes_(
@@ -143,8 +157,8 @@ def _quantize_empty(name: str, layer: FloatLayer, scheme: LayerScheme) -> Quanti
 
 
 def _attach_router_(denoiser: nn.Module, layers: Mapping[str, Quantized], clock: Clock) -> None:
-    """Give the layers whose hub has several members a common router, if there are any."""
-    switching = [layers[name] for name in sorted(layers) if layers[name].scheme.hub > 1]
+    """Give the layers with several variants a common router, if there are any."""
+    switching = [layers[name] for name in sorted(layers) if layers[name].scheme.variants > 1]
     if not switching:
         return
     router = RouterTable(

@@ -1,11 +1,12 @@
-"""The timestep, from the denoiser's call to the layers: which member of its hub serves a layer now.
+"""The timestep, from the denoiser's call to the layers: which variant of a layer runs now.
 
-The choice depends on the timestep alone, so an exported router is a table, ``timestep -> member``,
-for every layer that switches. `RouterTable` reads the timestep of each call where it arrives, in
-the denoiser's own arguments, holds the choice while that call runs, and lets go of it whatever
-happens; no layer ever counts its calls. Threads may share a denoiser: the choice belongs to the
-call, and so to the thread that makes it. A layer that is asked to choose while its denoiser is not
-running raises.
+A variant is a member of the layer's hub, with its input at the usual bits or lifted
+(`LayerScheme.variants`). The choice depends on the timestep alone, so a router is a table,
+``timestep -> variant``, for every layer that switches. `RouterTable` reads the timestep of each
+call where it arrives, in the denoiser's own arguments, holds the choice while that call runs, and
+lets go of it whatever happens; no layer ever counts its calls. Threads may share a denoiser: the
+choice belongs to the call, and so to the thread that makes it. A layer that is asked to choose
+while its denoiser is not running raises.
 """
 
 import inspect
@@ -67,7 +68,7 @@ class Route(Generic[T]):
         choices = self._choices()
         if choices is None:
             raise MsfpError(
-                "a layer with a LoRA hub ran outside its denoiser; "
+                "a layer that changes with the timestep ran outside its denoiser; "
                 "call the denoiser, which knows the timestep"
             )
         return choices[slot]
@@ -103,7 +104,7 @@ class _Row(Sequence[int]):
         return len(self._row or self._read())
 
     def __getitem__(self, slot: Any) -> Any:  # noqa: ANN401 (Sequence's signature)
-        """Return the member that serves the layer in row `slot`."""
+        """Return the variant of the layer in row `slot`."""
         if self._row is None:
             self._row = self._read()
         return self._row[slot]
@@ -128,7 +129,7 @@ class RouterTable(nn.Module):
         )
 
     def forward(self, timestep: float) -> list[int]:
-        """Return the member that serves each layer at a timestep.
+        """Return the variant of each layer at a timestep.
 
         This is ``forward`` because offloaders bring a module's tensors back for that.
         """

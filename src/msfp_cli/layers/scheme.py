@@ -22,6 +22,8 @@ class LayerScheme:
             picks one by timestep.
         further_inputs: grids of the input for the second member and those after it; empty if they
             share one.
+        lifted_input: grid of the input at the timesteps where it is lifted to 8 bits, for all
+            members; None if it has the same bits at all timesteps.
         lookup: whether this is a table, whose rows are looked up: one scale per row, no input to
             round, no hub.
         weight_groups: groups of each row of the weight that have a multiplier, see
@@ -32,12 +34,15 @@ class LayerScheme:
     input: Grid | None = None
     hub: int = 1
     further_inputs: tuple[Grid, ...] = ()
+    lifted_input: Grid | None = None
     lookup: bool = False
     weight_groups: int = 0
 
     def __post_init__(self) -> None:
-        if self.hub > MAX_HUB:
+        if self.variants > MAX_HUB:
             raise ValueError(f"a hub of {self.hub} has more than {MAX_HUB} members")
+        if not self._may_lift():
+            raise ValueError("the lifted input does not fit the input")
         if self.hub < 1 or len(self.further_inputs) not in (0, self.hub - 1):
             raise ValueError(
                 f"{len(self.further_inputs)} further inputs do not fit a hub of {self.hub}"
@@ -46,6 +51,22 @@ class LayerScheme:
             raise ValueError(f"{self.weight_groups} groups do not fit this weight")
         if self.lookup and (self.input is not None or self.hub > 1):
             raise ValueError("a table has neither a hub nor an input to round")
+
+    def _may_lift(self) -> bool:
+        """Whether the grid of lifted inputs has the sign of the others, as kernels want it."""
+        if self.lifted_input is None:
+            return True
+        return self.input is not None and (
+            self.lifted_input.format.signed == self.input.format.signed
+        )
+
+    @property
+    def variants(self) -> int:
+        """How many ways to run the layer there are, which its route chooses from by timestep.
+
+        Variant v uses member ``v % hub``; from ``hub`` on, the input is lifted.
+        """
+        return self.hub if self.lifted_input is None else 2 * self.hub
 
     @property
     def tunable(self) -> bool:
@@ -59,6 +80,7 @@ class LayerScheme:
             "input": None if self.input is None else _grid_to_json(self.input),
             "hub": self.hub,
             "further_inputs": [_grid_to_json(grid) for grid in self.further_inputs],
+            **({"lifted_input": _grid_to_json(self.lifted_input)} if self.lifted_input else {}),
             **({"lookup": True} if self.lookup else {}),
             **({"weight_groups": self.weight_groups} if self.weight_groups else {}),
         }
@@ -77,17 +99,31 @@ class LayerScheme:
             input=None if written.input is None else written.input.grid(),
             hub=1 if written.hub is None else written.hub,
             further_inputs=tuple(further.grid() for further in written.further_inputs or ()),
+            lifted_input=None if written.lifted_input is None else written.lifted_input.grid(),
             lookup=bool(written.lookup),
             weight_groups=written.weight_groups or 0,
         )
 
-    def input_of(self, member: int) -> Grid | None:
-        """Return the grid of a member's input."""
-        return self.further_inputs[member - 1] if member and self.further_inputs else self.input
+    def input_of(self, variant: int) -> Grid | None:
+        """Return the grid of a variant's input."""
+        if variant >= self.hub:
+            return self.lifted_input
+        return self.further_inputs[variant - 1] if variant and self.further_inputs else self.input
+
+    def input_bits(self, lifted_share: float) -> float:
+        """Return the average bits of an input; one in floating point counts as 16.
+
+        Arguments:
+            lifted_share: of the sampling steps, those at which inputs are lifted.
+        """
+        bits = 16.0 if self.input is None else float(self.input.format.bits)
+        if self.lifted_input is None:
+            return bits
+        return bits + lifted_share * (self.lifted_input.format.bits - bits)
 
     def inputs(self) -> tuple[Grid | None, ...]:
-        """Return the grid of the input for each member."""
-        return tuple(self.input_of(member) for member in range(self.hub))
+        """Return the grid of the input for each variant."""
+        return tuple(self.input_of(variant) for variant in range(self.variants))
 
 
 def _grid_to_json(grid: Grid) -> dict[str, Any]:
@@ -114,5 +150,6 @@ class _Written:
     input: _WrittenGrid | None
     hub: int | None = None
     further_inputs: tuple[_WrittenGrid, ...] | None = None
+    lifted_input: _WrittenGrid | None = None
     lookup: bool | None = None
     weight_groups: int | None = None

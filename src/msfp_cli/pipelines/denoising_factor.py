@@ -17,6 +17,8 @@ the sample rescaled to unit variance is comparable. Multi-step schedulers mix in
 the first-order factor is the one that speaks of this timestep alone.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,17 @@ def denoising_factors(scheduler: Scheduler, *, eta: float | None = None) -> tupl
     direct = (1 - following - noise).clamp_min(0).sqrt()
     factors = (direct - (following * (1 - now) / now).sqrt()).abs()
     return timesteps, factors * _epsilon_per_output(str(scheduler.config.prediction_type), now)
+
+
+def factors_at(timesteps: Sequence[float], known: Sequence[tuple[float, float]]) -> Tensor:
+    """Return the denoising factor at each timestep: that of the sampler's nearest one, float64.
+
+    Arguments:
+        known: the sampler's (timestep, denoising factor) pairs.
+    """
+    sampler_timesteps, factors = torch.tensor(known, dtype=torch.float64).unbind(dim=1)
+    ours = torch.tensor(timesteps, dtype=torch.float64)
+    return factors[(ours[:, None] - sampler_timesteps).abs().argmin(dim=1)]
 
 
 def loss_weights(factors: Tensor, *, power: float = 1.0) -> Tensor:

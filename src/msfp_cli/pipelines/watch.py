@@ -6,16 +6,18 @@ passes by, and takes its hooks away when the context closes, also after an error
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType, MethodType
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from msfp_cli.errors import ModelError
 from msfp_cli.layers.clock import TRAINING_CLOCK, Clock
 from msfp_cli.pipelines.denoiser import DenoiserCall
-from msfp_cli.pipelines.loading import Scheduler
+from msfp_cli.pipelines.loading import Pipeline, Scheduler
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline
 
 Passed: TypeAlias = Any  # to a scheduler, or by it
 # A layer's name, the layer, its arguments in the order they were given in, and its output.
@@ -113,3 +115,52 @@ def watch_scheduler(scheduler: Scheduler, report: StepReport) -> Iterator[None]:
             del scheduler.step
         else:
             scheduler.step = own
+
+
+@contextmanager
+def watch_samples(pipe: Pipeline) -> Iterator[list[Tensor]]:
+    """Keep the last sample that the scheduler made while the context is open: the final latents.
+
+    Raises:
+        ModelError: the pipeline has no scheduler.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None:
+        raise ModelError(
+            f"{type(pipe).__name__} has no scheduler, so its final latents are not known"
+        )
+    samples: list[Tensor] = []
+
+    def keep(timestep: object, model_output: Tensor, result: Sequence[Tensor]) -> None:
+        samples[:] = [result[0]]
+
+    with watch_scheduler(scheduler, keep):
+        yield samples
+
+
+def final_sample(pipe: Pipeline, conditions: Sequence[str | None], sampling: Sampling) -> Tensor:
+    """Draw pictures, and return the sample that the scheduler made last."""
+    with watch_samples(pipe) as samples:
+        call_pipeline(pipe, conditions, sampling, output_type="latent")
+    return samples[-1]
+
+
+@contextmanager
+def watch_times(
+    denoiser: nn.Module, clock: Clock, report: Callable[[float], None]
+) -> Iterator[None]:
+    """Report the timestep of every call of a denoiser, before it runs.
+
+    Arguments:
+        clock: reads it.
+    """
+    signature = inspect.signature(denoiser.forward)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        report(clock.read(signature.bind(*args, **kwargs).arguments[clock.argument]))
+
+    handle = denoiser.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -56,10 +56,20 @@ def _summary(provenance: Provenance, evaluation: Evaluation) -> str:
         signs += [grid.format.signed for grid in inputs if grid is not None]
     count = len(evaluation.settings["record"]["conditions"])
     return (
-        f"{layers} layers quantized, {signs.count(False)} of {len(signs)} inputs unsigned; "
+        f"{layers} layers quantized, {signs.count(False)} of {len(signs)} inputs unsigned"
+        f"{_bits_of_inputs(provenance)}; "
         f"{count} pictures of each model from the same prompts and seeds. Weights on disk: "
         f"{describe_sizes(evaluation.export)}."
     )
+
+
+def _bits_of_inputs(provenance: Provenance) -> str:
+    """Say how many bits an input has on average, where the calibration is known."""
+    calibration = provenance.calibration
+    if calibration is None:
+        return ""
+    bits = [f"{calibration.input_bits(component):.1f}" for component in calibration.layers]
+    return f", of {' and '.join(bits)} bits on average"
 
 
 def _finite(value: Json) -> Json:

@@ -68,6 +68,7 @@ def layer_of(
     grid: Grid | None = None,
     hub: int = 1,
     further: tuple[Grid, ...] = (),
+    lifted: Grid | None = None,
     weight_groups: int = 0,
     **options: Any,  # noqa: ANN401 (as torch's)
 ) -> Any:  # noqa: ANN401 (one of two classes)
@@ -75,7 +76,12 @@ def layer_of(
     for i, parameter in enumerate(layer.parameters()):
         parameter.data = draw(*parameter.shape, seed=i) * 0.3
     scheme = LayerScheme(
-        weight=weight, input=grid, hub=hub, further_inputs=further, weight_groups=weight_groups
+        weight=weight,
+        input=grid,
+        hub=hub,
+        further_inputs=further,
+        lifted_input=lifted,
+        weight_groups=weight_groups,
     )
     multipliers = None
     if weight_groups and weight:
@@ -121,7 +127,7 @@ def in_float64(layer: Any, x: Tensor, member: int = 0) -> Tensor:  # noqa: ANN40
     grid, weight_grid = layer.scheme.input_of(member), layer.weight_grid()
     book = torch.tensor(grid.format.code_book, dtype=torch.float64)
     values = book[quantize(x, grid).long()] * grid.scale + grid.zero_point
-    weight = layer.integers(member).double() * weight_grid.scale.double()
+    weight = layer.integers(member % layer.scheme.hub).double() * weight_grid.scale.double()
     bias = None if layer.bias is None else layer.bias.detach().double()
     if isinstance(layer, nn.Linear):
         return F.linear(values, weight, bias)
@@ -284,6 +290,29 @@ def test_hub_runs_the_member_that_its_route_names(keep_packed: bool) -> None:
             outputs.append(layer(x))
         close(outputs[-1], in_float64(layer, x, member))
     assert not torch.allclose(*outputs)
+
+
+@pytest.mark.parametrize("hub", [1, 2])
+@pytest.mark.parametrize(("usual", "lifted"), [("e2m1", "e1m6"), ("ue2m2", "ue1m7")])
+@pytest.mark.parametrize("make", [linear, conv])
+def test_kernels_agree_on_lifted_inputs(
+    make: Callable[..., Any], usual: str, lifted: str, hub: int
+) -> None:
+    options = {"grid": grid_of(INPUTS[usual]), "lifted": grid_of(INPUTS[lifted]), "hub": hub}
+    layer = make(**options) if make is linear else make(padding=1, **options)
+    layer.route, x = Route[int](), draw(2, 4, 5, 5) if make is conv else draw(2, 12)
+    kernels = ["reference"] if "lacks VNNI" in (Cpu.refusal(layer) or "") else ["reference", "cpu"]
+    within = (-2, 2) if layer.scheme.input.format.signed else (-0.71875, 2.28125)
+    errors = []
+    for variant in range(layer.scheme.variants):
+        layer.route.open([variant])
+        outputs = [by_kernel(layer, x, kernel) for kernel in kernels]
+        assert torch.equal(outputs[0], outputs[-1])
+        close(outputs[0], in_float64(layer, x, variant))
+        close(by_kernel(layer, x, "simulated"), in_float64(layer, x, variant))
+        exact = layer.apply_weight(x.clamp(*within), layer.float_weight()).detach()
+        errors.append(float((outputs[0] - exact).square().sum()))
+    assert min(errors[:hub]) > 4 * max(errors[hub:])  # 8 bits are nearer than 4
 
 
 @pytest.mark.parametrize("keep_packed", [False, True])
@@ -481,21 +510,29 @@ def test_geometry_survives_the_trip_through_an_operator(numbers: list[int]) -> N
     assert Geometry.from_flat([]) is None
 
 
-def unet(hub: int = 1) -> Any:  # noqa: ANN401 (a diffusers model)
-    """A tiny UNet quantized by rule of thumb, some of its layers with a hub."""
+def unet(hub: int = 1, *, lifts: bool = False) -> Any:  # noqa: ANN401 (a diffusers model)
+    """A tiny UNet quantized by rule of thumb, some layers with a hub, some with lifted inputs."""
     denoiser = build_tiny("StableDiffusionPipeline").unet
     signed, unsigned = (grid_of(INPUTS[name]) for name in ("e2m1", "ue2m2"))
+    of_8_bits = {signed: grid_of(INPUTS["e1m6"]), unsigned: grid_of(INPUTS["ue1m7"])}
     table = {}
     for i, name in enumerate(find_layers(denoiser)):
         grid = unsigned if i % 2 else signed
-        table[name] = LayerScheme(weight=WEIGHTS["e2m1"], input=grid, hub=hub if i % 3 else 1)
+        table[name] = LayerScheme(
+            weight=WEIGHTS["e2m1"],
+            input=grid,
+            hub=hub if i % 3 else 1,
+            lifted_input=of_8_bits[grid] if lifts and i % 4 else None,
+        )
     floats = {name: layer.weight.detach() for name, layer in find_layers(denoiser).items()}
     for name, layer in replace_layers_(denoiser, table).items():
         scale = floats[name].abs().flatten(1).amax(dim=1) / 12
         for member in range(table[name].hub):
             layer.store_(floats[name] * (1 - 0.5 * member), scale, member)
-    if hub > 1:
-        denoiser.get_submodule(ROUTER).table[500:] = 1
+    switching = [table[name] for name in sorted(table) if table[name].variants > 1]
+    if switching:
+        last = torch.tensor([scheme.variants - 1 for scheme in switching], dtype=torch.uint8)
+        denoiser.get_submodule(ROUTER).table[500:] = last
     return denoiser.requires_grad_(False)
 
 
@@ -508,9 +545,9 @@ def call(denoiser: Any, timestep: int) -> Tensor:  # noqa: ANN401
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "reference", "simulated"])
-@pytest.mark.parametrize("hub", [1, 2])
-def test_denoiser_compiles_without_a_graph_break(hub: int, kernel: str) -> None:
-    denoiser = unet(hub)
+@pytest.mark.parametrize(("hub", "lifts"), [(1, False), (2, False), (1, True), (2, True)])
+def test_denoiser_compiles_without_a_graph_break(hub: int, lifts: bool, kernel: str) -> None:
+    denoiser = unet(hub, lifts=lifts)
     timesteps = (10, 900, 20, 800)
     # The reference is simulated under a compiler; its exact sums would fall on other sides of
     # borders now and then.
@@ -527,7 +564,7 @@ def test_denoiser_compiles_without_a_graph_break(hub: int, kernel: str) -> None:
     )  # one for all timesteps, and one before the route has been used
     for got, wanted in zip(outputs, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
-    assert hub == 1 or not torch.allclose(outputs[0], outputs[1])
+    assert (hub == 1 and not lifts) or not torch.allclose(outputs[0], outputs[1])
 
 
 @pytest.mark.slow

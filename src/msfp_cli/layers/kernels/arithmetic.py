@@ -24,9 +24,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from msfp_cli.formats.float_format import BYTE_BITS, INPUT_INTEGER_BITS
+from msfp_cli.formats.float_format import BYTE_BITS, INPUT_INTEGER_BITS, FloatFormat
 from msfp_cli.layers.base import QuantizedLayer
 from msfp_cli.layers.kernels.geometry import Geometry, tap_sums
+from msfp_cli.layers.scheme import LayerScheme
 
 BYTE = 255
 _INT32 = 2**31 - 1
@@ -34,14 +35,14 @@ KINDS_IN_INTEGERS = frozenset({"linear", "conv2d"})
 
 
 class Arithmetic(NamedTuple):
-    """What an output is computed from besides the sums; a tensor has a row per member of the hub.
+    """What an output is computed from besides the sums; a tensor has a row per variant.
 
     Arguments:
-        shift: what makes the integers of a signed input unsigned.
+        shift: what makes the integers of a signed input unsigned, of every variant.
         geometry: how a convolution slides; None for a Linear layer.
-        factors: float32 ``(members, out)``.
-        shares: the zero point's share of an output, float64 ``(members, out)``.
-        frames: the zero point's share of each tap, float32 ``(members, out, kernel height, kernel
+        factors: float32 ``(variants, out)``.
+        shares: the zero point's share of an output, float64 ``(variants, out)``.
+        frames: the zero point's share of each tap, float32 ``(variants, out, kernel height, kernel
             width)``; None where no window sees padding, or where that makes no difference.
     """
 
@@ -60,11 +61,12 @@ class Arithmetic(NamedTuple):
         """
         grids = [grid for grid in layer.scheme.inputs() if grid is not None]
         scale = layer.get_buffer("weight_scale").double()
+        sums = [tap_sums(weight) for weight in integers]
         shares = [
-            tap_sums(weight) * (scale * grid.zero_point).view(-1, 1, 1)
-            for weight, grid in zip(integers, grids, strict=True)
+            sums[variant % len(sums)] * (scale * grid.zero_point).view(-1, 1, 1)
+            for variant, grid in enumerate(grids)
         ]
-        fmt = grids[0].format
+        fmt = widest_input(layer.scheme)
         geometry = layer.geometry()
         pads = geometry is not None and any(geometry.padding)
         return cls(
@@ -79,17 +81,17 @@ class Arithmetic(NamedTuple):
             ),
         )
 
-    def of_member(
-        self, member: int | Tensor, bias: Tensor | None
+    def of_variant(
+        self, variant: int | Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return factor, constant and frame of one member, an index or a tensor of one.
+        """Return factor, constant and frame of one variant, an index or a tensor of one.
 
         Arguments:
             bias: the layer's, as it is now.
         """
-        frame = None if self.frames is None else _pick(self.frames, member)
-        constant = add_bias(_pick(self.shares, member), bias)
-        return _pick(self.factors, member), constant, frame
+        frame = None if self.frames is None else _pick(self.frames, variant)
+        constant = add_bias(_pick(self.shares, variant), bias)
+        return _pick(self.factors, variant), constant, frame
 
 
 def add_bias(shares: Tensor, bias: Tensor | None) -> Tensor:
@@ -102,8 +104,14 @@ def add_bias(shares: Tensor, bias: Tensor | None) -> Tensor:
     return shares.float() if bias is None else (shares + bias.detach()).float()
 
 
-def _pick(rows: Tensor, member: int | Tensor) -> Tensor:
-    return rows[member] if isinstance(member, int) else rows.index_select(0, member.view(1))[0]
+def _pick(rows: Tensor, variant: int | Tensor) -> Tensor:
+    return rows[variant] if isinstance(variant, int) else rows.index_select(0, variant.view(1))[0]
+
+
+def widest_input(scheme: LayerScheme) -> FloatFormat:
+    """Return the format whose integers are the largest, of an input that is quantized."""
+    formats = [grid.format for grid in (scheme.input, scheme.lifted_input) if grid is not None]
+    return max(formats, key=lambda fmt: fmt.largest)
 
 
 def unsigned_planes(integers: Tensor, largest: int) -> list[Tensor]:
@@ -124,10 +132,10 @@ def unsigned_planes(integers: Tensor, largest: int) -> list[Tensor]:
 def refusal_of_integers(layer: QuantizedLayer) -> str | None:
     """Say why a layer cannot be computed in integers, or nothing."""
     weight = layer.scheme.weight
-    grid = layer.scheme.input
-    if weight is None or grid is None:
+    if weight is None or layer.scheme.input is None:
         return f"the {'weight' if weight is None else 'input'} is in floating point"
-    for fmt, integer_bits in ((weight, BYTE_BITS), (grid.format, INPUT_INTEGER_BITS)):
+    widest = widest_input(layer.scheme)
+    for fmt, integer_bits in ((weight, BYTE_BITS), (widest, INPUT_INTEGER_BITS)):
         if fmt.integer_bits > integer_bits:
             return f"{fmt} takes integers of {fmt.integer_bits} bits"
     return refusal_of_geometry(layer)

@@ -30,10 +30,11 @@ from msfp_cli.layers.kernels.arithmetic import (
     refusal_of_integers,
     refusal_of_overflow,
     unsigned_planes,
+    widest_input,
 )
 from msfp_cli.layers.kernels.geometry import Geometry, subtract_frame_
 from msfp_cli.layers.kernels.reference import run_reference
-from msfp_cli.layers.kernels.simulated import input_grid, simulate
+from msfp_cli.layers.kernels.simulated import input_grids, is_lifted, simulate
 
 # Elements for each thread: 256 KiB of float32, which stay in its cache from pass to pass.
 _PIECE = 1 << 16
@@ -75,20 +76,28 @@ class Cpu(Kernel):
             return simulate(layer, x)
         if not _is_taken(x, self.arithmetic.geometry):
             return run_reference(layer, x, self.arithmetic)
-        member = layer.member()
-        planes = round_to_bytes(x.detach(), input_grid(layer, member), self.arithmetic.shift)
+        variant = layer.variant()
+        grids = input_grids(layer, variant)
         if torch.compiler.is_compiling():
-            y: Tensor = multiply_bytes(*self._operands(layer, planes, torch.as_tensor(member)))
+            lifted = torch.as_tensor(is_lifted(layer, variant))
+            planes = _round_compiled(x.detach(), grids, lifted, self.arithmetic.shift)
+            member = torch.as_tensor(layer.member())
+            y: Tensor = multiply_bytes(*self._operands(layer, planes, variant, member))
         else:
-            y = self._operands(layer, planes, member).multiply()
+            planes = round_to_bytes(x.detach(), grids[0], self.arithmetic.shift)
+            y = self._operands(layer, planes, variant, layer.member()).multiply()
         return y.to(x.dtype)
 
     def _operands(
-        self, layer: QuantizedLayer, planes: Sequence[Tensor], member: int | Tensor
+        self,
+        layer: QuantizedLayer,
+        planes: Sequence[Tensor],
+        variant: int | Tensor,
+        member: int | Tensor,
     ) -> "CpuOperands":
         """Gather what is multiplied; of weights that are kept packed, one is unpacked here."""
         geometry = self.arithmetic.geometry
-        factor, constant, frame = self.arithmetic.of_member(member, layer.bias)
+        factor, constant, frame = self.arithmetic.of_variant(variant, layer.bias)
         return CpuOperands(
             planes=planes,
             weights=self.weights if self.holds_weight else [layer.integers(member)],
@@ -123,14 +132,13 @@ def runs_on_this_cpu() -> bool:
 def _refusal_of_sums(layer: QuantizedLayer) -> str | None:
     """Say where the sums of a layer could overflow, or nothing."""
     weight = layer.weight_format()
-    grid = layer.scheme.input
-    assert grid is not None, "refused before"
-    largest_byte = min(grid.format.largest * (1 + grid.format.signed), BYTE)
+    fmt = widest_input(layer.scheme)
+    largest_byte = min(fmt.largest * (1 + fmt.signed), BYTE)
     if reason := refusal_of_overflow(layer, largest_byte):
         return reason
     if 2 * largest_byte * layer.largest_integer > _INT16 and not torch.cpu._is_vnni_supported():
         return (
-            f"products of {grid.format} and {weight} could overflow the 16-bit sums of this CPU: "
+            f"products of {fmt} and {weight} could overflow the 16-bit sums of this CPU: "
             "it lacks VNNI"
         )
     return None
@@ -164,17 +172,26 @@ def round_to_bytes(x: Tensor, grid: Grid, shift: int) -> list[Tensor]:
         ``code_book[quantize(x, grid)] + shift`` as planes of bytes, the low one first: one plane
         where the integers fit, else two; uint8, shape and layout of `x`. A NaN gives any byte.
     """
-    largest = grid.format.largest + shift
-    if torch.compiler.is_compiling():
-        steps = (x.float() - grid.zero_point) / grid.scale
-        planes = unsigned_planes(round_steps(steps, grid.format).add(shift), largest)
-        return [plane.to(torch.uint8) for plane in planes]
     is_channels_last = (
         x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     )
     dense = x.permute(0, 2, 3, 1) if is_channels_last else x.contiguous()
     planes = _round_by_pieces(dense, grid, shift)
     return [plane.permute(0, 3, 1, 2) if is_channels_last else plane for plane in planes]
+
+
+def _round_compiled(x: Tensor, grids: Sequence[Grid], lifted: Tensor, shift: int) -> list[Tensor]:
+    """Do as `round_to_bytes`, in operators that a compiler fuses.
+
+    Arguments:
+        grids: the usual one, and the one for lifted inputs, if there is one.
+        lifted: whether to use that, of one element.
+    """
+    x = x.float()
+    integers = [round_steps((x - grid.zero_point) / grid.scale, grid.format) for grid in grids]
+    chosen = integers[0] if len(grids) == 1 else torch.where(lifted, integers[1], integers[0])
+    largest = max(grid.format.largest for grid in grids) + shift
+    return [plane.to(torch.uint8) for plane in unsigned_planes(chosen.add(shift), largest)]
 
 
 def _round_by_pieces(dense: Tensor, grid: Grid, shift: int) -> list[Tensor]:
@@ -215,7 +232,7 @@ class CpuOperands(NamedTuple):
         weights: int8, or laid out by oneDNN; one per member, or only the weight that is used.
         member: an index, or while the call is compiled a tensor of one.
         shift: what was added to the integers of the input.
-        factor, constant, frame: see `Arithmetic.of_member`.
+        factor, constant, frame: see `Arithmetic.of_variant`.
         geometry: `Geometry.flat`, empty for a Linear layer.
     """
 

@@ -60,6 +60,8 @@ class Cuda(Kernel):
         grid = layer.scheme.input
         if weight is None or grid is None:
             return f"the {'weight' if weight is None else 'input'} is in floating point"
+        if layer.scheme.lifted_input is not None:
+            return "its input has other bits at some timesteps"
         return refusal_of_device(layer, _TURING) or _refusal_of_numbers(layer, weight, grid.format)
 
     def __init__(self, layer: QuantizedLayer, *, keep_packed: bool) -> None:

@@ -23,7 +23,7 @@ from msfp_cli.layers.kernels.arithmetic import (
     unsigned_planes,
 )
 from msfp_cli.layers.kernels.geometry import Geometry, subtract_frame_
-from msfp_cli.layers.kernels.simulated import input_grid, simulate
+from msfp_cli.layers.kernels.simulated import input_grids, simulate
 
 _EXACT_IN_FLOAT32 = 2**24
 
@@ -62,11 +62,11 @@ def run_reference(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> T
     geometry = arithmetic.geometry
     if geometry is not None and x.ndim == 3:
         return run_reference(layer, x[None], arithmetic)[0]
-    member = layer.member()
-    grid = input_grid(layer, member)
-    factor, constant, frame = arithmetic.of_member(member, layer.bias)
+    variant = layer.variant()
+    (grid,) = input_grids(layer, variant)
+    factor, constant, frame = arithmetic.of_variant(variant, layer.bias)
     along = (-1, 1, 1) if geometry else (-1,)
-    weight = layer.integers(member).to(_exact_type(layer, grid.format))
+    weight = layer.integers(layer.member()).to(_exact_type(layer, grid.format))
     planes = _planes(x.detach().float(), grid, arithmetic.shift)
     y = _sums(planes[0], weight, geometry).mul_(factor.view(along)).add_(constant.view(along))
     for plane in planes[1:]:

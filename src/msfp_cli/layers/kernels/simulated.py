@@ -19,7 +19,7 @@ from msfp_cli.layers.base import Kernel, QuantizedLayer
 def simulate(layer: QuantizedLayer, x: Tensor) -> Tensor:
     """Run `layer` on `x` in the type of `x`; gradients reach `x`."""
     if layer.scheme.input is not None:
-        x = fake_quantize(x, input_grid(layer, layer.member()))
+        x = _rounded_input(layer, x, layer.variant())
     return layer.apply_weight(x, layer.float_weight().to(x.dtype))
 
 
@@ -42,16 +42,34 @@ class Simulated(Kernel):
         return simulate(layer, x)
 
 
-def input_grid(layer: QuantizedLayer, member: int | Tensor) -> Grid:
-    """Return the grid of a member's input; its numbers are tensors where `member` is one."""
+def _rounded_input(layer: QuantizedLayer, x: Tensor, variant: int | Tensor) -> Tensor:
+    """Round the input of a variant."""
+    usual, *lifted = input_grids(layer, variant)
+    rounded = fake_quantize(x, usual)
+    if not lifted:
+        return rounded
+    condition = torch.as_tensor(is_lifted(layer, variant))
+    return torch.where(condition, fake_quantize(x, lifted[0]), rounded)
+
+
+def is_lifted(layer: QuantizedLayer, variant: int | Tensor) -> bool | Tensor:
+    """Whether the input of a variant is lifted, as a tensor where `variant` is one."""
+    return variant >= layer.scheme.hub
+
+
+def input_grids(layer: QuantizedLayer, variant: int | Tensor) -> list[Grid]:
+    """Return the grid of a variant's input.
+
+    Where `variant` is a tensor, the grid's numbers are, too, and a grid for lifted inputs comes
+    second, if the layer has one: whoever calls chooses by `is_lifted`.
+    """
     scheme = layer.scheme
-    grids = [scheme.input_of(member)] if isinstance(member, int) else scheme.inputs()
-    first = grids[0]
-    assert first is not None, "this layer's input is in floating point"
-    if isinstance(member, int):
-        return first
-    numbers = torch.tensor(
-        [[g.scale, g.zero_point] for g in grids if g is not None], device=member.device
-    )
-    scale, zero_point = numbers.index_select(0, member.view(1))[0].unbind()
-    return Grid(first.format, scale, zero_point)  # type: ignore[arg-type]  # the zero point is a tensor like the scale
+    assert scheme.input is not None, "this layer's input is in floating point"
+    if isinstance(variant, int):
+        return [grid for grid in (scheme.input_of(variant),) if grid is not None]
+    grids = [grid for grid in scheme.inputs()[: scheme.hub] if grid is not None]
+    numbers = torch.tensor([[grid.scale, grid.zero_point] for grid in grids], device=variant.device)
+    member = variant.view(1) % scheme.hub
+    scale, zero_point = numbers.index_select(0, member)[0].unbind()
+    usual = Grid(scheme.input.format, scale, zero_point)  # type: ignore[arg-type]  # the zero point is a tensor like the scale
+    return [usual] if scheme.lifted_input is None else [usual, scheme.lifted_input]

@@ -1,0 +1,116 @@
+"""Choose the timesteps at which inputs are lifted to 8 bits (`input_lift`).
+
+What 8 bits gain at a timestep is measured where it counts: the stock pipeline draws a few of the
+recorded pictures again, in full precision but for the inputs at that timestep, which are rounded as
+they would be without a lift, and the error of the final sample is taken. Measures that look at the
+denoiser alone do worse (docs/calibration.md): the error of its output is largest at the last
+timesteps, but an error at the first changes the course that a picture takes (ours).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msfp_cli.calibration.result import LayerChoice
+from msfp_cli.calibration.sensitivity import quantize_input
+from msfp_cli.layers.clock import Clock
+from msfp_cli.layers.input_lift import InputLift, choose_timesteps
+from msfp_cli.pipelines.watch import watch_times
+from msfp_cli.progress import Progress
+from msfp_cli.recording.compare import relative_error
+
+_MOST_STRETCHES = 20  # of the schedule; the timesteps of one are measured together
+
+
+@torch.no_grad()
+def lift_inputs(
+    component: str,
+    denoiser: nn.Module,
+    clock: Clock,
+    choices: Mapping[str, LayerChoice],
+    draw: Callable[[], Tensor],
+    budget: float,
+    progress: Progress,
+) -> InputLift | None:
+    """Choose the timesteps at which a denoiser's inputs are lifted; None if there are none.
+
+    Arguments:
+        denoiser: in full precision; it stays so.
+        clock: reads the timestep of the denoiser's calls.
+        choices: what was chosen for each layer.
+        draw: draws a few pictures, always the same, and returns the final sample.
+        budget: share of the timesteps, 0 to 1.
+    """
+    schemes = {name: choice.scheme for name, choice in choices.items()}
+    lifting = [name for name, scheme in schemes.items() if scheme.lifted_input is not None]
+    if not lifting:
+        return None
+    with _rounding(denoiser, {name: choices[name] for name in lifting}, clock) as rounding:
+        exact = draw()
+        timesteps = sorted(set(rounding.timesteps), reverse=True)
+        stretches = _stretches(timesteps)
+        errors = dict[float, float]()
+        with progress.task(f"Measuring timesteps of {component}", len(stretches)) as advance:
+            for stretch in stretches:
+                rounding.stretch = stretch
+                error = relative_error(draw(), exact)
+                errors |= dict.fromkeys(stretch, error / len(stretch))
+                advance(1)
+    chosen = choose_timesteps(errors, budget)
+    if not chosen:
+        return None
+    total = sum(errors.values())
+    return InputLift(
+        timesteps=tuple(timesteps),
+        lifted=tuple(timestep in chosen for timestep in timesteps),
+        gains=tuple(errors[timestep] / total for timestep in timesteps),
+    )
+
+
+class _Rounding:
+    """Rounds the inputs of layers while the denoiser is at certain timesteps.
+
+    ``stretch`` has these timesteps, and ``timesteps`` those of all calls so far.
+    """
+
+    def __init__(self) -> None:
+        self.stretch: Sequence[float] = ()
+        self.timesteps: list[float] = []
+
+    def round_input(
+        self,
+        choice: LayerChoice,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Round the one argument of a layer; a forward pre-hook of torch."""
+        grid = choice.scheme.input
+        if grid is None or self.timesteps[-1] not in self.stretch:
+            return None
+        return quantize_input(grid, layer, args, kwargs)
+
+
+@contextmanager
+def _rounding(
+    denoiser: nn.Module, choices: Mapping[str, LayerChoice], clock: Clock
+) -> Iterator[_Rounding]:
+    """Let the inputs of layers be rounded while the context is open."""
+    rounding = _Rounding()
+    with ExitStack() as hooks:
+        hooks.enter_context(watch_times(denoiser, clock, rounding.timesteps.append))
+        for name, choice in choices.items():
+            hook = partial(rounding.round_input, choice)
+            handle = denoiser.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield rounding
+
+
+def _stretches(timesteps: Sequence[float]) -> list[Sequence[float]]:
+    """Part a schedule into stretches of neighbours, each timestep its own where they are few."""
+    size = -(-len(timesteps) // _MOST_STRETCHES)
+    return [timesteps[start : start + size] for start in range(0, len(timesteps), size)]
