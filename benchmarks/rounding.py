@@ -1,4 +1,4 @@
-"""Compare nearest with compensated rounding of the weights, without any fine-tuning.
+"""Compare ways to calibrate, without any fine-tuning: rounding of weights, lift of inputs.
 
     python benchmarks/rounding.py --work DIR [--num-images 200] [--num-tests 100] [--markdown FILE]
 
@@ -28,13 +28,18 @@ from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.run import Run
 
 INPUT_BITS = (4, 8, None)
+INPUT_LIFTS = (0.1, 0.2, 0.4)  # of inputs of 4 bits
 KNOWN = tuple(prompt for prompt in default_prompts(BUILT_IN) if prompt not in UNSEEN)
-COLUMNS = "| bits, weights/inputs | rounding | output error | final latents' error | PSNR, dB |"
+COLUMNS = (
+    "| bits, weights/inputs | calibrated how | output error | final latents' error | PSNR, dB |"
+)
 
 
-def calibrated(arguments: argparse.Namespace, bits: int | None, rounding: str) -> Calibration:
+def calibrated(
+    arguments: argparse.Namespace, bits: int | None, rounding: str, input_lift: float
+) -> Calibration:
     """Calibrate, once; all rows share a recording, and both roundings the formats and scales."""
-    run = Run(arguments.work / f"{bits or 16}")
+    run = Run(arguments.work / name_of(bits, input_lift))
     if not run.calibration.exists():
         run.directory.mkdir(parents=True, exist_ok=True)
         for name in ("recording", "held-out"):
@@ -48,21 +53,39 @@ def calibrated(arguments: argparse.Namespace, bits: int | None, rounding: str) -
             num_inference_steps=sizes.num_inference_steps,
             prompts=KNOWN,
         )
-        recipe = CalibrateRecipe(activations=bits)
+        recipe = CalibrateRecipe(activations=bits, input_lift=input_lift)
         calibrate_run(run, source_of(arguments), options, recipe, device="cpu")
     calibration = Calibration.load(run.calibration)
     return replace(calibration, codes={}) if rounding == "nearest" else calibration
 
 
+def name_of(bits: int | None, input_lift: float) -> str:
+    """Return the name of a row's run."""
+    return f"{bits or 16}" + (f"-lift-{input_lift:g}" if input_lift else "")
+
+
 def measured(
-    arguments: argparse.Namespace, tests: TestSet, bits: int | None, rounding: str
+    arguments: argparse.Namespace,
+    tests: TestSet,
+    bits: int | None,
+    rounding: str,
+    input_lift: float = 0.0,
 ) -> dict[str, float]:
     """Measure a row, once."""
-    result = arguments.work / "results" / f"{bits or 16}-{rounding}-{tests.num_tests}.json"
+    name = f"{name_of(bits, input_lift)}-{rounding}-{tests.num_tests}.json"
+    result = arguments.work / "results" / name
     if not result.exists():
-        pipe = load_calibrated(calibrated(arguments, bits, rounding), "cpu")
-        write_text(result, json.dumps(tests.measure(pipe)))
+        calibration = calibrated(arguments, bits, rounding, input_lift)
+        figures = tests.measure(load_calibrated(calibration, "cpu"))
+        own = {"bits": calibration.input_bits("unet")}
+        write_text(result, json.dumps({**figures, **own}))
     return dict(json.loads(result.read_text()))
+
+
+def row(bits: str, way: str, figures: dict[str, float]) -> str:
+    """Return a row of the table."""
+    errors = f"{figures['output']:.5f} | {figures['latents']:.5f} ± {figures['latents_se']:.5f}"
+    return f"| {bits} | {way} | {errors} | {figures['psnr']:.2f} |"
 
 
 def table(arguments: argparse.Namespace) -> str:
@@ -78,9 +101,13 @@ def table(arguments: argparse.Namespace) -> str:
     for bits in INPUT_BITS:
         for rounding in ROUNDINGS[::-1]:
             figures = measured(arguments, tests, bits, rounding)
-            errors = f"{figures['output']:.5f} | {figures['latents']:.5f}"
-            lines.append(f"| 4/{bits or 16} | {rounding} | {errors} | {figures['psnr']:.2f} |")
+            lines.append(row(f"4/{bits or 16}", rounding, figures))
             print(lines[-1], flush=True)
+    for lift in INPUT_LIFTS:
+        figures = measured(arguments, tests, 4, "compensated", lift)
+        way = f"compensated, 8-bit inputs at {lift:.0%} of the steps"
+        lines.append(row(f"4/{figures['bits']:.1f}", way, figures))
+        print(lines[-1], flush=True)
     return "\n".join(lines)
 
 
