@@ -8,8 +8,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.commands import console
 from msfp_cli.errors import UsageError
+from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.options import Options, with_options
 from msfp_cli.recipe import Recipe, option
 
@@ -106,3 +108,22 @@ def test_help_has_each_option_once_with_its_default(run: tuple[Run, list[Options
     assert text.count("Coats of paint. Default: 2.") == 1
     assert "Default: white. Default" not in text
     assert "--secret" not in text
+
+
+def test_preset_is_where_settings_begin_and_what_is_typed_comes_first() -> None:
+    @with_options(CalibrateRecipe, FinetuneRecipe)
+    def command(options: Options) -> None:
+        seen.append(options)
+
+    seen = list[Options]()
+    app = typer.Typer()
+    app.command()(command)
+    runner = CliRunner()
+    assert runner.invoke(app, ["--preset", "paper", "--lift", "0.1"]).exit_code == 0
+    recipe = seen[0].recipe(CalibrateRecipe)
+    assert (recipe.lift, recipe.rounding) == (0.1, "nearest")
+    assert recipe.kept_bits("conv_in") == (True, 8)
+    assert seen[0].recipe(FinetuneRecipe).loss_power == 1.0
+    unknown = runner.invoke(app, ["--preset", "papers"])
+    assert isinstance(unknown.exception, UsageError)
+    assert str(unknown.exception) == "unknown --preset 'papers'; choose paper"

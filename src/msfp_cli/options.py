@@ -96,7 +96,10 @@ def with_options(*recipes: type[Recipe]) -> Callable[[Command], Command]:
     its default may depend on what the command finds. Where a recipe has presets, ``--preset`` names
     one, and what is typed comes before it.
     """
-    presets = {name: settings for recipe in recipes for name, settings in recipe.PRESETS.items()}
+    presets = dict[str, dict[str, Json]]()
+    for recipe in recipes:
+        for name, settings in recipe.PRESETS.items():
+            presets.setdefault(name, {}).update(settings)
     options = dict[str, Option]()
     parameters = dict[str, inspect.Parameter]()
     for recipe in recipes:

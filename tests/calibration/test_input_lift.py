@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conftest import FEW_UPDATES, Chained, finetune
+from conftest import FEW_UPDATES, Chained, Invoke, finetune
 from msfp_cli.calibration.quantize import move_weights_
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import load_calibrated
@@ -26,7 +26,7 @@ from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import ROUTER, TABLE_SIZE, table_index
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.denoiser import DenoiserCall, replay
-from msfp_cli.pipelines.loading import load_pipeline
+from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 from msfp_cli.recording.compare import relative_error
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
@@ -200,3 +200,14 @@ def test_rows_of_a_batch_are_lifted_one_by_one(tiny_lifting: Chained) -> None:
         assert len(choices) == 2
         for choice in choices:
             assert {lifted[row] for row in choice.rows} == {choice.is_lifted}
+
+
+def test_budget_of_less_than_a_step_is_said(
+    msfp: Invoke, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    sizes = ("--num-images", 3, "--steps", 2, "--lift", 0, "--rounding", "nearest")
+    run = tmp_path / "run"
+    result = msfp("calibrate", tiny_source.model, "--run", run, *sizes, "--input-lift", 0.1)
+    assert result.exit_code == 0
+    assert "--input-lift 0.1 is less than one of 2 steps" in result.stderr
+    assert not Calibration.load(run / "calibration").input_lifts

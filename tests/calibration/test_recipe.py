@@ -10,6 +10,9 @@ from msfp_cli.formats.float_format import FloatFormat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"input_lift": 0.2, "activations": 8}, "--input-lift gives 8 bits to inputs"),
+        ({"input_lift": 0.2, "activations": None}, "--input-lift gives 8 bits to inputs"),
+        ({"input_lift": 1.5}, "--input-lift must be at most 1, got 1.5"),
         ({"weights": 1}, "--weights must be at least 2, got 1"),
         ({"weights": 9}, "--weights must be at most 8, got 9"),
         ({"activations": 1}, "--activations must be at least 2, got 1"),

@@ -106,7 +106,7 @@ def estimate(
         "observing": observing,
         "searching": _SEARCH_SECONDS * millions,
         "measuring layers alone": tried * calls_to_measure(recipe, cost.rows) * cost.seconds,
-        "measuring timesteps": (1 + cost.steps) * run if recipe.lifts_inputs else 0.0,
+        "measuring timesteps": (1 + cost.steps) * run if recipe.input_lift else 0.0,
         "rounding": groups * observing + _ROUNDING_SECONDS * millions,
         "checking": held_out.num_shards * run,
     }

@@ -65,7 +65,7 @@ def search_layer(
     groups = _grouped(layer, weight, recipe) if weight else None
     grid = inputs.winner.grid() if inputs else None
     lifted = None
-    if grid is not None and reason == "default" and recipe.lifts_inputs:
+    if grid is not None and reason == "default" and recipe.input_lift > 0:
         candidates = recipe.lifted_formats(signed=grid.format.signed)
         lifted = search_tensor(observation.values(), candidates, space.for_bits(LIFTED_BITS))
     choice = LayerChoice(

@@ -52,6 +52,12 @@ def lift_inputs(
     with _rounding(denoiser, {name: choices[name] for name in lifting}, clock) as rounding:
         exact = draw()
         timesteps = sorted(set(rounding.timesteps), reverse=True)
+        if not choose_timesteps(dict.fromkeys(timesteps, 1.0), budget):
+            progress.log(
+                f"--input-lift {budget:g} is less than one of {len(timesteps)} steps, so no inputs "
+                f"are lifted; give at least {1 / len(timesteps):.2g}"
+            )
+            return None
         stretches = _stretches(timesteps)
         errors = dict[float, float]()
         with progress.task(f"Measuring timesteps of {component}", len(stretches)) as advance:

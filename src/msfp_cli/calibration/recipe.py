@@ -146,6 +146,11 @@ class CalibrateRecipe(Recipe):
                 "neither weights nor activations are quantized; give --weights or --activations "
                 "some bits"
             )
+        if self.input_lift > 0 and self.has_wide_inputs:
+            raise UsageError(
+                "--input-lift gives 8 bits to inputs that have fewer; leave it out, or give "
+                "--activations fewer than 8"
+            )
         for rule in self.keep:
             KeepRule.parse(rule)
         self.text_encoders()
@@ -161,11 +166,6 @@ class CalibrateRecipe(Recipe):
     def has_wide_inputs(self) -> bool:
         """Whether inputs have so many bits that a layer with 8-bit weights takes no more time."""
         return self.activations is None or self.activations >= BYTE_BITS
-
-    @property
-    def lifts_inputs(self) -> bool:
-        """Whether inputs have fewer than 8 bits, but at some timesteps."""
-        return self.input_lift > 0 and not self.has_wide_inputs
 
     def lifted_formats(self, *, signed: bool) -> tuple[FloatFormat, ...]:
         """Return the candidates for an input where it is lifted: of 8 bits, integers of a byte."""
