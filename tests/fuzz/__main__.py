@@ -1,8 +1,8 @@
 """Mutate exports and runs, load them, and count what comes out.
 
 ``python -m tests.fuzz --count 10000 --seed 0`` mutates an export as many times, and a run a fifth
-as often. It prints a table, and one line for each mutation with a bad outcome; ``--kind run
---number 17`` repeats the one of that number.
+as often. It prints a table, and one line for each mutation with a bad outcome or with ``bound``
+(see `worker.Trial`); ``--kind run --number 17`` repeats the one of that number.
 """
 
 import argparse
@@ -23,8 +23,10 @@ from fuzz.worker import OUTCOMES, READERS, Fuzzer, Trial  # noqa: E402
 def table(trials: list[Trial]) -> str:
     """Count the outcomes by reader, plain and signed mutations apart."""
     lines = [f"{'':27}" + "".join(f"{outcome:>10}" for outcome in OUTCOMES)]
-    for reader, signed in sorted({(trial.reader, trial.signed) for trial in trials}):
-        counts = Counter(t.outcome for t in trials if (t.reader, t.signed) == (reader, signed))
+    for reader, signed in sorted({(trial.reader, trial.mutation.signed) for trial in trials}):
+        counts = Counter(
+            t.outcome for t in trials if (t.reader, t.mutation.signed) == (reader, signed)
+        )
         title = f"{reader}, {'signed' if signed else 'plain'}"
         lines.append(f"{title:27}" + "".join(f"{counts[outcome]:>10}" for outcome in OUTCOMES))
     return "\n".join(lines)
@@ -36,7 +38,8 @@ def attempt(kind: str, numbers: Sequence[int], options: argparse.Namespace) -> l
     with tempfile.TemporaryDirectory() as directory:
         for trial in Fuzzer(Path(directory)).trials(kind, numbers, options.seed):
             trials.append(trial)
-            if trial.is_bad() or options.all or options.number is not None:
+            is_told = trial.is_bad() or trial.outcome == "bound"
+            if is_told or options.all or options.number is not None:
                 print(trial, flush=True)
     return trials
 

@@ -11,6 +11,7 @@ import pickle
 import random
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -63,8 +64,28 @@ class Payload:
         return os.putenv, (CANARY, "1")
 
 
-def mutate(directory: Path, number: int, seed: int) -> tuple[str, bool]:
-    """Change one file of a directory; return what was done, and whether it was signed."""
+@dataclass(frozen=True, kw_only=True)
+class Mutation:
+    """A change of one file.
+
+    Arguments:
+        file: its path in the directory.
+        words: what was done to it.
+        signed: whether digests and seals were made anew afterwards.
+        gone: whether there is no file of that name any more.
+    """
+
+    file: str
+    words: str
+    signed: bool
+    gone: bool
+
+    def __str__(self) -> str:
+        return f"{'signed' if self.signed else 'plain'} | {self.file} | {self.words}"
+
+
+def mutate(directory: Path, number: int, seed: int) -> Mutation:
+    """Change one file of a directory."""
     rng = random.Random(f"{seed}/{number}")
     path = rng.choice(sorted(p for p in directory.rglob("*") if p.is_file()))
     is_signed = rng.random() < 0.5
@@ -73,8 +94,12 @@ def mutate(directory: Path, number: int, seed: int) -> tuple[str, bool]:
     detail = change(path, rng)
     if signed:
         sign(directory, path)
-    name = path.relative_to(directory).as_posix()
-    return f"{change.__name__.strip('_')} {name} {detail}"[:200], signed
+    return Mutation(
+        file=path.relative_to(directory).as_posix(),
+        words=f"{change.__name__.strip('_')} {detail}"[:200],
+        signed=signed,
+        gone=not path.exists(),
+    )
 
 
 def _flip(path: Path, rng: random.Random) -> str:

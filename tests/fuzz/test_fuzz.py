@@ -1,16 +1,22 @@
 """Mutated exports and runs are refused or harmless; ``python -m tests.fuzz`` tries more of them."""
 
+import json
 import os
 import pickle
 import runpy
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from fuzz.mutations import SOURCE, Payload
-from fuzz.worker import READERS, Fuzzer, in_child, outcome_of
+from fuzz import worker
+from fuzz.mutations import SOURCE, Mutation, Payload
+from fuzz.worker import READERS, Fuzzer, Write, attempts, bounded_time, in_child, outcome_of
+
+MUTATION = Mutation(file="vae/config.json", words="value", signed=False, gone=False)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +80,7 @@ def test_code_that_a_reader_runs_is_seen(
     torch.save(Payload(), tmp_path / "model.ckpt")
     (tmp_path / "canary.py").write_text(SOURCE)
     answer = in_child(lambda write: write(outcome_of(reader, tmp_path, "")))
-    assert answer.words.split()[0] == outcome
+    assert answer.words.removeprefix("\x1e").split()[0] == outcome
 
 
 def run_everything(directory: Path) -> str:
@@ -93,4 +99,80 @@ def test_mutations_put_code_where_a_careless_reader_runs_it(
     monkeypatch.setitem(READERS, "export", {"careless": run_everything})
     trials = [t for t in fuzzer.trials("export", range(50), seed=0) if t.is_bad()]
     assert {trial.outcome for trial in trials} == {"code"}
-    assert {trial.mutation.split()[0] for trial in trials} == {"code", "pickle"}
+    assert {trial.mutation.words.split()[0] for trial in trials} == {"code", "pickle"}
+
+
+def compute() -> None:
+    while True:
+        pass
+
+
+def wait() -> None:
+    time.sleep(60)
+
+
+def run_out_of_memory() -> None:
+    os.write(2, b"memory allocation of 8000000000 bytes failed")
+    os.abort()
+
+
+@pytest.mark.parametrize(
+    ("death", "ours", "stock"),
+    [
+        (compute, "hang", "bound"),
+        (wait, "hang", "hang"),
+        (run_out_of_memory, "crash", "bound"),
+        (os.abort, "crash", "crash"),
+    ],
+)
+@pytest.mark.parametrize("reader", ["MSFPPipeline", "DiffusionPipeline"])
+def test_trial_that_ends_its_process_is_bad_unless_diffusers_asked_for_too_much(
+    reader: str, death: Callable[[], None], ours: str, stock: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "CPU_SECONDS", 0.1)
+    monkeypatch.setattr(worker, "SECONDS", 1)
+
+    def work(tasks: list[tuple[int, str]], write: Write) -> None:
+        for number, _ in tasks:
+            write(json.dumps(asdict(MUTATION)))
+            with bounded_time():
+                if number == 1:
+                    death()
+            write("equal")
+
+    trials = list(attempts([(number, reader) for number in range(3)], work))
+    outcome = ours if reader == "MSFPPipeline" else stock
+    assert [trial.outcome for trial in trials] == ["equal", outcome, "equal"]
+    assert [trial.number for trial in trials] == [0, 1, 2]
+    assert trials[1].is_bad() == (outcome != "bound")
+
+
+def test_process_that_ends_between_two_trials_is_not_taken_for_either() -> None:
+    def work(tasks: list[tuple[int, str]], write: Write) -> None:
+        for number, _ in tasks:
+            if number == 1 and len(tasks) > 2:
+                os._exit(1)
+            write(json.dumps(asdict(MUTATION)))
+            write("equal")
+
+    trials = list(attempts([(number, "MSFPPipeline") for number in range(3)], work))
+    assert [(trial.number, trial.outcome) for trial in trials] == [(n, "equal") for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("reader", "changes", "is_bad"),
+    [
+        ("MSFPPipeline", {}, True),
+        ("MSFPPipeline", {"gone": True}, True),
+        ("MSFPPipeline", {"signed": True}, False),
+        ("DiffusionPipeline", {}, False),
+        ("DiffusionPipeline", {"file": "unet/config.json"}, True),
+        ("Recording", {}, True),
+        ("Recording", {"gone": True}, False),
+    ],
+)
+def test_damage_that_nobody_notices_is_bad_where_it_is_covered(
+    reader: str, changes: dict[str, object], is_bad: bool
+) -> None:
+    mutation = Mutation(**{**asdict(MUTATION), **changes})
+    assert worker.Trial(0, mutation, reader, "different", "").is_bad() == is_bad
