@@ -4,19 +4,23 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from conftest import Finetuned, Invoke, only_line
 from mistyped import mistyped
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import CheckpointError
-from msfp_cli.files.documents import to_text
+from msfp_cli.files.documents import digest, to_text
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.run import Run
+
+Change: TypeAlias = Callable[[dict[str, Tensor], dict[str, Any]], object]
 
 
 @pytest.fixture
@@ -194,6 +198,110 @@ def test_every_command_says_how_to_get_past_a_broken_state(
         msfp("finetune", "--restart", "--steps", 1, "--rank", 1, "--device", "cpu").exit_code == 0
     )
     assert FinetuneState.load(file).finished
+
+
+def _resign(path: Path, change: Callable[[dict, dict], object]) -> None:
+    """Change the tensors or the document as a faulty writer would: all digests fit."""
+    with safe_open(path, framework="pt") as file:
+        document = json.loads(file.metadata()["msfp_finetune"])
+    tensors = load_file(path)
+    del document["sha256"]
+    change(tensors, document)
+    document["digest"] = digest(tensors)
+    save_file(tensors, path, {"msfp_finetune": to_text(document)})
+
+
+def _tensor(kind: str, part: str, change: Callable[[Tensor], Tensor | None]) -> Change:
+    """Return a change of the first tensor of a kind whose name has a part."""
+
+    def apply(tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
+        name = next(name for name in sorted(tensors) if name.startswith(kind) and part in name)
+        changed = change(tensors.pop(name).clone())
+        if changed is not None:
+            tensors[name] = changed
+
+    return apply
+
+
+def _recipe(**values: object) -> Change:
+    return lambda tensors, document: document["recipe"].update(values)
+
+
+def _field(name: str, value: object) -> Change:
+    return lambda tensors, document: document.update({name: value})
+
+
+def _filled(value: float) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.fill_(value)
+
+
+# Signed states that no training leaves: the change, and what the message has to name.
+ODD: dict[str, tuple[Change, str]] = {
+    "a member with a NaN": (_tensor("now/", "lora_b", _filled(float("nan"))), "is not finite"),
+    "a best member with an infinity": (
+        _tensor("best/", "lora_a", _filled(float("inf"))),
+        "is not finite",
+    ),
+    "a router with a NaN": (_tensor("best/", "router", _filled(float("nan"))), "is not finite"),
+    "a moment with a NaN": (_tensor("exp_avg/", "", _filled(float("nan"))), "is not finite"),
+    "no member": (_tensor("best/", "lora_a", lambda tensor: None), "is missing"),
+    "no router": (_tensor("now/", "router", lambda tensor: None), "is missing"),
+    "no moment": (_tensor("exp_avg_sq/", "", lambda tensor: None), "is missing"),
+    "no count": (_tensor("step/", "", lambda tensor: None), "is unknown"),
+    "a shorter member": (_tensor("now/", "lora_b", lambda t: t[:-1].clone()), "of another shape"),
+    "a flat router": (
+        _tensor("best/", "router", lambda t: t.reshape(-1)[:1].clone()),
+        "of another",
+    ),
+    "a member of whole numbers": (_tensor("best/", "lora_a", Tensor.long), "of another"),
+    "one tensor more": (
+        lambda tensors, document: tensors.update({"now/extra": torch.zeros(1)}),
+        "is unknown",
+    ),
+    "another rank": (_recipe(rank=1), "of another shape"),
+    "a larger hub": (_recipe(hub_size=5), "is missing"),
+    "a smaller hub": (_recipe(hub_size=1), "is unknown"),
+    "no moved inputs": (_recipe(input_learning_rate=0), "is unknown"),
+    "no updates": (_recipe(steps=0), "--steps must be at least 1"),
+    "more updates than its recipe": (_field("step", 10**9), "its step cannot be"),
+    "a negative count": (_field("step", -1), "its step cannot be"),
+    "another clock": (_field("clock", {"scale": float("nan")}), "is not finite"),
+    "no timesteps": (_field("timesteps", []), "its timesteps cannot be"),
+    "a timestep of NaN": (_field("timesteps", [float("nan")]), "its timesteps cannot be"),
+    "no shares": (_field("shares", []), "its shares cannot be"),
+    "shares of nothing": (
+        lambda tensors, document: document.update(shares=[[t, 0.0] for t in document["timesteps"]]),
+        "its shares cannot be",
+    ),
+    "an error of NaN": (
+        lambda tensors, document: document["history"][0].update(error=float("nan")),
+        "its history cannot be",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_signed_state_that_no_training_leaves_is_one_line_for_every_command(
+    kind: str, file: Path, msfp: Invoke
+) -> None:
+    change, message = ODD[kind]
+    _resign(file, change)
+    for command in ("finetune", "export --overwrite", "inspect", "status"):
+        line = only_line(msfp(*command.split()), 1)
+        assert message in line, command
+        assert line.endswith("run `msfp finetune --restart`")
+
+
+def test_a_state_of_other_timesteps_is_begun_again(file: Path, msfp: Invoke) -> None:
+    def move(tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
+        document["timesteps"] = [timestep + 1 for timestep in document["timesteps"]]
+        document["shares"] = [[timestep + 1, share] for timestep, share in document["shares"]]
+        document["recipe"]["steps"] += 1
+
+    _resign(file, move)
+    line = only_line(msfp("finetune", "--device", "cpu"), 1)
+    assert "was trained on other timesteps than the recording has" in line
+    assert line.endswith("run `msfp finetune --restart`")
 
 
 def test_fine_tuning_of_an_equal_calibration_is_loaded(

@@ -10,6 +10,7 @@ INITS = ("zero", "svd")
 SAMPLINGS = ("error", "uniform")
 PRECISIONS = ("no", "bf16")
 MAX_HUB = 255
+ROUTER_WIDTH = 64  # of its timestep embedding and of its hidden layer
 
 
 @dataclass(frozen=True, kw_only=True)

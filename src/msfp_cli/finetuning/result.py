@@ -11,6 +11,8 @@ The order of the data and the learning rate are functions of the update's number
 has to be kept.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import RunError
 from msfp_cli.files.documents import (
     Json,
+    damaged,
     digest,
     read_document,
     refuse_altered,
@@ -27,7 +30,7 @@ from msfp_cli.files.documents import (
     write_tensors,
 )
 from msfp_cli.files.typed import read_fields
-from msfp_cli.finetuning.recipe import FinetuneRecipe
+from msfp_cli.finetuning.recipe import ROUTER_WIDTH, FinetuneRecipe
 from msfp_cli.layers.clock import Clock
 from msfp_cli.run import Run
 
@@ -125,6 +128,66 @@ class FinetuneState:
         }
         write_tensors(path, self.tensors, {_HEADER: to_text(document)})
 
+    def shapes(self, calibration: Calibration, component: str) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the trained parameters of a denoiser by name, as its recipe says."""
+        recipe = self.recipe
+        shapes = dict[str, tuple[int, ...]]()
+        schemes = calibration.table(component)
+        tuned = [name for name, scheme in schemes.items() if scheme.tunable]
+        for name in tuned:
+            out = len(calibration.scales[component][name])
+            inner = calibration.layers[component][name].num_weights // out
+            rank = min(recipe.rank, out, inner)
+            own: dict[str, tuple[int, ...]] = {"lora_a": (rank, inner), "lora_b": (out, rank)}
+            if schemes[name].input is not None and recipe.input_learning_rate > 0:
+                own["input_shift"] = (2,)
+            for member in range(recipe.hub_size):
+                shapes |= {f"{name}.{part}.{member}": shape for part, shape in own.items()}
+        if recipe.hub_size > 1:
+            sizes = {"hidden": ROUTER_WIDTH, "logits": len(tuned) * recipe.hub_size}
+            for part, size in sizes.items():
+                shapes[f"router.{part}.weight"] = (size, ROUTER_WIDTH)
+                shapes[f"router.{part}.bias"] = (size,)
+        return shapes
+
+    def refuse_misfit(self, calibration: Calibration, component: str) -> None:
+        """Refuse tensors that are not those of the denoiser's hubs and router.
+
+        Raises:
+            ValueError: one is missing, unknown, of another shape or type, or not finite.
+        """
+        shapes = self.shapes(calibration, component)
+        for kind in ("now", "best"):
+            refuse_other_shapes(kind, self.tensors_of(kind), shapes)
+        moments = {kind: self.tensors_of(kind) for kind in ("exp_avg", "exp_avg_sq", "step")}
+        moved = {name: shapes[name] for name in moments["step"] if name in shapes}
+        for kind, tensors in moments.items():
+            own = {name: () if kind == "step" else shape for name, shape in moved.items()}
+            refuse_other_shapes(kind, tensors, own)
+
+    def _refuse_odd_numbers(self) -> None:
+        """Refuse numbers that no training leaves.
+
+        Raises:
+            ValueError: the message names the field.
+        """
+        if not self.history:
+            raise ValueError("its history is empty")
+        errors = [each.error for each in self.history]
+        errors += [error for each in self.history for _, error in each.by_timestep]
+        checks = {
+            "timesteps": bool(self.timesteps) and all(map(math.isfinite, self.timesteps)),
+            "shares": {timestep for timestep, _ in self.shares} == set(self.timesteps)
+            and all(0 <= share < math.inf for _, share in self.shares)
+            and any(share for _, share in self.shares),
+            "history": all(0 <= error < math.inf for error in errors),
+            "step": all(0 <= each.step <= self.step for each in self.history)
+            and self.step <= self.recipe.steps,
+        }
+        for name, is_right in checks.items():
+            if not is_right:
+                raise ValueError(f"its {name} cannot be")
+
     def refuse_different(self, calibration: Calibration) -> None:
         """Refuse a calibration that this fine-tuning did not begin with.
 
@@ -160,9 +223,25 @@ class FinetuneState:
         if "clock" not in own:
             own = _in_thousandths(own)
         state = read_fields(cls, own, tensors=tensors)
-        if not state.history:
-            raise ValueError("its history is empty")
+        state._refuse_odd_numbers()
         return state
+
+
+def refuse_other_shapes(
+    kind: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse tensors that have other names or shapes, or that are not finite numbers.
+
+    Raises:
+        ValueError: the message names the first.
+    """
+    for name in sorted(tensors.keys() ^ shapes.keys()):
+        raise ValueError(f"{kind}/{name} is {'missing' if name in shapes else 'unknown'}")
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes[name] or not tensor.is_floating_point():
+            raise ValueError(f"{kind}/{name} is of another shape or type")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{kind}/{name} is not finite")
 
 
 def _in_thousandths(document: Json) -> Json:
@@ -197,9 +276,14 @@ def load_finetunings(run: Run, calibration: Calibration) -> dict[str, FinetuneSt
         path = run.finetuned(component)
         if not path.exists():
             continue
-        finetunings[component] = FinetuneState.load(path)
-        if finetunings[component].calibration != identity:
+        state = FinetuneState.load(path)
+        if state.calibration != identity:
             raise RunError(f"{path} began with another calibration; {_REDO}")
+        try:
+            state.refuse_misfit(calibration, component)
+        except ValueError as error:
+            raise damaged(path, error, redo=_REDO) from None
+        finetunings[component] = state
     return finetunings
 
 

@@ -26,10 +26,10 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
+from msfp_cli.finetuning.recipe import ROUTER_WIDTH
 from msfp_cli.formats.rounding import Context, Grid
 from msfp_cli.layers.routing import TABLE_SIZE, table_index
 
-_EMBEDDING = 64
 # How far the logit of the first choice lies above the others: with two members the choice begins
 # with a probability of 0.73, which training can overturn.
 _MARGIN = 1.0
@@ -96,16 +96,16 @@ class Router(nn.Module):
         super().__init__()
         self.num_layers = num_layers
         self.hub_size = hub_size
-        self.hidden = nn.Linear(_EMBEDDING, _EMBEDDING)
-        self.logits = nn.Linear(_EMBEDDING, num_layers * hub_size)
+        self.hidden = nn.Linear(ROUTER_WIDTH, ROUTER_WIDTH)
+        self.logits = nn.Linear(ROUTER_WIDTH, num_layers * hub_size)
         for layer in (self.hidden, self.logits):
-            nn.init.normal_(layer.weight, std=1 / math.sqrt(_EMBEDDING), generator=generator)
+            nn.init.normal_(layer.weight, std=1 / math.sqrt(ROUTER_WIDTH), generator=generator)
             nn.init.zeros_(layer.bias)
 
     def _features(self, timesteps: Iterable[float]) -> Tensor:
         """Return what the logits are linear in, ``(timesteps, 64)``."""
         index = torch.tensor([float(table_index(timestep)) for timestep in timesteps])
-        embedding = get_timestep_embedding(index.to(self.hidden.weight.device), _EMBEDDING)
+        embedding = get_timestep_embedding(index.to(self.hidden.weight.device), ROUTER_WIDTH)
         return nn.functional.silu(self.hidden(embedding.to(self.hidden.weight)))
 
     def forward(

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from msfp_cli.errors import TrainingError
+from msfp_cli.errors import RunError, TrainingError
 from msfp_cli.finetuning.distributed import refuse_uneven_share, shared_error, sum_gradients_
 from msfp_cli.finetuning.result import FinetuneState, HeldOutMeasurement
 from msfp_cli.finetuning.router import equal_stretches, learns_in_update
@@ -264,7 +264,16 @@ class Trainer:
         return tensors
 
     def resume(self, state: FinetuneState) -> None:
-        """Go on from a saved state of the same recipe."""
+        """Go on from a saved state of the same recipe.
+
+        Raises:
+            RunError: it was trained on other timesteps.
+        """
+        if set(state.timesteps) != set(self.batches.timesteps):
+            raise RunError(
+                f"{self.path} was trained on other timesteps than the recording has; "
+                "run `msfp finetune --restart`"
+            )
         self.step = state.step
         self.history = list(state.history)
         self.best = state.tensors_of("best")
