@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
 
-from msfp_cli.errors import MsfpError
+from msfp_cli.errors import MsfpError, RunError
 from msfp_cli.progress import Advance
 
 _DEBUG = "MSFP_DEBUG"
@@ -121,6 +121,7 @@ def guarded(command: F) -> F:
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (any command)
         try:
+            _refuse_lost_directory()
             return command(*args, **kwargs)
         except typer.Exit:
             raise
@@ -134,6 +135,18 @@ def guarded(command: F) -> F:
             raise typer.Exit(code) from None
 
     return wrapper  # type: ignore[return-value]
+
+
+def _refuse_lost_directory() -> None:
+    """Refuse to begin in a working directory that was deleted; torch would end the process.
+
+    Raises:
+        RunError: it was.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise RunError("the working directory was deleted; change to one that exists") from None
 
 
 def hear_interrupts() -> None:
@@ -205,5 +218,10 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, MemoryError) or "out of memory" in str(error):
         return "out of memory; give a smaller --batch-size", 1
     first = (str(error).strip().splitlines() or ["no message"])[0]
+    if isinstance(error, OSError):  # a library's own, without the system's number
+        return (
+            f"{first.rstrip('.')}; check the path and its files, and run the same command again",
+            1,
+        )
     advice = "run `msfp --debug ...` for the traceback, and please report it"
     return f"{type(error).__name__}: {first} ({advice})", 1

@@ -12,7 +12,23 @@ from msfp_cli.errors import ModelError
 from msfp_cli.files.documents import Json, require_file
 
 _ALWAYS_MET = 10**8  # ids, seeds and frequencies may be larger than a tiny model's files
-_REDO = "download or export it again"
+_REDO = "download it again, or export it again with --overwrite"
+
+
+def refuse_missing_parts(directory: Path) -> None:
+    """Refuse a pipeline without the folder of a component that its index names.
+
+    Raises:
+        ModelError: one is missing; the message names it.
+    """
+    try:
+        index = json.loads((directory / "model_index.json").read_bytes())
+        parts = {name: entry[0] for name, entry in index.items() if isinstance(entry, list)}
+    except (OSError, ValueError, AttributeError, IndexError, RecursionError):
+        return  # whoever loads it says what is wrong
+    for name, library in parts.items():
+        if library is not None and not (directory / name).is_dir():
+            raise ModelError(f"{directory} lacks the folder of its {name}; {_REDO}")
 
 
 def refuse_endless_sizes(directory: Path) -> None:

@@ -99,7 +99,22 @@ def expand_conditions(prompts: Sequence[str], num_images: int, kind: str) -> tup
         return (None,) * num_images
     if not prompts:
         raise UsageError('no prompt; give at least one, for instance --prompt "a red dress"')
-    return tuple(prompts[i // num_images] for i in range(len(prompts) * num_images))
+    texts = [_as_utf8(prompt) for prompt in prompts]
+    return tuple(texts[i // num_images] for i in range(len(texts) * num_images))
+
+
+def _as_utf8(prompt: str) -> str:
+    """Return a prompt as it was typed, also where the locale of the terminal is not UTF-8.
+
+    Raises:
+        UsageError: it was typed in another encoding.
+    """
+    try:
+        return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise UsageError(
+            f"cannot read the prompt {prompt!r}: it is not UTF-8; give it in a file with --prompts"
+        ) from None
 
 
 def say_cut_prompts(pipe: Pipeline, conditions: Sequence[str | None], progress: Progress) -> None:

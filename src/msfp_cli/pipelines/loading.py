@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from msfp_cli.errors import ModelError, MsfpError, UsageError
 from msfp_cli.files.seal import REDO, checked
-from msfp_cli.pipelines.bounds import refuse_endless_prompts, refuse_endless_sizes
+from msfp_cli.pipelines.bounds import (
+    refuse_endless_prompts,
+    refuse_endless_sizes,
+    refuse_missing_parts,
+)
 from msfp_cli.recipe import Recipe, option
 
 if TYPE_CHECKING:  # `msfp --help` must not load torch
@@ -69,12 +73,17 @@ def resolve_model(model: str | None) -> tuple[str, str | None]:
 
     Arguments:
         model: a directory, a hub id, or None for the built-in pipeline.
+
+    Raises:
+        UsageError: it is empty.
     """
     if model is None:
         return BUILT_IN, None
     if model in _SUCCESSORS and not Path(model).exists():
         successor = _SUCCESSORS[model]
         return successor, f"{model} has left the hub; using its maintained successor {successor}"
+    if not model:
+        raise UsageError("MODEL is empty; give a directory or a hub id, or leave it out")
     path = Path(model)
     return (str(path.resolve()) if path.is_dir() else model), None
 
@@ -104,9 +113,10 @@ def choose_device(device: str | None) -> str:
         )
         return "cpu" if accelerator is None else accelerator.type
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # the device "meta" holds no values
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        is_unknown = "device type at start" in str(error)
+        reason = "torch knows no such device" if is_unknown else str(error).splitlines()[0]
         raise ModelError(
             f"device {device!r} cannot be used here ({reason}); try --device cpu"
         ) from None
@@ -130,10 +140,16 @@ def _place_of(source: ModelSource) -> str:
         ModelError: it cannot be either.
     """
     model = str(built_in_directory()) if source.model == BUILT_IN else source.model
+    if Path(model).is_file():
+        raise ModelError(
+            f"{model} is a file, and msfp reads directories in diffusers' format; "
+            "`StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR)` makes one"
+        )
     if Path(model).is_dir() and not (Path(model) / "model_index.json").exists():
         raise ModelError(f"{model} is not a diffusers pipeline: it has no model_index.json")
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise ModelError(f"{model!r} is neither a directory nor a hub id (owner/name)")
+    refuse_missing_parts(Path(model))
     return model
 
 
@@ -229,7 +245,7 @@ def _refuse_missing_tensors(model: str, pipe: Pipeline) -> None:
             if getattr(tensor, "is_meta", False):
                 raise ModelError(
                     f"cannot load {model}: the files of {component} lack the tensor {name}; "
-                    "download or export it again"
+                    "download it again, or export it again with --overwrite"
                 )
 
 

@@ -97,6 +97,22 @@ class Sampling(Recipe):
         return replace(self, **{key: defaults[key] for key in unset & defaults.keys()})
 
 
+def refuse_steps(pipe: Pipeline, sampling: Sampling) -> None:
+    """Refuse more steps than the schedule that a pipeline was trained with has timesteps.
+
+    Raises:
+        UsageError: there are more.
+    """
+    config = getattr(getattr(pipe, "scheduler", None), "config", {})
+    limit = config.get("num_train_timesteps")
+    steps = sampling.num_inference_steps
+    if steps is not None and limit is not None and steps > limit:
+        raise UsageError(
+            f"--steps {steps} is more than the {limit} timesteps that the model was trained with; "
+            "give fewer"
+        )
+
+
 def write_prompts(prompts: Path | Sequence[str]) -> str:
     """Return the file of an option for prompts; those from Python stand for a file of them."""
     return str(prompts) if isinstance(prompts, Path) else "prompts.txt"
@@ -108,8 +124,10 @@ def say_conditions(
     """Say which prompts are not read to their end, and where stand-ins take the place of pictures.
 
     Raises:
-        UsageError: there are pictures, and the pipeline takes none, or they cannot be read.
+        UsageError: there are pictures, and the pipeline takes none, or they cannot be read; or more
+            steps than it can take.
     """
+    refuse_steps(pipe, sampling)
     say_cut_prompts(pipe, conditions, progress)
     say_pictures(pipe, sampling, progress)
 
