@@ -9,6 +9,7 @@ import pytest
 from conftest import Chained
 from msfp_cli.checkpoint.export import export_run
 from msfp_cli.errors import CheckpointError, RunError
+from msfp_cli.files.lock import only_writer
 from msfp_cli.run import Run
 from msfp_cli.status import next_command, status_of
 
@@ -73,7 +74,9 @@ def test_deleted_export_counts_as_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{", "[1, 2]", "3", '{"export": 3}'])
 def test_memory_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(CheckpointError, match="run.json is damaged .*; delete it and export again"):
+    with pytest.raises(
+        CheckpointError, match="run.json is damaged .*; delete it; `msfp export --overwrite` writes"
+    ):
         Run(tmp_path).latest_export()
 
 
@@ -93,6 +96,24 @@ def test_samples_are_numbered_beyond_three_digits(tmp_path: Path) -> None:
         (tmp_path / "samples" / name).mkdir(parents=True)
     with Run(tmp_path).new_samples() as directory:
         assert directory.name == "1001"
+
+
+def test_locks_of_killed_samples_go_and_a_held_one_stays(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.samples.mkdir()
+    (run.samples / ".001.msfp-lock").touch()
+    (run.samples / "001").mkdir()
+    (run.samples / ".007.msfp-lock").touch()
+    with only_writer(run.samples, run.samples / ".mine.msfp-lock"), run.new_samples():
+        names = sorted(path.name for path in run.samples.glob(".*"))
+    assert names == [".002.msfp-lock", ".mine.msfp-lock"]
+
+
+def test_command_of_the_calibration_is_remembered(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert next_command(run) == f"msfp calibrate --run {tmp_path}"
+    run.remember_calibration("msfp calibrate model --steps 3")
+    assert next_command(run) == f"msfp calibrate model --steps 3 --run {tmp_path}"
 
 
 def test_two_who_make_samples_get_directories_of_their_own(tmp_path: Path) -> None:

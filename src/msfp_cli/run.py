@@ -4,7 +4,7 @@ A `Run` is a set of paths. What lies there is loaded by the module that also wri
 `status` says how far a run got. Layout::
 
     msfp-run/
-        run.json         where the latest export is
+        run.json         where the latest export is, and the command of the calibration
         recording/       denoiser calls to choose formats and to train on
         held-out/        denoiser calls to measure on, of different prompts and seeds
         calibration/     the chosen formats
@@ -18,15 +18,16 @@ A `Run` is a set of paths. What lies there is loaded by the module that also wri
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import wraps
-from itertools import count
+from functools import partial, wraps
+from itertools import compress, count
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from msfp_cli.errors import RunError
 from msfp_cli.files.atomic import clean
-from msfp_cli.files.documents import Json, read_json, write_json
-from msfp_cli.files.lock import beside, only_writer
+from msfp_cli.files.documents import read_json, write_json
+from msfp_cli.files.lock import beside, only_writer, remove_stale_in
+from msfp_cli.files.seal import MARK
 from msfp_cli.files.typed import read_value
 
 P = ParamSpec("P")
@@ -131,9 +132,21 @@ class Run:
             clean(place)
 
     def remember_export(self, export: Path) -> None:
-        """Note in ``run.json`` where an export was written, so that later commands find it."""
-        memory = {**self._memory(), "export": self.name_of(export)}
-        write_json(self.directory / "run.json", memory)
+        """Note where an export was written, so that later commands find it."""
+        self._remember("export", self.name_of(export))
+
+    def remember_calibration(self, command: str) -> None:
+        """Note the command of the latest calibration, finished or not, so that it can be told."""
+        self._remember("calibrate", command)
+
+    def calibration_command(self) -> str:
+        """Return the command of the latest calibration, or one that makes the first."""
+        return self._memory().get("calibrate", "msfp calibrate")
+
+    def _remember(self, key: str, fact: str) -> None:
+        memory = self._memory()
+        if memory.get(key) != fact:
+            write_json(self.directory / "run.json", {**memory, key: fact})
 
     def name_of(self, path: Path) -> str:
         """Return what the run's files call a path: relative inside the run, so that it can move."""
@@ -148,8 +161,10 @@ class Run:
 
     def find_export(self) -> Path | None:
         """Return the latest export, None if there is none or if it was deleted."""
-        places = [self.directory / self._memory().get("export", ""), self.export]
-        return next((place for place in places if (place / "model_index.json").exists()), None)
+        places = [self.directory / self._memory().get("export", "export"), self.export]
+        names = ("model_index.json", MARK)  # one of them may be lost, which its reader says
+        is_there = [any((place / name).exists() for name in names) for place in places]
+        return next(compress(places, is_there), None)
 
     def latest_export(self) -> Path:
         """Return the latest export.
@@ -168,7 +183,8 @@ class Run:
         path = self.directory / "run.json"
         if not path.exists():
             return {}
-        return read_json(path, _parse_memory, redo="delete it and export again")
+        redo = "delete it; `msfp export --overwrite` writes it again"
+        return read_json(path, partial(read_value, dict[str, str]), redo=redo)
 
     @contextmanager
     def new_samples(self) -> Iterator[Path]:
@@ -178,6 +194,7 @@ class Run:
         """
         numbers = [int(path.name) for path in self.samples.glob("[0-9]*") if path.name.isdecimal()]
         self.samples.mkdir(parents=True, exist_ok=True)
+        remove_stale_in(self.samples)
         for number in count(max(numbers, default=0) + 1):
             directory = self.samples / f"{number:03d}"
             with ExitStack() as stack:
@@ -208,11 +225,6 @@ def locked(
 def _remove_if_empty(directory: Path) -> None:
     with suppress(OSError):
         directory.rmdir()
-
-
-def _parse_memory(document: Json) -> dict[str, str]:
-    places = read_value(dict[str, str], document)
-    return {key: str(Path(place)) for key, place in places.items()}
 
 
 def describe_sizes(directory: Path) -> str:

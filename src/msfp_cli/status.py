@@ -79,8 +79,8 @@ def wider_inputs(calibration: Calibration, device: str | None) -> str:
         return ""
     return (
         f"inputs of {BYTE_BITS} bits take the same products on this CPU as those of {bits}; "
-        f"`msfp calibrate --activations {BYTE_BITS} --overwrite` has a smaller error, and makes "
-        "the export a little larger"
+        f"the same `msfp calibrate` with --activations {BYTE_BITS} --overwrite has a smaller "
+        "error, and makes the export a little larger"
     )
 
 
@@ -142,6 +142,8 @@ def _next_command(contents: _Contents) -> str:
     command = next(command for command, comes_next in _STEPS if comes_next(contents))
     if command == "msfp sample":
         command += _prompt_option(contents.calibration)
+    if command == "msfp calibrate":
+        command = contents.run.calibration_command()
     directory = contents.run.directory
     if directory == DEFAULT_DIRECTORY:
         return command

@@ -61,7 +61,9 @@ def test_signed_tensors_that_do_not_fit_the_layers_are_refused(
     directory = copied(tiny_chained.run.directory) / "calibration"
     Calibration.load(directory)
     change_signed(directory, *CHANGES[change])
-    with pytest.raises(CheckpointError, match=r"calibration.json is damaged \(.*\); run `msfp"):
+    with pytest.raises(
+        CheckpointError, match=r"calibration.json is damaged \(.*\); run the same `msfp"
+    ):
         Calibration.load(directory)
 
 

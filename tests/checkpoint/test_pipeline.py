@@ -202,7 +202,12 @@ def test_broken_export_is_refused_in_one_helpful_line(
     assert len(message.splitlines()) == 1
     assert any(
         hint in message
-        for hint in ("export again", "export it again", "export or download it again", *HINTS)
+        for hint in (
+            "export again",
+            "export it again",
+            "download it again, or export it again",
+            *HINTS,
+        )
     )
 
 
@@ -228,7 +233,7 @@ def test_config_that_is_no_config_is_refused(
     directory = copied(tiny_chained.export)
     (directory / "unet" / "config.json").write_text(content)
     with pytest.raises(
-        CheckpointError, match="config.json is damaged .*; export or download it again"
+        CheckpointError, match="config.json is damaged .*; download it again, or export it again"
     ):
         MSFPPipeline.from_pretrained(directory, device="cpu")
 

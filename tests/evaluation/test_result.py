@@ -165,7 +165,7 @@ def test_damaged_evaluation_says_what_to_type(text: str, tmp_path: Path) -> None
     (tmp_path / "evaluation.json").write_text(text)
     with pytest.raises(
         CheckpointError,
-        match=r"evaluation\.json is damaged \(.*\); run `msfp evaluate --overwrite`",
+        match=r"evaluation\.json is damaged \(.*\); run the same `msfp evaluate` again",
     ):
         Evaluation.load(tmp_path)
 
@@ -180,7 +180,7 @@ def test_newer_evaluation_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(json.dumps({"schema": 3, "unknown": True}))
     with pytest.raises(
         CheckpointError,
-        match="written by a newer msfp; upgrade msfp, or run `msfp evaluate --overwrite`",
+        match="written by a newer msfp; upgrade msfp, or run the same `msfp evaluate` again",
     ):
         Evaluation.load(tmp_path)
 

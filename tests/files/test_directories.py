@@ -13,6 +13,7 @@ from msfp_cli.files.directories import (
     RECORDING,
     claim,
     recover,
+    refuse_existing,
     refuse_foreign,
     replace_directory,
 )
@@ -162,6 +163,42 @@ def test_a_pipeline_saved_over_an_export_is_not_replaced(tmp_path: Path) -> None
         refuse_foreign(directory)
 
 
+@pytest.mark.parametrize("content", ["", "{", None])
+def test_an_export_whose_config_is_damaged_may_be_replaced(
+    tmp_path: Path, content: str | None
+) -> None:
+    directory = tmp_path / "export"
+    with replace_directory(directory) as temporary:
+        written(temporary, {**UNMARKED["export"], "unet/model.safetensors": "codes"})
+    config = directory / "unet" / "config.json"
+    config.unlink()
+    if content is not None:
+        config.write_text(content)
+    refuse_foreign(directory)
+    (directory / "unet" / "model.safetensors").write_text("someone's")
+    with pytest.raises(RunError, match="model_index.json was not written by msfp"):
+        refuse_foreign(directory)
+
+
+def test_an_empty_directory_is_as_good_as_none(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with replace_directory(tmp_path / "out") as temporary:
+        (temporary / "sheet.png").write_text("new")
+    assert names_of(tmp_path / "out") == [MARK, "sheet.png"]
+
+
+@pytest.mark.parametrize("seconds", [-1, 1])
+def test_parts_go_with_the_output_they_were_made_for(tmp_path: Path, seconds: int) -> None:
+    directory = existing(tmp_path / "out")
+    work = written(tmp_path / ".parts", {"unet/00000.safetensors": ""})
+    when = (directory / MARK).stat().st_mtime + seconds
+    for path in (work, *work.rglob("*")):
+        os.utime(path, (when, when))
+    with pytest.raises(RunError, match="exists already"):
+        refuse_existing(directory, overwrite=False, work=work)
+    assert work.exists() == (seconds > 0)  # they are of another command, which may go on with them
+
+
 def test_damaged_files_of_ours_may_be_replaced(tmp_path: Path) -> None:
     directory = tmp_path / "calibration"
     with replace_directory(directory) as temporary:
@@ -248,6 +285,7 @@ def test_two_directories_exchange_their_names(tmp_path: Path) -> None:
 
 def test_a_directory_whose_marking_was_killed_is_marked(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / f".{MARK}.msfp-tmp").write_text("{")
+    for name in (f".{MARK}.msfp-tmp", ".signed.msfp-lock"):
+        (tmp_path / "out" / name).write_text("{")
     claim(tmp_path / "out", EVALUATION)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [MARK]

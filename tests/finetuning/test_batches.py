@@ -280,7 +280,8 @@ def test_only_the_components_own_calls_are_drawn(recording: Recording) -> None:
 
 def test_component_that_was_not_recorded_is_refused_by_name(recording: Recording) -> None:
     with pytest.raises(
-        RunError, match="holds no call of transformer; run `msfp calibrate --overwrite`"
+        RunError,
+        match="holds no call of transformer; run the same `msfp calibrate` again, with --overwrite",
     ):
         Batches(recording, "transformer", batch_size=2, calls_per_update=1, seed=0)
 

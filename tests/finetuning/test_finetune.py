@@ -273,7 +273,7 @@ def test_recording_of_another_model_is_refused(
     save_file(tensors, weights, {"format": "pt"})
     message = only_line(msfp("finetune", *OPTIONS), 1)
     assert message.startswith(f"msfp-run/recording is of another model than {model} is now")
-    assert message.endswith("run `msfp calibrate --overwrite`")
+    assert message.endswith("run the same `msfp calibrate` again, with --overwrite")
     again = msfp(
         "calibrate", model, "--overwrite", "--num-images", 2, "--steps", 2, "--device", "cpu"
     )
@@ -369,7 +369,7 @@ def test_incomplete_recording_is_refused(name: str, fresh_run: FreshRun, msfp: I
     (fresh_run().directory / name / "00000.safetensors").unlink()
     message = only_line(msfp("finetune", *OPTIONS), 1)
     assert re.fullmatch(
-        rf"msfp-run/{name} lacks 1 of \d shards; run `msfp calibrate` again to complete it", message
+        rf"msfp-run/{name} lacks 1 of \d shards; run the same `msfp calibrate` again, .*", message
     )
 
 

@@ -5,6 +5,7 @@ every layer, `compensate` rounds the weights, and the whole is quantized and mea
 calls.
 """
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,6 +30,7 @@ from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration, LayerChoice
 from msfp_cli.files.directories import refuse_existing
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
+from msfp_cli.pipelines.sampling import refuse_steps
 from msfp_cli.pipelines.watch import final_sample
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
@@ -167,14 +169,16 @@ def calibrate_run(
         ModelError, CalibrationError: as said by what they wrap.
     """
     with run.lock(create=True):
-        refuse_existing(run.calibration, overwrite=overwrite)
+        refuse_existing(run.calibration, overwrite=overwrite, work=run.unfinished_codes)
         words = [*recipe.words(), *options.words(), *source.words()]
         options = options.with_prompts()  # before the model is loaded
         pipe = load_pipeline(source, device, streamed=max_memory is not None)
         check_layers(pipe, recipe, progress)
+        refuse_steps(pipe, options)
         recipes = record_recipes(pipe, source, options)
         for line in estimate(pipe, *recipes, recipe, max_memory).lines():
             progress.log(line)
+        run.remember_calibration(shlex.join(["msfp", "calibrate", source.model, *words]))
         recording, held_out = record_both(
             pipe, run, source, options, overwrite=overwrite, progress=progress
         )

@@ -242,5 +242,7 @@ def _finished(work: Path, component: str, identity: str) -> dict[str, RoundedWei
 
     rounded: dict[str, RoundedWeight] = {}
     for path in sorted(work.glob(f"{component}-*.safetensors")):
-        rounded |= read_document(path, _HEADER, parse, redo="run `msfp calibrate --overwrite`")
+        rounded |= read_document(
+            path, _HEADER, parse, redo="delete it and run the same command again"
+        )
     return rounded

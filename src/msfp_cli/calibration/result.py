@@ -47,7 +47,7 @@ _DOCUMENT = "calibration.json"
 _SCALES = "scales.safetensors"
 _CODES = "codes.safetensors"
 _MULTIPLIERS = "multipliers.safetensors"
-_REDO = "run `msfp calibrate --overwrite`"
+_REDO = "run the same `msfp calibrate` again, with --overwrite"
 # Keys that say nothing of the result.
 _OF_THE_FILE = ("schema", "scales_digest", "codes_digest", "multipliers_digest")
 
@@ -306,7 +306,7 @@ class Calibration:
             RunError: there is none.
             CheckpointError: it is damaged, or newer than this version of msfp.
         """
-        if not (directory / _DOCUMENT).exists():
+        if not directory.exists():
             raise RunError(f"no calibration in {directory}; run `msfp calibrate` first")
         places = {"scales": _SCALES, "codes": _CODES, "multipliers": _MULTIPLIERS}
         paths = {kind: directory / name for kind, name in places.items()}

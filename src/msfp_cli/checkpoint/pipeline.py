@@ -11,8 +11,8 @@ import torch
 from msfp_cli.checkpoint.engine import attach_engine_, device_of, engine_of, is_engine
 from msfp_cli.checkpoint.quantizer import METHOD, MSFPConfig
 from msfp_cli.errors import ModelError
-from msfp_cli.files.documents import Json, open_tensors, read_json
-from msfp_cli.files.seal import REDO, unchecked
+from msfp_cli.files.documents import Json, open_tensors, read_json, require_file
+from msfp_cli.files.seal import REDO, Seal, unchecked
 from msfp_cli.layers.prepare import AUTO, prepare_
 from msfp_cli.layers.replace import quantized_layers, select_layers
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
@@ -26,7 +26,11 @@ def read_configs(directory: Path) -> dict[str, MSFPConfig]:
         ModelError: the directory is no pipeline, or none of its components was exported by msfp.
         CheckpointError: a config is damaged or newer than this msfp.
     """
-    if not (directory / "model_index.json").exists():
+    index = directory / "model_index.json"
+    if not index.exists():
+        seal = Seal.load(directory, redo=REDO)
+        if seal is not None and index.name in seal.files:
+            require_file(index, redo=REDO)
         raise ModelError(
             f"{directory} is not an exported pipeline: it has no model_index.json; "
             "`msfp export` makes one"

@@ -16,7 +16,7 @@ from msfp_cli.run import Run
 
 _SCHEMA = 2  # 1, a field for each metric, can still be read
 _RESULT = "evaluation.json"
-_REDO = "run `msfp evaluate --overwrite`"
+_REDO = "run the same `msfp evaluate` again"
 # Settings of an evaluation that are used after it, by key.
 _SETTINGS: dict[str, Any] = {
     "export": str,

@@ -18,7 +18,7 @@ from msfp_cli.files.atomic import (
     temporary_of,
     write_text,
 )
-from msfp_cli.files.lock import beside, only_writer, remove_stale
+from msfp_cli.files.lock import beside, only_writer, remove_stale, remove_stale_in
 from msfp_cli.files.seal import MARK, Seal
 
 # The files of directories that grow.
@@ -55,12 +55,20 @@ def refuse_foreign(directory: Path) -> None:
         return
     if not directory.is_dir():
         raise _foreign(directory)
-    stranger = next(_contents(directory).strangers(directory), None)
+    contents = _contents(directory)
+    stranger = next(contents.strangers(directory), None)
     if stranger is not None:
         raise _foreign(directory / stranger)
-    is_pipeline = (directory / "model_index.json").exists()
-    if is_pipeline and not _mentions(directory, *_EXPORT):  # saved in the place of an export
+    if (directory / "model_index.json").exists() and not _is_export(directory, contents):
         raise _foreign(directory / "model_index.json")
+
+
+def _is_export(directory: Path, contents: Seal) -> bool:
+    """Whether a pipeline is an export, and was not saved in the place of one.
+
+    It has a config of ours or, if that is damaged, all the weights that we wrote.
+    """
+    return _mentions(directory, *_EXPORT) or contents.has_weights_in(directory)
 
 
 def _foreign(path: Path) -> RunError:
@@ -89,20 +97,39 @@ def _mentions(directory: Path, pattern: str, words: bytes) -> bool:
     return any(words in path.read_bytes() for path in files)
 
 
-def refuse_existing(directory: Path, *, overwrite: bool) -> None:
+def refuse_existing(directory: Path, *, overwrite: bool, work: Path | None = None) -> None:
     """Refuse an output that is already there, before any work is done for it.
 
-    If the process that wrote it was killed at the very end, its lock goes.
+    If the process that wrote it was killed at the very end, what it has left goes.
+
+    Arguments:
+        work: a directory with finished parts of the output, for whoever goes on with it.
 
     Raises:
         RunError: it exists and `overwrite` is not set, or something in it is not ours.
     """
-    if directory.exists() and not overwrite:
+    if _is_there(directory) and not overwrite:
         remove_stale(beside(directory))
+        if work is not None and not _is_later(work, directory):
+            delete(work)
         raise RunError(
             f"{directory} exists already; use --overwrite to replace it, or choose another path"
         )
     refuse_foreign(directory)
+
+
+def _is_there(directory: Path) -> bool:
+    """Whether a name is taken; an empty directory is as good as none."""
+    return directory.exists() and not (
+        directory.is_dir() and next(directory.iterdir(), None) is None
+    )
+
+
+def _is_later(work: Path, directory: Path) -> bool:
+    """Whether parts were made after a directory, which is then not the one they were made for."""
+    mark = directory / MARK
+    since = mark.stat().st_mtime_ns if mark.exists() else 0
+    return any(path.stat().st_mtime_ns > since for path in work.rglob("*"))
 
 
 def claim(directory: Path, patterns: tuple[str, ...]) -> None:
@@ -116,6 +143,7 @@ def claim(directory: Path, patterns: tuple[str, ...]) -> None:
     """
     delete(temporary_of(directory / MARK))  # of a process that was killed in its first moment
     refuse_foreign(directory)
+    remove_stale_in(directory)
     if not (directory / MARK).exists():
         write_text(directory / MARK, Seal(patterns=patterns).to_text())
 

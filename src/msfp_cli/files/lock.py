@@ -70,6 +70,12 @@ def remove_stale(lock: Path) -> None:
             pass
 
 
+def remove_stale_in(directory: Path) -> None:
+    """Delete the locks of killed processes that wrote something in a directory."""
+    for lock in directory.glob(beside(directory / "*").name):
+        remove_stale(lock)
+
+
 def inherited() -> tuple[dict[str, str], tuple[int, ...]]:
     """Return what a child process needs to share this thread's lock: environment, descriptors.
 

@@ -26,8 +26,8 @@ from msfp_cli.files.typed import read_fields
 
 MARK = "msfp.json"
 REDO = (
-    "export or download it again; if it was changed on purpose, run `msfp export --reseal DIR`, or "
-    "load it with check=False"
+    "download it again, or export it again with --overwrite; if it was changed on purpose, run "
+    "`msfp export --reseal DIR`, or load it with check=False"
 )
 _SCHEMA = 1
 _IS_CHECKED = ContextVar("is_checked", default=True)
@@ -113,6 +113,14 @@ class Seal:
         for name in names:
             if SealedFile.of(directory / name) != self.files[name]:
                 raise _altered(directory / name, redo)
+
+    def has_weights_in(self, directory: Path) -> bool:
+        """Whether the safetensors files of a directory are those that were sealed."""
+        names = [name for name in self.files if name.endswith(".safetensors")]
+        return bool(names) and all(
+            (directory / name).is_file() and SealedFile.of(directory / name) == self.files[name]
+            for name in names
+        )
 
     def refuse_other_files(self, directory: Path, *, redo: str) -> None:
         """Look for files that are missing, of another size, or added where a loader reads them.

@@ -66,7 +66,8 @@ class Batches:
                     self._where.setdefault(timestep, {}).setdefault(shard, []).append(position)
         if not self._where:
             raise RunError(
-                f"the recording holds no call of {component}; run `msfp calibrate --overwrite`"
+                f"the recording holds no call of {component}; "
+                "run the same `msfp calibrate` again, with --overwrite"
             )
         self.timesteps: Sequence[float] = sorted(self._where, reverse=True)
         self.shares: dict[float, float] = dict.fromkeys(self.timesteps, 1 / len(self.timesteps))

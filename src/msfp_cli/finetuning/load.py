@@ -115,7 +115,7 @@ def load_denoisers(material: Material, device: str) -> dict[str, nn.Module]:
         if denoiser is None or fingerprint(denoiser) != fingerprints.get(component):
             raise RunError(
                 f"{recording.directory} is of another model than {source.model} is now; "
-                "run `msfp calibrate --overwrite`"
+                "run the same `msfp calibrate` again, with --overwrite"
             )
     return denoisers
 
@@ -124,7 +124,7 @@ def _refuse_incomplete(recording: Recording) -> None:
     if missing := recording.missing_shards():
         raise RunError(
             f"{recording.directory} lacks {len(missing)} of {recording.num_shards} shards; "
-            "run `msfp calibrate` again to complete it"
+            "run the same `msfp calibrate` again, with --overwrite, to complete it"
         )
 
 
@@ -134,7 +134,7 @@ def _refuse_different_recording(recording: Recording, calibration: Calibration) 
     if any(recording.recipe.get(key) != value for key, value in made_from.items()):
         raise RunError(
             f"{recording.directory} is not the recording that the calibration was made from; "
-            "run `msfp calibrate --overwrite`"
+            "run the same `msfp calibrate` again, with --overwrite"
         )
 
 

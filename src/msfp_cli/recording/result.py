@@ -45,7 +45,7 @@ _SCHEMA = 1
 _MANIFEST = "recording.json"
 _HEADER = "record"  # of a shard: the key under which its calls lie
 _MAX_SHARDS = 100_000
-_REDO = "run `msfp calibrate --overwrite`"
+_REDO = "run the same `msfp calibrate` again, with --overwrite"
 _REDO_SHARD = "delete it and run the same `msfp calibrate` again, with --overwrite"
 
 
@@ -91,7 +91,7 @@ class Recording:
         """
         self.directory = directory
         if not (directory / _MANIFEST).exists():
-            raise RunError(f"no recording in {directory}; `msfp calibrate` makes one")
+            raise RunError(f"no recording in {directory}; {_REDO}")
         self.recipe, self.num_shards = read_json(
             directory / _MANIFEST, _parse_manifest, redo=_REDO, schema=_SCHEMA
         )
@@ -175,7 +175,8 @@ class Recording:
         path = self.shard_path(index)
         if not path.exists():
             raise RunError(
-                f"{path} is missing; run `msfp calibrate` again to complete the recording"
+                f"{path} is missing; run the same `msfp calibrate` again, with --overwrite, to "
+                "complete the recording"
             )
         return path
 

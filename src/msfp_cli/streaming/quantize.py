@@ -71,12 +71,12 @@ def quantize_pipeline(
         UsageError: it is quantized already, or has no such text encoder.
         RunError: the directory exists and `overwrite` is not set.
     """
-    refuse_existing(directory, overwrite=overwrite)
+    work = directory.with_name(f".{directory.name}.msfp-parts")
+    refuse_existing(directory, overwrite=overwrite, work=work)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(directory, beside(directory)):
         place = fetch_pipeline(source)
         index = read_json(place / "model_index.json", dict, redo="download the model again")
-        work = directory.with_name(f".{directory.name}.msfp-parts")
         jobs = _jobs(source, place, index, recipe, work)
         start = time.monotonic()
         count = sum(job.encode(progress) for job in jobs.values())
