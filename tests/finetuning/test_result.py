@@ -265,7 +265,10 @@ ODD: dict[str, tuple[Change, str]] = {
     "no updates": (_recipe(steps=0), "--steps must be at least 1"),
     "more updates than its recipe": (_field("step", 10**9), "its step cannot be"),
     "a negative count": (_field("step", -1), "its step cannot be"),
-    "another clock": (_field("clock", {"scale": float("nan")}), "is not finite"),
+    "another clock": (
+        lambda tensors, document: document["clock"].update(scale=float("nan")),
+        "is not finite",
+    ),
     "no timesteps": (_field("timesteps", []), "its timesteps cannot be"),
     "a timestep of NaN": (_field("timesteps", [float("nan")]), "its timesteps cannot be"),
     "no shares": (_field("shares", []), "its shares cannot be"),

@@ -30,7 +30,6 @@ from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration, LayerChoice
 from msfp_cli.files.directories import refuse_existing
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
-from msfp_cli.pipelines.sampling import refuse_steps
 from msfp_cli.pipelines.watch import final_sample
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
@@ -174,7 +173,6 @@ def calibrate_run(
         options = options.with_prompts()  # before the model is loaded
         pipe = load_pipeline(source, device, streamed=max_memory is not None)
         check_layers(pipe, recipe, progress)
-        refuse_steps(pipe, options)
         recipes = record_recipes(pipe, source, options)
         for line in estimate(pipe, *recipes, recipe, max_memory).lines():
             progress.log(line)

@@ -26,11 +26,8 @@ def read_configs(directory: Path) -> dict[str, MSFPConfig]:
         ModelError: the directory is no pipeline, or none of its components was exported by msfp.
         CheckpointError: a config is damaged or newer than this msfp.
     """
-    index = directory / "model_index.json"
-    if not index.exists():
-        seal = Seal.load(directory, redo=REDO)
-        if seal is not None and index.name in seal.files:
-            require_file(index, redo=REDO)
+    if not (directory / "model_index.json").exists():
+        _refuse_lost_files(directory)
         raise ModelError(
             f"{directory} is not an exported pipeline: it has no model_index.json; "
             "`msfp export` makes one"
@@ -42,6 +39,7 @@ def read_configs(directory: Path) -> dict[str, MSFPConfig]:
             configs[path.parent.name] = MSFPConfig.from_dict(config)
             _refuse_truncated(path.parent)
     if not configs:
+        _refuse_lost_files(directory)
         raise ModelError(
             f"{directory} is a pipeline, but msfp did not export it; "
             "run `msfp calibrate` and `msfp export`"
@@ -52,6 +50,13 @@ def read_configs(directory: Path) -> dict[str, MSFPConfig]:
 def times_of(configs: Mapping[str, MSFPConfig]) -> dict[str, str]:
     """Return the argument that tells each denoiser what time it is."""
     return {component: config.read_clock().argument for component, config in configs.items()}
+
+
+def _refuse_lost_files(directory: Path) -> None:
+    """Name what an export has lost; other directories have no seal, or all their files."""
+    seal = Seal.load(directory, redo=REDO)
+    for name in () if seal is None else seal.files:
+        require_file(directory / name, redo=REDO)
 
 
 def _quantization_config(document: Json) -> dict[str, Any] | None:
