@@ -7,6 +7,7 @@ import pytest
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
+from conftest import Chained
 from scripts.run_script import run_script
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -72,3 +73,26 @@ def test_missing_data_is_one_line_and_exit_code_one(
     lines = run_script(f"examples/{script}", *options, code=1)
     assert lines[-1].startswith(f"{tmp_path / 'nothing.npz'} does not exist; ")
     assert not (tmp_path / "out").exists()
+
+
+USES = {
+    "offload.py": ((), "one layer on cpu at a time"),
+    "threads.py": ((), "two threads drew the same pictures as one"),
+    "controlnet.py": (("--against", "MODEL"), "drawn beside a ControlNet"),
+    "img2img.py": (("--out", "OUT"), "inpaint.png written"),
+    "compiled.py": (("--backend", "eager"), "picture of 48 x 16"),
+    "lora.py": (("--steps", 2, "--against", "MODEL"), "red above blue, loaded again on"),
+}
+
+
+@pytest.mark.parametrize("script", USES)
+def test_what_is_done_with_an_export_works_on_a_tiny_one(
+    script: str, prompted_chained: Chained, tmp_path: Path
+) -> None:
+    if script == "lora.py":
+        pytest.importorskip("peft")
+    options, last = USES[script]
+    places = {"MODEL": prompted_chained.calibration.source.model, "OUT": tmp_path}
+    words = [places.get(word, word) for word in options]
+    lines = run_script(f"examples/use/{script}", prompted_chained.export, *words)
+    assert last in lines[-1]
