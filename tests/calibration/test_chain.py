@@ -1,5 +1,7 @@
 """The whole chain on every kind of pipeline: calibrate, export, reload, sample."""
 
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from conftest import CONDITIONS, QUICK, TWO_PICTURES, Chained, chain
 from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.checkpoint.export import load_calibrated
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
-from msfp_cli.errors import RunError, UsageError
+from msfp_cli.errors import ModelError, RunError, UsageError
 from msfp_cli.layers.quantized import QuantConv2d, QuantEmbedding, QuantLinear
 from msfp_cli.pipelines.conditions import conditioning_of, expand_conditions, read_prompts
 from msfp_cli.pipelines.denoiser import find_denoisers
@@ -112,6 +115,38 @@ def test_every_layer_of_the_calibration_is_quantized_after_reloading(reloaded: R
 def test_quantization_moves_the_denoisers_output_a_little(reloaded: Reloaded) -> None:
     for error in reloaded.chained.calibration.held_out_error.values():
         assert 0 < error < 0.2
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda weight: weight.fill_(float("nan")),
+            "the tensor {} in the files of unet holds a NaN",
+        ),
+        (None, "the files of unet lack the tensor {}"),
+    ],
+    ids=["NaN", "missing"],
+)
+def test_broken_model_is_told_by_tensor_before_anything_is_recorded(
+    tiny: Callable[[str], Path],
+    tmp_path: Path,
+    damage: Callable[[Tensor], object] | None,
+    message: str,
+) -> None:
+    shutil.copytree(tiny("DDIMPipeline"), tmp_path / "broken")
+    path = tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    name = "down_blocks.0.resnets.0.conv1.weight"
+    if damage is None:
+        del state[name]
+    else:
+        damage(state[name][0])
+    save_file(state, path, {"format": "pt"})
+    source = ModelSource(model=str(tmp_path / "broken"))
+    with pytest.raises(ModelError, match=message.format(re.escape(name))):
+        calibrate_run(Run(tmp_path / "run"), source, TWO_PICTURES, QUICK)
+    assert not (tmp_path / "run" / "recording").exists()
 
 
 def test_existing_calibration_is_refused_before_the_model_is_loaded(tiny_chained: Chained) -> None:

@@ -17,7 +17,7 @@ from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.samples import expected_groups
 from msfp_cli.errors import UsageError
 from msfp_cli.layers.replace import find_layers, quantized_layers
-from msfp_cli.pipelines.denoiser import find_denoisers, refuse_changed
+from msfp_cli.pipelines.denoiser import find_denoisers, refuse_broken, refuse_changed
 from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.progress import Progress
 from msfp_cli.recording.probe import probe
@@ -136,6 +136,7 @@ def check_layers(pipe: Pipeline, recipe: CalibrateRecipe, progress: Progress) ->
     names = list[str]()
     for component, denoiser in find_denoisers(pipe).items():
         refuse_changed(component, denoiser)
+        refuse_broken(component, denoiser)
         if quantized_layers(denoiser):
             raise UsageError(
                 f"{component} is quantized already; calibrate the full-precision model that it was "

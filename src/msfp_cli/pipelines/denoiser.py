@@ -129,6 +129,22 @@ def refuse_changed(component: str, denoiser: nn.Module) -> None:
         )
 
 
+def refuse_broken(component: str, denoiser: nn.Module) -> None:
+    """Refuse a denoiser with a weight or bias that is not finite, before anything is made with it.
+
+    Raises:
+        ModelError: the message names the tensor and where it lies.
+    """
+    for name, parameter in denoiser.named_parameters():
+        # Others may be there for other tasks, and streamed ones are checked when they are read.
+        is_checked = name.endswith((".weight", ".bias")) and not parameter.is_meta
+        if is_checked and not torch.isfinite(parameter).all():
+            raise ModelError(
+                f"the tensor {name} in the files of {component} holds a NaN or infinity, so the "
+                "model's file is broken; download it again"
+            )
+
+
 def _is_wrapped(module: nn.Module) -> bool:
     """Whether a module runs another forward than its class's."""
     own = vars(module).get("forward")
