@@ -30,6 +30,14 @@ STEPS = ("record, calibrate", "fine-tune", "export", "reload, sample")
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 SECONDS = 300  # for all pipelines of a module
 SIZES = ("height", "width", "num_frames")
+LLAMA = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4, "vocab_size": 1103}
 
 
@@ -45,8 +53,20 @@ def replacements() -> dict[str, Callable[[], Any]]:
         tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
         return tokenizer
 
-    return {"clip": tiny._clip_tokenizer, "t5": tiny._t5_tokenizer, "T5": tiny._t5_tokenizer,
-            "Qwen": qwen, "Bert": tiny._bert_tokenizer}  # fmt: skip
+    def llama() -> Any:  # noqa: ANN401 (a tokenizer)
+        tokenizer = qwen()
+        tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    tokenizers = {"gemma": llama, "llama": llama, "Llama": llama, "Gemma": llama, "glm": llama}
+    return {
+        **tokenizers,
+        "clip": tiny._clip_tokenizer,
+        "t5": tiny._t5_tokenizer,
+        "T5": tiny._t5_tokenizer,
+        "Qwen": qwen,
+        "Bert": tiny._bert_tokenizer,
+    }
 
 
 def patch_hub() -> None:
@@ -98,7 +118,26 @@ def _patch_t5(transformers: Any) -> None:  # noqa: ANN401 (a module)
         return encoder_of.__func__(cls, name, *args, **kwargs)
 
     transformers.AutoConfig.from_pretrained = config
+
+    def language_model(cls: type, name: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if "tiny-random-Llama" in str(name):
+            return cls(transformers.LlamaConfig(**LLAMA))
+        return language_model_of.__func__(cls, name, *args, **kwargs)
+
+    def unet(cls: type, name: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if "consistency-models-test" in str(name):
+            return tiny_pipelines._unconditional_unet()
+        return unet_of.__func__(cls, name, *args, **kwargs)
+
+    from diffusers import UNet2DModel
+
+    import tiny_pipelines
+
+    language_model_of = transformers.LlamaForCausalLM.from_pretrained
+    unet_of = UNet2DModel.from_pretrained
     transformers.T5EncoderModel.from_pretrained = classmethod(encoder)
+    transformers.LlamaForCausalLM.from_pretrained = classmethod(language_model)
+    UNet2DModel.from_pretrained = classmethod(unet)
 
 
 def builders_of(module: Any) -> Iterator[type]:  # noqa: ANN401 (a module of diffusers' tests)
@@ -173,7 +212,7 @@ def steps_of(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], obje
     takes_prompt = "prompt" in inputs
     prompts = ("a cat", "a dog") if takes_prompt else None
     options = RecordOptions(num_images=2, prompts=prompts, **settings)
-    recipe = CalibrateRecipe(max_samples=200, sensitivity_calls=1, rounding="nearest")
+    recipe = CalibrateRecipe(max_samples=200, lift=0.0, rounding="nearest")
     training = FinetuneRecipe(steps=2, batch_size=1, calls_per_update=1, rank=1, hub_size=2)
 
     def train() -> None:
@@ -270,6 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--only", default="")
+    parser.add_argument("--write", action="store_true", help="write the page with --only, too")
     arguments = parser.parse_args()
     sys.path.insert(0, str(arguments.checkout))
     for missing in ("requests_mock", "parameterized"):  # which only tests call
@@ -282,7 +322,7 @@ def main() -> None:
     for name, result in outcomes(arguments.checkout, arguments.only):
         results[name] = result
         print(name, result, flush=True)
-    if not arguments.only:
+    if arguments.write or not arguments.only:
         PAGE.write_text(page(results), "utf-8")
 
 

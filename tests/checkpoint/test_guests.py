@@ -1,8 +1,10 @@
 """What diffusers' users do to a loaded export: adapters, offload, copies, threads."""
 
 import copy
+import pickle
 import threading
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +238,64 @@ def test_copy_draws_the_same_pictures(export: Path, is_called: bool) -> None:
         draw(pipe)
     pipe.unet = copy.deepcopy(pipe.unet)
     assert np.array_equal(draw(pipe), before)
+
+
+@pytest.mark.parametrize("is_called", [False, True])
+def test_denoiser_is_sent_to_another_process(export: Path, is_called: bool) -> None:
+    pipe = load(export)
+    before = draw(load(export))
+    if is_called:
+        draw(pipe)
+    pipe.unet = pickle.loads(ForkingPickler.dumps(pipe.unet))
+    assert np.array_equal(draw(pipe), before)
+
+
+def adapter_file(export: Path, place: Path, seed: int) -> np.ndarray:
+    """Save a LoRA, and return what the pipeline draws with it."""
+    pipe = load(export)
+    add_lora(pipe, "a", seed)
+    pipe.unet.save_lora_adapter(place, "a")
+    return draw(pipe)
+
+
+def test_lora_is_swapped_for_another_while_it_is_in_place(export: Path, tmp_path: Path) -> None:
+    expected = [adapter_file(export, tmp_path / str(seed), seed) for seed in range(2)]
+    pipe = load(export)
+    options = {"prefix": None, "weight_name": "pytorch_lora_weights.safetensors"}
+    for seed in range(2):
+        place = tmp_path / str(seed)
+        pipe.unet.load_lora_adapter(place, adapter_name="x", hotswap=seed > 0, **options)
+        assert np.abs(draw(pipe) - expected[seed]).max() < 1e-5
+    assert is_different(*expected)
+
+
+def test_ip_adapter_draws_and_leaves_no_trace(export: Path) -> None:
+    pipe = load(export)
+    before = draw(pipe)
+    pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
+    embedding = torch.randn(2, 1, 24, generator=torch.Generator().manual_seed(1))
+    assert is_different(draw(pipe, ip_adapter_image_embeds=[embedding]), before)
+    pipe.unload_ip_adapter()
+    assert np.array_equal(draw(pipe), before)
+
+
+def ip_adapter(unet: Pipe) -> dict[str, dict[str, Tensor]]:
+    """Return the weights of an IP-Adapter for embeddings of 24 numbers, in its file's names."""
+    torch.manual_seed(0)
+    width = unet.config.cross_attention_dim
+    weights = dict[str, Tensor]()
+    crossing = [name for name in unet.attn_processors if "attn2" in name]
+    for number, name in enumerate(crossing):
+        out = unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape[0]
+        for part in ("to_k_ip", "to_v_ip"):
+            weights[f"{2 * number + 1}.{part}.weight"] = torch.randn(out, width)
+    projection = {
+        "proj.weight": torch.randn(4 * width, 24),
+        "proj.bias": torch.randn(4 * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    return {"image_proj": projection, "ip_adapter": weights}
 
 
 def test_callback_that_raises_leaves_nothing_behind(export: Path) -> None:

@@ -58,6 +58,15 @@ def test_sound_is_saved_as_wave(sound: Any, tmp_path: Path) -> None:  # noqa: AN
     assert np.asarray(still(work)).min() == 0
 
 
+def test_embedding_is_shown_as_the_mean_of_its_channels(tmp_path: Path) -> None:
+    values = pixels(16, 8, 6) * 9 - 4
+    (picture,) = works_of(([values],))
+    assert save(picture, tmp_path / "e").suffix == ".png"
+    mean = values.mean(axis=0)
+    shown = np.asarray(picture, np.float32) / 255
+    assert abs(shown - (mean - mean.min()) / np.ptp(mean)).max() < 0.01
+
+
 def test_a_tuple_holds_what_was_made() -> None:
     assert works_of(([RED],)) == [RED]
 

@@ -25,6 +25,7 @@ def denoise(
     image_rotary_emb: tuple[Tensor, ...] = (),
     encoder_hidden_states: Tensor | None = None,
     strength: float = 1.0,
+    encoder_hidden_states_llama3: Tensor | None = None,
 ) -> Tensor:
     """Takes every kind of argument that diffusers' denoisers take; rows do not mix."""
     moment = torch.as_tensor(timestep)
@@ -69,6 +70,15 @@ def test_rows_of_a_call_give_the_rows_of_its_output() -> None:
         assert torch.equal(part.output, whole.output[rows])
         torch.testing.assert_close(denoise(**part.arguments), part.output)
     assert (part.component, part.timestep) == (whole.component, whole.timestep)
+
+
+def test_hidden_states_of_several_layers_have_their_rows_second() -> None:
+    layers = draw(3, 3, 4)  # as many layers as rows
+    whole = call(1, torch.tensor(7), encoder_hidden_states_llama3=layers)
+    part = take_rows(whole, torch.tensor([2, 0]))
+    assert torch.equal(part.arguments["encoder_hidden_states_llama3"], layers[:, [2, 0]])
+    (joined,) = join_rows([(whole, 1), (whole, 2)])
+    assert torch.equal(joined.arguments["encoder_hidden_states_llama3"], layers[:, [1, 2]])
 
 
 def test_what_has_no_batch_is_left_whole_by_taking_rows() -> None:

@@ -27,32 +27,44 @@ _WAVE_SIZE = (256, 64)  # pixels of a drawn wave
 
 def works_of(result: Made) -> list[Work]:
     """Return what a pipeline made, one by one."""
-    names = ("images", "frames", "audios")
+    if hasattr(result, "audios"):
+        return [_array(sound) for sound in result.audios]
+    names = ("images", "frames")
     made = next((getattr(result, name) for name in names if hasattr(result, name)), None)
-    made = result[0] if made is None else made
-    return [_work(each) for each in made]
+    return [_work(each) for each in (result[0] if made is None else made)]
+
+
+def _array(made: Made) -> np.ndarray:
+    return made.detach().float().cpu().numpy() if isinstance(made, torch.Tensor) else made
 
 
 def _work(made: Made) -> Work:
+    """Return a picture or the frames of a video."""
     if isinstance(made, Image.Image):
         return made
     if isinstance(made, list | tuple):
         return [_picture(frame) for frame in made]
-    values = made.detach().float().cpu().numpy() if isinstance(made, torch.Tensor) else made
-    if values.ndim <= 2:
-        return np.asarray(values)
+    values = _array(made)
+    if values.ndim <= 2:  # an embedding
+        return _drawn(values)
     if values.ndim == 4:
         return [_picture(frame) for frame in values]
     return _picture(values)
 
 
 def _picture(made: Made) -> Image.Image:
-    """Return a frame as a picture; arrays have values of 0 to 1 and channels first or last."""
+    """Return a frame as a picture; arrays have values of 0 to 1 and channels first or last.
+
+    Of an embedding, which has more channels, the mean over them is shown.
+    """
     if isinstance(made, Image.Image):
         return made
     values = np.asarray(made, dtype=np.float32)
     if values.shape[0] in (1, 3) and values.shape[-1] not in (1, 3):
         values = values.transpose(1, 2, 0)
+    if values.shape[-1] not in (1, 3):  # an embedding of a picture
+        values = np.nan_to_num(values.mean(axis=0, keepdims=True).transpose(1, 2, 0))
+        values = (values - values.min()) / max(np.ptp(values), np.finfo(np.float32).tiny)
     pixels = (values.clip(0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 

@@ -16,6 +16,8 @@ _POSITIONS = ("img_ids", "txt_ids", "image_rotary_emb", "padding_mask")
 # Arguments that may have several entries for each row of the batch, one after another (one a frame
 # of a video).
 _FOLDED = ("encoder_hidden_states",)
+# Arguments whose second dimension is the batch: hidden states of several layers of an encoder.
+_STACKED = ("encoder_hidden_states_llama3",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +93,10 @@ class _Items:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Some rows of a tensor whose first dimension is the batch."""
+    """Some rows of a tensor, and the dimension that is the batch."""
 
     values: Tensor
+    dim: int = 0
 
 
 def _take_all(call: DenoiserCall, arguments: dict[str, Any], rows: Tensor) -> dict[str, Any]:
@@ -111,6 +114,8 @@ def _take(value: Any, rows: Tensor, batch: int, name: str = "") -> Any:  # noqa:
     """Return a tree of arguments with `_Rows` for every tensor that has rows."""
     if name in _POSITIONS:
         return value
+    if isinstance(value, Tensor) and name in _STACKED:
+        return _Rows(value[:, rows], dim=1)
     if isinstance(value, Tensor):
         if not value.ndim or not (
             len(value) == batch or (name in _FOLDED and len(value) % batch == 0)
@@ -149,7 +154,7 @@ def _merge(trees: Sequence[Any]) -> Any:  # noqa: ANN401 (trees of arguments)
     """Return one tree of batches."""
     first = trees[0]
     if isinstance(first, _Rows):
-        return torch.cat([tree.values for tree in trees])
+        return torch.cat([tree.values for tree in trees], dim=first.dim)
     if isinstance(first, _Items):
         return list(itertools.chain.from_iterable(tree.values for tree in trees))
     if isinstance(first, dict):

@@ -157,9 +157,10 @@ def call_pipeline(
         first: index of the first image of the batch, which fixes the seeds.
         output_type: ``pil``, or ``latent`` to skip the decoder.
     """
+    count = len(conditions)
     options = {
-        "generator": _generators(sampling.seed + first, len(conditions)),
-        "output_type": output_type,
+        "generator": _generators(sampling.seed + first, count),
+        "output_type": output_type if _decodes(pipe) else None,
         **sampling.arguments(),
     }
     parameters = inspect.signature(pipe.__call__).parameters
@@ -167,12 +168,17 @@ def call_pipeline(
         key: value for key, value in options.items() if key in parameters and value is not None
     }
     arguments |= arguments_of(pipe, conditions)
-    arguments |= pictures_of(pipe, sampling, first, len(conditions))
+    arguments |= pictures_of(pipe, sampling, first, count)
     _refuse_missing(pipe, parameters, arguments)
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
     try:
         result = pipe(**arguments)
+    except NotImplementedError as error:
+        if "tiling" not in str(error):
+            raise
+        pipe.vae.enable_tiling()  # some decoders work in no other way
+        result = pipe(**{**arguments, "generator": _generators(sampling.seed + first, count)})
     except TypeError as error:
         if "ScalarType" not in str(error):
             raise
@@ -185,6 +191,12 @@ def call_pipeline(
     from msfp_cli.pipelines.media import works_of
 
     return works_of(result)
+
+
+def _decodes(pipe: Pipeline) -> bool:
+    """Whether a pipeline has a network that decodes latents: others have no type of output."""
+    parts = getattr(pipe, "components", {}).values()
+    return any(hasattr(part, "decode") and hasattr(part, "parameters") for part in parts)
 
 
 def _refuse_missing(
