@@ -129,7 +129,8 @@ def _is_later(work: Path, directory: Path) -> bool:
     """Whether parts were made after a directory, which is then not the one they were made for."""
     mark = directory / MARK
     since = mark.stat().st_mtime_ns if mark.exists() else 0
-    return any(path.stat().st_mtime_ns > since for path in work.rglob("*"))
+    files = (path for path in work.rglob("*") if path.is_file())  # deleting changes directories
+    return any(path.stat().st_mtime_ns > since for path in files)
 
 
 def claim(directory: Path, patterns: tuple[str, ...]) -> None:
