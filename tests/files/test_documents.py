@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fuzz.worker import Write, in_child, outcome_of
 from msfp_cli.errors import CheckpointError, RunError, UsageError
 from msfp_cli.files.documents import (
     Json,
@@ -20,6 +21,7 @@ from msfp_cli.files.documents import (
     refuse_altered,
     write_json,
 )
+from troubles import drop_rights
 
 # Reading: whatever is wrong with a file becomes one line that names it and ends with what to type.
 
@@ -114,6 +116,17 @@ def test_missing_file_says_what_to_type(tmp_path: Path, reader: str, name: str) 
     (tmp_path / "a file").write_text("")
     with pytest.raises(RunError, match=f"/{name} is missing; run `msfp again`$"):
         READERS[reader](tmp_path / name)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_file_that_may_not_be_read_is_not_called_missing(tmp_path: Path, reader: str) -> None:
+    (tmp_path / "x").touch(0o000)
+
+    def read(write: Write) -> None:
+        drop_rights()
+        write(outcome_of(lambda path: str(READERS[reader](path)), tmp_path / "x", ""))
+
+    assert "x cannot be read: Permission denied" in in_child(read).words
 
 
 @pytest.mark.parametrize("keep", [0, 7, 60, -1])

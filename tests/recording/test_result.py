@@ -263,6 +263,15 @@ def test_another_recipe_is_refused_and_the_recording_stays(tmp_path: Path) -> No
     assert make(tmp_path).missing_shards() == [1]
 
 
+def test_shards_that_lost_their_manifest_are_taken_for_no_other_recording(tmp_path: Path) -> None:
+    make(tmp_path).write_shard(0, [call()])
+    (tmp_path / "recording.json").unlink()
+    for recipe, shards in (({**RECIPE, "record": {}}, 2), (RECIPE, 3)):
+        with pytest.raises(RunError, match="00000.safetensors was recorded with other settings"):
+            make(tmp_path, shards, recipe)
+    assert make(tmp_path).missing_shards() == [1]
+
+
 def test_no_recording_says_what_makes_one(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no recording.*msfp calibrate"):
         Recording(tmp_path)
@@ -278,6 +287,8 @@ def test_no_recording_says_what_makes_one(tmp_path: Path) -> None:
         "{}",
         '{"recipe": {}}',
         '{"schema": 1, "num_shards": 2}',
+        '{"schema": 1, "recipe": {}, "num_shards": 1000000000}',
+        '{"schema": 1, "recipe": {}, "num_shards": 0}',
         "\x00\x01",
         "{}{}",
     ],
