@@ -23,8 +23,8 @@ from msfp_cli.progress import Progress
 from msfp_cli.recording.probe import probe
 from msfp_cli.recording.recipe import RecordRecipe
 
-_SEARCH_SECONDS = 0.5  # for a million weights
-_ROUNDING_SECONDS = 0.5
+_SEARCH_SECONDS = 0.2  # for a million weights
+_ROUNDING_SECONDS = 2.0
 _LONG = 120  # seconds; whatever takes less is not announced
 _LOWER = {
     "recording": "fewer --num-images or --steps",
