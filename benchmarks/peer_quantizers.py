@@ -328,6 +328,12 @@ METHODS = (
     Method("FP4, signed", "4/4", msfp, {"formats": "signed", "lift": 0.0}),
     Method("msfp, calibrated, 8-bit inputs", "4/8", msfp, {"activations": 8}),
     Method("msfp, calibrated", "4/4", msfp),
+    Method(
+        "msfp, calibrated, 8-bit inputs at 40% of the steps",
+        "4/4 and 8",
+        msfp,
+        {"input_lift": 0.4},
+    ),
     Method("msfp, fine-tuned, 8-bit inputs", "4/8", msfp_finetuned, {"inputs": 8}),
     Method("msfp, fine-tuned", "4/4", msfp_finetuned, {"inputs": 4}),
 )
