@@ -288,9 +288,9 @@ def page(results: Mapping[str, Mapping[str, str]]) -> str:
     lines = [
         "# Families",
         "",
-        "Every pipeline of diffusers that its own tests build from tiny random parts, through the "
-        f"whole chain, one picture a call. {len(passed)} of {len(built)} pass each step. Written "
-        f"by `python tests/families.py CHECKOUT` with {versions}.",
+        "Pipelines of diffusers that its own tests build from tiny random parts, through the whole "
+        f"chain, one picture a call. {len(passed)} of the {len(built)} that were tried pass each "
+        f"step. Written by `python tests/families.py CHECKOUT` with {versions}.",
         "",
         f"| pipeline | {' | '.join(STEPS)} |",
         "|---" * (len(STEPS) + 1) + "|",
@@ -322,8 +322,8 @@ def main() -> None:
     for name, result in outcomes(arguments.checkout, arguments.only):
         results[name] = result
         print(name, result, flush=True)
-    if arguments.write or not arguments.only:
-        PAGE.write_text(page(results), "utf-8")
+        if arguments.write or not arguments.only:  # a run that is stopped leaves what it has
+            PAGE.write_text(page(results), "utf-8")
 
 
 if __name__ == "__main__":
