@@ -77,10 +77,13 @@ def wider_inputs(calibration: Calibration, device: str | None) -> str:
         return ""
     if choose_device(device) != "cpu" or not runs_on_this_cpu():
         return ""
+    change = f"with --activations {BYTE_BITS} --overwrite"
+    if calibration.recipe.input_lift:
+        change += ", and without --input-lift,"
     return (
         f"inputs of {BYTE_BITS} bits take the same products on this CPU as those of {bits}; "
-        f"the same `msfp calibrate` with --activations {BYTE_BITS} --overwrite has a smaller "
-        "error, and makes the export a little larger"
+        f"the same `msfp calibrate` {change} has a smaller error, and makes the export a little "
+        "larger"
     )
 
 
