@@ -366,6 +366,7 @@ ELSEWHERE = {
     "is not a text encoder of this pipeline": "tests/streaming/test_quantize.py",
     "--num-processes 1 needs less": "tests/commands/test_launch.py",
     "has a smaller error": "tests/test_status.py",
+    "with --activations {} --overwrite": "tests/commands/test_app.py",
     "{} --run {}": "tests/test_status.py",
     " --prompt {}": "tests/test_status.py",
     "msfp finetune --restart": "tests/test_status.py",

@@ -388,10 +388,12 @@ def quick(monkeypatch: pytest.MonkeyPatch, tiny: Callable[[str], Path]) -> Itera
         print(f"would launch {num_processes} processes")
         return 0
 
-    def load_locally(source: ModelSource, device: str | None = None) -> DiffusionPipeline:
+    def load_locally(
+        source: ModelSource, device: str | None = None, *, streamed: bool = False
+    ) -> DiffusionPipeline:
         if source.model.count("/") == 1:
             source = dataclasses.replace(source, model=str(tiny("StableDiffusionPipeline")))
-        return load_pipeline(source, device)
+        return load_pipeline(source, device, streamed=streamed)
 
     monkeypatch.setattr(
         "msfp_cli.pipelines.loading.built_in_directory", lambda: tiny("StableDiffusionPipeline")

@@ -16,10 +16,11 @@ from conftest import QUICK, Chained, Invoke
 from msfp_cli.calibration.calibrate import calibrate_
 from msfp_cli.calibration.denoiser_search import held_out_error, observed_shards
 from msfp_cli.calibration.layer_search import LIFTED_BITS
+from msfp_cli.calibration.observe import refuse_not_finite
 from msfp_cli.calibration.quantize import quantize_
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration, LayerChoice
-from msfp_cli.errors import CalibrationError, CheckpointError, RunError
+from msfp_cli.errors import CalibrationError, CheckpointError, ModelError, RunError
 from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
 from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, load_pipeline
 from msfp_cli.recording.result import Recording
@@ -259,9 +260,13 @@ def test_weight_that_is_not_finite_is_named(
 ) -> None:
     tiny_pipe.unet.get_submodule(name).weight.data.view(-1)[3] = value
     with pytest.raises(
-        CalibrationError, match=rf"the weight of layer '{name}' holds a NaN or infinity"
+        ModelError, match=rf"the tensor {name}.weight in the files of unet holds a NaN or infinity"
     ):
         calibrate_(tiny_pipe, *tiny_recordings, QUICK)
+    with pytest.raises(  # as for weights that stay in their files until they are read
+        CalibrationError, match=rf"the weight of layer '{name}' holds a NaN or infinity"
+    ):
+        refuse_not_finite(tiny_pipe.unet)
 
 
 @pytest.mark.parametrize("value", [NAN, -INFINITY], ids=["nan", "infinity"])
@@ -389,7 +394,7 @@ def test_broken_calibration_is_refused_in_one_helpful_line(
 
 def test_missing_calibration_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="run `msfp calibrate` first"):
-        Calibration.load(tmp_path)
+        Calibration.load(tmp_path / "calibration")
 
 
 @pytest.mark.parametrize(

@@ -487,7 +487,8 @@ def test_pipeline_without_a_denoiser_is_one_helpful_line(
     # diffusers saves no pipeline without its parts, hence this one is made here.
     tiny_pipe.register_modules(unet=None)
     monkeypatch.setattr(
-        "msfp_cli.calibration.calibrate.load_pipeline", lambda source, device: tiny_pipe
+        "msfp_cli.calibration.calibrate.load_pipeline",
+        lambda source, device, streamed: tiny_pipe,
     )
     assert only_line(msfp("calibrate"), 1).startswith("DDIMPipeline has no denoiser")
 

@@ -53,7 +53,7 @@ def test_cost_is_that_of_a_process_of_its_own(tiny_source: ModelSource) -> None:
 def test_peak_memory_is_neither_the_parents_nor_what_is_held_now() -> None:
     ballast = torch.ones(500 * MIB, dtype=torch.uint8)
     assert resident_bytes() > 500 * MIB
-    code = "from msfp_cli.evaluation.cost import _peak_bytes\n{}\nprint(_peak_bytes())"
+    code = "from msfp_cli.memory import peak_bytes\n{}\nprint(peak_bytes())"
     small = int(python(code.format("")))
     assert 5 * MIB < small < 200 * MIB
     large = int(python(code.format("held = b'x' * (300 << 20); del held")))
@@ -114,7 +114,12 @@ def test_process_is_told_all_and_its_last_line_counts(
     assert measure() == cost
     assert json.loads((tmp_path / "asked").read_text()) == {
         "source": ModelSource(model="a/model").to_json(),
-        "sampling": {"num_inference_steps": 3, "guidance_scale": 1.5},
+        "sampling": {
+            "num_inference_steps": 3,
+            "guidance_scale": 1.5,
+            "seed": 0,
+            "batch_size": 8,
+        },
         "conditions": ["a cat", "1"],
         "device": "cpu",
         "kernel": None,

@@ -500,7 +500,7 @@ def test_finished_evaluation_is_read_and_not_drawn_again(
 ) -> None:
     place = copied(evaluated.directory)
     for name in (
-        "msfp_cli.evaluation.gallery.call_pipeline",
+        "msfp_cli.evaluation.gallery.draw_stills",
         "msfp_cli.recording.record.call_pipeline",
         "msfp_cli.evaluation.metrics.denoisers.output_error",
     ):

@@ -6,7 +6,7 @@ import pytest
 
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import Grid
-from msfp_cli.layers.routing import check_unit
+from msfp_cli.layers.clock import Clock
 from msfp_cli.layers.scheme import MAX_HUB, LayerScheme
 
 E2M1 = FloatFormat.parse("e2m1")
@@ -34,5 +34,5 @@ def test_a_hub_has_members_that_a_byte_can_count(hub: int) -> None:
 @pytest.mark.parametrize("unit", [0.0, math.nan, 1e300, -1.0, None, "x"])
 def test_a_unit_brings_timesteps_to_thousands(unit: object) -> None:
     with pytest.raises(ValueError, match="neither 1 nor 1000"):
-        check_unit(unit)
-    assert (check_unit(1), check_unit(1000.0)) == (1.0, 1000.0)
+        Clock.of_unit(unit)
+    assert (Clock.of_unit(1).scale, Clock.of_unit(1000.0).scale) == (1.0, 1000.0)

@@ -34,7 +34,11 @@ def test_summary_counts_layers_and_unsigned_inputs(
     schemes = read_configs(tiny_tuned.export)["unet"].table().values()
     grids = [scheme.input for scheme in schemes if scheme.input is not None]
     unsigned = sum(not grid.format.signed for grid in grids)
-    expected = f"{len(schemes)} layers quantized, {unsigned} of {len(grids)} inputs unsigned; "
+    bits = tiny_tuned.calibration.input_bits("unet")
+    expected = (
+        f"{len(schemes)} layers quantized, {unsigned} of {len(grids)} inputs unsigned, "
+        f"of {bits:.1f} bits on average; "
+    )
     assert document["summary"].startswith(expected)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from msfp_cli.errors import ModelError, UsageError
 from msfp_cli.files.documents import digest
 from msfp_cli.layers.clock import TRAINING_CLOCK, Clock
-from msfp_cli.layers.streamed import weight_in_memory
+from msfp_cli.layers.streamed import is_streamed, weight_in_memory
 from msfp_cli.pipelines.loading import Pipeline
 
 # The names under which most pipelines of diffusers keep their denoisers, for pipelines that are
@@ -135,9 +135,12 @@ def refuse_broken(component: str, denoiser: nn.Module) -> None:
     Raises:
         ModelError: the message names the tensor and where it lies.
     """
+    modules = denoiser.named_modules()
+    # Streamed weights are checked when they are read.
+    elsewhere = {f"{name}.weight" for name, module in modules if is_streamed(module)}
     for name, parameter in denoiser.named_parameters():
-        # Others may be there for other tasks, and streamed ones are checked when they are read.
-        is_checked = name.endswith((".weight", ".bias")) and not parameter.is_meta
+        # Parameters with other names may be there for other tasks.
+        is_checked = name.endswith((".weight", ".bias")) and name not in elsewhere
         if is_checked and not torch.isfinite(parameter).all():
             raise ModelError(
                 f"the tensor {name} in the files of {component} holds a NaN or infinity, so the "

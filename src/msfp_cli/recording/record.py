@@ -2,6 +2,7 @@
 
 import inspect
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -191,7 +192,9 @@ def _learn_clocks(pipe: Pipeline, recipe: RecordRecipe, progress: Progress) -> C
     first = replace(recipe, num_inference_steps=None if steps is None else max(2, steps))
 
     def draw() -> None:
-        call_pipeline(pipe, recipe.conditions[:1], first, output_type="latent")
+        with warnings.catch_warnings():  # a model that overflows is told so when it is recorded
+            warnings.simplefilter("ignore", RuntimeWarning)
+            call_pipeline(pipe, recipe.conditions[:1], first, output_type="latent")
 
     with progress.task("Watching a first picture", None):
         return learn_clocks(pipe, draw)
