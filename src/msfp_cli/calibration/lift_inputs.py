@@ -2,9 +2,9 @@
 
 What 8 bits gain at a timestep is measured where it counts: the stock pipeline draws a few of the
 recorded pictures again, in full precision but for the inputs at that timestep, which are rounded as
-they would be without a lift, and the error of the final sample is taken. Measures that look at the
-denoiser alone do worse (docs/calibration.md): the error of its output is largest at the last
-timesteps, but an error at the first changes the course that a picture takes (ours).
+they would be without a lift, and the error of the final sample is taken (ours). The error of the
+denoiser's output would not say: it is largest at the last timesteps, but an error at the first ones
+changes the course that a picture takes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

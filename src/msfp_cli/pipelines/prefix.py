@@ -86,12 +86,13 @@ def _answering(block: nn.Module, output: object) -> Iterator[None]:
 
 def _versions(output: object) -> list[int]:
     """Return how often each tensor of an output was written to."""
-    return [tensor._version for tensor in _tensors(output)]
+    return [tensor._version for tensor in tensors_of(output)]
 
 
-def _tensors(output: object) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict | list | tuple):
-        for item in output.values() if isinstance(output, dict) else output:
-            yield from _tensors(item)
+def tensors_of(value: object) -> Iterator[Tensor]:
+    """Yield the tensors of a tree of arguments or outputs."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_of(item)

@@ -1,15 +1,15 @@
 """Call the denoiser once, as a recording would, to know what all of its calls will take."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import Pipeline
+from msfp_cli.pipelines.prefix import tensors_of
 from msfp_cli.pipelines.sampling import call_pipeline
 from msfp_cli.recording.recipe import RecordRecipe
 
@@ -60,9 +60,9 @@ def probe(pipe: Pipeline, recipe: RecordRecipe) -> CallCost:
     if not passed:
         return CallCost(seconds=0.0, rows=1, steps=1, num_bytes=0)
     args, kwargs, output = passed
-    outputs = list(_tensors(output))
+    outputs = list(tensors_of(output))
     output_bytes = sum(tensor.nbytes for tensor in outputs)
-    first_bytes = output_bytes + sum(tensor.nbytes for tensor in _tensors((args, kwargs)))
+    first_bytes = output_bytes + sum(tensor.nbytes for tensor in tensors_of((args, kwargs)))
     steps = len(getattr(getattr(pipe, "scheduler", None), "timesteps", (0,)))
     return CallCost(
         seconds=_seconds(denoiser, args, kwargs),
@@ -75,19 +75,10 @@ def probe(pipe: Pipeline, recipe: RecordRecipe) -> CallCost:
 @torch.no_grad()
 def _seconds(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     start = time.perf_counter()
-    for tensor in _tensors(module(*args, **kwargs)):
+    for tensor in tensors_of(module(*args, **kwargs)):
         tensor.cpu()  # waits for an accelerator
     return time.perf_counter() - start
 
 
 def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    """Yield the tensors of a tree of arguments or outputs."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
