@@ -59,6 +59,18 @@ def test_an_altered_file_is_named_before_what_it_breaks(sealed: Path) -> None:
         raise ValueError("it is in no known format")
 
 
+def test_nothing_is_compared_again_inside_of_a_comparison(
+    sealed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+    monkeypatch.setattr(
+        Seal, "refuse_altered", lambda _self, _directory, names, **_: compared.extend(names)
+    )
+    with checked(sealed, redo=REDO), checked(sealed, redo=REDO):
+        pass
+    assert sorted(compared) == sorted(Seal.of(sealed).files)
+
+
 def test_files_that_nothing_loads_may_be_added(sealed: Path) -> None:
     (sealed / "README.md").write_text("mine")
     (sealed / "pictures").mkdir()

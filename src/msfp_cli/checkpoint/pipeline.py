@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from msfp_cli.checkpoint.engine import attach_engine_, device_of, engine_of, is_
 from msfp_cli.checkpoint.quantizer import METHOD, MSFPConfig
 from msfp_cli.errors import ModelError
 from msfp_cli.files.documents import Json, open_tensors, read_json, require_file
-from msfp_cli.files.seal import REDO, Seal, unchecked
+from msfp_cli.files.seal import REDO, Seal, checked, unchecked
 from msfp_cli.layers.prepare import AUTO, prepare_
 from msfp_cli.layers.replace import quantized_layers, select_layers
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
@@ -149,7 +148,7 @@ class MSFPPipeline:
         device = device_of(kernel, device)
         configs = read_configs(directory)
         name = None if dtype is None else str(dtype).removeprefix("torch.")
-        with nullcontext() if check else unchecked():
+        with checked(directory, redo=REDO) if check else unchecked():
             pipe = load_pipeline(ModelSource(model=str(directory), dtype=name), device)
             if is_engine(kernel):
                 attach_engine_(pipe, times_of(configs), kernel, directory, progress)

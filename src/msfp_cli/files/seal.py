@@ -31,7 +31,7 @@ REDO = (
 )
 _SCHEMA = 1
 _IS_CHECKED = ContextVar("is_checked", default=True)
-# Files that are being compared with their seal while the context is open.
+# Files that are being compared with their seal while the context is open, and the seals themselves.
 _COMPARED: ContextVar[frozenset[Path]] = ContextVar("compared", default=frozenset())
 # What `atomic` and `directories` call a file or a directory that is not finished.
 _TEMPORARY = re.compile(r"\.(.+?)\.msfp-(tmp|old)")
@@ -194,14 +194,16 @@ def checked(directory: Path, *, redo: str) -> Iterator[None]:
     """Compare a directory with its seal; without a seal there is nothing to compare.
 
     Names, sizes and all small files are compared before the block runs, and safetensors files in a
-    thread beside it, because hashing them takes as long as reading them. What they say comes before
-    any error of the block, which has read the same files.
+    thread beside it, because hashing them takes longer than loading them: let the block do whatever
+    comes after loading, too. What they say comes before any error of the block, which has read the
+    same files. Inside of a block nothing is compared again.
 
     Raises:
         CheckpointError: a file is altered, or was added where a loader reads it.
         RunError: a file is missing.
     """
-    seal = Seal.load(directory, redo=redo) if is_checked() else None
+    is_needed = is_checked() and not is_compared(directory / MARK)
+    seal = Seal.load(directory, redo=redo) if is_needed else None
     if seal is None:
         yield
         return
@@ -210,7 +212,7 @@ def checked(directory: Path, *, redo: str) -> Iterator[None]:
     seal.refuse_altered(directory, seal.files.keys() - set(large), redo=redo)
     with ThreadPoolExecutor(1) as pool:
         comparison = pool.submit(seal.refuse_altered, directory, large, redo=redo)
-        token = _COMPARED.set(frozenset((directory / name).resolve() for name in large))
+        token = _COMPARED.set(frozenset((directory / name).resolve() for name in (MARK, *large)))
         try:
             yield
         finally:
