@@ -1,7 +1,7 @@
 """Time and memory of one denoiser call: full precision, msfp, and the peers that run on a CPU.
 
     python benchmarks/execution.py --work DIR [--models a,b] [--threads 1,2] [--only TEXT]...
-        [--skip TEXT] [--calls N] [--peers PYTHON] [--profile] [--markdown FILE]
+        [--skip TEXT] [--calls N] [--peers PYTHON] [--markdown FILE]
 
 Three denoisers are measured: the built-in pipeline's UNet with 16 rows; a UNet with the
 configuration of Stable Diffusion 1.5, latents of 64x64, 2 rows; and a DiTTransformer2DModel with
@@ -28,8 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -377,65 +376,6 @@ def measure(path: Path, name: str, row: str, calls: int) -> Arguments:
     }
 
 
-# Where the time of a call goes.
-
-
-@contextmanager
-def named_rounding() -> Iterator[None]:
-    """Let the profiler see the rounding of inputs as one thing."""
-    from msfp_cli.layers.kernels import cpu
-
-    plain = cpu.round_to_bytes
-
-    def named(*arguments: Any) -> list[Tensor]:  # noqa: ANN401
-        with torch.profiler.record_function("msfp: rounding inputs"):
-            return plain(*arguments)
-
-    cpu.round_to_bytes = named  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        cpu.round_to_bytes = plain
-
-
-KINDS = {
-    "8-bit products": ("onednn::q",),
-    "rounding inputs": ("msfp: rounding",),
-    "attention": ("aten::scaled_dot_product_attention",),
-    "norms": ("aten::group_norm", "aten::layer_norm"),
-    "activation functions": ("aten::silu", "aten::gelu"),
-}
-
-
-@torch.no_grad()
-def profile(path: Path, name: str) -> dict[str, float]:
-    """Return the seconds of one call by kind of work."""
-    denoiser = load_msfp(path, name, "cpu")
-    arguments = inputs_of(name, denoiser)
-    denoiser(**arguments)
-    with (
-        named_rounding(),
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler,
-    ):
-        start = time.perf_counter()
-        denoiser(**arguments)
-        total = time.perf_counter() - start
-    seconds = dict.fromkeys(KINDS, 0.0)
-    for event in profiler.key_averages():
-        for kind, names in KINDS.items():
-            if event.key.startswith(names):
-                seconds[kind] += event.cpu_time_total / 1e6
-    return {**seconds, "everything else": total - sum(seconds.values()), "the whole call": total}
-
-
-def profile_table(name: str, seconds: dict[str, float]) -> list[str]:
-    """Return the table of where a model's time goes."""
-    lines = [f"### {TITLES[name]}", "", "| | seconds | share |", "|---|---|---|"]
-    for kind, value in seconds.items():
-        lines.append(f"| {kind} | {value:.3f} | {value / seconds['the whole call']:.0%} |")
-    return lines
-
-
 # The table.
 
 
@@ -520,7 +460,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calls", type=int, default=3, help="counted calls")
     parser.add_argument("--timeout", type=float, default=900, help="seconds that a row may take")
     parser.add_argument("--peers", help="a Python where the peers are installed")
-    parser.add_argument("--profile", action="store_true", help="show where the time goes instead")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file as well")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -556,9 +495,6 @@ def main() -> None:
     lines = [f"torch {torch.__version__}, {arguments.calls} calls a row; {instruction_sets()}", ""]
     for name in arguments.models.split(","):
         make(arguments.work, name)
-        if arguments.profile:
-            lines += [*profile_table(name, profile(arguments.work, name)), ""]
-            continue
         for threads in arguments.threads.split(","):
             lines += [*measure_rows(arguments, name, threads), ""]
     print("\n".join(lines))

@@ -74,9 +74,18 @@ def test_execution_compares_kernels_with_float32(tmp_path: Path) -> None:
     assert reference[0] == "msfp reference" and float(reference[4]) < 0.25
     peer = run_script("benchmarks/execution.py", *options, "--only", "quanto qint8")[-1]
     assert peer.startswith("| quanto qint8 | give --peers")
-    assert run_script("benchmarks/execution.py", *options, "--profile")[-1].startswith(
-        "| the whole call | "
-    )
+
+
+@linux_only
+def test_where_time_goes_shows_the_kernel_and_the_engine(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    made = ("--work", tmp_path, "--models", "tiny", "--calls", 1, "--only", "msfp openvino")
+    run_script("benchmarks/execution.py", *made)
+    lines = run_script("benchmarks/where_time_goes.py", "--work", tmp_path, "--model", "tiny")
+    titles = [line for line in lines if line.startswith("###")]
+    assert [title.split(",")[0] for title in titles] == ["### kernel `cpu`", "### msfp in OpenVINO"]
+    assert sum(line.startswith("| 8-bit products | 0.") for line in lines) == 2
+    assert lines[-1].startswith("| the whole call | ")
 
 
 def test_ablation_climbs_a_rung(tiny: Callable[[str], Path], tmp_path: Path) -> None:
@@ -171,7 +180,8 @@ def test_busy_machine_compares_threads_that_spin_and_sleep() -> None:
 
 def test_seal_loads_an_export_with_and_without_the_check() -> None:
     lines = run_script("benchmarks/seal.py", "--tiny", "--loads", 1)
-    assert [line.partition(":")[0] for line in lines[1:]] == ["not checked", "checked", "ratio"]
+    way = ["threads that wait", "not checked", "checked", "ratio"]
+    assert [line.partition(":")[0] for line in lines[1:]] == [*way, *way]
     assert float(lines[-1].split()[-1]) > 0
 
 
