@@ -37,7 +37,7 @@ def test_summary_counts_layers_and_unsigned_inputs(
     bits = tiny_tuned.calibration.input_bits("unet")
     expected = (
         f"{len(schemes)} layers quantized, {unsigned} of {len(grids)} inputs unsigned, "
-        f"of {bits:.1f} bits on average; "
+        f"inputs have {bits:.1f} bits on average; "
     )
     assert document["summary"].startswith(expected)
 

@@ -69,7 +69,7 @@ def _bits_of_inputs(provenance: Provenance) -> str:
     if calibration is None:
         return ""
     bits = [f"{calibration.input_bits(component):.1f}" for component in calibration.layers]
-    return f", of {' and '.join(bits)} bits on average"
+    return f", inputs have {' and '.join(bits)} bits on average"
 
 
 def _finite(value: Json) -> Json:
