@@ -10,8 +10,10 @@ import pytest
 from conftest import Chained, Finetuned, Invoke, only_line
 from msfp_cli.checkpoint.convert import convert_export
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
+from msfp_cli.checkpoint.reseal import reseal
 from msfp_cli.engines import openvino as engine
 from msfp_cli.errors import MsfpError, UsageError
+from msfp_cli.files.seal import MARK
 from msfp_cli.pipelines.sampling import Sampling, call_pipeline
 
 pytest.importorskip("openvino")
@@ -64,6 +66,9 @@ def test_conversion_in_the_export_is_sealed_and_used(
     done = msfp("export", "--run", run, "--engine", "openvino", "--overwrite")
     assert done.exit_code == 0, done.stderr
     (conversion,) = (run / "export" / "openvino").iterdir()
+    before = (run / "export" / MARK).read_bytes()
+    reseal(run / "export")
+    assert (run / "export" / MARK).read_bytes() == before
     pictures(run / "export", "openvino")
     assert not cache.exists()
     with (conversion / "model.bin").open("r+b") as file:

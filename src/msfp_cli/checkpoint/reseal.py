@@ -9,6 +9,7 @@ from msfp_cli.checkpoint.contents import Contents, header_of, model_text
 from msfp_cli.checkpoint.export import sort_header_
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
 from msfp_cli.checkpoint.quantizer import to_text
+from msfp_cli.engines.conversions import CONVERSIONS
 from msfp_cli.files.atomic import replace_file, write_text
 from msfp_cli.files.documents import read_tensors
 from msfp_cli.files.seal import MARK, REDO, Seal, unchecked
@@ -18,7 +19,8 @@ def reseal(directory: Path) -> None:
     """Take an export as it is now for what msfp wrote.
 
     The denoisers' files get the digest and the config of today in their headers, and `msfp.json`
-    names the index and all files of components. What lies beside them stays somebody else's.
+    names the index, all files of components, and conversions for an engine. What lies beside them
+    stays somebody else's.
 
     Raises:
         ModelError, CheckpointError: it cannot be loaded, so it is not sealed.
@@ -26,7 +28,8 @@ def reseal(directory: Path) -> None:
     pipe = MSFPPipeline.from_pretrained(directory, device="cpu", check=False)
     for component, config in pipe.configs.items():
         _rewrite_headers(directory / component, to_text(config))
-    patterns = ("model_index.json", *(f"{name}/*" for name in pipe.pipe.components))
+    components = (f"{name}/*" for name in pipe.pipe.components)
+    patterns = ("model_index.json", *components, *CONVERSIONS)
     write_text(directory / MARK, Seal.of(directory, patterns).to_text())
 
 

@@ -15,10 +15,12 @@ from msfp_cli.errors import MsfpError
 from msfp_cli.files.atomic import remove
 from msfp_cli.files.directories import replace_directory
 from msfp_cli.files.documents import Json
-from msfp_cli.files.seal import Seal
+from msfp_cli.files.seal import MARK, Seal
 
 FOLDER = "openvino"  # in an export, and in the cache
 _MODEL = "model.xml"
+# What conversions are in an export, as patterns of `Seal`.
+CONVERSIONS = tuple(f"{FOLDER}/*/{name}" for name in (_MODEL, "model.bin", MARK))
 _MOST = 6  # conversions that the cache keeps
 _SCHEMA = 1  # of what is traced; a change makes older conversions useless
 
