@@ -46,3 +46,10 @@ def test_tokenizer_that_pads_beyond_its_encoder_is_refused(model: Path) -> None:
         ModelError, match="tokenizer pads prompts to 1000000000 tokens, .* takes 77"
     ):
         load_pipeline(ModelSource(model=str(model)), "cpu")
+
+
+@pytest.mark.parametrize("length", [[], "77", -1, 0, 77.5, True, {}])
+def test_tokenizer_without_a_number_of_tokens_is_refused(model: Path, length: object) -> None:
+    change(model / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+    with pytest.raises(ModelError, match="not a whole number of at least 1; set model_max_length"):
+        load_pipeline(ModelSource(model=str(model)), "cpu")

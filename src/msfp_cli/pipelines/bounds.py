@@ -67,19 +67,31 @@ def _numbers(value: Json, key: str = "") -> Iterator[tuple[str, int]]:
 
 
 def refuse_endless_prompts(components: Json) -> None:
-    """Refuse a tokenizer that pads prompts to more tokens than its CLIP text encoder can take.
+    """Refuse a tokenizer whose limit is no number of tokens, or more than its encoder can take.
 
     Raises:
-        ModelError: its ``model_max_length`` is larger than the encoder has positions.
+        ModelError: its ``model_max_length`` is not a whole number of at least 1, or it belongs to a
+            CLIP text encoder and is larger than that has positions.
     """
     for name, tokenizer in components.items():
-        encoder = components.get(name.replace("tokenizer", "text_encoder"))
-        config = getattr(encoder, "config", None)
-        if "tokenizer" not in name or getattr(config, "model_type", "") != "clip_text_model":
+        length = getattr(tokenizer, "model_max_length", None) if "tokenizer" in name else None
+        if length is None:
             continue
-        limit = config.max_position_embeddings  # type: ignore[union-attr]
-        if tokenizer is not None and tokenizer.model_max_length > limit:
+        if type(length) is not int or length < 1:
             raise ModelError(
-                f"the {name} pads prompts to {tokenizer.model_max_length} tokens, but its text "
+                f"the {name} cuts prompts to {length!r} tokens, which is not a whole number of at "
+                "least 1; set model_max_length in its tokenizer_config.json"
+            )
+        limit = _positions(components.get(name.replace("tokenizer", "text_encoder")))
+        if limit is not None and length > limit:
+            raise ModelError(
+                f"the {name} pads prompts to {length} tokens, but its text "
                 f"encoder takes {limit}; set model_max_length in its tokenizer_config.json"
             )
+
+
+def _positions(encoder: Json) -> int | None:
+    """Return how many tokens a CLIP text encoder takes, None for other parts."""
+    config = getattr(encoder, "config", None)
+    is_clip = getattr(config, "model_type", "") == "clip_text_model"
+    return config.max_position_embeddings if is_clip else None  # type: ignore[union-attr]
