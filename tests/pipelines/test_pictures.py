@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import diffusers
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+import tiny_pipelines
 from msfp_cli.errors import UsageError
 from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 from msfp_cli.pipelines.pictures import (
@@ -133,6 +135,70 @@ def test_picture_that_cannot_be_read_is_named(tiny: Callable[[str], Path], tmp_p
     )
     with pytest.raises(UsageError, match=r"cannot read the picture .*a\.png"):
         pictures_of(load_pipeline(source, "cpu"), Sampling(images=tmp_path), 0, 1)
+
+
+def enlarging(tiny: Callable[[str], Path]) -> DiffusionPipeline:
+    """Return a pipeline that enlarges a picture of the latents' size, here twice."""
+    parts = load_pipeline(ModelSource(model=str(tiny("StableDiffusionPipeline"))), "cpu").components
+    parts["unet"] = tiny_pipelines._conditional_unet(in_channels=7, num_class_embeds=1000)
+    parts["vae"].register_to_config(scaling_factor=0.08333)
+    names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    return diffusers.StableDiffusionUpscalePipeline(
+        **{name: parts[name] for name in names}, low_res_scheduler=diffusers.DDPMScheduler()
+    )
+
+
+def test_pipeline_that_enlarges_takes_pictures_of_the_size_of_its_latents(
+    tiny: Callable[[str], Path], folder: Path
+) -> None:
+    pipe = enlarging(tiny)
+    assert needs_pictures(pipe)
+    (stand_in,) = pictures_of(pipe, Sampling(), 0, 1)["image"]
+    assert stand_in.size == (16, 16)
+    (made,) = call_pipeline(pipe, ["a cat"], Sampling(num_inference_steps=2))
+    assert made.size == (32, 32)
+    given = Sampling(num_inference_steps=2, images=folder, width=24, height=16)
+    assert call_pipeline(pipe, ["a cat"], given)[0].size == (48, 32)
+
+
+def test_pipeline_that_needs_a_video_says_so_and_what_to_do(tmp_path: Path) -> None:
+    tokenizer = tiny_pipelines._t5_tokenizer()
+    pipe = diffusers.CogVideoXVideoToVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=tiny_pipelines._t5_encoder(tokenizer),
+        vae=None,
+        transformer=diffusers.CogVideoXTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=8, num_layers=1, text_embed_dim=32
+        ),
+        scheduler=diffusers.DDIMScheduler(),
+    )
+    with pytest.raises(UsageError, match="failed without 'video' .*--pipeline CLASS"):
+        call_pipeline(pipe, ["a cat"], Sampling(num_inference_steps=2))
+
+
+class Editing:
+    """A pipeline that needs a picture, and says so nowhere."""
+
+    components: ClassVar[dict[str, object]] = {}
+
+    def __call__(
+        self,
+        prompt: str,
+        image: object = None,
+        ip_adapter_image: object = None,
+        num_inference_steps: int = 2,
+    ) -> None:
+        """Fail as pipelines do."""
+        if num_inference_steps > 5:
+            raise ValueError("too many steps")
+        raise ValueError(f"`image` has to be a picture, not {image}")
+
+
+def test_call_that_fails_for_want_of_a_picture_names_the_option() -> None:
+    with pytest.raises(UsageError, match=r"Editing failed without 'image' \(.*--images"):
+        call_pipeline(Editing(), ["a cat"], Sampling())
+    with pytest.raises(ValueError, match="too many steps"):
+        call_pipeline(Editing(), ["a cat"], Sampling(num_inference_steps=6))
 
 
 @pytest.mark.parametrize("name", ["NoSuchPipeline", "UNet2DModel", "version"])

@@ -6,6 +6,8 @@ for inpainting. All pictures of a call get one size.
 
 import inspect
 import random
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,7 +23,10 @@ _MASK = "mask_image"
 # Arguments and components of pipelines that cannot do without a picture, where the signature has
 # None for its default.
 _SIGNS = ("strength", "control_image", "image_guidance_scale", "mask_image")
-_PARTS = ("controlnet", "low_res_scheduler", "adapter")
+_PARTS = ("controlnet", "low_res_scheduler", "image_noising_scheduler", "adapter")
+_ENLARGING = ("low_res_scheduler", "image_noising_scheduler")  # components; they add noise to it
+# Names of arguments that take pictures, videos or sound; those of an IP-adapter may be left out.
+_MEDIA = re.compile(r"^(?!ip_adapter|num_)(\w+_)?(images?|video|frames|audio)$")
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _SIZE = 512  # of stand-ins for a pipeline that names no size
 _STAND_IN = 8  # pixels of the noise that a stand-in is enlarged from
@@ -58,6 +63,41 @@ def needs_pictures(pipe: Pipeline) -> bool:
     parts = getattr(pipe, "components", {})
     has_signs = any(name in parameters for name in _SIGNS) or any(name in parts for name in _PARTS)
     return bool(names) and (required or has_signs)
+
+
+def refuse_without_media(pipe: Pipeline, given: Collection[str], error: Exception) -> None:
+    """Refuse a call that failed because a picture, video or sound was None, in one line.
+
+    Many pipelines need one and do not say so in their signature.
+
+    Arguments:
+        given: the arguments of the call.
+        error: of the call.
+
+    Raises:
+        UsageError: the error speaks of such an argument, or of None where there is one.
+    """
+    parameters = inspect.signature(pipe.__call__).parameters
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is None and name not in given and _MEDIA.search(name)
+    ]
+    text = str(error) or type(error).__name__
+    named = [name for name in missing if re.search(rf"\b{name}\b", text)]
+    if not named and "NoneType" not in text:
+        return
+    for name in named or missing[:1]:
+        advice = (
+            "give a folder of pictures with --images"
+            if name in _PICTURES
+            else "msfp has no option for it: calibrate the same model as a pipeline that takes "
+            "prompts alone, with --pipeline CLASS; its export serves this one, too"
+        )
+        reason = text.splitlines()[0][:100]
+        raise UsageError(
+            f"{type(pipe).__name__} failed without {name!r} ({reason}); {advice}"
+        ) from error
 
 
 def say_pictures(pipe: Pipeline, settings: PictureSettings, progress: Progress) -> None:
@@ -124,14 +164,18 @@ def _size_of(pipe: Pipeline, settings: PictureSettings, example: "Image | None")
 
 
 def _usual_size(pipe: Pipeline) -> tuple[int, int]:
-    """Return the size of the pictures that a pipeline makes by itself, as far as it says so."""
+    """Return the size of the pictures that a pipeline makes by itself, as far as it says so.
+
+    One that enlarges a picture takes it as large as the latents are.
+    """
     side = getattr(pipe, "default_sample_size", None)
     for name in ("unet", "transformer"):
         config = getattr(getattr(pipe, name, None), "config", {})
         side = side or config.get("sample_size")
     if not isinstance(side, int):
         return _SIZE, _SIZE
-    side *= getattr(pipe, "vae_scale_factor", 1)
+    if not any(name in getattr(pipe, "components", {}) for name in _ENLARGING):
+        side *= getattr(pipe, "vae_scale_factor", 1)
     return side, side
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from msfp_cli.errors import ModelError, UsageError
 from msfp_cli.pipelines.conditions import arguments_of, say_cut_prompts
 from msfp_cli.pipelines.loading import Pipeline
-from msfp_cli.pipelines.pictures import pictures_of, say_pictures
+from msfp_cli.pipelines.pictures import pictures_of, refuse_without_media, say_pictures
 from msfp_cli.progress import Progress
 from msfp_cli.recipe import Recipe, option
 
@@ -179,7 +179,8 @@ def call_pipeline(
             raise
         pipe.vae.enable_tiling()  # some decoders work in no other way
         result = pipe(**{**arguments, "generator": _generators(sampling.seed + first, count)})
-    except TypeError as error:
+    except (TypeError, AttributeError, ValueError) as error:
+        refuse_without_media(pipe, arguments, error)
         if "ScalarType" not in str(error):
             raise
         raise ModelError(
