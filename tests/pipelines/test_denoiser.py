@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from msfp_cli.errors import ModelError, UsageError
 from msfp_cli.pipelines.denoiser import (
     DenoiserCall,
+    denoiser_names,
     find_denoisers,
     fingerprint,
     refuse_changed,
@@ -79,6 +80,30 @@ def test_no_denoiser_names_what_the_pipeline_has() -> None:
         find_denoisers(pipe(vae=nn.Linear(1, 1), scheduler=object(), safety_checker=None))
     with pytest.raises(ModelError, match="it has nothing"):
         find_denoisers(pipe())
+
+
+UNET = ["diffusers", "UNet2DModel"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "names"),
+    [
+        ({"unet": UNET, "controlnet": ["diffusers", "ControlNetModel"]}, ["unet"]),
+        ({"transformer_2": UNET, "transformer": UNET}, ["transformer", "transformer_2"]),
+        ({"super_res_first": UNET, "vqvae": ["diffusers", "VQModel"]}, ["super_res_first"]),
+        ({"odd": UNET, "unet": [None, None]}, ["odd"]),
+    ],
+)
+def test_names_of_denoisers_are_known_without_loading_them(
+    parts: dict[str, list[str]], names: list[str]
+) -> None:
+    assert denoiser_names({"_class_name": "Some", "force_zeros": True, **parts}) == names
+
+
+def test_index_without_a_denoiser_names_what_it_has() -> None:
+    parts = {"unet": ["transformers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    with pytest.raises(ModelError, match=r"Some has no denoiser.*it has scheduler, unet\)"):
+        denoiser_names({"_class_name": "Some", **parts})
 
 
 def test_replay_repeats_the_output_without_gradients() -> None:

@@ -65,6 +65,20 @@ def test_other_components_are_the_same_files(tiny: Callable[[str], Path], tmp_pa
             assert out[name] == content
 
 
+def test_pipeline_is_loaded_as_the_class_that_was_named(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = str(tiny("StableDiffusionPipeline"))
+    source = ModelSource(model=model, pipeline="StableDiffusionImg2ImgPipeline")
+    quantize_pipeline(source, tmp_path / "out", QuantizeRecipe())
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "out")).__name__ == source.pipeline
+    with pytest.raises(UsageError, match="'Nothing' is not a pipeline of diffusers"):
+        quantize_pipeline(
+            ModelSource(model=model, pipeline="Nothing"), tmp_path / "no", QuantizeRecipe()
+        )
+    assert not (tmp_path / "no").exists()
+
+
 class KilledError(Exception):
     """Stands for a signal."""
 

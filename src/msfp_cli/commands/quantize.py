@@ -37,6 +37,7 @@ def quantize(
     model: ModelArgument = None,
     revision: Annotated[str | None, typer.Option(help=_SOURCE["revision"].help)] = None,
     variant: Annotated[str | None, typer.Option(help=_SOURCE["variant"].help)] = None,
+    pipeline: Annotated[str | None, typer.Option(help=_SOURCE["pipeline"].help)] = None,
     out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("quantized"),
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
@@ -52,7 +53,7 @@ def quantize(
     if line:
         console.note(line)
     report = quantize_pipeline(
-        ModelSource(model=resolved, revision=revision, variant=variant),
+        ModelSource(model=resolved, revision=revision, variant=variant, pipeline=pipeline),
         out,
         recipe,
         overwrite=overwrite,

@@ -6,7 +6,7 @@ So classifier-free guidance, added conditions, guidance vectors and any schedule
 a line about them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -84,16 +84,15 @@ def find_denoisers(pipe: Pipeline) -> dict[str, nn.Module]:
     """
     networks = {name: part for name, part in pipe.components.items() if _may_denoise(part)}
     if not networks:
-        names = sorted(name for name, part in pipe.components.items() if part is not None)
-        raise ModelError(
-            f"{type(pipe).__name__} has no denoiser: none of its components is a UNet or "
-            f"transformer of diffusers (it has {', '.join(names) or 'nothing'})"
-        )
+        present = [name for name, part in pipe.components.items() if part is not None]
+        raise _no_denoiser(type(pipe).__name__, present)
     return networks
 
 
 def denoiser_names(index: Mapping[str, Any]) -> list[str]:
     """Return the names of components that may be denoisers, without loading them.
+
+    Where a component has a usual name, others (a ControlNet, an adapter) are left alone.
 
     Arguments:
         index: what ``model_index.json`` holds: library and class by component.
@@ -101,12 +100,28 @@ def denoiser_names(index: Mapping[str, Any]) -> list[str]:
     Raises:
         ModelError: there is none.
     """
-    names = [role for role in _ROLES if (index.get(role) or [None])[0] == "diffusers"]
+    parts = {name: entry for name, entry in index.items() if isinstance(entry, list) and any(entry)}
+    models = [name for name, entry in parts.items() if _class_may_denoise(*entry)]
+    names = [role for role in _ROLES if role in models] or models
     if not names:
-        raise ModelError(
-            f"{index.get('_class_name')} has no denoiser (looked for {', '.join(_ROLES)})"
-        )
+        raise _no_denoiser(str(index.get("_class_name")), parts)
     return names
+
+
+def _no_denoiser(pipeline: str, parts: Iterable[str]) -> ModelError:
+    return ModelError(
+        f"{pipeline} has no denoiser: none of its components is a UNet or transformer of "
+        f"diffusers (it has {', '.join(sorted(parts)) or 'nothing'})"
+    )
+
+
+def _class_may_denoise(library: str, name: str) -> bool:
+    """Whether a class is a model of diffusers, and not one that decodes pictures."""
+    import diffusers
+
+    kind = getattr(diffusers, name, None) if library == "diffusers" else None
+    is_model = isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
+    return is_model and not hasattr(kind, "decode")
 
 
 def refuse_changed(component: str, denoiser: nn.Module) -> None:

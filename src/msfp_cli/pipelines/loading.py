@@ -189,7 +189,7 @@ def load_pipeline(
 
     place = choose_device(device)
     dtype = choose_dtype(source.dtype, place)
-    pipeline_class = _pipeline_class(source.pipeline)
+    pipeline = pipeline_class(source.pipeline)
     model = str(fetch_pipeline(source)) if streamed else _place_of(source)
     stored = component_files(Path(model), source.variant) if streamed else {}
     options = {"revision": source.revision, "variant": source.variant}
@@ -197,7 +197,7 @@ def load_pipeline(
         refuse_endless_sizes(Path(model))
         try:
             with LOADING:
-                pipe = pipeline_class.from_pretrained(
+                pipe = pipeline.from_pretrained(
                     model,
                     dtype={"default": dtype, **dict(stored_types(stored))} if stored else dtype,
                     **{k: v for k, v in options.items() if v is not None},
@@ -214,7 +214,7 @@ def load_pipeline(
     return pipe.to(place)
 
 
-def _pipeline_class(name: str | None) -> Any:  # noqa: ANN401 (a class of diffusers)
+def pipeline_class(name: str | None) -> Any:  # noqa: ANN401 (a class of diffusers)
     """Return the class that loads a pipeline.
 
     Raises:

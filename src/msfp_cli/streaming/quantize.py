@@ -22,7 +22,7 @@ from msfp_cli.files.documents import Json, read_json
 from msfp_cli.files.lock import beside, only_writer
 from msfp_cli.files.weight_files import copy_component
 from msfp_cli.pipelines.denoiser import denoiser_names
-from msfp_cli.pipelines.loading import ModelSource, fetch_pipeline
+from msfp_cli.pipelines.loading import ModelSource, fetch_pipeline, pipeline_class
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.streaming.component import ComponentSize, DenoiserJob
 from msfp_cli.streaming.recipe import QuantizeRecipe
@@ -68,7 +68,8 @@ def quantize_pipeline(
     Raises:
         ModelError: the pipeline cannot be found, or has no denoiser.
         CheckpointError: its files are damaged.
-        UsageError: it is quantized already, or has no such text encoder.
+        UsageError: it is quantized already, or has no such text encoder; or the source names a
+            class that diffusers has not.
         RunError: the directory exists and `overwrite` is not set.
     """
     work = directory.with_name(f".{directory.name}.msfp-parts")
@@ -77,6 +78,8 @@ def quantize_pipeline(
     with only_writer(directory, beside(directory)):
         place = fetch_pipeline(source)
         index = read_json(place / "model_index.json", dict, redo="download the model again")
+        if source.pipeline is not None:
+            index = {**index, "_class_name": pipeline_class(source.pipeline).__name__}
         jobs = _jobs(source, place, index, recipe, work)
         start = time.monotonic()
         count = sum(job.encode(progress) for job in jobs.values())
