@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    ControlNetModel,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     UNet2DConditionModel,
+    UNetMotionModel,
 )
 from torch import Tensor
 
@@ -164,6 +166,19 @@ def test_fusing_is_refused_before_anything_changes(export: Path, method: str) ->
     with pytest.raises(UsageError, match=f"{method} would replace quantized weights"):
         getattr(pipe, method)()
     assert np.array_equal(draw(pipe), before)
+
+
+@pytest.mark.parametrize("is_called", [False, True])
+def test_new_model_from_float_weights_that_are_not_there_is_refused(
+    export: Path, is_called: bool
+) -> None:
+    pipe = load(export)
+    before = draw(pipe) if is_called else None
+    for make in (ControlNetModel.from_unet, UNetMotionModel.from_unet2d):
+        with pytest.raises(UsageError, match="of the full-precision pipeline"):
+            make(pipe.unet)
+    assert pipe.unet.state_dict().keys() == load(export).unet.state_dict().keys()
+    assert before is None or np.array_equal(draw(pipe), before)
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])

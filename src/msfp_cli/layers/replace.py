@@ -14,7 +14,7 @@ from msfp_cli.layers.quantized import Quantized, find_kind, kind_of
 from msfp_cli.layers.routing import ROUTER, RouterTable
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.layers.streamed import weight_in_memory
-from msfp_cli.layers.weight import answer_for_weights
+from msfp_cli.layers.weight import answer_for_weights, refuse_part
 
 
 def find_layers(denoiser: nn.Module) -> dict[str, FloatLayer]:
@@ -79,6 +79,8 @@ def replace_layers_(
     _attach_router_(denoiser, replaced, clock)
     if answer_for_weights not in denoiser._state_dict_hooks.values():
         denoiser._register_state_dict_hook(answer_for_weights)
+        for child in denoiser.children():
+            child.register_state_dict_pre_hook(refuse_part)
     return replaced
 
 
