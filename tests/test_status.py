@@ -22,7 +22,7 @@ def test_status_tells_each_stage_and_the_next_command(
     model = tiny_chained.calibration.source.model
     run.directory.mkdir()
     stages = ("recording", "held-out", "calibration", "finetune", "export", "components")
-    nothing = dict.fromkeys((*stages, "evaluation", "report"), "none")
+    nothing = dict.fromkeys((*stages, "floats", "evaluation", "report"), "none")
     assert status_of(run).stages == nothing
     assert next_command(run).startswith("msfp calibrate")
 
@@ -46,6 +46,8 @@ def test_status_tells_each_stage_and_the_next_command(
         f"{tiny_chained.calibration.input_bits('unet'):.1f} bits on average, "
         f"held-out error {error:.4f}"
     )
+    words = tiny_chained.calibration.floats_in_words("unet")
+    assert status_of(run).stages["floats"] == f"unet: {words}"
     assert next_command(run).startswith("msfp finetune")
 
     shutil.move(full / "export", run.directory / "export")

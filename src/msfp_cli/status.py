@@ -43,6 +43,7 @@ def status_of(run: Run) -> Status:
             "recording": _describe_recording(run.recording),
             "held-out": _describe_recording(run.held_out),
             "calibration": _describe_calibration(contents.calibration),
+            "floats": _describe_floats(contents.calibration),
             "finetune": contents.conflict or _describe_finetunings(contents.finetunings),
             "export": str(contents.export or "none"),
             "components": describe_sizes(contents.export) if contents.export else "none",
@@ -213,6 +214,14 @@ def _describe_calibration(calibration: Calibration | None) -> str:
         f"{bits} {recipe.formats}, {count} layers, inputs of {inputs:.1f} bits on average, "
         f"held-out error {error:.4f}"
     )
+
+
+def _describe_floats(calibration: Calibration | None) -> str:
+    """Say what of each denoiser stays in floating point."""
+    if calibration is None:
+        return "none"
+    lines = {name: calibration.floats_in_words(name) for name in calibration.layers}
+    return "; ".join(f"{name}: {line}" for name, line in lines.items() if line) or "not known"
 
 
 def _describe_finetunings(finetunings: dict[str, FinetuneState]) -> str:

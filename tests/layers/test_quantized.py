@@ -15,8 +15,7 @@ from msfp_cli.errors import CheckpointError, MsfpError, UsageError
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.packing import packed_size
 from msfp_cli.formats.rounding import Grid, fake_quantize, quantize
-from msfp_cli.layers.kernels.registry import KERNELS, choose_kernel
-from msfp_cli.layers.quantized import KINDS, LayerKind, QuantConv2d, Quantized, QuantLinear
+from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
 from msfp_cli.layers.replace import store_layers_
 from msfp_cli.layers.routing import Route
 from msfp_cli.layers.scheme import LayerScheme
@@ -471,51 +470,7 @@ def test_damaged_parameters_are_refused(data: dict[str, Any], error: type[Except
         LayerScheme.from_json(data)
 
 
-# a kind of layer that msfp does not have: a class and a row
-
-
-class QuantConv1d(Quantized, nn.Conv1d):
-    kind = "conv1d"
-
-
-def convolve(layer: nn.Conv1d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return layer._conv_forward(x, weight, bias)
-
-
-CONV1D = LayerKind(
-    name="conv1d", float_class=nn.Conv1d, quantized_class=QuantConv1d, apply=convolve
-)
-
-
-@pytest.mark.parametrize("kernel", ["auto", *KERNELS])
-def test_a_new_kind_is_simulated_and_every_other_kernel_refuses_it(
-    kernel: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(KINDS, "conv1d", CONV1D)
-    net, x, grid = (
-        nn.Sequential(redraw(nn.Conv1d(4, 6, 3, padding=1))),
-        draw(2, 4, 9),
-        INPUTS["ue2m2"],
-    )
-    plain = net[0]
-    store_layers_(
-        net, {"0": LayerScheme(weight=E2M1, input=grid)}, {"0": scales_of(plain.weight, E2M1)}
-    )
-    assert type(net[0]) is QuantConv1d
-    expected = F.conv1d(
-        reals(x, grid), reals_of_weight(plain.weight, E2M1), double(plain.bias), padding=1
-    )
-    chosen, reason = choose_kernel(net[0], kernel)
-    assert chosen.name == "simulated"
-    if kernel == "simulated":
-        assert reason == ""
-    else:
-        assert reason.endswith("it does not run layers of the kind 'conv1d'")
-    net[0].prepare_(kernel)
-    close(net(x), expected)
-
-
 def test_a_layer_of_torch_without_a_row_is_left_alone() -> None:
-    net = nn.Sequential(nn.Conv1d(4, 6, 3))
+    net = nn.Sequential(nn.Bilinear(4, 6, 3))
     with pytest.raises(CheckpointError, match="Sequential has no layer '0'"):
         store_layers_(net, {"0": LayerScheme(weight=E2M1)}, {})

@@ -40,6 +40,8 @@ def test_summary_counts_layers_and_unsigned_inputs(
         f"inputs have {bits:.1f} bits on average; "
     )
     assert document["summary"].startswith(expected)
+    words = tiny_tuned.calibration.floats_in_words("unet")
+    assert document["summary"].endswith(f" Of unet, {words}.")
 
 
 def test_fine_tuning_that_the_export_does_not_hold_is_not_reported(

@@ -20,9 +20,9 @@ from msfp_cli.calibration.denoiser_search import (
     held_out_error,
     multipliers_of,
     observed_shards,
+    rest_of,
     scales_of,
     search_denoiser,
-    unused_layers,
 )
 from msfp_cli.calibration.estimate import check_layers, estimate
 from msfp_cli.calibration.quantize import quantize_
@@ -75,6 +75,7 @@ def calibrate_(
             results[component] = layers
         if lift:
             lifts[component] = lift
+    rests = {name: rest_of(denoisers[name], layers) for name, layers in results.items()}
     calibration = Calibration(
         source=ModelSource.from_json(recording.recipe["source"]),
         record=record,
@@ -84,10 +85,8 @@ def calibrate_(
         scales={component: scales_of(layers) for component, layers in results.items()},
         multipliers={component: multipliers_of(layers) for component, layers in results.items()},
         input_lifts=lifts,
-        unused={
-            component: unused_layers(denoisers[component], layers)
-            for component, layers in results.items()
-        },
+        unused={name: rest.unused for name, rest in rests.items()},
+        others={name: rest.others for name, rest in rests.items()},
     )
     if recipe.rounding == "compensated" and recipe.weights is not None:
         calibration = _compensated(calibration, denoisers, recording, progress, work, max_memory)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from msfp_cli.calibration.result import Calibration, Compensation
 from msfp_cli.calibration.samples import (
     LayerSamples,
+    can_sample,
     group_bytes,
     group_layers,
     input_parts,
@@ -70,7 +71,7 @@ def compensate(
     work: Path | None = None,
     max_memory: int | None = None,
 ) -> dict[str, RoundedWeight]:
-    """Round the weight of every layer that multiplies by quantized weights.
+    """Round the weight of every layer that multiplies by quantized weights, see `can_sample`.
 
     Arguments:
         denoiser: in floating point; it stays so.
@@ -87,9 +88,10 @@ def compensate(
     identity = calibration.identity()
     lift = calibration.input_lifts.get(component)
     is_lifted_at = lift.at if lift else lambda timestep: False
-    names = [name for name, scheme in schemes.items() if scheme.tunable]
+    layers = {name: denoiser.get_submodule(name) for name in schemes}
+    names = [name for name, each in schemes.items() if each.tunable and can_sample(layers[name])]
     rounded = _finished(work, component, identity) if work else {}
-    left = {name: denoiser.get_submodule(name) for name in names if name not in rounded}
+    left = {name: layers[name] for name in names if name not in rounded}
     groups = group_layers(left, group_bytes(max_memory))
     num_calls = [recording.num_calls(component, [shard]) for shard in shards]
     checks = held_back(shards, num_calls)

@@ -12,8 +12,10 @@
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -139,10 +141,18 @@ def num_observed(num_shards: int, batch_size: int) -> int:
     return min(num_shards, math.ceil(_OBSERVED_PICTURES / batch_size))
 
 
-def planned_layers(denoiser: nn.Module, recipe: CalibrateRecipe) -> dict[str, PlannedLayer]:
-    """Return what will be done to each layer of a denoiser."""
+def planned_layers(
+    denoiser: nn.Module, recipe: CalibrateRecipe, role_of: Callable[[str], str | None]
+) -> dict[str, PlannedLayer]:
+    """Return what will be done to each layer of a denoiser.
+
+    Arguments:
+        role_of: says of a layer's name which role the layer will turn out to have.
+    """
     layers = find_layers(denoiser)
-    return {name: PlannedLayer.of(name, layer, recipe) for name, layer in layers.items()}
+    return {
+        name: PlannedLayer.of(name, layer, recipe, role_of(name)) for name, layer in layers.items()
+    }
 
 
 def calls_to_measure(recipe: CalibrateRecipe, rows: int) -> float:
@@ -221,9 +231,33 @@ def multipliers_of(layers: Mapping[str, CalibratedLayer]) -> dict[str, Tensor]:
     return {name: each for name, each in found.items() if each is not None}
 
 
-def unused_layers(denoiser: nn.Module, layers: Mapping[str, CalibratedLayer]) -> tuple[str, ...]:
-    """List the layers that never ran."""
-    return tuple(name for name in find_layers(denoiser) if name not in layers)
+class Rest(NamedTuple):
+    """What of a denoiser no format was chosen for.
+
+    Arguments:
+        unused: layers that never ran.
+        others: elements of the parameters that are not the weight of a layer that ran, by the name
+            of the parameter; those of one dimension, biases and norms, together under an empty
+            name.
+    """
+
+    unused: tuple[str, ...]
+    others: dict[str, int]
+
+
+def rest_of(denoiser: nn.Module, layers: Container[str]) -> Rest:
+    """Return what no format was chosen for.
+
+    Arguments:
+        layers: those that one was chosen for.
+    """
+    unused = tuple(name for name in find_layers(denoiser) if name not in layers)
+    counts = Counter[str]()
+    for name, parameter in denoiser.named_parameters():
+        layer, _, kind = name.rpartition(".")
+        if kind != "weight" or layer not in layers:
+            counts[name if parameter.ndim > 1 else ""] += parameter.numel()
+    return Rest(unused, dict(counts))
 
 
 def held_out_error(

@@ -13,6 +13,7 @@ from msfp_cli.calibration.denoiser_search import (
     num_observed,
     planned_layers,
 )
+from msfp_cli.calibration.keep import usual_role
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.samples import expected_groups
 from msfp_cli.errors import UsageError
@@ -95,7 +96,7 @@ def estimate(
     layers = {
         (component, name): planned
         for component, denoiser in find_denoisers(pipe).items()
-        for name, planned in planned_layers(denoiser, recipe).items()
+        for name, planned in planned_layers(denoiser, recipe, usual_role).items()
     }
     rounded = {key: each.layer for key, each in layers.items() if each.is_rounded}
     millions = sum(layer.weight.numel() for layer in rounded.values()) / 1e6

@@ -48,6 +48,7 @@ _SCALES = "scales.safetensors"
 _CODES = "codes.safetensors"
 _MULTIPLIERS = "multipliers.safetensors"
 _REDO = "run the same `msfp calibrate` again, with --overwrite"
+_NAMED = 3  # parts in floating point that are named
 # Keys that say nothing of the result.
 _OF_THE_FILE = ("schema", "scales_digest", "codes_digest", "multipliers_digest")
 
@@ -187,6 +188,8 @@ class Calibration:
         clocks: what reads the timestep of a call, by component; None in files of earlier versions.
         options: of the command, those that differ from their defaults, as words; None in files
             of earlier versions. They are no part of an export.
+        others: parameters that are not the weight of one of `layers`, by component, as
+            `denoiser_search.Rest` has them; empty in files of earlier versions.
     """
 
     source: ModelSource
@@ -202,6 +205,7 @@ class Calibration:
     clocks: Mapping[str, Clock] | None = None
     options: list[str] | None = None
 
+    others: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     def clock(self, component: str) -> Clock:
         """Return what reads the timestep of a call of a component."""
         return (self.clocks or {}).get(component, TRAINING_CLOCK)
@@ -229,6 +233,30 @@ class Calibration:
     def steps_of(self, component: str, name: str) -> tuple[Tensor, Tensor | None]:
         """Return the scale and the multipliers of a layer's weight, see `step_sizes`."""
         return self.scales[component][name], self.multipliers.get(component, {}).get(name)
+    def float_shares(self, component: str) -> dict[str, float]:
+        """Return what stays in floating point, as shares of the component's parameters.
+
+        Returns:
+            Largest first, by name of the layer or parameter; nothing if that is not known.
+        """
+        others = self.others.get(component)
+        if others is None:
+            return {}
+        layers = self.layers[component]
+        counts = {n: each.num_weights for n, each in layers.items() if each.scheme.weight is None}
+        total = sum(each.num_weights for each in layers.values()) + sum(others.values())
+        shares = [(name, count / total) for name, count in {**counts, **others}.items()]
+        return dict(sorted(shares, key=lambda item: -item[1]))
+
+    def floats_in_words(self, component: str) -> str:
+        """Say what stays in floating point, the largest by name; empty if that is not known."""
+        shares = self.float_shares(component)
+        named = [f"{name} {share:.1%}" for name, share in shares.items() if name][:_NAMED]
+        if "" in shares:
+            named.append(f"biases and norms {shares['']:.1%}")
+        whole = f"{sum(shares.values()):.1%} of the parameters stay in floating point"
+        return f"{whole}: {', '.join(named)}" if named else ""
+
 
     def tunable(self) -> tuple[str, ...]:
         """List the components that have a layer to fine-tune."""
@@ -292,6 +320,7 @@ class Calibration:
             "layers": {component: _to_json(layers) for component, layers in self.layers.items()},
         }
         with replace_directory(directory, overwrite=overwrite) as temporary:
+            "others": {component: dict(counts) for component, counts in self.others.items()},
             (temporary / _DOCUMENT).write_text(to_text(document, indent=1))
             save_file(flat, temporary / _SCALES)
             for tensors, place in ((codes, _CODES), (multipliers, _MULTIPLIERS)):
@@ -321,7 +350,8 @@ class Calibration:
                 if expected := document.get(f"{kind}_digest"):
                     refuse_altered(path, flat.get(kind, {}), expected, redo=_REDO)
             own = {key: value for key, value in document.items() if key not in _OF_THE_FILE}
-            own.setdefault("input_lifts", {})  # files of earlier versions have none
+            for key in ("input_lifts", "others"):  # files of earlier versions have none
+                own.setdefault(key, {})
             layers = read_value(_LAYERS, own.pop("layers"))
             calibration = read_fields(
                 cls,

@@ -42,6 +42,11 @@ class Pairs:
     rounded: Tensor
 
 
+def can_sample(layer: FloatLayer) -> bool:
+    """Whether the rows that a layer's weight is multiplied by are known here."""
+    return isinstance(layer, nn.Linear | nn.Conv2d)
+
+
 def num_groups(layer: FloatLayer) -> int:
     """Return how many parts of the outputs see different inputs; 1 but for grouped convolutions."""
     return layer.groups if isinstance(layer, nn.Conv2d) else 1

@@ -104,6 +104,7 @@ def summary(calibration: "Calibration") -> dict[str, Any]:
 
 
 def _summary_of(layers: Mapping[str, "LayerChoice"]) -> dict[str, Any]:
+        "floating_point": {name: calibration.float_shares(name) for name in calibration.layers},
     return {
         "layers": len(layers),
         "lifted": sorted(name for name, layer in layers.items() if layer.reason == "lifted"),
@@ -202,5 +203,7 @@ def _rounding(layers: Mapping[str, "LayerChoice"]) -> str:
 
 def _row(name: str, layer: "LayerChoice") -> list[str]:
     chosen = layer.scheme
+    if line := calibration.floats_in_words(component):
+        console.note(f"{component}: {line}")
     formats = f"{chosen.weight or 'float'} x {chosen.input.format if chosen.input else 'float'}"
     return [name, f"{layer.sensitivity or 0:.5f}", formats, layer.reason]

@@ -233,26 +233,42 @@ def _make_code_books(scheme: LayerScheme) -> None:
             _ = grid.format.code_book
 
 
+def _spread_over(layer: FloatLayer, x: Tensor, output: Tensor) -> int:
+    """Return the multiply-adds of a transposed convolution: its inputs, each times a window."""
+    return x.numel() * int(layer.weight[0].numel())
+
+
+def _sum_up(layer: FloatLayer, x: Tensor, output: Tensor) -> int:
+    """Return the multiply-adds of other layers: their outputs, each a sum over a window."""
+    return output.numel() * int(layer.weight[0].numel())
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerKind:
     """One kind of layer: a row of `KINDS`.
 
     Arguments:
-        name: what calibrations and kernels call it.
         float_class: the layer of torch.
         quantized_class: what takes its place.
         apply: ``(layer, x, weight, bias)`` to the output, with the settings of a float or quantized
             layer of this kind.
-        geometry: how such a layer slides, None if it does not.
+        geometry: how such a layer slides, None if it does not, or if no kernel but `simulated` runs
+            it.
+        multiply_adds: ``(layer, x, output)`` to those of a run.
         is_table: whether rows are looked up: one scale per row, no input to round.
     """
 
-    name: str
     float_class: type[nn.Module]
     quantized_class: type[Quantized]
     apply: Callable[[FloatLayer, Tensor, Tensor, Tensor | None], Tensor]
     geometry: Callable[[FloatLayer], Geometry] | None = None
+    multiply_adds: Callable[[FloatLayer, Tensor, Tensor], int] = _sum_up
     is_table: bool = False
+
+    @property
+    def name(self) -> str:
+        """What calibrations and kernels call it."""
+        return self.quantized_class.kind
 
     def matches(self, module: nn.Module) -> bool:
         """Whether a module computes what this kind does.
@@ -289,6 +305,21 @@ class QuantEmbedding(Quantized, nn.Embedding):  # type: ignore[misc, override]  
         return look_up(self, input)
 
 
+def _class_of(float_class: type[nn.Module], kind: str) -> type[Quantized]:
+    """Make the quantized twin of a class of torch; it needs a name in this module to be pickled."""
+    name = f"Quant{float_class.__name__}"
+    body = {"kind": kind, "__module__": __name__, "__doc__": f"A quantized {float_class.__name__}."}
+    return type(name, (Quantized, float_class), body)
+
+
+# Of sound and videos, and transposed ones, whose scales are one per input channel.
+QuantConv1d = _class_of(nn.Conv1d, "conv1d")
+QuantConv3d = _class_of(nn.Conv3d, "conv3d")
+QuantConvTranspose1d = _class_of(nn.ConvTranspose1d, "conv_transpose1d")
+QuantConvTranspose2d = _class_of(nn.ConvTranspose2d, "conv_transpose2d")
+QuantConvTranspose3d = _class_of(nn.ConvTranspose3d, "conv_transpose3d")
+
+
 def _multiply(layer: FloatLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply by the weight and add the bias."""
     return functional.linear(x, weight, bias)
@@ -300,30 +331,52 @@ def _convolve(layer: FloatLayer, x: Tensor, weight: Tensor, bias: Tensor | None)
     return y
 
 
+def _convolve_transposed(
+    layer: FloatLayer, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Spread each input over its window of the output, and add the bias."""
+    names = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+    operator = getattr(functional, names[weight.ndim - 3])
+    steps = (layer.stride, layer.padding, layer.output_padding)
+    y: Tensor = operator(x, weight, bias, *steps, layer.groups, layer.dilation)
+    return y
+
+
 def _look_up(layer: FloatLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Look rows of the weight up."""
     return functional.embedding(x, weight)
 
 
 _ROWS = (
+    LayerKind(float_class=nn.Linear, quantized_class=QuantLinear, apply=_multiply),
+    LayerKind(float_class=nn.Conv1d, quantized_class=QuantConv1d, apply=_convolve),
     LayerKind(
-        name=QuantLinear.kind,
-        float_class=nn.Linear,
-        quantized_class=QuantLinear,
-        apply=_multiply,
+        float_class=nn.Conv2d, quantized_class=QuantConv2d, apply=_convolve, geometry=Geometry.of
+    ),
+    LayerKind(float_class=nn.Conv3d, quantized_class=QuantConv3d, apply=_convolve),
+    LayerKind(
+        float_class=nn.ConvTranspose1d,
+        quantized_class=QuantConvTranspose1d,
+        apply=_convolve_transposed,
+        multiply_adds=_spread_over,
     ),
     LayerKind(
-        name=QuantConv2d.kind,
-        float_class=nn.Conv2d,
-        quantized_class=QuantConv2d,
-        apply=_convolve,
-        geometry=Geometry.of,
+        float_class=nn.ConvTranspose2d,
+        quantized_class=QuantConvTranspose2d,
+        apply=_convolve_transposed,
+        multiply_adds=_spread_over,
     ),
     LayerKind(
-        name=QuantEmbedding.kind,
+        float_class=nn.ConvTranspose3d,
+        quantized_class=QuantConvTranspose3d,
+        apply=_convolve_transposed,
+        multiply_adds=_spread_over,
+    ),
+    LayerKind(
         float_class=nn.Embedding,
         quantized_class=QuantEmbedding,
         apply=_look_up,
+        multiply_adds=lambda layer, x, output: 0,
         is_table=True,
     ),
 )

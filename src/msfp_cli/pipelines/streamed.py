@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from msfp_cli.files.weight_files import StoredTensor, stored_tensors, weight_files
+from msfp_cli.layers.quantized import KINDS
 from msfp_cli.layers.replace import find_layers
 from msfp_cli.layers.streamed import stream_
 
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # A subclass may hand its weight to somebody else without running, as in nn.MultiheadAttention.
-_PLAIN = (nn.Linear, nn.Conv2d, nn.Embedding)
+_PLAIN = [kind.float_class for kind in KINDS.values()]
 _Files = dict[str, StoredTensor]
 
 

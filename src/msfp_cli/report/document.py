@@ -59,8 +59,17 @@ def _summary(provenance: Provenance, evaluation: Evaluation) -> str:
         f"{layers} layers quantized, {signs.count(False)} of {len(signs)} inputs unsigned"
         f"{_bits_of_inputs(provenance)}; "
         f"{count} pictures of each model from the same prompts and seeds. Weights on disk: "
-        f"{describe_sizes(evaluation.export)}."
+        f"{describe_sizes(evaluation.export)}.{_floats(provenance)}"
     )
+
+
+def _floats(provenance: Provenance) -> str:
+    """Say what stays in floating point, where the calibration is known."""
+    calibration = provenance.calibration
+    if calibration is None:
+        return ""
+    lines = {name: calibration.floats_in_words(name) for name in calibration.layers}
+    return "".join(f" Of {name}, {line}." for name, line in lines.items() if line)
 
 
 def _bits_of_inputs(provenance: Provenance) -> str:

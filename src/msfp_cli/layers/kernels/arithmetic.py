@@ -131,6 +131,8 @@ def unsigned_planes(integers: Tensor, largest: int) -> list[Tensor]:
 
 def refusal_of_integers(layer: QuantizedLayer) -> str | None:
     """Say why a layer cannot be computed in integers, or nothing."""
+    if layer.kind not in KINDS_IN_INTEGERS:
+        return f"layers of the kind {layer.kind!r} run in floating point"
     weight = layer.scheme.weight
     if weight is None or layer.scheme.input is None:
         return f"the {'weight' if weight is None else 'input'} is in floating point"
