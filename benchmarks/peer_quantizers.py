@@ -212,7 +212,7 @@ def min_max(pipe: Pipeline, material: Material) -> Pipeline:
     table = {}
     scales = {}
     for name, observed in seen.items():
-        kept, kept_bits = recipe.kept_bits(name)
+        kept, kept_bits = recipe.kept_bits(name, observed.role)
         if kept and kept_bits is None:
             continue
         bits = kept_bits or 4

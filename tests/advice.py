@@ -340,6 +340,8 @@ ELSEWHERE = {
     "run the same command to go on": "tests/troubles.py",
     "run the same command again": "tests/kills.py",
     "is missing; run the same command again to draw it": "tests/kills.py",
+    "names no role of layers": "tests/calibration/test_recipe.py",
+    "prompts alone, with --pipeline CLASS": "tests/pipelines/test_pictures.py",
     "matches no layer": "tests/calibration/test_keep.py",
     "give it with --against": "tests/evaluation/test_identity.py",
     "use --compare none": "tests/evaluation/test_models.py",

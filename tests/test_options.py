@@ -122,7 +122,7 @@ def test_preset_is_where_settings_begin_and_what_is_typed_comes_first() -> None:
     assert runner.invoke(app, ["--preset", "paper", "--lift", "0.1"]).exit_code == 0
     recipe = seen[0].recipe(CalibrateRecipe)
     assert (recipe.lift, recipe.rounding) == (0.1, "nearest")
-    assert recipe.kept_bits("conv_in") == (True, 8)
+    assert recipe.kept_bits("any", "first") == (True, 8)
     assert seen[0].recipe(FinetuneRecipe).loss_power == 1.0
     unknown = runner.invoke(app, ["--preset", "papers"])
     assert isinstance(unknown.exception, UsageError)

@@ -15,6 +15,7 @@ from torch import nn
 from conftest import QUICK, Chained, Invoke
 from msfp_cli.calibration.calibrate import calibrate_
 from msfp_cli.calibration.denoiser_search import held_out_error, observed_shards
+from msfp_cli.calibration.keep import usual_role
 from msfp_cli.calibration.layer_search import LIFTED_BITS
 from msfp_cli.calibration.observe import refuse_not_finite
 from msfp_cli.calibration.quantize import quantize_
@@ -122,8 +123,13 @@ def test_outermost_layers_are_kept_in_floating_point_and_timestep_layers_at_eigh
     fashion_chained: Chained,
 ) -> None:
     layers = chosen(fashion_chained.calibration)
-    for name in ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"):
-        assert layers[name].reason == "kept"
+    kept = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
+    assert {name for name, layer in layers.items() if layer.reason == "kept"} == set(kept)
+    # They are those that earlier versions knew by name, so results of these hold.
+    assert {name: layer.role for name, layer in layers.items()} == {
+        name: usual_role(name) for name in layers
+    }
+    for name in kept:
         scheme = layers[name].scheme
         if name.startswith("conv"):
             assert scheme.weight is scheme.input is None
@@ -247,10 +253,20 @@ def test_layer_that_never_runs_is_reported_and_left_alone(
     tiny_pipe: DiffusionPipeline, tiny_recordings: Recordings
 ) -> None:
     tiny_pipe.unet.spare = nn.Linear(4, 4)
+    tiny_pipe.unet.experts = nn.Parameter(torch.zeros(3, 5, 2))
+    count = sum(parameter.numel() for parameter in tiny_pipe.unet.parameters())
     calibration = calibrate_(tiny_pipe, *tiny_recordings, replace(QUICK, lift=0.0))
     assert calibration.unused == {"unet": ("spare",)}
     assert "spare" not in chosen(calibration)
     assert type(tiny_pipe.unet.spare) is nn.Linear
+    shares = calibration.float_shares("unet")
+    assert shares["spare.weight"] == pytest.approx(16 / count)
+    assert shares["experts"] == pytest.approx(30 / count)
+    packed = sum(each.num_weights for each in chosen(calibration).values() if each.scheme.weight)
+    assert sum(shares.values()) == pytest.approx(1 - packed / count)
+    words = calibration.floats_in_words("unet")
+    assert words.startswith(f"{sum(shares.values()):.1%} of the parameters stay in floating point")
+    assert replace(calibration, others={}).floats_in_words("unet") == ""
 
 
 @pytest.mark.parametrize("value", [NAN, INFINITY], ids=["nan", "infinity"])

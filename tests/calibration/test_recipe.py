@@ -25,6 +25,7 @@ from msfp_cli.formats.float_format import FloatFormat
         ({"sensitivity_calls": 0}, "sensitivity_calls must be at least 1, got 0"),
         ({"keep": ("conv_in",)}, "PATTERN:BITS"),
         ({"keep": (":8",)}, "PATTERN:BITS"),
+        ({"keep": ("@frist:8",)}, "no role of layers; choose @first, @last, @conditions"),
         ({"keep": ("conv_in:8", "conv_out:9")}, "--keep '9'"),
         ({"keep": ("conv_in:",)}, "--keep ''"),
         ({"keep": ("conv_in:many",)}, "--keep 'many'"),
@@ -56,38 +57,15 @@ def test_last_matching_rule_wins_and_default_comes_first() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["conv_in", "conv_out", "x_embedder", "proj_out", "proj_out_2", "pos_embed.proj"]
+    ("role", "bits"), [("first", (True, None)), ("last", (True, None)), ("conditions", (True, 8))]
 )
-def test_default_policy_keeps_first_and_last_layers_in_floating_point(name: str) -> None:
-    assert CalibrateRecipe().kept_bits(name) == (True, None)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "time_embedding.linear_1",
-        "time_embedding.linear_2",
-        "context_embedder",
-        "norm_out.linear",
-        "proj_out_1",
-    ]
-    + ["adaln_single.linear", "time_text_embed.timestep_embedder.linear_1"],
-)
-def test_default_policy_keeps_layers_on_timestep_and_text_at_8_bits(name: str) -> None:
-    assert CalibrateRecipe().kept_bits(name) == (True, 8)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "mid_block.resnets.0.conv1",
-        "down_blocks.0.resnets.0.time_emb_proj",
-        "mid.attentions.0.proj_out",
-        "mid.conv_in",
-    ],
-)
-def test_default_policy_leaves_inner_layers_to_the_search(name: str) -> None:
-    assert CalibrateRecipe().kept_bits(name) == (False, None)
+def test_default_policy_keeps_layers_by_their_role(role: str, bits: tuple[bool, int]) -> None:
+    recipe = CalibrateRecipe()
+    assert recipe.kept_bits("conv_in", role) == bits
+    assert recipe.kept_bits("conv_in", None) == (False, None)  # whatever it is called
+    assert CalibrateRecipe(keep=(f"@{role}:6",)).kept_bits("any", role) == (True, 6)
+    assert CalibrateRecipe(keep=("an*:5",)).kept_bits("any", role) == (True, 5)
+    assert CalibrateRecipe(keep=("an*:5", f"@{role}:6")).kept_bits("any", role) == (True, 6)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +140,7 @@ def test_formats_asked_for_by_name_may_be_any() -> None:
 
 
 def test_rules_that_match_no_layer_are_told() -> None:
-    recipe = CalibrateRecipe(keep=("conv_in:8", "nomatch:8", "[:8"))
+    recipe = CalibrateRecipe(keep=("conv_in:8", "nomatch:8", "[:8", "@first:8"))
     assert recipe.idle_rules(["conv_in", "mid.0"]) == ["nomatch:8", "[:8"]
 
 

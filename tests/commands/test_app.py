@@ -236,6 +236,12 @@ def test_json_of_a_calibration_tells_what_was_asked_for_and_chosen(
     assert (recipe["weights"], recipe["activations"], recipe["formats"]) == (6, None, "signed")
     assert (recipe["keep"], recipe["lift"], recipe["seed"]) == (["conv_out:8"], 0, 4)
     assert unet["lifted"] == []
+    assert unet["roles"] == {
+        "first": ["conv_in"],
+        "last": ["conv_out"],
+        "conditions": ["time_embedding.linear_1", "time_embedding.linear_2"],
+    }
+    assert data["floating_point"]["unet"]["conv_in"] > 0
     assert unet["input_formats"] == {"float": unet["layers"]}
     assert sum(unet["weight_formats"].values()) == unet["layers"]
     assert unet["weight_formats"]["float"] == 1

@@ -1,4 +1,7 @@
-"""Which layers keep other bits than the rest: rules ``PATTERN:BITS`` over their names."""
+"""Which layers keep other bits than the rest: rules ``PATTERN:BITS`` over their names and roles.
+
+A pattern that begins with ``@`` is a role: what a layer does in the calls that were recorded.
+"""
 
 import fnmatch
 from dataclasses import dataclass
@@ -6,42 +9,48 @@ from dataclasses import dataclass
 from msfp_cli.errors import UsageError
 from msfp_cli.formats.float_format import MAX_BITS, MIN_BITS
 
-# Layers that diffusers' denoisers run first or last stay in floating point: near the end of the
-# sampling little noise is left in the sample, and a rounded sample hides it. Those that run on the
-# timestep or lead into others take few multiply-adds, and all errors pass through them, so 8 bits
-# are the custom (EfficientDM, Q-Diffusion).
-OUTERMOST = (
-    "conv_in",
-    "conv_out",
-    "x_embedder",
-    "pos_embed.*",
-    "patch_embed*",
-    "proj_out",
-    "proj_out_2",
-)
-_EMBEDDINGS = (
-    "context_embedder",
-    "norm_out.*",
-    "proj_out_1",
-    "caption_projection.*",
-    "time_embedding.*",
-    "add_embedding.*",
-    "class_embedding.*",
-    "time_text_embed.*",
-    "time_embed.*",
-    "adaln_single.*",
-    "condition_embedder.*",
-    "*timestep_embedder.*",
-)
-DEFAULT_KEEP = (
-    *(f"{name}:none" for name in OUTERMOST),
-    *(f"{name}:8" for name in _EMBEDDINGS),
-)
+# The roles of layers, which `recording.flow` finds in a recorded call. Near the end of the sampling
+# little noise is left in the sample, and a rounded sample hides it, so the first layer and the last
+# stay in floating point. All errors pass through those that lead conditions into the others, and
+# they take few multiply-adds, so 8 bits are the custom (EfficientDM, Q-Diffusion).
+ROLES = ("first", "last", "conditions")
+DEFAULT_KEEP = ("@first:none", "@last:none", "@conditions:8")
+
+# What the layers with a role are called in many models, for a model that is not run.
+_NAMES = {
+    "first": ("conv_in", "x_embedder", "pos_embed.*", "patch_embed*"),
+    "last": ("conv_out", "proj_out", "proj_out_2"),
+    "conditions": (
+        "context_embedder",
+        "norm_out.*",
+        "proj_out_1",
+        "caption_projection.*",
+        "time_embedding.*",
+        "add_embedding.*",
+        "class_embedding.*",
+        "time_text_embed.*",
+        "time_embed.*",
+        "adaln_single.*",
+        "condition_embedder.*",
+        "*timestep_embedder.*",
+    ),
+}
+
+
+def usual_role(name: str) -> str | None:
+    """Return the role that a layer of this name has in many models, None if it has none."""
+    for role, patterns in _NAMES.items():
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            return role
+    return None
 
 
 @dataclass(frozen=True)
 class KeepRule:
-    """A pattern of layer names and the bits they keep; None keeps them in floating point."""
+    """A pattern of layer names, or ``@`` and a role, and the bits they keep.
+
+    Bits that are None keep them in floating point.
+    """
 
     pattern: str
     bits: int | None
@@ -51,7 +60,7 @@ class KeepRule:
         """Read ``PATTERN:BITS``, BITS a number or ``none``.
 
         Raises:
-            UsageError: it is not of that form.
+            UsageError: it is not of that form, or there is no such role.
         """
         pattern, colon, bits = text.rpartition(":")
         if not colon or not pattern:
@@ -59,10 +68,22 @@ class KeepRule:
                 f"cannot read --keep {text!r}; write PATTERN:BITS, "
                 "for instance 'conv_in:8' or '*attn2*:none'"
             )
+        if pattern.startswith("@") and pattern[1:] not in ROLES:
+            raise UsageError(
+                f"--keep {text!r} names no role of layers; choose @{', @'.join(ROLES)}, or a "
+                "pattern of names such as '*attn2*:none'"
+            )
         return cls(pattern, parse_bits(bits, "--keep"))
 
-    def matches(self, name: str) -> bool:
-        """Whether the rule speaks of the layer `name`."""
+    @property
+    def is_of_role(self) -> bool:
+        """Whether it speaks of layers by their role."""
+        return self.pattern.startswith("@")
+
+    def matches(self, name: str, role: str | None = None) -> bool:
+        """Whether the rule speaks of the layer `name`, which has this role."""
+        if self.is_of_role:
+            return self.pattern == f"@{role}"
         return fnmatch.fnmatchcase(name, self.pattern)
 
 

@@ -52,7 +52,8 @@ def search_layer(
         is_lifted: whether it gets 8 bits at all timesteps.
         wide: whether the integers of a lifted layer's input may take two bytes.
     """
-    reason, weight_bits, input_bits = bits_of(name, layer, recipe, lifted=is_lifted)
+    role = observation.role
+    reason, weight_bits, input_bits = bits_of(name, layer, recipe, role, lifted=is_lifted)
     weight = inputs = None
     if weight_bits is not None:
         weight = search_rows(
@@ -71,6 +72,7 @@ def search_layer(
     choice = LayerChoice(
         kind=kind_of(layer).name,
         reason=reason,
+        role=role,
         num_weights=layer.weight.numel(),
         multiply_adds=observation.multiply_adds,
         minimum=observation.minimum,
@@ -126,10 +128,20 @@ def _scores(result: SearchResult | None) -> tuple[Score, ...]:
 
 
 def bits_of(
-    name: str, layer: FloatLayer, recipe: CalibrateRecipe, *, lifted: bool = False
+    name: str,
+    layer: FloatLayer,
+    recipe: CalibrateRecipe,
+    role: str | None,
+    *,
+    lifted: bool = False,
 ) -> tuple[str, int | None, int | None]:
-    """Return why a layer gets its bits, those of its weight, and those of its input."""
-    kept, bits = recipe.kept_bits(name)
+    """Return why a layer gets its bits, those of its weight, and those of its input.
+
+    Arguments:
+        role: of the layer, where it has one, see `recording.flow`.
+        lifted: whether it gets 8 bits because of its sensitivity.
+    """
+    kept, bits = recipe.kept_bits(name, role)
     if kind_of(layer).is_table:  # a class or a position, and all that follows depends on it
         return "kept", None if recipe.weights is None else bits if kept else TABLE_BITS, None
     if not lifted and not kept:
@@ -157,8 +169,10 @@ class PlannedLayer:
     is_rounded: bool
 
     @classmethod
-    def of(cls, name: str, layer: FloatLayer, recipe: CalibrateRecipe) -> "PlannedLayer":
-        """Return what the recipe says of a layer."""
-        reason, weight_bits, _ = bits_of(name, layer, recipe)
+    def of(
+        cls, name: str, layer: FloatLayer, recipe: CalibrateRecipe, role: str | None
+    ) -> "PlannedLayer":
+        """Return what the recipe says of a layer, if it has this role."""
+        reason, weight_bits, _ = bits_of(name, layer, recipe, role)
         is_rounded = weight_bits is not None and not kind_of(layer).is_table
         return cls(layer, reason == "default", is_rounded)

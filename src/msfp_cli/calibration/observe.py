@@ -1,8 +1,8 @@
 """Replay recorded calls through the float denoiser and observe the input of every layer.
 
 Kept per layer: a bounded random sample, the same number of elements from every call so that all
-timesteps weigh alike; the true minimum and maximum; and the multiply-adds of one call, the unit in
-which the lift's budget is counted.
+timesteps weigh alike; the true minimum and maximum; the multiply-adds of one call, the unit in
+which the lift's budget is counted; and the layer's role, which the first call shows.
 """
 
 import math
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from msfp_cli.errors import CalibrationError
-from msfp_cli.layers.base import FloatLayer
 from msfp_cli.layers.quantized import kind_of
 from msfp_cli.layers.replace import find_layers
 from msfp_cli.layers.streamed import weight_in_memory
 from msfp_cli.pipelines.denoiser import DenoiserCall, replay
 from msfp_cli.pipelines.watch import watch_layers
 from msfp_cli.progress import Advance
+from msfp_cli.recording.flow import trace_roles
 
 
 @dataclass
@@ -30,22 +30,19 @@ class LayerObservation:
     Arguments:
         minimum, maximum: over all elements of all calls.
         multiply_adds: of one call, averaged over the calls.
+        role: one of `recording.flow`, None for most layers.
         samples: pieces of the random sample, float32 on the CPU.
     """
 
     minimum: float = float("inf")
     maximum: float = float("-inf")
     multiply_adds: float = 0.0
+    role: str | None = None
     samples: list[Tensor] = field(default_factory=list)
 
     def values(self) -> Tensor:
         """Return the sample with the true minimum and maximum in it, ``(samples + 2,)``."""
         return torch.cat([*self.samples, torch.tensor([self.minimum, self.maximum])])
-
-
-def count_multiply_adds(layer: FloatLayer, output: Tensor) -> int:
-    """Return the multiply-adds of an output: its elements times the inputs that each one sums."""
-    return 0 if kind_of(layer).is_table else output.numel() * layer.weight[0].numel()
 
 
 @dataclass
@@ -65,15 +62,16 @@ class _Observer:
     timestep: float = 0.0
     observations: dict[str, LayerObservation] = field(default_factory=dict)
 
-    def add(self, name: str, layer: FloatLayer, args: tuple[Any, ...], output: Tensor) -> None:
+    def add(self, name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Note one run of one layer."""
         x = args[0].detach().reshape(-1)
         low, high = self._bounds(name, x)
         observation = self.observations.setdefault(name, LayerObservation())
         observation.minimum = min(observation.minimum, low)
         observation.maximum = max(observation.maximum, high)
-        observation.multiply_adds += count_multiply_adds(layer, output) / self.num_calls
-        if not isinstance(layer, nn.Embedding):
+        kind = kind_of(layer)
+        observation.multiply_adds += kind.multiply_adds(layer, args[0], output) / self.num_calls
+        if not kind.is_table:
             observation.samples.append(self._sample(x))
 
     def _bounds(self, name: str, x: Tensor) -> tuple[float, float]:
@@ -123,11 +121,17 @@ def observe(
         samples_per_call=max(1, max_samples // max(1, num_calls)),
         generator=generator,
     )
+    roles: dict[str, str] | None = None
     with watch_layers(find_layers(denoiser), observer.add):
         for call in calls:
             observer.timestep = call.timestep
-            replay(denoiser, call)
+            if roles is None:
+                roles = trace_roles(denoiser, call)
+            else:
+                replay(denoiser, call)
             advance(1)
+    for name, observation in observer.observations.items():
+        observation.role = (roles or {}).get(name)
     return observer.observations
 
 

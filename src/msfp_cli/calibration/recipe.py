@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from msfp_cli.calibration.keep import DEFAULT_KEEP, OUTERMOST, KeepRule, parse_bits
+from msfp_cli.calibration.keep import DEFAULT_KEEP, KeepRule, parse_bits
 from msfp_cli.errors import UsageError
 from msfp_cli.formats.float_format import (
     BYTE_BITS,
@@ -55,7 +55,7 @@ class CalibrateRecipe(Recipe):
             "input_lift": 0.0,
             "rounding": "nearest",
             "weight_groups": 0,
-            "keep": tuple(f"{name}:8" for name in OUTERMOST),
+            "keep": ("@first:8", "@last:8"),
         }
     }
 
@@ -83,8 +83,9 @@ class CalibrateRecipe(Recipe):
     keep: tuple[str, ...] = option(
         (),
         "PATTERN:BITS sets the bits of the layers whose name matches (none: floating point); "
-        "repeatable, the last match wins. Default: the first and last layers stay in floating "
-        "point, and timestep, text and embedding layers get 8 bits.",
+        "repeatable, the last match wins. @first, @last and @conditions are the layers that the "
+        "recorded calls show to be first or last on the sample's way, or to see only time and "
+        "conditions. Default: @first:none, @last:none, @conditions:8; embedding tables get 8 bits.",
     )
     lift: float = option(
         0.05,
@@ -214,13 +215,18 @@ class CalibrateRecipe(Recipe):
                 f"--keep {self.keep[-1]!r} leaves every layer in floating point, so nothing would "
                 "be quantized; give a pattern that matches fewer"
             )
-        return [rule for rule in self.keep if not any(map(KeepRule.parse(rule).matches, names))]
+        rules = {text: KeepRule.parse(text) for text in self.keep}
+        return [
+            text
+            for text, rule in rules.items()
+            if not rule.is_of_role and not any(map(rule.matches, names))
+        ]
 
-    def kept_bits(self, name: str) -> tuple[bool, int | None]:
+    def kept_bits(self, name: str, role: str | None = None) -> tuple[bool, int | None]:
         """Return whether a rule matches the layer, and its bits (None: floating point)."""
         for text in reversed(DEFAULT_KEEP + self.keep):
             rule = KeepRule.parse(text)
-            if rule.matches(name):
+            if rule.matches(name, role):
                 return True, rule.bits
         return False, None
 

@@ -97,6 +97,8 @@ class LayerChoice:
         sensitivity: relative error of the denoiser's output when this layer alone is quantized at
             the default bits; None where it was not measured.
         compensation: how the weight was rounded; None if only nearest rounding was tried.
+        role: what the layer does in a call, see `recording.flow`; None for most layers, and in
+            files of earlier versions.
     """
 
     kind: str
@@ -110,6 +112,7 @@ class LayerChoice:
     input_scores: tuple[Score, ...] = ()
     sensitivity: float | None = None
     compensation: Compensation | None = None
+    role: str | None = None
 
     def _chosen(self, scores: tuple[Score, ...], name: str | None) -> float | None:
         return next((score.error for score in scores if score.format == name), None)
@@ -185,11 +188,11 @@ class Calibration:
         held_out_error: relative squared error of the denoiser's output on held-out calls, by
             component.
         unused: layers that never ran and stay in floating point, by component.
+        others: parameters that are not the weight of one of `layers`, by component, as
+            `denoiser_search.Rest` has them; empty in files of earlier versions.
         clocks: what reads the timestep of a call, by component; None in files of earlier versions.
         options: of the command, those that differ from their defaults, as words; None in files
             of earlier versions. They are no part of an export.
-        others: parameters that are not the weight of one of `layers`, by component, as
-            `denoiser_search.Rest` has them; empty in files of earlier versions.
     """
 
     source: ModelSource
@@ -202,10 +205,10 @@ class Calibration:
     input_lifts: Mapping[str, InputLift] = field(default_factory=dict)
     held_out_error: Mapping[str, float] = field(default_factory=dict)
     unused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    others: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     clocks: Mapping[str, Clock] | None = None
     options: list[str] | None = None
 
-    others: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     def clock(self, component: str) -> Clock:
         """Return what reads the timestep of a call of a component."""
         return (self.clocks or {}).get(component, TRAINING_CLOCK)
@@ -230,9 +233,6 @@ class Calibration:
         bits = sum(layer.multiply_adds * layer.scheme.input_bits(share) for layer in layers)
         return bits / total if total else 16.0
 
-    def steps_of(self, component: str, name: str) -> tuple[Tensor, Tensor | None]:
-        """Return the scale and the multipliers of a layer's weight, see `step_sizes`."""
-        return self.scales[component][name], self.multipliers.get(component, {}).get(name)
     def float_shares(self, component: str) -> dict[str, float]:
         """Return what stays in floating point, as shares of the component's parameters.
 
@@ -257,6 +257,9 @@ class Calibration:
         whole = f"{sum(shares.values()):.1%} of the parameters stay in floating point"
         return f"{whole}: {', '.join(named)}" if named else ""
 
+    def steps_of(self, component: str, name: str) -> tuple[Tensor, Tensor | None]:
+        """Return the scale and the multipliers of a layer's weight, see `step_sizes`."""
+        return self.scales[component][name], self.multipliers.get(component, {}).get(name)
 
     def tunable(self) -> tuple[str, ...]:
         """List the components that have a layer to fine-tune."""
@@ -317,10 +320,10 @@ class Calibration:
             "held_out_error": dict(self.held_out_error),
             "clocks": {name: clock.to_json() for name, clock in (self.clocks or {}).items()},
             "unused": {component: list(names) for component, names in self.unused.items()},
+            "others": {component: dict(counts) for component, counts in self.others.items()},
             "layers": {component: _to_json(layers) for component, layers in self.layers.items()},
         }
         with replace_directory(directory, overwrite=overwrite) as temporary:
-            "others": {component: dict(counts) for component, counts in self.others.items()},
             (temporary / _DOCUMENT).write_text(to_text(document, indent=1))
             save_file(flat, temporary / _SCALES)
             for tensors, place in ((codes, _CODES), (multipliers, _MULTIPLIERS)):

@@ -1,7 +1,8 @@
 """Quantize the weights of a model as they are read: no calibration, and never the whole model.
 
 Which layers, and with how many bits, is said by the rules that a calibration follows too, so first
-and last layers stay in floating point. Inputs of layers stay in floating point as well: how large
+and last layers stay in floating point; which ones they are is known by their usual names, because
+the model does not run. Inputs of layers stay in floating point as well: how large
 they get is known only from recorded calls.
 """
 
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from msfp_cli.calibration.keep import usual_role
 from msfp_cli.calibration.layer_search import bits_of
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.errors import CheckpointError, UsageError
@@ -43,7 +45,7 @@ class WeightEncoder:
         self._layers = find_layers(model)
         self._kinds = {name: kind_of(layer) for name, layer in self._layers.items()}
         for name, layer in self._layers.items():
-            _, bits, _ = bits_of(name, layer, recipe)
+            _, bits, _ = bits_of(name, layer, recipe, usual_role(name))
             if bits is not None:
                 self._bits[name] = bits
         if not self._bits:

@@ -42,6 +42,13 @@ Examples:
 
     msfp calibrate black-forest-labs/FLUX.1-schnell --max-memory 16GiB
 """
+# Why layers with a role have bits of their own.
+_WHY_KEPT = {
+    "first": "the first to see the sample",
+    "last": "the last before the output",
+    "conditions": "they see only time and conditions",
+}
+_FEW = 4  # names that are written out
 ModelArgument = Annotated[
     str | None,
     typer.Argument(help="Diffusers directory or hub id. Default: the small built-in pipeline."),
@@ -97,6 +104,7 @@ def summary(calibration: "Calibration") -> dict[str, Any]:
         "recipe": calibration.recipe.to_json(),
         "held_out_error": dict(calibration.held_out_error),
         "input_bits": {name: calibration.input_bits(name) for name in calibration.layers},
+        "floating_point": {name: calibration.float_shares(name) for name in calibration.layers},
         "components": {
             component: _summary_of(layers) for component, layers in calibration.layers.items()
         },
@@ -104,14 +112,45 @@ def summary(calibration: "Calibration") -> dict[str, Any]:
 
 
 def _summary_of(layers: Mapping[str, "LayerChoice"]) -> dict[str, Any]:
-        "floating_point": {name: calibration.float_shares(name) for name in calibration.layers},
     return {
         "layers": len(layers),
+        "roles": _names_by_role(layers),
         "lifted": sorted(name for name, layer in layers.items() if layer.reason == "lifted"),
         "input_formats": dict(_count_inputs(layers.values())),
         "weight_formats": dict(_count_weights(layers.values())),
         "nearest_rounding": sorted(name for name, layer in layers.items() if _kept_nearest(layer)),
     }
+
+
+def _names_by_role(layers: Mapping[str, "LayerChoice"]) -> dict[str, list[str]]:
+    """Return the layers of each role."""
+    return {
+        role: [name for name, layer in layers.items() if layer.role == role] for role in _WHY_KEPT
+    }
+
+
+def _kept(layers: Mapping[str, "LayerChoice"]) -> str:
+    """Say which layers have a role, what their bits are, and why."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for role, own in _names_by_role(layers).items():
+        for name in own:
+            names.setdefault((role, _width(layers[name])), []).append(name)
+    return "; ".join(
+        f"{_few(own)} {width} ({_WHY_KEPT[role]})" for (role, width), own in names.items()
+    )
+
+
+def _width(layer: "LayerChoice") -> str:
+    grid = layer.scheme.input
+    formats = [layer.scheme.weight, grid.format if grid else None]
+    bits = [str(each.bits) for each in formats if each is not None]
+    return f"with {'/'.join(dict.fromkeys(bits))} bits" if bits else "in floating point"
+
+
+def _few(names: list[str]) -> str:
+    """Return the first names, and how many more there are."""
+    shown = ", ".join(names[:_FEW])
+    return f"{shown} and {len(names) - _FEW} more" if len(names) > _FEW else shown
 
 
 def _kept_nearest(layer: "LayerChoice") -> bool:
@@ -164,8 +203,12 @@ def show(calibration: "Calibration", component: str) -> None:
     console.note(
         f"{component}: weights {bits / 8 / 2**20:.1f} MiB, {bits / half:.3f} of half precision"
     )
+    if line := calibration.floats_in_words(component):
+        console.note(f"{component}: {line}")
     bits_of_inputs = calibration.input_bits(component)
     console.note(f"{component}: inputs have {bits_of_inputs:.2f} bits on average, by multiply-adds")
+    if line := _kept(layers):
+        console.note(f"{component}: kept are {line}")
     if line := _lifted_inputs(calibration, component):
         console.note(f"{component}: {line}")
     if line := _rounding(layers):
@@ -203,7 +246,5 @@ def _rounding(layers: Mapping[str, "LayerChoice"]) -> str:
 
 def _row(name: str, layer: "LayerChoice") -> list[str]:
     chosen = layer.scheme
-    if line := calibration.floats_in_words(component):
-        console.note(f"{component}: {line}")
     formats = f"{chosen.weight or 'float'} x {chosen.input.format if chosen.input else 'float'}"
     return [name, f"{layer.sensitivity or 0:.5f}", formats, layer.reason]
