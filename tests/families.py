@@ -5,6 +5,7 @@ with its folder ``tests``: the tests of its pipelines say how each is built from
 and called, so a new family costs no line here. What they take from the hub (tokenizers, a few
 encoders) is replaced by what `tiny_pipelines` makes, so nothing is downloaded.
 
+One module of each family comes first, then its variants, until ``--minutes`` are over.
 ``--only PATTERN`` tries the modules of tests whose name matches, and prints instead of writing.
 """
 
@@ -28,8 +29,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 STEPS = ("record, calibrate", "fine-tune", "export", "reload, sample")
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
-SECONDS = 300  # for all pipelines of a module
+SECONDS = 150  # for a pipeline, and for all that a module of tests imports
 SIZES = ("height", "width", "num_frames")
+# What the chain passes to a pipeline.
+PASSED = (*SIZES, "prompt", "generator", "num_inference_steps", "guidance_scale", "output_type")
 LLAMA = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -41,8 +44,8 @@ LLAMA = {
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4, "vocab_size": 1103}
 
 
-def replacements() -> dict[str, Callable[[], Any]]:
-    """Return what takes the place of the hub's tiny parts, by a piece of their name."""
+def tokenizers() -> dict[str, Callable[[], Any]]:
+    """Return what takes the place of the hub's tiny tokenizers, by a piece of their name."""
     import transformers
 
     import tiny_pipelines as tiny
@@ -58,9 +61,19 @@ def replacements() -> dict[str, Callable[[], Any]]:
         tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    tokenizers = {"gemma": llama, "llama": llama, "Llama": llama, "Gemma": llama, "glm": llama}
+    def glm() -> Any:  # noqa: ANN401 (a tokenizer that begins each text with a mark)
+        from tokenizers.processors import TemplateProcessing
+
+        backend = qwen().backend_tokenizer
+        marks = [("<|endoftext|>", backend.token_to_id("<|endoftext|>"))]
+        backend.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=marks)
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=backend, pad_token="<|endoftext|>", padding_side="left"
+        )
+
     return {
-        **tokenizers,
+        **dict.fromkeys(("gemma", "llama", "Llama", "Gemma", "hunyaunvideo"), llama),
+        "glm": glm,
         "clip": tiny._clip_tokenizer,
         "t5": tiny._t5_tokenizer,
         "T5": tiny._t5_tokenizer,
@@ -69,75 +82,82 @@ def replacements() -> dict[str, Callable[[], Any]]:
     }
 
 
-def patch_hub() -> None:
-    """Let tokenizers and the T5 encoder come from here instead of from the hub."""
-    import transformers
-
-    parts = replacements()
-
-    def tokenizer_of(cls: type, name: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        if Path(name).exists():
-            return originals[cls.__name__](name, *args, **kwargs)
-        for piece, make in parts.items():
-            if piece in name:
-                return make()
-        raise LookupError(f"no stand-in for {name}")
-
-    originals = {}
-    base = transformers.PreTrainedTokenizerBase
-    for cls in (base, transformers.AutoTokenizer):
-        originals[cls.__name__] = cls.from_pretrained
-
-    def of_base(cls: type, name: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        if Path(str(name)).exists():
-            return originals[base.__name__].__func__(cls, name, *args, **kwargs)
-        return tokenizer_of(cls, str(name))
-
-    def of_auto(name: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        if Path(str(name)).exists():
-            return originals["AutoTokenizer"](name, *args, **kwargs)
-        return tokenizer_of(transformers.AutoTokenizer, str(name))
-
-    base.from_pretrained = classmethod(of_base)
-    transformers.AutoTokenizer.from_pretrained = of_auto
-    _patch_t5(transformers)
-
-
-def _patch_t5(transformers: Any) -> None:  # noqa: ANN401 (a module)
-    config_of = transformers.AutoConfig.from_pretrained
-    encoder_of = transformers.T5EncoderModel.from_pretrained
-
-    def config(name: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        if "tiny-random-t5" in str(name):
-            return transformers.T5Config(**T5)
-        return config_of(name, *args, **kwargs)
-
-    def encoder(cls: type, name: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        if "tiny-random-t5" in str(name):
-            return cls(transformers.T5Config(**T5))
-        return encoder_of.__func__(cls, name, *args, **kwargs)
-
-    transformers.AutoConfig.from_pretrained = config
-
-    def language_model(cls: type, name: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        if "tiny-random-Llama" in str(name):
-            return cls(transformers.LlamaConfig(**LLAMA))
-        return language_model_of.__func__(cls, name, *args, **kwargs)
-
-    def unet(cls: type, name: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        if "consistency-models-test" in str(name):
-            return tiny_pipelines._unconditional_unet()
-        return unet_of.__func__(cls, name, *args, **kwargs)
-
+def models() -> list[tuple[type, str, Callable[[], Any]]]:
+    """Return what takes the place of the hub's tiny models: class, a piece of the name, maker."""
+    import transformers as t
     from diffusers import UNet2DModel
 
     import tiny_pipelines
 
-    language_model_of = transformers.LlamaForCausalLM.from_pretrained
-    unet_of = UNet2DModel.from_pretrained
-    transformers.T5EncoderModel.from_pretrained = classmethod(encoder)
-    transformers.LlamaForCausalLM.from_pretrained = classmethod(language_model)
-    UNet2DModel.from_pretrained = classmethod(unet)
+    bert = t.BertConfig(
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=1124,
+    )
+    return [
+        (t.AutoConfig, "tiny-random-t5", lambda: t.T5Config(**T5)),
+        (t.T5EncoderModel, "tiny-random-t5", lambda: t.T5EncoderModel(t.T5Config(**T5))),
+        (t.UMT5EncoderModel, "umt5", lambda: t.UMT5EncoderModel(t.UMT5Config(**T5))),
+        (t.BertModel, "BertModel", lambda: t.BertModel(bert)),
+        (t.LlamaForCausalLM, "Llama", lambda: t.LlamaForCausalLM(t.LlamaConfig(**LLAMA))),
+        (UNet2DModel, "consistency-models-test", tiny_pipelines._unconditional_unet),
+    ]
+
+
+def patch_hub() -> None:
+    """Let tokenizers and some models come from here instead of from the hub."""
+    import transformers
+
+    makers = tokenizers()
+    for cls in (transformers.PreTrainedTokenizerBase, transformers.AutoTokenizer):
+        for piece, make in makers.items():
+            _replace(cls, piece, make)
+    for cls, piece, make in models():
+        _replace(cls, piece, make)
+    _replace(transformers.AutoProcessor, "Qwen", lambda: processor(makers["Qwen"]()))
+
+
+def processor(tokenizer: Any) -> Any:  # noqa: ANN401 (of transformers)
+    """Return a processor of texts and pictures."""
+    import transformers
+
+    return transformers.Qwen2VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(),
+        tokenizer=tokenizer,
+        video_processor=transformers.Qwen2VLVideoProcessor(),
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _replace(cls: Any, piece: str, make: Callable[[], Any]) -> None:  # noqa: ANN401 (a class)
+    """Let ``from_pretrained`` make what is not there and has a piece in its name."""
+    original = cls.from_pretrained.__func__
+
+    def from_pretrained(kind: type, name: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if piece in str(name) and not Path(str(name)).exists():
+            return make()
+        return original(kind, name, *args, **kwargs)
+
+    cls.from_pretrained = classmethod(from_pretrained)
+
+
+def pass_by_default(pipeline: type, inputs: Mapping[str, Any]) -> None:
+    """Make the arguments that a tiny pipeline needs the defaults of its class.
+
+    Such are the number of tokens, or the layers that a text encoder's output is taken from. What
+    the chain passes itself is not among them.
+    """
+    function = inspect.unwrap(pipeline.__call__)
+    parameters = list(inspect.signature(function).parameters.values())
+    names = [each.name for each in parameters if each.default is not inspect.Parameter.empty]
+    defaults = dict(zip(names, function.__defaults__ or (), strict=False))
+    plain = (bool, int, float, str, tuple, list, dict, type(None))
+    for name in names:
+        if name in inputs and name not in PASSED and isinstance(inputs[name], plain):
+            defaults[name] = inputs[name]
+    function.__defaults__ = tuple(defaults.values())
 
 
 def builders_of(module: Any) -> Iterator[type]:  # noqa: ANN401 (a module of diffusers' tests)
@@ -157,28 +177,28 @@ def called(method: Callable[..., Any]) -> Any:  # noqa: ANN401 (components or in
     return method("cpu") if takes_device else method()
 
 
-def try_family(builder: type) -> dict[str, str]:
-    """Return what came of each step: ``yes``, or the last line of an error."""
+def try_family(builder: type) -> Iterator[tuple[str, str]]:
+    """Yield what came of each step: ``yes``, or the last line of an error."""
     instance = builder.__new__(builder)
-    results = {}
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
         try:
             pipe = builder.pipeline_class(**called(instance.get_dummy_components))
             inputs = called(instance.get_dummy_inputs)
+            pass_by_default(builder.pipeline_class, inputs)
             pipe.save_pretrained("model")
         except Exception as error:
-            return {"build": _line(error)}
+            yield "build", _line(error)
+            return
         for step, action in steps_of(inputs):
             try:
                 action()
-                results[step] = "yes"
             except Exception as error:
                 if os.environ.get("FAMILIES_TRACE"):
                     traceback.print_exc()
-                results[step] = _line(error)
-                break
-    return results
+                yield step, _line(error)
+                return
+            yield step, "yes"
 
 
 def _line(error: Exception) -> str:
@@ -238,19 +258,44 @@ def try_module(name: str, report: Connection) -> None:
     try:
         builders = list(builders_of(importlib.import_module(name)))
     except Exception as error:
-        report.send((name.rpartition(".")[2], {"build": _line(error)}))
+        report.send((name.rpartition(".")[2], "build", _line(error)))
         return
     for builder in builders:
-        report.send((builder.pipeline_class.__name__, try_family(builder)))
+        pipeline = builder.pipeline_class.__name__
+        report.send((pipeline, "", ""))  # it begins
+        for step, result in try_family(builder):
+            report.send((pipeline, step, result))
 
 
-def outcomes(checkout: Path, only: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield each pipeline and what came of it, each module of tests in a process of its own."""
-    context = multiprocessing.get_context("fork")  # what is imported is imported once
+def modules_of(checkout: Path, only: str) -> list[Path]:
+    """Return the modules of tests that build pipelines: first one of each family, then variants."""
+    folders: dict[Path, list[Path]] = {}
     for path in sorted((checkout / "tests" / "pipelines").rglob("test_*.py")):
-        name = ".".join(path.relative_to(checkout).with_suffix("").parts)
-        if not re.search(only, name) or "pipeline_class" not in path.read_text():
+        if re.search(only, str(path)) and "pipeline_class" in path.read_text():
+            folders.setdefault(path.parent, []).append(path)
+    ranked = [
+        (rank, path)
+        for paths in folders.values()
+        for rank, path in enumerate(sorted(paths, key=lambda each: (len(each.name), each)))
+    ]
+    return [path for _, path in sorted(ranked, key=lambda each: (each[0] > 0, each[1]))]
+
+
+def outcomes(checkout: Path, only: str, minutes: float) -> Iterator[tuple[str, str, str]]:
+    """Yield each pipeline, a step, and what came of it.
+
+    Each module of tests has a process of its own, which is ended when a pipeline takes too long.
+
+    Arguments:
+        minutes: after which no further module is begun.
+    """
+    context = multiprocessing.get_context("fork")  # what is imported is imported once
+    end = time.monotonic() + 60 * minutes
+    for path in modules_of(checkout, only):
+        if time.monotonic() > end:
+            yield path.stem, "build", f"not begun after {minutes:g} minutes"
             continue
+        name = ".".join(path.relative_to(checkout).with_suffix("").parts)
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=try_module, args=(name, sender))
         process.start()
@@ -260,17 +305,26 @@ def outcomes(checkout: Path, only: str) -> Iterator[tuple[str, dict[str, str]]]:
         process.join()
 
 
-def _received(receiver: Connection, name: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield what a process reports until it ends or takes too long."""
+def _received(receiver: Connection, name: str) -> Iterator[tuple[str, str, str]]:
+    """Yield what a process reports until it ends or one of its pipelines takes too long."""
+    began = False
+    done = 0
     end = time.monotonic() + SECONDS
-    while True:
-        if not receiver.poll(max(0.0, end - time.monotonic())):
-            yield name, {"build": f"it took more than {SECONDS} s"}
-            return
+    while receiver.poll(max(0.0, end - time.monotonic())):
         try:
-            yield receiver.recv()
+            pipeline, step, result = receiver.recv()
         except EOFError:
             return
+        if step:
+            done += 1
+            yield pipeline, step, result
+        else:
+            name = pipeline
+            began = True
+            done = 0
+            end = time.monotonic() + SECONDS
+    step = STEPS[min(done, len(STEPS) - 1)] if began else "build"
+    yield name, step, f"stopped after {SECONDS} s"
 
 
 def page(results: Mapping[str, Mapping[str, str]]) -> str:
@@ -309,6 +363,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--only", default="")
+    parser.add_argument("--minutes", type=float, default=90, help="bound on the whole run")
     parser.add_argument("--write", action="store_true", help="write the page with --only, too")
     arguments = parser.parse_args()
     sys.path.insert(0, str(arguments.checkout))
@@ -318,10 +373,10 @@ def main() -> None:
     patch_hub()
     for each in ("tests.pipelines.test_pipelines_common", "msfp_cli.commands.app"):
         importlib.import_module(each)
-    results = {}
-    for name, result in outcomes(arguments.checkout, arguments.only):
-        results[name] = result
-        print(name, result, flush=True)
+    results: dict[str, dict[str, str]] = {}
+    for name, step, result in outcomes(arguments.checkout, arguments.only, arguments.minutes):
+        results.setdefault(name, {})[step] = result
+        print(name, step, result, flush=True)
         if arguments.write or not arguments.only:  # a run that is stopped leaves what it has
             PAGE.write_text(page(results), "utf-8")
 
