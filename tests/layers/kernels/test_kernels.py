@@ -544,6 +544,28 @@ def call(denoiser: Any, timestep: int) -> Tensor:  # noqa: ANN401
     return y
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_packed", [False, True])
+@pytest.mark.parametrize("hub", [1, 2])
+def test_new_sizes_make_no_more_graphs_than_a_float_denoiser(hub: int, keep_packed: bool) -> None:
+    denoiser = unet(hub)
+    channels = denoiser.config.block_out_channels[0]  # pictures are as wide as a layer
+    prepare_(denoiser, "cpu", keep_packed=keep_packed)
+    call(denoiser, 10)  # the route has been used
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = torch.compile(denoiser, fullgraph=True, backend="eager", dynamic=True)
+    graphs = []
+    for size in ((channels, channels), (24, channels), (32, 32)):
+        sample = draw(2, denoiser.config.in_channels, *size)
+        text = draw(2, 7, denoiser.config.cross_attention_dim, seed=1)
+        with torch.no_grad():
+            compiled(sample, torch.tensor(500), text)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 2, 2]
+
+
 @pytest.mark.parametrize("kernel", ["cpu", "reference", "simulated"])
 @pytest.mark.parametrize(("hub", "lifts"), [(1, False), (2, False), (1, True), (2, True)])
 def test_denoiser_compiles_without_a_graph_break(hub: int, lifts: bool, kernel: str) -> None:

@@ -72,10 +72,10 @@ class Arithmetic(NamedTuple):
         return cls(
             shift=fmt.largest if fmt.signed else 0,
             geometry=geometry,
-            factors=torch.stack([(scale * grid.scale).float() for grid in grids]),
-            shares=torch.stack([share.sum(dim=(1, 2)) for share in shares]),
+            factors=of_one_shape(torch.stack([(scale * grid.scale).float() for grid in grids])),
+            shares=of_one_shape(torch.stack([share.sum(dim=(1, 2)) for share in shares])),
             frames=(
-                torch.stack(shares).float()
+                of_one_shape(torch.stack(shares).float())
                 if pads and any(grid.zero_point for grid in grids)
                 else None
             ),
@@ -92,6 +92,18 @@ class Arithmetic(NamedTuple):
         frame = None if self.frames is None else _pick(self.frames, variant)
         constant = add_bias(_pick(self.shares, variant), bias)
         return _pick(self.factors, variant), constant, frame
+
+
+def of_one_shape(tensor: Tensor) -> Tensor:
+    """Mark a tensor of a kernel: its shape is not among those that change.
+
+    With ``torch.compile(dynamic=True)`` a picture of 16 pixels would else share a symbol with 16
+    channels, and a graph would serve that size alone. This is what ``torch._dynamo.mark_static``
+    does, whose import takes a second.
+    """
+    indices = set(range(tensor.ndim))
+    vars(tensor).update(_dynamo_static_indices=indices, _has_dynamo_dim_marking=True)
+    return tensor
 
 
 def add_bias(shares: Tensor, bias: Tensor | None) -> Tensor:

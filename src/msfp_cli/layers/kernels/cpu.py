@@ -27,6 +27,7 @@ from msfp_cli.layers.kernels.arithmetic import (
     BYTE,
     KINDS_IN_INTEGERS,
     Arithmetic,
+    of_one_shape,
     refusal_of_integers,
     refusal_of_overflow,
     unsigned_planes,
@@ -65,7 +66,8 @@ class Cpu(Kernel):
         self.holds_weight = not keep_packed
         self.weights: list[Tensor] = []
         if self.holds_weight:
-            self.weights = [_prepack(each, self.arithmetic.geometry) for each in integers]
+            packed = [_prepack(each, self.arithmetic.geometry) for each in integers]
+            self.weights = list(map(of_one_shape, packed))
 
     def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
         """Run the layer.
