@@ -97,8 +97,13 @@ class Ending:
 
     @property
     def is_one_line(self) -> bool:
-        """Whether it failed in one line that is not about a fault of msfp."""
-        is_line = bool(self.says) and "\n" not in self.says and "report it" not in self.says
+        """Whether it failed in one line that is not about a fault of msfp.
+
+        What it had logged until then comes before.
+        """
+        lines = self.says.splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        is_line = bool(errors) and errors == lines[-1:] and "report it" not in self.says
         return self.code in (1, 2) and is_line
 
 

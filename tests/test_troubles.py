@@ -13,7 +13,7 @@ from troubles import TROUBLES, on_small_disk
 def test_command_in_trouble_loses_nothing_and_goes_on(tmp_path: Path, name: str) -> None:
     harness = Harness(tmp_path)
     outcomes = dict[str, str | None]()
-    for title in ("calibrate", "export", "export --overwrite"):
+    for title in ("calibrate", "finetune", "export", "export --overwrite"):
         harness.begin(title)
         outcomes[title] = TROUBLES[name](harness)
         harness.end()

@@ -45,7 +45,8 @@ def fail_at(number: int, code: int) -> None:
     def failing(function: Callable[..., object]) -> Callable[..., object]:
         def wrapper(*arguments: object, **options: object) -> object:
             if next(count) >= number:
-                raise OSError(code, os.strerror(code), str(arguments[0]))
+                named = [] if isinstance(arguments[0], int) else [str(arguments[0])]
+                raise OSError(code, os.strerror(code), *named)
             return function(*arguments, **options)
 
         return wrapper

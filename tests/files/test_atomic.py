@@ -1,6 +1,9 @@
+import errno
+import re
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from msfp_cli.files.atomic import replace_file, write_text
 
@@ -61,3 +64,14 @@ def test_missing_directories_are_made_for_a_text(tmp_path: Path) -> None:
     write_text(tmp_path / "a" / "b" / "run.json", "naïve\n")
     assert (tmp_path / "a" / "b" / "run.json").read_bytes() == "naïve\n".encode()
     assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["run.json"]
+
+
+def test_error_without_a_name_gets_that_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with pytest.raises(OSError, match=re.escape(f"too large: {str(path)!r}")), replace_file(path):
+        raise OSError(errno.EFBIG, "too large")
+    with pytest.raises(OSError, match="too large: 'mine'"), replace_file(path):
+        raise OSError(errno.EFBIG, "too large", "mine")
+    with pytest.raises(SafetensorError) as raised, replace_file(path):
+        raise SafetensorError("I/O error: File too large (os error 27)")
+    assert raised.value.filename == str(path)

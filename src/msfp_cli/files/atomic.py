@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 _TEMPORARY = ".msfp-tmp"  # how all temporary names end, so that nobody else's file is taken for one
 _AT_FDCWD = -100  # of Linux, as the next
 _RENAME_EXCHANGE = 2
@@ -27,7 +29,12 @@ def follow_umask_(path: Path) -> None:
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name; the file written there becomes `path` when the block ends well."""
+    """Yield a temporary name; the file written there becomes `path` when the block ends well.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written; ``filename`` is `path`, unless the system
+            names another.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_of(path)
     try:
@@ -36,6 +43,9 @@ def replace_file(path: Path) -> Iterator[Path]:
         flush(temporary)
         os.replace(temporary, path)
         flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        error.filename = getattr(error, "filename", None) or str(path)  # type: ignore[union-attr]
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
