@@ -81,9 +81,7 @@ def test_command_tells_what_was_won_and_what_is_next(fresh_run: FreshRun, msfp: 
     )
     assert f"best after {tuned.best.step} updates" in result.stderr
     assert result.stderr.splitlines()[-1] == "next: msfp export"
-    assert (
-        msfp("status").stdout.splitlines()[3].startswith("finetune     transformer: 4 of 4 updates")
-    )
+    assert "\nfinetune     transformer: 4 of 4 updates" in msfp("status").stdout
 
 
 def test_json_holds_the_figures(fresh_run: FreshRun, msfp: Invoke) -> None:
@@ -474,6 +472,18 @@ def test_fine_tuning_of_another_calibration_is_explained_everywhere(
         == Calibration.load(run.calibration).identity()
         != calibration.identity()
     )
+
+
+def test_rank_that_no_weight_has_is_said(fresh_run: FreshRun, msfp: Invoke) -> None:
+    run = fresh_run()
+    result = msfp("finetune", *OPTIONS, "--rank", 100_000)
+    assert result.exit_code == 0
+    tensors = FinetuneState.load(state(run)).tensors
+    largest = max(
+        len(tensor) for name, tensor in tensors.items() if "lora_a" in name and tensor.ndim
+    )
+    said = f"no weight has a rank of 100000; {largest} is the largest that is trained"
+    assert said in result.stderr
 
 
 def test_diverging_training_says_what_to_change(fresh_run: FreshRun, msfp: Invoke) -> None:

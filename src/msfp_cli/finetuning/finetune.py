@@ -64,6 +64,7 @@ def finetune_run(
             _enable_checkpointing_(denoiser)
         with _explain_memory():
             trainer = _trainer(run, material, component, denoiser, recipe, accelerator)
+            _say_rank(component, recipe.rank, trainer.student.largest_rank, progress)
             # Only now: a --restart that one of the checks above refuses keeps the old states.
             if restart and not reports:
                 _delete_states(run, material, accelerator)
@@ -102,6 +103,14 @@ def _trainer(
     if component in material.states:
         trainer.resume(material.states[component])
     return trainer
+
+
+def _say_rank(component: str, rank: int, largest: int, progress: Progress) -> None:
+    """Say that a rank which was asked for is larger than all weights."""
+    if rank > max(largest, FinetuneRecipe().rank):
+        progress.log(
+            f"{component}: no weight has a rank of {rank}; {largest} is the largest that is trained"
+        )
 
 
 def _delete_states(run: Run, material: Material, accelerator: Accelerator) -> None:

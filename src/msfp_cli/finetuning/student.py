@@ -66,6 +66,11 @@ class Student(nn.Module):
         self.router = Router(len(self.layers), recipe.hub_size, generator)
         self.router.to(next(denoiser.parameters()).device)
 
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank of a LoRA here; that of a layer is at most its weight's smaller side."""
+        return max(len(layer.lora_a[0]) for layer in self.layers.values())
+
     @contextmanager
     def at(self, timesteps: Sequence[float], *, learning: bool = False) -> Iterator[None]:
         """Route every layer while the context is open: forward, and backward if it recomputes.
