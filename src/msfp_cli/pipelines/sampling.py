@@ -106,7 +106,7 @@ def refuse_steps(pipe: Pipeline, sampling: Sampling) -> None:
     config = getattr(getattr(pipe, "scheduler", None), "config", {})
     limit = config.get("num_train_timesteps")
     steps = sampling.num_inference_steps
-    if steps is not None and limit is not None and steps > limit:
+    if steps is not None and limit is not None and 1 < limit < steps:  # 1: time is a share
         raise UsageError(
             f"--steps {steps} is more than the {limit} timesteps that the model was trained with; "
             "give fewer"
