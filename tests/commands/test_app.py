@@ -283,6 +283,7 @@ def test_status_follows_the_chain(
         "recording",
         "held-out",
         "calibration",
+        "floats",
         "finetune",
         "export",
         "components",

@@ -48,8 +48,8 @@ class Net(nn.Module):
         self.odd = nn.ModuleDict(
             {"doubling": Doubling(4, 4), "masked": Masked(3, 3, 1), "plain": Plain(4, 4)}
         )
-        self.upsample = nn.ConvTranspose2d(4, 4, 2)
-        self.line = nn.Conv1d(4, 4, 1)
+        self.upsample = nn.Upsample(scale_factor=2)
+        self.both = nn.Bilinear(4, 4, 1)
         self.embedding = nn.Embedding(3, 4)
 
 
