@@ -11,7 +11,6 @@ from msfp_cli.calibration.quantize import quantize_ as quantize_as_calibrated_
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.quantizer import MSFPConfig, mark_quantized_, weight_only_config
 from msfp_cli.checkpoint.text_encoder import MSFPTextQuantizer, mark_text_encoder_, text_encoder
-from msfp_cli.checkpoint.weight_only import WeightEncoder
 from msfp_cli.pipelines.denoiser import refuse_changed
 
 M = TypeVar("M", bound=nn.Module)
@@ -39,7 +38,7 @@ def quantize_(module: M, how: "MSFPConfig | Calibration", component: str = "") -
     if isinstance(module, PreTrainedModel):
         encoder = text_encoder(module, how)
     else:
-        encoder = WeightEncoder(module, how.recipe())
+        encoder = how.encoder(module)
     for name in sorted(encoder.weights):
         encoder.encode_(module, name, module.get_parameter(name))
     config = weight_only_config(encoder.table, how.source)

@@ -25,7 +25,6 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.checkpoint.contents import Contents, exported_tensors, header_of, model_text
 from msfp_cli.checkpoint.hubs import fold, make_room_, unfold_
 from msfp_cli.checkpoint.weight_only import WeightEncoder
@@ -111,9 +110,9 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
             ) from None
         return (config, kwargs) if return_unused_kwargs else config
 
-    def recipe(self) -> CalibrateRecipe:
-        """Return how a model is quantized while it loads."""
-        return CalibrateRecipe(weights=self.weights, activations=None, keep=tuple(self.keep))
+    def encoder(self, model: nn.Module) -> WeightEncoder:
+        """Return what quantizes the weights of a model, one after another."""
+        return WeightEncoder.of_bits(model, self.weights, tuple(self.keep))
 
     def read_clock(self) -> Clock:
         """Return what reads the timestep of a call.
@@ -203,7 +202,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
         config: MSFPConfig = self.quantization_config
         self.note_model(model)
         if not self.pre_quantized:
-            self._encoder = WeightEncoder(model, config.recipe())
+            self._encoder = config.encoder(model)
             return
         self._contents.refuse_other_model(model)
         replace_layers_(model, config.table(), clock=config.read_clock())

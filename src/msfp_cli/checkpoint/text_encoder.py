@@ -183,7 +183,7 @@ def text_encoder(model: TransformersModel, config: MSFPConfig) -> WeightEncoder:
         *config.keep,
         *(f"{name}:none" for name in sorted(others)),
     )
-    return WeightEncoder(model, replace(config, keep=rules).recipe())
+    return replace(config, keep=rules).encoder(model)
 
 
 def mark_text_encoder_(model: TransformersModel, quantizer: MSFPTextQuantizer) -> None:

@@ -54,6 +54,11 @@ class WeightEncoder:
         self.table = dict[str, dict[str, Any]]()  # schemes of the layers that are done, as JSON
         replace_layers_(model, {})  # so that the model answers for weights that it does not have
 
+    @classmethod
+    def of_bits(cls, model: nn.Module, weights: int, keep: tuple[str, ...]) -> "WeightEncoder":
+        """Return the encoder of a model's weights that have so many bits, but for rules."""
+        return cls(model, CalibrateRecipe(weights=weights, activations=None, keep=keep))
+
     def idle_rules(self) -> list[str]:
         """Return the rules that match no layer: of another model, or misspelt."""
         return self._recipe.idle_rules(self._kinds.keys())
