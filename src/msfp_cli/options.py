@@ -41,8 +41,9 @@ MaxMemoryOption = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Memory to take at most, such as 8GiB: weights are read from the model's files when "
-        "their layers run. The result is the same. Default: the model is loaded whole.",
+        help="Memory to take at most, such as 8GiB, in each process: weights are read from the "
+        "model's files when their layers run. The result is the same. Default: the model is loaded "
+        "whole.",
     ),
 ]
 OverwriteOption = Annotated[

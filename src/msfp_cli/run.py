@@ -121,8 +121,9 @@ class Run:
         self.require()
         with ExitStack() as stack:
             stack.callback(_remove_if_empty, self.directory)
-            stack.enter_context(only_writer(self.directory, self.directory / ".msfp-lock"))
-            self._clean()
+            lock = only_writer(self.directory, self.directory / ".msfp-lock")
+            if stack.enter_context(lock):
+                self._clean()
             yield
 
     def _clean(self) -> None:

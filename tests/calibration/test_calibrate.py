@@ -1,6 +1,7 @@
 """What calibration chooses, what it refuses, and that it depends on its recipe alone."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from conftest import QUICK, Chained, Invoke
-from msfp_cli.calibration.calibrate import calibrate_
+from conftest import QUICK, SIX_PICTURES, Chained, Invoke, files_of
+from msfp_cli.calibration import compensate as compensation
+from msfp_cli.calibration.calibrate import calibrate_, calibrate_run
 from msfp_cli.calibration.denoiser_search import held_out_error, observed_shards
 from msfp_cli.calibration.keep import usual_role
 from msfp_cli.calibration.layer_search import LIFTED_BITS
@@ -24,12 +26,16 @@ from msfp_cli.calibration.result import Calibration, LayerChoice
 from msfp_cli.errors import CalibrationError, CheckpointError, ModelError, RunError
 from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
 from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, load_pipeline
+from msfp_cli.processes import LEFT_ALONE
 from msfp_cli.recording.result import Recording
+from msfp_cli.run import Run
+from together import run_together
 
 Recordings = tuple[Recording, Recording]
 KINDS = ("scales", "codes", "multipliers")  # of a calibration's tensors
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
 UNLIFTED = CalibrateRecipe(max_samples=4000, lift=0.0)
+SHARED = replace(QUICK, input_lift=0.4, lift=0.2, formats="e2m1,ue2m2")  # all stages
 NAN, INFINITY = float("nan"), float("inf")
 
 
@@ -223,6 +229,63 @@ def test_equal_recipes_give_equal_calibrations(
     assert_same_calibration(
         calibrate_(tiny_pipe, *tiny_recordings, QUICK), tiny_chained.calibration
     )
+
+
+def calibrate_into(run: Path, source: ModelSource, recipe: CalibrateRecipe = SHARED) -> None:
+    """Calibrate on three shards, or do a part of it if this is one of several processes."""
+    calibrate_run(Run(run), source, SIX_PICTURES, recipe, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def files_of_one(
+    tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    """Return the files of a run that one process has calibrated."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    calibrate_into(run, tiny_source)
+    assert Calibration.load(run / "calibration").codes["unet"]
+    return files_of(run)
+
+
+def test_two_processes_calibrate_to_the_bytes_of_one(
+    files_of_one: dict[str, bytes], tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    ends = run_together(lambda index: calibrate_into(tmp_path / "run", tiny_source), tmp_path)
+    assert [end.code for end in ends] == [0, 0], ends
+    assert files_of(tmp_path / "run") == files_of_one
+
+
+@pytest.mark.slow
+def test_three_processes_calibrate_groups_of_weights_to_the_bytes_of_one(
+    tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    recipe = replace(QUICK, activations=8, weight_groups=16, formats="e2m1,e1m6,ue1m7", lift=0.3)
+    together = tmp_path / "together"
+    ends = run_together(lambda index: calibrate_into(together, tiny_source, recipe), tmp_path, 3)
+    assert [end.code for end in ends] == [0, 0, 0], ends
+    calibrate_into(tmp_path / "alone", tiny_source, recipe)
+    assert files_of(together) == files_of(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("dying", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_calibration_that_lost_a_process_goes_on_to_the_same_bytes(
+    dying: int,
+    files_of_one: dict[str, bytes],
+    tiny_source: ModelSource,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def calibrate_and_die(index: int) -> None:
+        if index == dying:
+            monkeypatch.setattr(compensation, "_store", lambda *_: os.kill(os.getpid(), 9))
+        calibrate_into(tmp_path / "run", tiny_source)
+
+    ends = run_together(calibrate_and_die, tmp_path)
+    assert ends.pop(dying).code == -9
+    assert ends[0].code in (LEFT_ALONE, 99)  # told of it, or waiting for it
+    assert not Run(tmp_path / "run").calibration.exists()
+    calibrate_into(tmp_path / "run", tiny_source)
+    assert files_of(tmp_path / "run") == files_of_one
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 import typer
 
 from msfp_cli.commands import launch
-from msfp_cli.commands.console import LEFT_ALONE, STOPPED, guarded
-from msfp_cli.processes import ALONE, Processes
+from msfp_cli.commands.console import STOPPED, guarded
+from msfp_cli.processes import LAUNCHED, LEFT_ALONE, LEFT_ALONE_WORDS
 
 Script = Callable[[str], int]
 
@@ -103,20 +103,37 @@ def test_process_that_failed_first_says_why(
     assert capfd.readouterr() == ("", f"error {rank}\n")
 
 
+@pytest.mark.parametrize(
+    ("size", "launched", "code", "line"),
+    [
+        (None, None, 1, "RuntimeError: [/gloo/transport"),
+        ("2", "1", LEFT_ALONE, ""),
+        ("2", None, LEFT_ALONE, LEFT_ALONE_WORDS),
+    ],
+    ids=["alone", "launched by msfp", "launched by accelerate"],
+)
 def test_process_that_loses_the_other_leaves_the_word_to_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    size: str | None,
+    launched: str | None,
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def lose() -> None:
         raise RuntimeError(
             "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2. Good luck!"
         )
 
-    for size, code, lines in ((None, 1, 1), ("2", LEFT_ALONE, 0)):
-        if size:
-            monkeypatch.setenv("WORLD_SIZE", size)
-        with pytest.raises(typer.Exit) as ended:
-            guarded(lose)()
-        assert (ended.value.exit_code, capsys.readouterr().err.count("\n")) == (code, lines)
+    for name, value in (("WORLD_SIZE", size), (LAUNCHED, launched)):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(typer.Exit) as ended:
+        guarded(lose)()
+    says = capsys.readouterr().err
+    assert (ended.value.exit_code, bool(says)) == (code, bool(line))
+    assert says.startswith(f"error: {line}" if line else "") and says.count("\n") == bool(line)
 
 
 def test_polite_kill_of_the_launcher_is_heard_by_all(tmp_path: Path) -> None:
@@ -261,9 +278,3 @@ def test_main_process_is_the_first(
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
     assert launch.is_main() == speaks
-
-
-def test_a_process_that_is_alone_is_the_first_and_waits_for_nobody() -> None:
-    assert Processes.current("cpu") == Processes() == ALONE
-    assert ALONE.is_first and not Processes(1, 2).is_first
-    ALONE.wait()

@@ -92,7 +92,7 @@ def test_processes_that_share_a_gallery_draw_each_batch_once(
 ) -> None:
     recipe = RecordRecipe(conditions=(None,) * 7, num_inference_steps=1, seed=4, batch_size=2)
     whole, shared = (Gallery.create(tmp_path / name, recipe, MODEL) for name in ("whole", "shared"))
-    whole.fill(tiny_pipe, title="whole", share=ALONE)
+    whole.fill(tiny_pipe, title="whole", processes=ALONE)
     drawn: list[int] = []
 
     def call(
@@ -105,7 +105,9 @@ def test_processes_that_share_a_gallery_draw_each_batch_once(
     for index in reversed(range(num_processes)):
         share = Processes(index, num_processes)
         before = set(shared.missing())
-        Gallery.create(shared.directory, recipe, MODEL).fill(tiny_pipe, title="shared", share=share)
+        Gallery.create(shared.directory, recipe, MODEL).fill(
+            tiny_pipe, title="shared", processes=share
+        )
         assert before - set(shared.missing()) == {
             batch for batch in range(4) if batch % num_processes == index
         }
@@ -123,7 +125,7 @@ def test_share_of_an_interrupted_gallery_is_what_is_missing_of_it(
     gallery.fill(tiny_pipe, title="tiny")
     for index in (0, 1, 2):
         gallery.path(index).unlink()
-    gallery.fill(tiny_pipe, title="tiny", share=Processes(0, 2))
+    gallery.fill(tiny_pipe, title="tiny", processes=Processes(0, 2))
     assert gallery.missing() == [1]
 
 

@@ -10,6 +10,7 @@ from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.pipelines.conditions import say_cut_prompts
 from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 from msfp_cli.pipelines.sampling import Sampling
+from msfp_cli.processes import Processes
 from msfp_cli.progress import NoProgress
 from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.recording.record import record_both
@@ -68,7 +69,8 @@ def test_calibrate_sample_and_evaluate_say_it(prompted_chained: Chained, tmp_pat
     options = RecordOptions(
         prompts=("a cat", LONG), num_images=2, num_inference_steps=1, batch_size=2
     )
-    record_both(pipe, Run(tmp_path), source, options, progress=said.setdefault("a", Lines()))
+    processes = Processes(progress=said.setdefault("a", Lines()))
+    record_both(pipe, Run(tmp_path), source, options, processes=processes)
     sample_run(
         prompted_chained.run,
         [LONG],

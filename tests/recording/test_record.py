@@ -1,5 +1,6 @@
 """Recording: it can be stopped at any time, is bounded, and keeps its two parts apart."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -12,11 +13,13 @@ from diffusers import DDIMPipeline, DiffusionPipeline
 from conftest import Invoke, record_few
 from msfp_cli.errors import CalibrationError, ModelError, RunError
 from msfp_cli.pipelines.denoiser import replay
-from msfp_cli.pipelines.loading import ModelSource, default_prompts
+from msfp_cli.pipelines.loading import ModelSource, default_prompts, load_pipeline
+from msfp_cli.processes import LEFT_ALONE, meeting
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
 from msfp_cli.recording.record import record_both, record_calls, record_recipes
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
+from together import run_together
 
 THREE_BATCHES = RecordRecipe(conditions=(None,) * 5, num_inference_steps=2, seed=3, batch_size=2)
 
@@ -79,6 +82,48 @@ def test_recording_stopped_inside_a_batch_goes_on_to_the_same_bytes(
     record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "stopped")
     record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "whole")
     assert shards_of(tmp_path / "stopped") == shards_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_record_the_bytes_of_one(
+    count: int, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    # The conditions of two batches come twice, and their embeddings are stored once.
+    conditions = ("a cat", "a dog", "a hat", "a bag") * 2
+    recipe = RecordRecipe(conditions=conditions, num_inference_steps=2, batch_size=2)
+    source = ModelSource(model=str(tiny("StableDiffusionPipeline")))
+    pipe = load_pipeline(source, "cpu")
+
+    def record(index: int) -> None:
+        with meeting("cpu") as processes:
+            record_calls(pipe, source, recipe, tmp_path / "shared", processes=processes)
+            assert not Recording(tmp_path / "shared").missing_shards()
+
+    ends = run_together(record, tmp_path, count)
+    assert [end.code for end in ends] == [0] * count, ends
+    record_calls(pipe, source, recipe, tmp_path / "whole")
+    assert shards_of(tmp_path / "shared") == shards_of(tmp_path / "whole")
+
+
+def test_recording_that_lost_a_process_goes_on_to_the_same_bytes(
+    tiny_pipe: DiffusionPipeline,
+    tiny_source: ModelSource,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def record(index: int) -> None:
+        if index == 0:
+            monkeypatch.setattr(Recording, "write_shard", lambda *_: os._exit(7))
+        with meeting("cpu") as processes:
+            place = tmp_path / "shared"
+            record_calls(tiny_pipe, tiny_source, THREE_BATCHES, place, processes=processes)
+
+    first, second = run_together(record, tmp_path)
+    assert first.code == 7 and second.code in (LEFT_ALONE, 99)  # told of it, or waiting for it
+    assert Recording(tmp_path / "shared").missing_shards() in ([0, 2], [0, 1, 2])
+    record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "shared")
+    record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "whole")
+    assert shards_of(tmp_path / "shared") == shards_of(tmp_path / "whole")
 
 
 def test_every_call_of_every_picture_is_recorded(

@@ -9,7 +9,6 @@ import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -29,15 +28,13 @@ from msfp_cli.calibration.quantize import quantize_
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration, LayerChoice
 from msfp_cli.files.directories import refuse_existing
-from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
-from msfp_cli.pipelines.watch import final_sample
+from msfp_cli.pipelines.loading import ModelSource, Pipeline, choose_device, load_pipeline
+from msfp_cli.processes import ALONE, Processes, meeting
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
 from msfp_cli.recording.record import record_both, record_recipes
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
-
-_DRAWN_AGAIN = 4  # pictures, to see what rounded inputs do to them at each timestep
 
 
 def calibrate_(
@@ -46,7 +43,7 @@ def calibrate_(
     held_out: Recording,
     recipe: CalibrateRecipe,
     *,
-    progress: Progress = SILENT,
+    processes: Processes = ALONE,
     work: Path | None = None,
     max_memory: int | None = None,
 ) -> Calibration:
@@ -55,6 +52,7 @@ def calibrate_(
     Arguments:
         recording: calls to choose on.
         held_out: calls to measure on.
+        processes: those that share the work; all of them get the whole result.
         work: where finished parts of compensation are kept, so that a killed run goes on.
         max_memory: bytes that this process may take; less takes longer and gives the same result.
 
@@ -66,11 +64,10 @@ def calibrate_(
     check_layers(pipe, recipe, SILENT)
     denoisers = {name: pipe.components[name] for name in recording.clocks() or {}}
     record = RecordRecipe.from_json(recording.recipe["record"])
-    draw = partial(final_sample, pipe, record.conditions[:_DRAWN_AGAIN], record)
     results = {}
     lifts = {}
-    for component, denoiser in denoisers.items():
-        layers, lift = search_denoiser(component, denoiser, recording, recipe, draw, progress)
+    for component in denoisers:
+        layers, lift = search_denoiser(component, pipe, recording, record, recipe, processes)
         if layers:
             results[component] = layers
         if lift:
@@ -89,12 +86,12 @@ def calibrate_(
         others={name: rest.others for name, rest in rests.items()},
     )
     if recipe.rounding == "compensated" and recipe.weights is not None:
-        calibration = _compensated(calibration, denoisers, recording, progress, work, max_memory)
+        calibration = _compensated(calibration, denoisers, recording, processes, work, max_memory)
     errors = {}
     for component in results:
         is_bounded = max_memory is not None
         quantize_(denoisers[component], calibration, component, keep_packed=is_bounded)
-        errors[component] = held_out_error(denoisers[component], held_out, component, progress)
+        errors[component] = held_out_error(denoisers[component], held_out, component, processes)
     return replace(calibration, held_out_error=errors)
 
 
@@ -102,7 +99,7 @@ def _compensated(
     calibration: Calibration,
     denoisers: Mapping[str, nn.Module],
     recording: Recording,
-    progress: Progress,
+    processes: Processes,
     work: Path | None,
     max_memory: int | None,
 ) -> Calibration:
@@ -115,7 +112,7 @@ def _compensated(
             recording,
             shards,
             calibration,
-            progress,
+            processes,
             work,
             max_memory,
         )
@@ -158,6 +155,8 @@ def calibrate_run(
 ) -> Calibration:
     """Record and calibrate a model into a run directory.
 
+    Processes that were started together share the work; the first of them writes the calibration.
+
     Arguments:
         max_memory: bytes that this process may take; None loads the model whole, which is faster.
 
@@ -166,31 +165,34 @@ def calibrate_run(
             `overwrite` is not set.
         ModelError, CalibrationError: as said by what they wrap.
     """
-    with run.lock(create=True):
+    with run.lock(create=True), meeting(choose_device(device), progress) as processes:
+        processes.refuse_apart(run.directory)
         refuse_existing(run.calibration, overwrite=overwrite, work=run.unfinished_codes)
         words = [*recipe.words(), *options.words(), *source.words()]
         options = options.with_prompts()  # before the model is loaded
         pipe = load_pipeline(source, device, streamed=max_memory is not None)
         check_layers(pipe, recipe, progress)
         recipes = record_recipes(pipe, source, options)
-        for line in estimate(pipe, *recipes, recipe, max_memory).lines():
+        for line in estimate(pipe, *recipes, recipe, max_memory, processes.count).lines():
             progress.log(line)
-        run.remember_calibration(shlex.join(["msfp", "calibrate", source.model, *words]))
+        if processes.is_first:
+            run.remember_calibration(shlex.join(["msfp", "calibrate", source.model, *words]))
         recording, held_out = record_both(
-            pipe, run, source, options, overwrite=overwrite, progress=progress
+            pipe, run, source, options, overwrite=overwrite, processes=processes
         )
         calibration = calibrate_(
             pipe,
             recording,
             held_out,
             recipe,
-            progress=progress,
+            processes=processes,
             work=run.unfinished_codes,
             max_memory=max_memory,
         )
         calibration = replace(calibration, options=words)
-        calibration.save(run.calibration, overwrite=overwrite)
-        shutil.rmtree(run.unfinished_codes, ignore_errors=True)
+        if processes.is_first:
+            calibration.save(run.calibration, overwrite=overwrite)
+            shutil.rmtree(run.unfinished_codes, ignore_errors=True)
         return calibration
 
 

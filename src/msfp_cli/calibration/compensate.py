@@ -11,7 +11,7 @@ before, which are not a function of this layer's input: made from them, the code
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -38,7 +38,7 @@ from msfp_cli.formats.packing import pack
 from msfp_cli.formats.rounding import Grid, quantize, round_steps
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.layers.streamed import weight_in_memory
-from msfp_cli.progress import Advance, Progress
+from msfp_cli.processes import Processes
 from msfp_cli.recording.result import Recording
 
 # Less than 0.03 lowers the error of most layers and raises that of the denoiser: once it is
@@ -67,7 +67,7 @@ def compensate(
     recording: Recording,
     shards: Sequence[int],
     calibration: Calibration,
-    progress: Progress,
+    processes: Processes,
     work: Path | None = None,
     max_memory: int | None = None,
 ) -> dict[str, RoundedWeight]:
@@ -77,6 +77,7 @@ def compensate(
         denoiser: in floating point; it stays so.
         shards: of the recording, to sample.
         calibration: formats, grids and scales; whatever codes it has are not used.
+        processes: those that share the layers; each replays the calls for its own.
         work: where the codes of a finished group are kept, so that a killed run goes on; None
             keeps nothing.
         max_memory: bytes that this process may take: the less, the more often the recording is
@@ -91,13 +92,18 @@ def compensate(
     layers = {name: denoiser.get_submodule(name) for name in schemes}
     names = [name for name, each in schemes.items() if each.tunable and can_sample(layers[name])]
     rounded = _finished(work, component, identity) if work else {}
-    left = {name: layers[name] for name in names if name not in rounded}
+    processes.wait()  # before anyone adds to what is finished
+    own = processes.part(
+        [name for name in names if name not in rounded],
+        lambda name: calibration.layers[component][name].num_weights,
+    )
+    left = {name: layers[name] for name in own}
     groups = group_layers(left, group_bytes(max_memory))
     num_calls = [recording.num_calls(component, [shard]) for shard in shards]
     checks = held_back(shards, num_calls)
-    total = len(checks) * len(groups) + len(names)
-    with progress.task(f"Compensating {component}", total) as step:
-        step(len(names) - len(left))
+    new = dict[str, RoundedWeight]()
+    total = len(checks) * len(groups) + len(left)
+    with processes.progress.task(f"Compensating {component}", total) as step:
         for group in groups:
             samples = {
                 name: LayerSamples(
@@ -107,10 +113,12 @@ def compensate(
             }
             calls = recording.calls(component, shards)
             sample(denoiser, calls, checks, samples, step, is_lifted_at)
-            new = _round_all(samples, schemes, scales, multipliers, step)
+            done = _round_all(samples, schemes, scales, multipliers, step)
             if work:
-                _store(work / f"{component}-{len(rounded):05d}.safetensors", identity, new)
-            rounded |= new
+                number = names.index(group[0])
+                _store(work / f"{component}-{number:05d}.safetensors", identity, done)
+            new |= done
+    rounded |= processes.gather(new, RoundedWeight)
     return {name: rounded[name] for name in names}
 
 
@@ -134,7 +142,7 @@ def _round_all(
     schemes: Mapping[str, LayerScheme],
     scales: Mapping[str, Tensor],
     multipliers: Mapping[str, Tensor],
-    step: Advance,
+    step: Callable[[int], None],
 ) -> dict[str, RoundedWeight]:
     rounded = {}
     for name, each in samples.items():

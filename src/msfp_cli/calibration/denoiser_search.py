@@ -9,15 +9,19 @@
    than half of it (ours). Where inputs have 8 bits anyway, a lifted layer takes more bytes but the
    same products, so the worst layers per weight are lifted, within that share of the weights; the
    share of the multiply-adds is for those among them whose input may take two bytes.
+
+Several processes share 1 by pictures, 2 and 3 by layers, and come to what one comes to, bit for
+bit: minima, maxima and sorted samples depend on no order.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from msfp_cli.calibration.layer_search import (
@@ -39,10 +43,16 @@ from msfp_cli.calibration.sensitivity import (
 from msfp_cli.layers.input_lift import InputLift
 from msfp_cli.layers.replace import find_layers
 from msfp_cli.layers.streamed import weight_in_memory
-from msfp_cli.pipelines.denoiser import DenoiserCall
 from msfp_cli.pipelines.prefix import REPEATED_SHARE, RepeatedCall
-from msfp_cli.progress import SILENT, Advance, Progress
-from msfp_cli.recording.compare import MAX_ROWS, OutputError, output_error, spread_calls
+from msfp_cli.processes import ALONE, Processes
+from msfp_cli.recording.compare import (
+    MAX_ROWS,
+    OutputError,
+    SquaredError,
+    output_error,
+    spread_calls,
+)
+from msfp_cli.recording.recipe import RecordRecipe
 from msfp_cli.recording.result import Recording
 
 _OBSERVED_PICTURES = 80
@@ -50,16 +60,18 @@ _OBSERVED_PICTURES = 80
 
 def search_denoiser(
     component: str,
-    denoiser: nn.Module,
+    pipe: DiffusionPipeline,
     recording: Recording,
+    record: RecordRecipe,
     recipe: CalibrateRecipe,
-    draw: Callable[[], Tensor],
-    progress: Progress,
+    processes: Processes,
 ) -> tuple[dict[str, CalibratedLayer], InputLift | None]:
     """Choose a format for every layer that runs; the denoiser stays in floating point.
 
     Arguments:
-        draw: draws a few pictures, always the same, and returns the final sample.
+        component: the denoiser's name in the pipeline.
+        record: how the recording was made.
+        processes: those that share the work; all of them get all that is found.
 
     Returns:
         The layers by name, and the timesteps whose inputs are lifted; None if there are none.
@@ -67,10 +79,10 @@ def search_denoiser(
     Raises:
         CalibrationError: a weight or an activation holds a NaN or infinity.
     """
-    layers = _search_layers(component, denoiser, recording, recipe, progress)
+    layers = _search_layers(component, pipe.components[component], recording, recipe, processes)
     clock = recording.clock(component)
     choices = choices_of(layers)
-    lift = lift_inputs(component, denoiser, clock, choices, draw, recipe.input_lift, progress)
+    lift = lift_inputs(component, pipe, clock, choices, record, recipe.input_lift, processes)
     return layers if lift else _without_lifted_inputs(layers), lift
 
 
@@ -79,34 +91,58 @@ def _search_layers(
     denoiser: nn.Module,
     recording: Recording,
     recipe: CalibrateRecipe,
-    progress: Progress,
+    processes: Processes,
 ) -> dict[str, CalibratedLayer]:
     """Choose a format for every layer, and lift the worst to 8 bits."""
     refuse_not_finite(denoiser)
-    observations = _observe(component, denoiser, recording, recipe, progress)
-    layers = find_layers(denoiser)
-    results: dict[str, CalibratedLayer] = {}
-    with progress.task(f"Searching {component}", len(observations)) as advance:
-        for name in layers:
-            if name in observations:
-                with weight_in_memory(layers[name]):
-                    results[name] = search_layer(name, layers[name], observations[name], recipe)
-                advance(1)
+    observations = _observe(component, denoiser, recording, recipe, processes)
+    names = [name for name in find_layers(denoiser) if name in observations]
+    results = _search(component, denoiser, names, observations, recipe, processes)
     if recipe.lift == 0 or _narrowest(recipe) >= LIFTED_BITS:
         return results
-    results = _measure_sensitivity(component, denoiser, recording, recipe, results, progress)
-    choices = {name: result.choice for name, result in results.items()}
+    results = _measure_sensitivity(component, denoiser, recording, recipe, results, processes)
+    choices = choices_of(results)
     price = by_weights if recipe.has_wide_inputs else by_multiply_adds
     chosen = choose_lifted(choices, recipe.lift, price)
     wide = choose_lifted(choices, recipe.lift, by_multiply_adds, chosen)
-    for name in chosen:
-        with weight_in_memory(layers[name]):
-            lifted = search_layer(
-                name, layers[name], observations[name], recipe, is_lifted=True, wide=name in wide
-            )
-        choice = replace(lifted.choice, sensitivity=choices[name].sensitivity)
-        results[name] = replace(lifted, choice=choice)
+    lifted = _search(component, denoiser, chosen, observations, recipe, processes, wide)
+    for name, layer in lifted.items():
+        choice = replace(layer.choice, sensitivity=choices[name].sensitivity)
+        results[name] = replace(layer, choice=choice)
     return results
+
+
+def _search(
+    component: str,
+    denoiser: nn.Module,
+    names: Sequence[str],
+    observations: Mapping[str, LayerObservation],
+    recipe: CalibrateRecipe,
+    processes: Processes,
+    wide: Collection[str] | None = None,
+) -> dict[str, CalibratedLayer]:
+    """Search some layers at the bits that the recipe gives them.
+
+    Arguments:
+        wide: where the layers are lifted to 8 bits: those whose inputs may take two bytes.
+    """
+    layers = find_layers(denoiser)
+    own = processes.part(names, lambda name: layers[name].weight.numel())
+    results = dict[str, CalibratedLayer]()
+    with processes.progress.task(f"Searching {component}", len(own)) as advance:
+        for name in own:
+            with weight_in_memory(layers[name]):
+                results[name] = search_layer(
+                    name,
+                    layers[name],
+                    observations[name],
+                    recipe,
+                    is_lifted=wide is not None,
+                    wide=wide is None or name in wide,
+                )
+            advance(1)
+    results = processes.gather(results, CalibratedLayer)
+    return {name: results[name] for name in names}
 
 
 def _observe(
@@ -114,20 +150,32 @@ def _observe(
     denoiser: nn.Module,
     recording: Recording,
     recipe: CalibrateRecipe,
-    progress: Progress,
+    processes: Processes,
 ) -> dict[str, LayerObservation]:
     """Observe the layers' inputs over a share of the recording."""
     shards = observed_shards(recording)
+    own = processes.part(shards)
     num_calls = recording.num_calls(component, shards)
-    with progress.task(f"Observing {component}", num_calls) as advance:
-        return observe(
-            denoiser,
-            recording.calls(component, shards),
-            num_calls,
-            max_samples=recipe.max_samples,
-            generator=torch.Generator().manual_seed(recipe.seed),
-            advance=advance,
-        )
+    parts = dict[str, dict[str, LayerObservation]]()
+    with processes.progress.task(
+        f"Observing {component}", recording.num_calls(component, own)
+    ) as advance:
+        for shard in own:
+            parts[str(shard)] = observe(
+                denoiser,
+                recording.calls(component, [shard]),
+                num_calls,
+                max_samples=recipe.max_samples,
+                generator=torch.Generator().manual_seed(recipe.seed + shard),
+                advance=advance,
+            )
+    parts = processes.gather(parts, dict[str, LayerObservation])
+    observations = dict[str, LayerObservation]()
+    for shard in shards:
+        for name, new in parts[str(shard)].items():
+            before = observations.get(name)
+            observations[name] = new if before is None else before + new
+    return observations
 
 
 def observed_shards(recording: Recording) -> list[int]:
@@ -172,33 +220,31 @@ def _measure_sensitivity(
     recording: Recording,
     recipe: CalibrateRecipe,
     results: Mapping[str, CalibratedLayer],
-    progress: Progress,
+    processes: Processes,
 ) -> dict[str, CalibratedLayer]:
     """Add the sensitivity of every layer at the default bits."""
     calls = spread_calls(recording, component, recipe.sensitivity_calls)
     candidates = [name for name, each in results.items() if each.choice.reason == "default"]
-    errors = {name: OutputError() for name in candidates}
-    with progress.task(f"Measuring {component}", len(candidates) * len(calls)) as advance:
+    errors = {name: OutputError() for name in processes.part(candidates)}
+    with processes.progress.task(f"Measuring {component}", len(errors) * len(calls)) as advance:
         for call in calls:
-            _add_errors(errors, denoiser, call, results, advance)
+            _add_errors(errors, RepeatedCall(denoiser, call), results, advance)
+    relative = processes.gather({name: each.relative() for name, each in errors.items()}, float)
     return {
-        name: replace(each, choice=replace(each.choice, sensitivity=errors[name].relative()))
-        if name in errors
-        else each
+        name: replace(each, choice=replace(each.choice, sensitivity=relative.get(name)))
         for name, each in results.items()
     }
 
 
 def _add_errors(
     errors: Mapping[str, OutputError],
-    denoiser: nn.Module,
-    call: DenoiserCall,
+    repeated: RepeatedCall,
     results: Mapping[str, CalibratedLayer],
-    advance: Advance,
+    advance: Callable[[int], None],
 ) -> None:
     """Add the error of the denoiser's output in one call, with each layer quantized alone."""
-    repeated = RepeatedCall(denoiser, call)
-    layers = find_layers(denoiser)
+    call = repeated.call
+    layers = find_layers(repeated.denoiser)
     for name, error in errors.items():
         each = results[name]
         with quantized_alone(layers[name], each.choice.scheme, each.scale, each.multipliers):
@@ -261,16 +307,17 @@ def rest_of(denoiser: nn.Module, layers: Container[str]) -> Rest:
 
 
 def held_out_error(
-    denoiser: nn.Module, recording: Recording, component: str, progress: Progress = SILENT
+    denoiser: nn.Module, recording: Recording, component: str, processes: Processes = ALONE
 ) -> float:
     """Return the relative error of a denoiser's output over a full-precision recording."""
-
-    def counted() -> Iterator[DenoiserCall]:
-        for call in recording.calls(component):
-            yield call
-            advance(1)
-
-    with progress.task(
-        f"Checking {component} on held-out calls", recording.num_calls(component)
+    shards = range(recording.num_shards)
+    own = processes.part(shards)
+    errors = dict[str, SquaredError]()
+    with processes.progress.task(
+        f"Checking {component} on held-out calls", recording.num_calls(component, own)
     ) as advance:
-        return output_error(denoiser, counted()).relative()
+        for shard in own:
+            calls = recording.calls(component, [shard])
+            errors[str(shard)] = output_error(denoiser, calls, advance).total()
+    errors = processes.gather(errors, SquaredError)
+    return sum((errors[str(shard)] for shard in shards), SquaredError()).relative

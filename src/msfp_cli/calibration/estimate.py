@@ -5,6 +5,7 @@ one such call was timed. The search for each weight and its rounding do not depe
 seconds for a million weights are those of one CPU (`benchmarks/calibration_memory.py`).
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -43,14 +44,16 @@ class Estimate:
     Arguments:
         seconds: by stage.
         disk: bytes of the recordings.
-        memory: bytes of this process.
+        memory: bytes of each process.
         is_bounded: whether weights stay in their files.
+        num_processes: those that share the work.
     """
 
     seconds: Mapping[str, float]
     disk: int
     memory: int
     is_bounded: bool
+    num_processes: int = 1
 
     def lines(self) -> Iterator[str]:
         """Yield what to say, and which options would lower it; nothing if it is little."""
@@ -58,14 +61,15 @@ class Estimate:
         if total < _LONG:
             return
         parts = [f"{stage} {_words(time)}" for stage, time in self.seconds.items() if time >= 1]
-        yield f"this will take about {_words(total)}: {', '.join(parts)}"
+        shared = f" in {self.num_processes} processes" if self.num_processes > 1 else ""
+        yield f"this will take about {_words(total)}{shared}: {', '.join(parts)}"
         longest = max(self.seconds, key=lambda stage: self.seconds[stage])
         if advice := _LOWER.get(longest):
             yield f"most of it is {longest}: {advice}"
         advice = "" if self.is_bounded else "; --max-memory bounds it"
         yield (
             f"recordings take about {self.disk / 2**30:.1f} GiB on disk; memory "
-            f"{self.memory / 2**30:.1f} GiB{advice}"
+            f"{self.memory / 2**30:.1f} GiB{' in each' if shared else ''}{advice}"
         )
 
 
@@ -81,6 +85,7 @@ def estimate(
     held_out: RecordRecipe,
     recipe: CalibrateRecipe,
     max_memory: int | None,
+    num_processes: int = 1,
 ) -> Estimate:
     """Call the denoiser once, and estimate a calibration.
 
@@ -88,6 +93,8 @@ def estimate(
         recording: of the calls to choose on.
         held_out: of the calls to measure on.
         max_memory: bytes that this process may take; None if the model is loaded whole.
+        num_processes: those that share the work. While weights are rounded each replays all that
+            is observed for its own layers.
     """
     cost = probe(pipe, recording)
     run = cost.steps * cost.seconds
@@ -108,9 +115,11 @@ def estimate(
         "searching": _SEARCH_SECONDS * millions,
         "measuring layers alone": tried * calls_to_measure(recipe, cost.rows) * cost.seconds,
         "measuring timesteps": (1 + cost.steps) * run if recipe.input_lift else 0.0,
-        "rounding": groups * observing + _ROUNDING_SECONDS * millions,
+        "rounding": _ROUNDING_SECONDS * millions,
         "checking": held_out.num_shards * run,
     }
+    seconds = {stage: time / num_processes for stage, time in seconds.items()}
+    seconds["rounding"] += math.ceil(groups / num_processes) * observing
     if recipe.rounding == "nearest":
         seconds["rounding"] = 0.0
     return Estimate(
@@ -118,6 +127,7 @@ def estimate(
         disk=num_runs * cost.num_bytes,
         memory=memory,
         is_bounded=max_memory is not None,
+        num_processes=num_processes,
     )
 
 

@@ -7,65 +7,75 @@ denoiser's output would not say: it is largest at the last timesteps, but an err
 changes the course that a picture takes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from diffusers import DiffusionPipeline
+from torch import nn
 
 from msfp_cli.calibration.result import LayerChoice
 from msfp_cli.calibration.sensitivity import quantize_input
 from msfp_cli.layers.clock import Clock
 from msfp_cli.layers.input_lift import InputLift, choose_timesteps
-from msfp_cli.pipelines.watch import watch_times
-from msfp_cli.progress import Progress
+from msfp_cli.pipelines.watch import final_sample, watch_times
+from msfp_cli.processes import Processes
 from msfp_cli.recording.compare import relative_error
+from msfp_cli.recording.recipe import RecordRecipe
 
+_DRAWN_AGAIN = 4  # pictures, to see what rounded inputs do to them at each timestep
 _MOST_STRETCHES = 20  # of the schedule; the timesteps of one are measured together
 
 
 @torch.no_grad()
 def lift_inputs(
     component: str,
-    denoiser: nn.Module,
+    pipe: DiffusionPipeline,
     clock: Clock,
     choices: Mapping[str, LayerChoice],
-    draw: Callable[[], Tensor],
+    record: RecordRecipe,
     budget: float,
-    progress: Progress,
+    processes: Processes,
 ) -> InputLift | None:
     """Choose the timesteps at which a denoiser's inputs are lifted; None if there are none.
 
     Arguments:
-        denoiser: in full precision; it stays so.
+        pipe: in full precision; it stays so.
         clock: reads the timestep of the denoiser's calls.
         choices: what was chosen for each layer.
-        draw: draws a few pictures, always the same, and returns the final sample.
+        record: how the recording was made, of which a few pictures are drawn again.
         budget: share of the timesteps, 0 to 1.
+        processes: those that share the stretches of the schedule.
     """
     schemes = {name: choice.scheme for name, choice in choices.items()}
     lifting = [name for name, scheme in schemes.items() if scheme.lifted_input is not None]
     if not lifting:
         return None
+    draw = partial(final_sample, pipe, record.conditions[:_DRAWN_AGAIN], record)
+    denoiser = pipe.components[component]
     with _rounding(denoiser, {name: choices[name] for name in lifting}, clock) as rounding:
         exact = draw()
         timesteps = sorted(set(rounding.timesteps), reverse=True)
         if not choose_timesteps(dict.fromkeys(timesteps, 1.0), budget):
-            progress.log(
+            processes.progress.log(
                 f"--input-lift {budget:g} is less than one of {len(timesteps)} steps, so no inputs "
                 f"are lifted; give at least {1 / len(timesteps):.2g}"
             )
             return None
         stretches = _stretches(timesteps)
-        errors = dict[float, float]()
-        with progress.task(f"Measuring timesteps of {component}", len(stretches)) as advance:
-            for stretch in stretches:
-                rounding.stretch = stretch
-                error = relative_error(draw(), exact)
-                errors |= dict.fromkeys(stretch, error / len(stretch))
+        own = processes.part(range(len(stretches)))
+        measured = dict[str, float]()
+        with processes.progress.task(f"Measuring timesteps of {component}", len(own)) as advance:
+            for number in own:
+                rounding.stretch = stretches[number]
+                measured[str(number)] = relative_error(draw(), exact)
                 advance(1)
+    measured = processes.gather(measured, float)
+    errors = dict[float, float]()
+    for number, stretch in enumerate(stretches):
+        errors |= dict.fromkeys(stretch, measured[str(number)] / len(stretch))
     chosen = choose_timesteps(errors, budget)
     if not chosen:
         return None

@@ -28,17 +28,35 @@ class LayerObservation:
     """The input of one layer, over all calls.
 
     Arguments:
+        num_calls: how many calls of the denoiser there are.
         minimum, maximum: over all elements of all calls.
-        multiply_adds: of one call, averaged over the calls.
+        products: multiply-adds of all calls.
         role: one of `recording.flow`, None for most layers.
         samples: pieces of the random sample, float32 on the CPU.
     """
 
+    num_calls: int
     minimum: float = float("inf")
     maximum: float = float("-inf")
-    multiply_adds: float = 0.0
+    products: int = 0
     role: str | None = None
     samples: list[Tensor] = field(default_factory=list)
+
+    @property
+    def multiply_adds(self) -> float:
+        """Multiply-adds of one call, averaged over the calls."""
+        return self.products / self.num_calls
+
+    def __add__(self, later: "LayerObservation") -> "LayerObservation":
+        """Return what was observed in the calls of both."""
+        return LayerObservation(
+            num_calls=self.num_calls,
+            minimum=min(self.minimum, later.minimum),
+            maximum=max(self.maximum, later.maximum),
+            products=self.products + later.products,
+            role=self.role,
+            samples=[*self.samples, *later.samples],
+        )
 
     def values(self) -> Tensor:
         """Return the sample with the true minimum and maximum in it, ``(samples + 2,)``."""
@@ -66,11 +84,11 @@ class _Observer:
         """Note one run of one layer."""
         x = args[0].detach().reshape(-1)
         low, high = self._bounds(name, x)
-        observation = self.observations.setdefault(name, LayerObservation())
+        observation = self.observations.setdefault(name, LayerObservation(self.num_calls))
         observation.minimum = min(observation.minimum, low)
         observation.maximum = max(observation.maximum, high)
         kind = kind_of(layer)
-        observation.multiply_adds += kind.multiply_adds(layer, args[0], output) / self.num_calls
+        observation.products += kind.multiply_adds(layer, args[0], output)
         if not kind.is_table:
             observation.samples.append(self._sample(x))
 

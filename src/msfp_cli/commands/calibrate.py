@@ -9,6 +9,7 @@ import typer
 
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.commands import console
+from msfp_cli.commands.launch import ProcessesOption, is_main, progress, share_out
 from msfp_cli.options import (
     DEFAULT_RUN,
     DeviceOption,
@@ -41,6 +42,8 @@ Examples:
     msfp calibrate --weights 4 --activations 6 --keep '*attn2*:8'
 
     msfp calibrate black-forest-labs/FLUX.1-schnell --max-memory 16GiB
+
+    accelerate launch -m msfp_cli calibrate stable-diffusion-v1-5/stable-diffusion-v1-5
 """
 # Why layers with a role have bits of their own.
 _WHY_KEPT = {
@@ -62,6 +65,7 @@ def calibrate(
     run: RunOption = DEFAULT_RUN,
     device: DeviceOption = None,
     max_memory: MaxMemoryOption = None,
+    num_processes: ProcessesOption = 1,
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
 ) -> None:
@@ -70,6 +74,7 @@ def calibrate(
     recording = options.recipe(RecordOptions)
     source = options.recipe(ModelSource, model=model or "")
     memory = read_memory(max_memory)
+    share_out(num_processes, run.lock(create=True))
 
     from msfp_cli.calibration.calibrate import calibrate_run
     from msfp_cli.pipelines.loading import resolve_model
@@ -77,7 +82,7 @@ def calibrate(
 
     console.quiet_libraries()
     resolved, line = resolve_model(model)
-    if line:
+    if line and is_main():
         console.note(line)
     calibration = calibrate_run(
         run,
@@ -87,8 +92,10 @@ def calibrate(
         device=device,
         max_memory=memory,
         overwrite=overwrite,
-        progress=console.ConsoleProgress(),
+        progress=progress(),
     )
+    if not is_main():
+        return
     for component in calibration.layers:
         show(calibration, component)
     if line := wider_inputs(calibration, device):

@@ -28,12 +28,10 @@ from rich.text import Text
 from safetensors import SafetensorError
 
 from msfp_cli.errors import MsfpError, RunError
+from msfp_cli.processes import LAUNCHED, LEFT_ALONE, LEFT_ALONE_WORDS
 from msfp_cli.progress import Advance
 
 _DEBUG = "MSFP_DEBUG"
-# Exit code of a process that failed only because another process of the same command was gone. The
-# launcher then shows the message of the one that was first.
-LEFT_ALONE = 75
 STOPPED = "stopped; what was finished is kept, run the same command to go on"
 # gloo and NCCL have no exception of their own for a process that is gone, only these words.
 _GONE = re.compile("Connection (closed|reset) by peer|remote process exited")
@@ -129,7 +127,9 @@ def guarded(command: F) -> F:
             if os.environ.get(_DEBUG):
                 raise
             if "WORLD_SIZE" in os.environ and _GONE.search(str(error)):
-                raise typer.Exit(LEFT_ALONE) from None  # the one that ended says why
+                if LAUNCHED not in os.environ:  # else the launcher shows what that one said
+                    say_error(LEFT_ALONE_WORDS)
+                raise typer.Exit(LEFT_ALONE) from None
             message, code = _explain(error)
             say_error(message)
             raise typer.Exit(code) from None

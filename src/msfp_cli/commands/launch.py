@@ -23,12 +23,17 @@ import typer
 
 from msfp_cli.commands import console
 from msfp_cli.files.lock import inherited
+from msfp_cli.processes import LAUNCHED, LEFT_ALONE
 from msfp_cli.progress import SILENT, Progress
 
-ProcessesOption = Annotated[int, typer.Option(min=1, help="Local processes that share the work.")]
+ProcessesOption = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Local processes that share the work. Each holds the model. Default: 1."
+    ),
+]
 _GRACE_SECONDS = 5
 _THREADS = "OMP_NUM_THREADS"
-_LAUNCHED = "MSFP_LAUNCHED"  # set for processes that another msfp has started
 
 
 def is_main() -> bool:
@@ -55,7 +60,7 @@ def share_out(num_processes: int, lock: AbstractContextManager[None]) -> None:
 
 def end_with_launcher() -> None:
     """Exit when the msfp process that started this one is gone, even if it was killed."""
-    if _LAUNCHED in os.environ:
+    if LAUNCHED in os.environ:
         threading.Thread(target=_wait_for_the_end_of_input, daemon=True).start()
 
 
@@ -116,7 +121,7 @@ def _launch(num_processes: int) -> int:
         variables, descriptors = inherited()
         shared |= variables
         for rank in range(num_processes):
-            own = {**shared, "RANK": rank, "LOCAL_RANK": rank, _THREADS: threads, _LAUNCHED: 1}
+            own = {**shared, "RANK": rank, "LOCAL_RANK": rank, _THREADS: threads, LAUNCHED: 1}
             environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
             out, err = (subprocess.DEVNULL, aside) if rank else (None, None)
             processes.append(
@@ -130,10 +135,10 @@ def _launch(num_processes: int) -> int:
                 )
             )
         codes = _wait_for_all(processes)
-        if any(codes) and codes[0] in (0, -signal.SIGKILL, console.LEFT_ALONE):
+        if any(codes) and codes[0] in (0, -signal.SIGKILL, LEFT_ALONE):
             aside.seek(0)
             sys.stderr.write(aside.read().decode(errors="replace"))
-    failed = [code for code in codes if code > 0 and code != console.LEFT_ALONE]
+    failed = [code for code in codes if code > 0 and code != LEFT_ALONE]
     if -signal.SIGTERM in codes:
         console.say_error(console.STOPPED)
     elif any(codes) and not failed:

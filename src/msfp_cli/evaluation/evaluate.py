@@ -31,7 +31,7 @@ from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation, Measurements
 from msfp_cli.evaluation.resume import begin, refuse_other_settings
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, choose_device
-from msfp_cli.processes import Processes
+from msfp_cli.processes import Processes, meeting
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.run import Run
 
@@ -61,10 +61,12 @@ def evaluate_run(
         ModelError: the export is of another model than `against`.
     """
     with run.lock(directory, create=True):
+        device = choose_device(device)
         place = directory or run.evaluation
-        return _evaluate(
-            run, export, recipe, against, place, device, overwrite=overwrite, progress=progress
-        )
+        with meeting(device, progress) as processes:
+            return _evaluate(
+                run, export, recipe, against, place, device, processes, overwrite=overwrite
+            )
 
 
 def _evaluate(
@@ -73,13 +75,12 @@ def _evaluate(
     recipe: EvaluateRecipe,
     against: ModelSource | None,
     place: Path,
-    device: str | None,
+    device: str,
+    processes: Processes,
     *,
     overwrite: bool,
-    progress: Progress,
 ) -> Evaluation:
     """Evaluate an export in a directory that nobody else writes to."""
-    device = choose_device(device)
     words = recipe.words() + ([] if against is None else ["--against", against.model])
     recipe = with_prompts(recipe)
     origin = provenance_of(run, export)
@@ -91,11 +92,10 @@ def _evaluate(
         export=export,
         source=source,
         recipe=recipe,
-        record=pictures_to_draw(origin, recipe, source, full, progress),
+        record=pictures_to_draw(origin, recipe, source, full, processes.progress),
         extractor=extractor_for(recipe, source),
         device=device,
-        processes=Processes.current(device),
-        progress=progress,
+        processes=processes,
     )
     settings = plan.settings([model.key for model in models])
     if place == run.evaluation:  # a run can move with all that is in it

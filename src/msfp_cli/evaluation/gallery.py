@@ -23,7 +23,6 @@ from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.pipelines.sampling import draw_stills
 from msfp_cli.pipelines.watch import watch_samples
 from msfp_cli.processes import ALONE, Processes
-from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordRecipe
 
 _MANIFEST = "gallery.json"
@@ -70,26 +69,18 @@ class Gallery:
         """List the batches still to be drawn."""
         return [index for index in range(self.recipe.num_shards) if not self.path(index).exists()]
 
-    def fill(
-        self,
-        pipe: Pipeline,
-        *,
-        title: str,
-        share: Processes = ALONE,
-        progress: Progress = SILENT,
-    ) -> None:
+    def fill(self, pipe: Pipeline, *, title: str, processes: Processes = ALONE) -> None:
         """Draw the batches that are missing.
 
         Arguments:
-            share: where several processes draw the same gallery, each draws its own batches.
+            processes: where several draw the same gallery, each draws its own batches.
         """
         recipe = self.recipe
-        missing = [index for index in self.missing() if index % share.count == share.index]
-        with progress.task(f"Sampling {title}", len(recipe.conditions)) as advance:
-            advance(
-                min((recipe.num_shards - len(missing)) * recipe.batch_size, len(recipe.conditions))
-            )
-            for index in missing:
+        part = processes.part(range(recipe.num_shards))
+        own = [index for index in self.missing() if index in part]
+        with processes.progress.task(f"Sampling {title}", len(recipe.conditions)) as advance:
+            advance(min((recipe.num_shards - len(own)) * recipe.batch_size, len(recipe.conditions)))
+            for index in own:
                 first = index * recipe.batch_size
                 conditions = recipe.conditions[first : first + recipe.batch_size]
                 with watch_samples(pipe) as samples:

@@ -1,5 +1,7 @@
 """Get what models are measured with: their pictures, recorded calls, and real pictures."""
 
+from dataclasses import replace
+
 from msfp_cli.evaluation.features.reference import (
     ReferencePictures,
     built_in_reference,
@@ -11,6 +13,7 @@ from msfp_cli.evaluation.identity import identity_of
 from msfp_cli.evaluation.models import EvaluatedModel
 from msfp_cli.evaluation.plan import EvaluationPlan
 from msfp_cli.pipelines.loading import Pipeline
+from msfp_cli.processes import ALONE
 from msfp_cli.recording.record import record_calls
 
 
@@ -24,7 +27,7 @@ def draw_pictures(plan: EvaluationPlan, model: EvaluatedModel, full: Pipeline) -
         pipe = full if model.key == "full" else model.load()
         directory = plan.gallery(model.key).directory
         gallery = Gallery.create(directory, plan.record, identity_of(pipe))
-    gallery.fill(pipe, title=model.title, share=plan.processes, progress=plan.progress)
+    gallery.fill(pipe, title=model.title, processes=plan.processes)
     return pipe
 
 
@@ -35,7 +38,7 @@ def record_trajectories(plan: EvaluationPlan, full: Pipeline) -> None:
         plan.source,
         plan.trajectory_recipe,
         plan.trajectories,
-        progress=plan.progress,
+        processes=replace(ALONE, progress=plan.processes.progress),
         description="Following full precision",
     )
 

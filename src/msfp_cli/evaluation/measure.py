@@ -100,5 +100,5 @@ def _cost(plan: EvaluationPlan, model: EvaluatedModel) -> Cost | None:
         return None
     kernel = plan.recipe.kernel if model.key == "export" else None
     batch = plan.record.conditions[: plan.record.batch_size]
-    with plan.progress.task(f"Timing {model.source.model}", None):
+    with plan.processes.progress.task(f"Timing {model.source.model}", None):
         return measure_cost(model.source, batch, plan.record, device=plan.device, kernel=kernel)

@@ -35,7 +35,6 @@ class EvaluationPlan:
         extractor: of the features for distances between sets of pictures.
         device: where pipelines run.
         processes: which of the processes that share the pictures this one is.
-        progress: told of every step.
     """
 
     directory: Path
@@ -46,7 +45,6 @@ class EvaluationPlan:
     extractor: Extractor
     device: str
     processes: Processes
-    progress: Progress
 
     def gallery(self, key: str) -> Gallery:
         """Return the pictures of a model."""

@@ -30,11 +30,11 @@ _held: ContextVar[tuple[tuple[str, int], ...]] = ContextVar("_held", default=())
 
 
 @contextmanager
-def only_writer(path: Path, lock: Path) -> Iterator[None]:
+def only_writer(path: Path, lock: Path) -> Iterator[bool]:
     """Be the only process that writes to `path` while the context is open.
 
     A thread may enter it again. Of the processes that share a task (`RANK`), the first holds it for
-    all.
+    all. Yields whether the lock was taken now, so that nobody else is at work there.
 
     Arguments:
         path: what is written, for the message.
@@ -46,12 +46,12 @@ def only_writer(path: Path, lock: Path) -> Iterator[None]:
     name = os.path.realpath(lock)
     shared = os.environ.get("RANK", "0") != "0" or os.environ.get(_SHARED) == name
     if shared or any(name == held for held, _ in _held.get()):
-        yield
+        yield False
         return
     descriptor = _take(path, lock)
     token = _held.set((*_held.get(), (name, descriptor)))
     try:
-        yield
+        yield True
     finally:
         _held.reset(token)
         lock.unlink(missing_ok=True)  # before the lock is released: then it is still ours

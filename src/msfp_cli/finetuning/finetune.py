@@ -24,6 +24,7 @@ from msfp_cli.finetuning.student import Student
 from msfp_cli.finetuning.task import refuse_different_replay, training_task
 from msfp_cli.finetuning.trainer import Trainer
 from msfp_cli.pipelines.loading import choose_device
+from msfp_cli.processes import meeting
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.run import Run, locked
 
@@ -54,27 +55,29 @@ def finetune_run(
     """
     material = load_material(run, recipe, restart=restart)
     # accelerate does not find out about a CPU by itself, and numbers the accelerator there is.
-    on_cpu = choose_device(device) == "cpu"
-    accelerator = Accelerator(cpu=on_cpu)
-    denoisers = load_denoisers(material, "cpu" if on_cpu else device or str(accelerator.device))
-    reports = list[FinetuneReport]()
-    for component in material.calibration.tunable():
-        denoiser = denoisers.pop(component)
-        if gradient_checkpointing:
-            _enable_checkpointing_(denoiser)
-        with _explain_memory():
-            trainer = _trainer(run, material, component, denoiser, recipe, accelerator)
-            _say_rank(component, recipe.rank, trainer.student.largest_rank, progress)
-            # Only now: a --restart that one of the checks above refuses keeps the old states.
-            if restart and not reports:
-                _delete_states(run, material, accelerator)
-            finished = trainer.train(progress=progress, stop=stop)
-        # The main process may still be writing what the others are about to read.
-        accelerator.wait_for_everyone()
-        reports.append(report_of(component, run.finetuned(component)))
-        if not finished:
-            break
-    return reports
+    place = choose_device(device)
+    with meeting(place):
+        accelerator = Accelerator(cpu=place == "cpu")
+        own = "cpu" if place == "cpu" else device or str(accelerator.device)
+        denoisers = load_denoisers(material, own)
+        reports = list[FinetuneReport]()
+        for component in material.calibration.tunable():
+            denoiser = denoisers.pop(component)
+            if gradient_checkpointing:
+                _enable_checkpointing_(denoiser)
+            with _explain_memory():
+                trainer = _trainer(run, material, component, denoiser, recipe, accelerator)
+                _say_rank(component, recipe.rank, trainer.student.largest_rank, progress)
+                # Only now: a --restart that one of the checks above refuses keeps the old states.
+                if restart and not reports:
+                    _delete_states(run, material, accelerator)
+                finished = trainer.train(progress=progress, stop=stop)
+            # The main process may still be writing what the others are about to read.
+            accelerator.wait_for_everyone()
+            reports.append(report_of(component, run.finetuned(component)))
+            if not finished:
+                break
+        return reports
 
 
 def _trainer(

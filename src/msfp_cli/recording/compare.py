@@ -8,7 +8,7 @@ summed in float64. `SquaredError` keeps numerator and denominator apart, because
 timesteps and processes are added before they are divided.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,9 +66,13 @@ class OutputError:
         before = self.sums.get(timestep, SquaredError())
         self.sums[timestep] = before + SquaredError.of(output, recorded)
 
+    def total(self) -> SquaredError:
+        """Return the error over all calls."""
+        return sum(self.sums.values(), SquaredError())
+
     def relative(self) -> float:
         """Return the relative error over all calls."""
-        return sum(self.sums.values(), SquaredError()).relative
+        return self.total().relative
 
     def absolute(self) -> dict[float, float]:
         """Return the squared error by timestep."""
@@ -80,11 +84,16 @@ class OutputError:
         return [(timestep, self.sums[timestep].relative) for timestep in ordered]
 
 
-def output_error(denoiser: nn.Module, calls: Iterable[DenoiserCall]) -> OutputError:
+def output_error(
+    denoiser: nn.Module,
+    calls: Iterable[DenoiserCall],
+    advance: Callable[[int], None] = lambda steps: None,
+) -> OutputError:
     """Measure a denoiser's output on recorded calls of the full-precision one."""
     error = OutputError()
     for call in calls:
         error.add(call.timestep, replay(denoiser, call), call.output)
+        advance(1)
     return error
 
 

@@ -23,7 +23,7 @@ from msfp_cli.pipelines.denoising_factor import denoising_factors
 from msfp_cli.pipelines.discovery import Argument, Clocks, learn_clocks, watch_pipeline
 from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, ModelSource, Pipeline
 from msfp_cli.pipelines.sampling import call_pipeline, refuse_steps, say_conditions
-from msfp_cli.progress import SILENT, Progress
+from msfp_cli.processes import ALONE, Processes
 from msfp_cli.recording.encode import size_bytes
 from msfp_cli.recording.recipe import (
     DEFAULT_MAX_BYTES,
@@ -151,15 +151,17 @@ def record_calls(
     *,
     clocks: Clocks | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
-    progress: Progress = SILENT,
+    processes: Processes = ALONE,
     description: str = "Recording",
 ) -> Recording:
     """Run the pipeline for every condition and store the calls of its denoiser.
 
-    An interrupted recording goes on with the first shard that is missing.
+    An interrupted recording goes on with the shards that are missing.
 
     Arguments:
         clocks: of its denoisers, where another recording has learned them.
+        processes: those that record. Each writes shards of its own, and files and their bytes are
+            those that one process writes.
 
     Raises:
         ModelError: the pipeline has no denoiser.
@@ -168,14 +170,16 @@ def record_calls(
         CalibrationError: the full-precision model itself gives a NaN or an infinity.
     """
     settings = _settings_of(pipe, source, recipe)
-    recording = Recording.create(directory, settings, recipe.num_shards)
-    missing = recording.missing_shards()
+    with processes.first_goes_first():
+        recording = Recording.create(directory, settings, recipe.num_shards)
+    missing = processes.of_first(recording.missing_shards(), list[int])
     if not missing:
         return recording
-    clocks = recording.clocks() or clocks or _learn_clocks(pipe, recipe, progress)
-    with progress.task(description, len(recipe.conditions)) as advance:
-        advance(min((recipe.num_shards - len(missing)) * recipe.batch_size, len(recipe.conditions)))
-        for index in missing:
+    clocks = recording.clocks() or clocks or _learn_clocks(pipe, recipe, processes)
+    own = processes.part(missing)
+    with processes.progress.task(description, len(recipe.conditions)) as advance:
+        advance(min((recipe.num_shards - len(own)) * recipe.batch_size, len(recipe.conditions)))
+        for index in own:
             watcher = _Watcher(pipe, recording, len(missing), max_bytes)
             first = index * recipe.batch_size
             conditions = recipe.conditions[first : first + recipe.batch_size]
@@ -183,10 +187,14 @@ def record_calls(
                 call_pipeline(pipe, conditions, recipe, first=first, output_type="latent")
             recording.write_shard(index, watcher.used_calls(), watcher.factors(), clocks)
             advance(len(conditions))
-    return recording
+    processes.wait()
+    if processes.is_first:
+        recording.drop_repeated()
+    processes.wait()
+    return Recording(directory)
 
 
-def _learn_clocks(pipe: Pipeline, recipe: RecordRecipe, progress: Progress) -> Clocks:
+def _learn_clocks(pipe: Pipeline, recipe: RecordRecipe, processes: Processes) -> Clocks:
     """Watch how a first picture is made; one step alone would not tell which way time goes."""
     steps = recipe.num_inference_steps
     first = replace(recipe, num_inference_steps=None if steps is None else max(2, steps))
@@ -196,7 +204,7 @@ def _learn_clocks(pipe: Pipeline, recipe: RecordRecipe, progress: Progress) -> C
             warnings.simplefilter("ignore", RuntimeWarning)
             call_pipeline(pipe, recipe.conditions[:1], first, output_type="latent")
 
-    with progress.task("Watching a first picture", None):
+    with processes.progress.task("Watching a first picture", None):
         return learn_clocks(pipe, draw)
 
 
@@ -246,7 +254,7 @@ def record_both(
     options: RecordOptions,
     *,
     overwrite: bool = False,
-    progress: Progress = SILENT,
+    processes: Processes = ALONE,
 ) -> tuple[Recording, Recording]:
     """Record the calibration calls and the held-out calls.
 
@@ -256,17 +264,12 @@ def record_both(
     recordings = list[Recording]()
     recipes = record_recipes(pipe, source, options)
     conditions = [*recipes[0].conditions, *recipes[1].conditions]
-    say_conditions(pipe, conditions, options, progress)
+    say_conditions(pipe, conditions, options, processes.progress)
     for recipe, directory, title in zip(
         recipes, (run.recording, run.held_out), ("Recording", "Recording held-out"), strict=True
     ):
-        if (
-            overwrite
-            and directory.exists()
-            and not _is_of(directory, _settings_of(pipe, source, recipe))
-        ):
-            refuse_foreign(directory)
-            remove(directory)
+        if overwrite and processes.is_first and directory.exists():
+            _remove_other(directory, _settings_of(pipe, source, recipe))
         recordings.append(
             record_calls(
                 pipe,
@@ -275,16 +278,19 @@ def record_both(
                 directory,
                 clocks=recordings[0].clocks() if recordings else None,
                 max_bytes=options.max_bytes,
-                progress=progress,
+                processes=processes,
                 description=title,
             )
         )
     return recordings[0], recordings[1]
 
 
-def _is_of(directory: Path, settings: dict[str, Any]) -> bool:
-    """Whether a directory holds the recording of just these settings."""
+def _remove_other(directory: Path, settings: dict[str, Any]) -> None:
+    """Delete a recording, unless it is of just these settings."""
     try:
-        return Recording(directory).recipe == settings
+        if Recording(directory).recipe == settings:
+            return
     except MsfpError:  # damaged in whatever way: it is replaced, which is what --overwrite asks for
-        return False
+        pass
+    refuse_foreign(directory)
+    remove(directory)

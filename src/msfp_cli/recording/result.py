@@ -138,12 +138,15 @@ class Recording:
     ) -> None:
         """Store the calls of one pipeline run, without tensors that an earlier shard holds.
 
+        Other processes may write shards at the same time: see `drop_repeated`.
+
         Arguments:
             factors: (timestep, denoising factor) pairs by component, None where they are not known.
             clocks: what reads the timestep of a call, by component.
         """
         encoded, tensors = encode_calls(calls)
-        stored = self._tensor_index()
+        path = self.shard_path(index)
+        stored = {name for name, home in self._tensor_index().items() if home < path}
         fresh = {name: tensor for name, tensor in tensors.items() if name not in stored}
         document = {
             "calls": encoded,
@@ -151,15 +154,26 @@ class Recording:
             "clocks": {component: clock.to_json() for component, clock in clocks.items()},
             "recording": self._identity,
         }
-        header = {_HEADER: to_text(document)}
-        path = self.shard_path(index)
-        write_tensors(path, fresh, header)
+        write_tensors(path, fresh, {_HEADER: to_text(document)})
         self._shard_of_tensor.update(dict.fromkeys(fresh, path))
+
+    def drop_repeated(self) -> None:
+        """Leave each tensor in the first shard that has it, as if one process had written all."""
+        stored = set[str]()
+        for index in range(self.num_shards):
+            path = self.shard_path(index)
+            with open_tensors(path, redo=_REDO_SHARD) as file:
+                names = set(file.keys())
+                if names & stored:
+                    kept = {name: file.get_tensor(name) for name in names - stored}
+                    write_tensors(path, kept, file.metadata())
+            stored |= names
+        self._shard_of_tensor.clear()
 
     def _tensor_index(self) -> dict[str, Path]:
         """Return which shard holds which tensor."""
         if not self._shard_of_tensor:
-            for index in range(self.num_shards):
+            for index in reversed(range(self.num_shards)):  # the first that holds it counts
                 path = self.shard_path(index)
                 if path.exists():
                     with open_tensors(path, redo=_REDO_SHARD) as file:
