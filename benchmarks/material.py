@@ -7,9 +7,20 @@ few pictures it ends within seconds.
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
 
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_STEPS, ModelSource, default_prompts
+from msfp_cli.pipelines.denoiser import find_denoisers
+from msfp_cli.pipelines.loading import (
+    BUILT_IN,
+    BUILT_IN_GUIDANCE,
+    BUILT_IN_STEPS,
+    ModelSource,
+    Pipeline,
+    default_prompts,
+)
 from msfp_cli.recording.recipe import RecordOptions
 
 NUM_IMAGES = 40
@@ -25,12 +36,15 @@ FORMER = FinetuneRecipe(
 )
 # Calibration takes none of these prompts.
 UNSEEN = default_prompts(BUILT_IN)[40:150]
+KNOWN = tuple(prompt for prompt in default_prompts(BUILT_IN) if prompt not in UNSEEN)
 
 
 def add_size_options(parser: argparse.ArgumentParser, num_images: int = NUM_IMAGES) -> None:
     """Add the options that make a benchmark small: another model, fewer pictures and steps."""
     parser.add_argument(
-        "--model", default=BUILT_IN, help="a text-to-image pipeline with a UNet; the built-in one"
+        "--model",
+        default=BUILT_IN,
+        help="a text-to-image pipeline with one denoiser; the built-in one",
     )
     parser.add_argument("--num-images", type=int, default=num_images, help="pictures to record")
     parser.add_argument("--steps", type=int, default=BUILT_IN_STEPS, help="steps of the sampler")
@@ -41,6 +55,23 @@ def source_of(arguments: argparse.Namespace) -> ModelSource:
     return ModelSource(model=arguments.model)
 
 
+def denoiser_of(pipe: Pipeline) -> tuple[str, nn.Module]:
+    """Return the name of a pipeline's only denoiser, and the denoiser."""
+    ((component, denoiser),) = find_denoisers(pipe).items()
+    return component, denoiser
+
+
+def part_of_page(script: str, arguments: argparse.Namespace) -> str:
+    """Return the name of the part of a page that holds a script's table for the model."""
+    return script if arguments.model == BUILT_IN else f"{script} {Path(arguments.model).name}"
+
+
 def record_options(arguments: argparse.Namespace) -> RecordOptions:
     """Return what to record, as the size options say."""
-    return replace(RECORD, num_images=arguments.num_images, num_inference_steps=arguments.steps)
+    options = replace(
+        RECORD,
+        num_images=arguments.num_images,
+        num_inference_steps=arguments.steps,
+        guidance_scale=BUILT_IN_GUIDANCE,
+    )
+    return options if arguments.model == BUILT_IN else replace(options, prompts=KNOWN)

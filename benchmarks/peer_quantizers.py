@@ -1,9 +1,9 @@
-"""The rows of `peers.py`: ways to quantize a pipeline's UNet in place, the peers' and ours.
+"""The rows of `peers.py`: ways to quantize a pipeline's denoiser in place, the peers' and ours.
 
 Each peer is called through its own documented interface, at the 4-bit setting that did best here.
 Unless a row says otherwise, two rules hold for all. What a peer cannot quantize stays in floating
-point. So do the first and the last convolution and the time embedding (`DELICATE`), because at 4
-bits these 0.4 % of the weights would be most of the error; ours has the time embedding at 8 bits.
+point. So do the first and the last layer and the embedding of the time (`DELICATE`), because at 4
+bits these 0.4 % of a UNet's weights would be most of its error; ours has that embedding at 8 bits.
 
 Each peer is imported only in its function, because it is installed only in the peers' environment.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from material import denoiser_of
 from torch import nn
 
 from msfp_cli.calibration.calibrate import calibrate_
@@ -35,7 +36,10 @@ from msfp_cli.recording.record import record_both
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 
-DELICATE = ("conv_in", "conv_out", "time_embedding")
+DELICATE = (
+    *("conv_in", "conv_out", "time_embedding"),  # of the UNets
+    *("patch_embed", "proj_out", "time_condition_embed"),  # of CogView4
+)
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,12 @@ def is_delicate(name: str) -> bool:
     return name.split(".")[0] in DELICATE
 
 
-def replace_linear_(unet: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
+def replace_linear_(denoiser: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
     """Put what `make` returns in the place of each Linear layer."""
-    for name, layer in find_layers(unet).items():
+    for name, layer in find_layers(denoiser).items():
         if isinstance(layer, nn.Linear) and not is_delicate(name):
             parent, _, child = name.rpartition(".")
-            setattr(unet.get_submodule(parent), child, make(layer))
+            setattr(denoiser.get_submodule(parent), child, make(layer))
 
 
 def full_precision(pipe: Pipeline, material: Material) -> Pipeline:
@@ -104,7 +108,8 @@ def sdnq(pipe: Pipeline, material: Material, **options: Any) -> Pipeline:  # noq
     from sdnq import SDNQConfig, sdnq_post_load_quant
 
     torch.manual_seed(0)  # its SVD draws random numbers
-    sdnq_post_load_quant(pipe.unet, quantization_config=SDNQConfig(quant_conv=True, **options))
+    _, denoiser = denoiser_of(pipe)
+    sdnq_post_load_quant(denoiser, quantization_config=SDNQConfig(quant_conv=True, **options))
     return pipe
 
 
@@ -120,7 +125,9 @@ def torchao_int4(
         mapping_type=MappingType.ASYMMETRIC,
     )
     quantize_(
-        pipe.unet, config, lambda module, name: isinstance(module, kinds) and not is_delicate(name)
+        denoiser_of(pipe)[1],
+        config,
+        lambda module, name: isinstance(module, kinds) and not is_delicate(name),
     )
     return pipe
 
@@ -135,7 +142,7 @@ def torchao_nvfp4(pipe: Pipeline, material: Material) -> Pipeline:
 
     config = inference_workflow.NVFP4WeightOnlyConfig()
     quantize_(
-        pipe.unet,
+        denoiser_of(pipe)[1],
         config,
         lambda module, name: isinstance(module, nn.Linear) and not is_delicate(name),
     )
@@ -149,15 +156,16 @@ def quanto(
     peer = import_module("optimum.quanto")
     exclude = [*DELICATE, *(f"{name}.*" for name in DELICATE)]
     chosen = getattr(peer, optimizer)()
+    component, denoiser = denoiser_of(pipe)
     peer.quantize(
-        pipe.unet, weights="qint4", activations=activations, optimizer=chosen, exclude=exclude
+        denoiser, weights="qint4", activations=activations, optimizer=chosen, exclude=exclude
     )
     with torch.no_grad():
         if activations is not None:
             with peer.Calibration():
-                for call in islice(material.record()[0].calls("unet"), 0, None, 3):
-                    replay(pipe.unet, call)
-        peer.freeze(pipe.unet)
+                for call in islice(material.record()[0].calls(component), 0, None, 3):
+                    replay(denoiser, call)
+        peer.freeze(denoiser)
     return pipe
 
 
@@ -180,7 +188,7 @@ def bitsandbytes(pipe: Pipeline, material: Material, *, quant_type: str) -> Pipe
         new.load_state_dict(layer.state_dict())
         return new.to("cpu")  # rounds
 
-    replace_linear_(pipe.unet, make)
+    replace_linear_(denoiser_of(pipe)[1], make)
     return pipe
 
 
@@ -190,7 +198,8 @@ def hqq(pipe: Pipeline, material: Material, *, group_size: int) -> Pipeline:
 
     config = BaseQuantizeConfig(nbits=4, group_size=group_size, axis=1)
     replace_linear_(
-        pipe.unet, lambda layer: HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu")
+        denoiser_of(pipe)[1],
+        lambda layer: HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu"),
     )
     return pipe
 
@@ -199,16 +208,17 @@ def min_max(pipe: Pipeline, material: Material) -> Pipeline:
     """Plain integers over the whole range, of the recorded input and of each output channel."""
     recipe = CalibrateRecipe(formats="integer")
     recording, _ = material.record()
+    component, denoiser = denoiser_of(pipe)
     generator = torch.Generator().manual_seed(0)
     seen = observe(
-        pipe.unet,
-        recording.calls("unet"),
-        recording.num_calls("unet"),
+        denoiser,
+        recording.calls(component),
+        recording.num_calls(component),
         max_samples=1,
         generator=generator,
         advance=lambda steps, note="": None,
     )
-    layers = find_layers(pipe.unet)
+    layers = find_layers(denoiser)
     table = {}
     scales = {}
     for name, observed in seen.items():
@@ -222,7 +232,7 @@ def min_max(pipe: Pipeline, material: Material) -> Pipeline:
             weight=weight, input=Grid.with_maximum(inputs, span, observed.minimum)
         )
         scales[name] = layers[name].weight.detach().flatten(1).abs().amax(1) / weight.largest
-    store_layers_(pipe.unet, table, scales)
+    store_layers_(denoiser, table, scales)
     return pipe
 
 
@@ -234,11 +244,12 @@ def msfp(pipe: Pipeline, material: Material, **changes: Any) -> Pipeline:  # noq
 
 def msfp_linear(pipe: Pipeline, material: Material, **changes: Any) -> Pipeline:  # noqa: ANN401 (fields of the recipe)
     """`msfp calibrate` of just the layers that the peers without convolutions quantize."""
-    names = [name for name, layer in find_layers(pipe.unet).items() if isinstance(layer, nn.Conv2d)]
+    layers = find_layers(denoiser_of(pipe)[1]).items()
+    names = [name for name, layer in layers if isinstance(layer, nn.Conv2d) or is_delicate(name)]
     return msfp(
         pipe,
         material,
-        keep=(*(f"{name}:none" for name in names), "time_embedding.*:none"),
+        keep=tuple(f"{name}:none" for name in names),
         **changes,
     )
 

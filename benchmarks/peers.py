@@ -1,4 +1,4 @@
-"""Peers: the built-in pipeline through other quantizers that run on a CPU, and through ours.
+"""Peers: a pipeline through other quantizers that run on a CPU, and through ours.
 
     python benchmarks/peers.py --work DIR --run msfp-run [--num-tests 100] [--only TEXT]
         [--markdown FILE]
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from material import add_size_options, record_options, source_of
+from material import add_size_options, denoiser_of, part_of_page, record_options, source_of
 from page import put
 from peer_quantizers import METHODS, Material, Method, msfp_finetuned
 from test_set import BATCH, MAX_TESTS, TestSet
@@ -89,19 +89,19 @@ def is_float(layer: nn.Module) -> bool:
     return type(weight) is nn.Parameter and weight.is_floating_point()
 
 
-def sizes(unet: nn.Module, source: ModelSource) -> dict[str, float]:
+def sizes(denoiser: nn.Module, source: ModelSource) -> dict[str, float]:
     """Return the bytes of the denoiser's state, and how much of it is quantized.
 
     What is not quantized counts 4 bytes a value.
     """
-    plain = load_pipeline(source, "cpu").unet
+    _, plain = denoiser_of(load_pipeline(source, "cpu"))
     total = sum(parameter.numel() for parameter in plain.parameters())
     quantized = 0
     for name, layer in find_layers(plain).items():
-        if not is_float(unet.get_submodule(name)):
+        if not is_float(denoiser.get_submodule(name)):
             quantized += layer.weight.numel()
     stored = 0
-    for entry in saved_tensors(unet).values():
+    for entry in saved_tensors(denoiser).values():
         stored += sum(tensor.nbytes for tensor in stored_tensors(entry))
     bits = 8 * (stored - 4 * (total - quantized)) / quantized if quantized else 32.0
     return {"share": quantized / total, "megabytes": stored / 1e6, "bits": bits}
@@ -115,7 +115,7 @@ def work_on(method: Method, arguments: argparse.Namespace) -> None:
     result = {
         "settings": settings(method, arguments.run),
         "threads": torch.get_num_threads(),
-        **sizes(pipe.unet, source),
+        **sizes(denoiser_of(pipe)[1], source),
         **test_set(arguments).measure(pipe),
     }
     write_text(result_path(method, arguments), json.dumps(result, indent=1))
@@ -281,8 +281,8 @@ def head(threads: set[int], arguments: argparse.Namespace) -> str:
     """Say under which conditions the table holds."""
     batch = min(BATCH, arguments.num_tests)
     return (
-        f"{arguments.num_tests} tests, ± the standard error of the mean over them; a call has "
-        f"{2 * batch} rows, {batch} pictures with guidance;"
+        f"{arguments.num_tests} tests, ± the standard error of the mean over them; a call is for "
+        f"{batch} pictures;"
         f" torch {torch.__version__}, CPU, threads: {' or '.join(map(str, sorted(threads)))};"
         f" {', '.join(requirements().values())}."
     )
@@ -332,7 +332,7 @@ def main() -> None:
     text = table(methods, run_rows(methods, arguments), arguments)
     print(text)
     if arguments.markdown:
-        put(arguments.markdown, "peers.py", text)
+        put(arguments.markdown, part_of_page("peers.py", arguments), text)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from material import UNSEEN, add_size_options, record_options, source_of
+from material import KNOWN, add_size_options, part_of_page, record_options, source_of
 from page import put
 from test_set import MAX_TESTS, TestSet
 
@@ -23,13 +23,10 @@ from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import load_calibrated
 from msfp_cli.commands.console import quiet_libraries
 from msfp_cli.files.atomic import write_text
-from msfp_cli.pipelines.loading import BUILT_IN, default_prompts
-from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.run import Run
 
 INPUT_BITS = (4, 8, None)
 INPUT_LIFTS = (0.1, 0.2, 0.4)  # of inputs of 4 bits
-KNOWN = tuple(prompt for prompt in default_prompts(BUILT_IN) if prompt not in UNSEEN)
 COLUMNS = (
     "| bits, weights/inputs | calibrated how | output error | final latents' error | PSNR, dB |"
 )
@@ -47,12 +44,7 @@ def calibrated(
             shared.mkdir(exist_ok=True)
             if not (run.directory / name).exists():
                 (run.directory / name).symlink_to(shared)
-        sizes = record_options(arguments)
-        options = RecordOptions(
-            num_images=sizes.num_images,
-            num_inference_steps=sizes.num_inference_steps,
-            prompts=KNOWN,
-        )
+        options = replace(record_options(arguments), prompts=KNOWN)
         recipe = CalibrateRecipe(activations=bits, input_lift=input_lift)
         calibrate_run(run, source_of(arguments), options, recipe, device="cpu")
     calibration = Calibration.load(run.calibration)
@@ -77,7 +69,8 @@ def measured(
     if not result.exists():
         calibration = calibrated(arguments, bits, rounding, input_lift)
         figures = tests.measure(load_calibrated(calibration, "cpu"))
-        own = {"bits": calibration.input_bits("unet")}
+        (component,) = calibration.layers
+        own = {"bits": calibration.input_bits(component)}
         write_text(result, json.dumps({**figures, **own}))
     return dict(json.loads(result.read_text()))
 
@@ -133,7 +126,7 @@ def main() -> None:
     )
     print(text)
     if arguments.markdown:
-        put(arguments.markdown, "rounding.py", text)
+        put(arguments.markdown, part_of_page("rounding.py", arguments), text)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from material import UNSEEN
+from material import UNSEEN, denoiser_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -97,9 +97,10 @@ class TestSet:
         psnr = -10 * picture_error.clamp_min(1e-10).log10()
         output = OutputError()
         seconds = []
-        for call in Recording(self.directory / "trajectories").calls("unet"):
+        component, denoiser = denoiser_of(pipe)
+        for call in Recording(self.directory / "trajectories").calls(component):
             began = time.perf_counter()
-            result = replay(pipe.unet, call)
+            result = replay(denoiser, call)
             seconds.append(time.perf_counter() - began)
             output.add(call.timestep, result, call.output)
         return {
