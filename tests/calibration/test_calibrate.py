@@ -15,6 +15,7 @@ from torch import nn
 
 from conftest import QUICK, SIX_PICTURES, Chained, Invoke, files_of
 from msfp_cli.calibration import compensate as compensation
+from msfp_cli.calibration import denoiser_search
 from msfp_cli.calibration.calibrate import calibrate_, calibrate_run
 from msfp_cli.calibration.denoiser_search import held_out_error, observed_shards
 from msfp_cli.calibration.keep import usual_role
@@ -25,8 +26,11 @@ from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration, LayerChoice
 from msfp_cli.errors import CalibrationError, CheckpointError, ModelError, RunError
 from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
+from msfp_cli.pipelines.denoiser import DenoiserCall
 from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, load_pipeline
+from msfp_cli.pipelines.prefix import RepeatedCall
 from msfp_cli.processes import LEFT_ALONE
+from msfp_cli.recording import compare
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 from together import run_together
@@ -310,6 +314,21 @@ def test_more_sensitivity_calls_give_other_sensitivities(
     measured = {name for name, layer in mine.items() if layer.sensitivity is not None}
     assert measured == {name for name, layer in mine.items() if layer.reason != "kept"}
     assert all(mine[name].sensitivity != other[name].sensitivity for name in measured)
+
+
+def test_layers_of_a_large_denoiser_are_measured_on_one_call(
+    tiny_pipe: DiffusionPipeline, tiny_recordings: Recordings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[DenoiserCall]()
+
+    def repeated(denoiser: nn.Module, call: DenoiserCall) -> RepeatedCall:
+        calls.append(call)
+        return RepeatedCall(denoiser, call)
+
+    monkeypatch.setattr(compare, "LARGE", 1)
+    monkeypatch.setattr(denoiser_search, "RepeatedCall", repeated)
+    calibrate_(tiny_pipe, *tiny_recordings, replace(QUICK, sensitivity_calls=3))
+    assert len(calls) == 1
 
 
 def test_layer_that_never_runs_is_reported_and_left_alone(

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 
 from conftest import QUICK
+from msfp_cli.calibration.denoiser_search import calls_to_measure
 from msfp_cli.calibration.estimate import Estimate, estimate
 from msfp_cli.pipelines.loading import ModelSource, load_pipeline
+from msfp_cli.recording import compare
 from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.recording.record import record_recipes
 
@@ -25,6 +27,16 @@ def test_stages_that_are_left_out_take_no_time(tiny_source: ModelSource) -> None
     assert all(seconds > 0 for seconds in every.values())
     left_out = {stage for stage, seconds in without.items() if seconds == 0}
     assert left_out == {"measuring layers alone", "measuring timesteps", "rounding"}
+
+
+def test_layers_of_large_models_are_measured_on_one_call_of_two_rows(
+    tiny_source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = load_pipeline(tiny_source, "cpu").unet
+    recipe = replace(QUICK, sensitivity_calls=4)
+    small = calls_to_measure(recipe, unet, rows=4)
+    monkeypatch.setattr(compare, "LARGE", 1)
+    assert small == 8 * calls_to_measure(recipe, unet, rows=4)
 
 
 def test_recordings_take_their_samples_and_outputs_on_disk(tiny_source: ModelSource) -> None:

@@ -57,6 +57,16 @@ def test_calibration_compares_formats_and_lists_the_layers_fed_by_silu(
     assert page.read_text().splitlines()[2:] == ["| formats | no lift | lift 5 % |", *lines[2:]]
 
 
+def test_sensitivity_compares_numbers_of_calls(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    options = ("--num-images", 5, "--steps", 4, "--work", tmp_path, "--markdown", tmp_path / "page")
+    lines = run_script("benchmarks/sensitivity.py", "--model", tiny(TINY), *options)
+    rows = [cells(line) for line in lines[:7]]
+    assert [row[:2] for row in (rows[0], rows[-1])] == [["16", "4"], ["1", "1"]]
+    assert float(rows[0][3]) == 1
+    assert all(0.5 < float(row[3]) <= 1 and float(row[5]) > 0 for row in rows)
+    assert lines[0] in (tmp_path / "page").read_text()
+
+
 def test_search_finds_what_brute_force_finds() -> None:
     lines = run_script("benchmarks/search.py", "--num-samples", 200, "--width", 32)
     assert len([line for line in lines if line.startswith(("e", "ue"))]) == 7

@@ -46,9 +46,9 @@ from msfp_cli.layers.streamed import weight_in_memory
 from msfp_cli.pipelines.prefix import REPEATED_SHARE, RepeatedCall
 from msfp_cli.processes import ALONE, Processes
 from msfp_cli.recording.compare import (
-    MAX_ROWS,
     OutputError,
     SquaredError,
+    calls_and_rows,
     output_error,
     spread_calls,
 )
@@ -203,10 +203,17 @@ def planned_layers(
     }
 
 
-def calls_to_measure(recipe: CalibrateRecipe, rows: int) -> float:
+def calls_to_measure(recipe: CalibrateRecipe, denoiser: nn.Module, rows: int) -> float:
     """Return how many calls of so many rows measuring a layer's part of the error is worth."""
     is_measured = recipe.lift > 0 and _narrowest(recipe) < LIFTED_BITS
-    return is_measured * recipe.sensitivity_calls * min(MAX_ROWS, rows) / rows * REPEATED_SHARE
+    count, max_rows = _measured_calls(recipe, denoiser)
+    return is_measured * count * min(max_rows, rows) / rows * REPEATED_SHARE
+
+
+def _measured_calls(recipe: CalibrateRecipe, denoiser: nn.Module) -> tuple[int, int]:
+    """Return on how many calls a layer's part of the error is measured, and of how many rows."""
+    num_weights = sum(layer.weight.numel() for layer in find_layers(denoiser).values())
+    return calls_and_rows(num_weights, recipe.sensitivity_calls)
 
 
 def _narrowest(recipe: CalibrateRecipe) -> int:
@@ -223,7 +230,7 @@ def _measure_sensitivity(
     processes: Processes,
 ) -> dict[str, CalibratedLayer]:
     """Add the sensitivity of every layer at the default bits."""
-    calls = spread_calls(recording, component, recipe.sensitivity_calls)
+    calls = spread_calls(recording, component, *_measured_calls(recipe, denoiser))
     candidates = [name for name, each in results.items() if each.choice.reason == "default"]
     errors = {name: OutputError() for name in processes.part(candidates)}
     with processes.progress.task(f"Measuring {component}", len(errors) * len(calls)) as advance:

@@ -100,20 +100,22 @@ def estimate(
     run = cost.steps * cost.seconds
     num_runs = recording.num_shards + held_out.num_shards
     observing = num_observed(recording.num_shards, recording.batch_size) * run
-    layers = {
-        (component, name): planned
-        for component, denoiser in find_denoisers(pipe).items()
-        for name, planned in planned_layers(denoiser, recipe, usual_role).items()
-    }
-    rounded = {key: each.layer for key, each in layers.items() if each.is_rounded}
+    rounded = {}
+    measured = 0.0
+    for component, denoiser in find_denoisers(pipe).items():
+        planned = planned_layers(denoiser, recipe, usual_role)
+        for name, each in planned.items():
+            if each.is_rounded:
+                rounded[component, name] = each.layer
+        tried = sum(each.is_tried for each in planned.values())
+        measured += tried * calls_to_measure(recipe, denoiser, cost.rows)
     millions = sum(layer.weight.numel() for layer in rounded.values()) / 1e6
-    tried = sum(each.is_tried for each in layers.values())
     groups, memory = expected_groups(rounded, max_memory)
     seconds = {
         "recording": num_runs * run,
         "observing": observing,
         "searching": _SEARCH_SECONDS * millions,
-        "measuring layers alone": tried * calls_to_measure(recipe, cost.rows) * cost.seconds,
+        "measuring layers alone": measured * cost.seconds,
         "measuring timesteps": (1 + cost.steps) * run if recipe.input_lift else 0.0,
         "rounding": _ROUNDING_SECONDS * millions,
         "checking": held_out.num_shards * run,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from msfp_cli.pipelines.denoiser import DenoiserCall, replay
 from msfp_cli.pipelines.rows import take_rows
 from msfp_cli.pipelines.watch import watch_layers
+from msfp_cli.recording.recipe import LARGE
 from msfp_cli.recording.result import Recording
 
 
@@ -136,20 +137,36 @@ def _layer_outputs(
     return outputs
 
 
-MAX_ROWS = 4  # of each call: enough to rank layers, and a quarter of the time of a default batch
+_ROWS = 4  # of each call: enough to rank layers, and a quarter of the time of a default batch
+# A call of a large denoiser takes seconds, and is repeated for each layer. One call of two rows
+# ranks layers nearly as more do (docs/lab/calibration.md).
+_LARGE_CALLS = 1
+_LARGE_ROWS = 2
 
 
-def spread_calls(recording: Recording, component: str, count: int) -> list[DenoiserCall]:
+def calls_and_rows(num_weights: int, count: int) -> tuple[int, int]:
+    """Return on how many calls to compare the layers of a denoiser, and on how many rows of each.
+
+    Arguments:
+        num_weights: of the denoiser.
+        count: calls, if it is a small one.
+    """
+    return (count, _ROWS) if num_weights < LARGE else (min(count, _LARGE_CALLS), _LARGE_ROWS)
+
+
+def spread_calls(
+    recording: Recording, component: str, count: int, max_rows: int = _ROWS
+) -> list[DenoiserCall]:
     """Pick calls spread over the timesteps and over the pipeline runs, a few rows of each."""
     shards = [i for i in range(recording.num_shards) if recording.num_calls(component, [i])]
     calls = []
     for i in range(count if shards else 0):
         run = list(recording.calls(component, [shards[i % len(shards)]]))
         call = run[(2 * i + 1) * len(run) // (2 * count)]
-        calls.append(take_rows(call, _spread_rows(len(call.output))))
+        calls.append(take_rows(call, _spread_rows(len(call.output), max_rows)))
     return calls
 
 
-def _spread_rows(batch: int) -> Tensor:
+def _spread_rows(batch: int, max_rows: int) -> Tensor:
     """Return the indices of a few rows, from both halves of a guided batch."""
-    return torch.linspace(0, batch - 1, min(MAX_ROWS, batch)).long()
+    return torch.linspace(0, batch - 1, min(max_rows, batch)).long()
