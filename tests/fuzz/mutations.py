@@ -329,5 +329,6 @@ def _sign_document(path: Path) -> None:
     for key, name in (("scales_digest", "scales"), ("codes_digest", "codes")):
         file = path.with_name(f"{name}.safetensors")
         if document.get(key) and file.is_file():
-            document[key] = digest(load_file(file))
+            with suppress(SafetensorError):  # a damaged file keeps the digest that it had
+                document[key] = digest(load_file(file))
     path.write_text(_signed(json.dumps(document), {}))
