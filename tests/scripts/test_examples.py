@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from conftest import Chained
-from scripts.run_script import run_script
+from msfp_cli.evaluation.features.fashion import agreement, load_classifier
+from scripts.run_script import ROOT, run_script
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -44,6 +46,31 @@ def test_train_fashion_saves_a_pipeline(clothing: Path, tmp_path: Path) -> None:
     assert type(DiffusionPipeline.from_pretrained(out)).__name__ == "StableDiffusionPipeline"
 
 
+def test_train_flow_saves_a_pipeline_and_goes_on_bit_for_bit(
+    clothing: Path, tmp_path: Path
+) -> None:
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    sizes = ("--batch-size", 2, "--sampler-steps", 2)
+    script = "examples/train_flow/train_flow.py"
+    lines = run_script(script, "--data", clothing, "--out", once, "--steps", 2, *sizes)
+    assert lines[-1] == f"pipeline and samples.png written to {once}"
+    assert type(DiffusionPipeline.from_pretrained(once)).__name__ == "CogView4Pipeline"
+    stopped = ("--data", clothing, "--out", twice, "--steps", 2, "--stop-after", 1)
+    run_script(script, *stopped, *sizes)
+    assert "; 1 done" in run_script(script, *stopped[:-2], *sizes)[0]
+    states = [load_file(tmp_path / f"{name}.state.safetensors") for name in ("once", "twice")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_flow_pipeline_draws_what_is_asked_for() -> None:
+    pipe = DiffusionPipeline.from_pretrained(ROOT / "examples/train_flow/flow", dtype=torch.float32)
+    prompts = ["a red boot", "a blue t-shirt", "a green trousers", "a purple dress"]
+    generator = torch.Generator().manual_seed(0)
+    settings = {"num_inference_steps": 10, "guidance_scale": 3.0, "generator": generator}
+    pictures = pipe(prompts, output_type="pt", **settings).images
+    assert agreement(load_classifier(), pictures, prompts) == (1.0, 1.0)
+
+
 def test_train_classifier_and_make_reference_save_tensors(clothing: Path, tmp_path: Path) -> None:
     out = tmp_path / "classifier.safetensors"
     options = ("--data", clothing, "--test", clothing, "--out", out, "--steps", 1)
@@ -64,6 +91,7 @@ def test_train_classifier_and_make_reference_save_tensors(clothing: Path, tmp_pa
         ("train_emoji/train_emoji.py", "--data"),
         ("train_fashion/train_fashion.py", "--data"),
         ("train_fashion/make_reference.py", "--test"),
+        ("train_flow/train_flow.py", "--data"),
     ],
 )
 def test_missing_data_is_one_line_and_exit_code_one(
