@@ -235,9 +235,14 @@ def test_equal_recipes_give_equal_calibrations(
     )
 
 
-def calibrate_into(run: Path, source: ModelSource, recipe: CalibrateRecipe = SHARED) -> None:
+def calibrate_into(
+    run: Path,
+    source: ModelSource,
+    recipe: CalibrateRecipe = SHARED,
+    max_memory: int | None = None,
+) -> None:
     """Calibrate on three shards, or do a part of it if this is one of several processes."""
-    calibrate_run(Run(run), source, SIX_PICTURES, recipe, device="cpu")
+    calibrate_run(Run(run), source, SIX_PICTURES, recipe, device="cpu", max_memory=max_memory)
 
 
 @pytest.fixture(scope="module")
@@ -251,10 +256,19 @@ def files_of_one(
     return files_of(run)
 
 
+@pytest.mark.parametrize(
+    "max_memory", [None, pytest.param(8 << 30, marks=pytest.mark.slow)], ids=["whole", "bounded"]
+)
 def test_two_processes_calibrate_to_the_bytes_of_one(
-    files_of_one: dict[str, bytes], tiny_source: ModelSource, tmp_path: Path
+    max_memory: int | None,
+    files_of_one: dict[str, bytes],
+    tiny_source: ModelSource,
+    tmp_path: Path,
 ) -> None:
-    ends = run_together(lambda index: calibrate_into(tmp_path / "run", tiny_source), tmp_path)
+    def work(index: int) -> None:
+        calibrate_into(tmp_path / "run", tiny_source, max_memory=max_memory)
+
+    ends = run_together(work, tmp_path)
     assert [end.code for end in ends] == [0, 0], ends
     assert files_of(tmp_path / "run") == files_of_one
 
