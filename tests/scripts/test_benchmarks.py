@@ -206,6 +206,21 @@ def test_larger_than_memory_goes_on_after_kills_and_loads(tmp_path: Path) -> Non
     assert (tmp_path / "quantized" / "model_index.json").exists()
 
 
+@linux_only
+def test_two_hosts_calibrate_to_the_bytes_of_one_process_and_go_on_after_a_loss(
+    tmp_path: Path,
+) -> None:
+    page = tmp_path / "page.md"
+    options = ("--work", tmp_path / "work", "--size", "tiny", "--markdown", page)
+    lines = run_script("benchmarks/two_hosts.py", *options)
+    same = [line.partition("; ")[2] for line in lines if "same bytes" in line]
+    assert same == ["same bytes as one process: recording, held-out, calibration"] * 2
+    (lost,) = (line for line in lines if "second host killed" in line)
+    assert "another process of this command has ended" in lost
+    assert float(lines[-1].split()[-1]) < 1e-3
+    assert lines[-1] in page.read_text()
+
+
 def test_weight_only_compares_with_calibrations(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
