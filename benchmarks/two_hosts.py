@@ -268,8 +268,7 @@ def main() -> None:
         print(line, flush=True)
         lines.append(line)
     if arguments.markdown:
-        text = "\n".join(f"    {line}" for line in lines)
-        put(arguments.markdown, "two_hosts.py", text)
+        put(arguments.markdown, "two_hosts.py", "\n".join(["```", *lines, "```"]))
 
 
 if __name__ == "__main__":
