@@ -335,8 +335,12 @@ def _received(receiver: Connection, name: str) -> Iterator[tuple[str, str, str]]
     yield name, step, f"nothing came for {PATIENCE} s"
 
 
-def page(results: Mapping[str, Mapping[str, str]]) -> str:
-    """Return the page of a table."""
+def page(results: Mapping[str, Mapping[str, str]], only: str) -> str:
+    """Return the page of a table.
+
+    Arguments:
+        only: the pattern that chose the modules of tests; empty for all.
+    """
     import diffusers
     import torch
     import transformers
@@ -345,6 +349,7 @@ def page(results: Mapping[str, Mapping[str, str]]) -> str:
         f"{each.__name__} {each.__version__.partition('+')[0]}"
         for each in (diffusers, transformers, torch)
     )
+    option = f" --only '{only}' --write" if only else ""
     built = {name: each for name, each in results.items() if "build" not in each}
     passed = [name for name, each in built.items() if list(each.values()) == ["yes"] * len(STEPS)]
     lines = [
@@ -352,7 +357,7 @@ def page(results: Mapping[str, Mapping[str, str]]) -> str:
         "",
         "Pipelines of diffusers that its own tests build from tiny random parts, through the whole "
         f"chain, one picture a call. {len(passed)} of the {len(built)} that were tried pass each "
-        f"step. Written by `python tests/families.py CHECKOUT` with {versions}.",
+        f"step. Written by `python tests/families.py CHECKOUT{option}` with {versions}.",
         "",
         f"| pipeline | {' | '.join(STEPS)} |",
         "|---" * (len(STEPS) + 1) + "|",
@@ -386,7 +391,7 @@ def main() -> None:
         results.setdefault(name, {})[step] = result
         print(name, step, result, flush=True)
         if arguments.write or not arguments.only:  # a run that is stopped leaves what it has
-            PAGE.write_text(page(results), "utf-8")
+            PAGE.write_text(page(results, arguments.only), "utf-8")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,10 @@
 The export's codes stay as they are; only the LoRA learns. The teacher is the export itself with the
 other colour in the prompt. The LoRA is saved, and loaded on a full-precision pipeline as well.
 Needs peft.
+
+On a 4-bit export of the built-in pipeline, 200 updates swap the colours and keep the clothes. Red
+things had 0.296 more red than blue and blue things 0.234 less; with the LoRA -0.273 and +0.349,
+loaded again on the export the same, and on the full-precision pipeline -0.273 and +0.317.
 """
 
 import argparse
@@ -12,9 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from PIL import Image
 
 import msfp_cli
 
@@ -57,17 +63,25 @@ def train(pipe: Pipeline, steps: int, rate: float) -> None:
             print(f"{step}: loss {float(loss.detach()):.5f}", flush=True)
 
 
-def redness(pipe: Pipeline) -> float:
-    """Return how much more red than blue is in pictures of red things, on average."""
-    prompts = [f"a red {thing}" for thing in THINGS]
+def draw(pipe: Pipeline, color: str) -> np.ndarray:
+    """Draw a picture of each thing in a colour, always from the same noise."""
+    prompts = [f"a {color} {thing}" for thing in THINGS]
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    pictures = pipe(prompts, num_inference_steps=10, generator=generators, output_type="np").images
-    return float((pictures[..., 0] - pictures[..., 2]).mean())
+    return pipe(prompts, num_inference_steps=10, generator=generators, output_type="np").images
+
+
+def show(pipe: Pipeline, title: str) -> np.ndarray:
+    """Print how much more red than blue is in pictures of each colour; return a row of them."""
+    pictures = {color: draw(pipe, color) for color in SWAPPED}
+    redness = {color: (each[..., 0] - each[..., 2]).mean() for color, each in pictures.items()}
+    figures = ", ".join(f"{color} things {value:+.3f}" for color, value in redness.items())
+    print(f"red above blue, {title}: {figures}", flush=True)
+    return np.concatenate([*pictures["red"], *pictures["blue"]], axis=1)
 
 
 def load(place: str | Path) -> Pipeline:
     """Load a pipeline, quantized or not."""
-    pipe = DiffusionPipeline.from_pretrained(place)
+    pipe = DiffusionPipeline.from_pretrained(place, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -78,19 +92,23 @@ def main() -> None:
     parser.add_argument("export", type=Path)
     parser.add_argument("--against", help="full-precision model, as directory or hub id")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--sheet", type=Path, help="PNG file: a row of pictures for each line")
     parser.add_argument("--rate", type=float, default=2e-3)
     arguments = parser.parse_args()
     assert msfp_cli.__version__  # its import registers the format with diffusers
     pipe = load(arguments.export)
-    print(f"red above blue before: {redness(pipe):+.3f}")
+    rows = [show(pipe, "before")]
     train(pipe, arguments.steps, arguments.rate)
-    print(f"red above blue after: {redness(pipe):+.3f}")
+    rows.append(show(pipe, "after"))
     with tempfile.TemporaryDirectory() as place:
         pipe.unet.save_lora_adapter(place, "swap")
         for name in filter(None, (arguments.export, arguments.against)):
             again = load(name)
             again.unet.load_lora_adapter(place, prefix=None, weight_name=FILE)
-            print(f"red above blue, loaded again on {name}: {redness(again):+.3f}")
+            rows.append(show(again, f"loaded again on {name}"))
+    if arguments.sheet:
+        sheet = (np.concatenate(rows) * 255).round().astype(np.uint8)
+        Image.fromarray(sheet).save(arguments.sheet)
 
 
 if __name__ == "__main__":

@@ -545,13 +545,10 @@ def call(denoiser: Any, timestep: int) -> Tensor:  # noqa: ANN401
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keep_packed", [False, True])
-@pytest.mark.parametrize("hub", [1, 2])
-def test_new_sizes_make_no_more_graphs_than_a_float_denoiser(hub: int, keep_packed: bool) -> None:
-    denoiser = unet(hub)
+def test_new_sizes_make_no_more_graphs_than_a_float_denoiser() -> None:
+    denoiser = unet(hub=1)
     channels = denoiser.config.block_out_channels[0]  # pictures are as wide as a layer
-    prepare_(denoiser, "cpu", keep_packed=keep_packed)
-    call(denoiser, 10)  # the route has been used
+    prepare_(denoiser, "cpu")
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
