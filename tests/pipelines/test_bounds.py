@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from msfp_cli.errors import CheckpointError, ModelError
+from msfp_cli.pipelines.bounds import refuse_missing_parts
 from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 
 
@@ -53,3 +54,13 @@ def test_tokenizer_without_a_number_of_tokens_is_refused(model: Path, length: ob
     change(model / "tokenizer" / "tokenizer_config.json", model_max_length=length)
     with pytest.raises(ModelError, match="not a whole number of at least 1; set model_max_length"):
         load_pipeline(ModelSource(model=str(model)), "cpu")
+
+
+def test_setting_that_is_a_list_of_numbers_is_not_a_component(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    index = {"unet": ["diffusers", "UNet2DModel"], "text_encoder_select_layers": [2, 5, 8]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    refuse_missing_parts(tmp_path)
+    (tmp_path / "unet").rmdir()
+    with pytest.raises(ModelError, match="lacks the folder of its unet"):
+        refuse_missing_parts(tmp_path)

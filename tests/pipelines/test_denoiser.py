@@ -92,6 +92,7 @@ UNET = ["diffusers", "UNet2DModel"]
         ({"transformer_2": UNET, "transformer": UNET}, ["transformer", "transformer_2"]),
         ({"super_res_first": UNET, "vqvae": ["diffusers", "VQModel"]}, ["super_res_first"]),
         ({"odd": UNET, "unet": [None, None]}, ["odd"]),
+        ({"unet": UNET, "text_encoder_select_layers": [2, 5, 8]}, ["unet"]),
     ],
 )
 def test_names_of_denoisers_are_known_without_loading_them(

@@ -23,11 +23,13 @@ def refuse_missing_parts(directory: Path) -> None:
     """
     try:
         index = json.loads((directory / "model_index.json").read_bytes())
-        parts = {name: entry[0] for name, entry in index.items() if isinstance(entry, list)}
+        # Lists of numbers are settings, as Krea 2 has one.
+        lists = {name: entry for name, entry in index.items() if isinstance(entry, list)}
+        parts = {name: entry[0] for name, entry in lists.items() if isinstance(entry[0], str)}
     except (OSError, ValueError, AttributeError, IndexError, RecursionError):
         return  # whoever loads it says what is wrong
-    for name, library in parts.items():
-        if library is not None and not (directory / name).is_dir():
+    for name in parts:
+        if not (directory / name).is_dir():
             raise ModelError(f"{directory} lacks the folder of its {name}; {_REDO}")
 
 

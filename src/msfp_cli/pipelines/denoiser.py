@@ -100,7 +100,8 @@ def denoiser_names(index: Mapping[str, Any]) -> list[str]:
     Raises:
         ModelError: there is none.
     """
-    parts = {name: entry for name, entry in index.items() if isinstance(entry, list) and any(entry)}
+    lists = {name: entry for name, entry in index.items() if isinstance(entry, list)}
+    parts = {name: entry for name, entry in lists.items() if isinstance(entry[0], str)}
     models = [name for name, entry in parts.items() if _class_may_denoise(*entry)]
     names = [role for role in _ROLES if role in models] or models
     if not names:

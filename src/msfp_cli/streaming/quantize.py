@@ -135,6 +135,6 @@ def _copy_others(
     """Copy the index of a pipeline, and the components that the directory does not have yet."""
     (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
     for name, entry in index.items():
-        is_component = isinstance(entry, list) and entry[0] is not None
+        is_component = isinstance(entry, list) and isinstance(entry[0], str)
         if is_component and not (directory / name).exists():
             copy_component(place / name, directory / name, variant)
