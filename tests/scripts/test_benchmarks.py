@@ -67,6 +67,14 @@ def test_sensitivity_compares_numbers_of_calls(tiny: Callable[[str], Path], tmp_
     assert lines[0] in (tmp_path / "page").read_text()
 
 
+def test_input_scales_compares_four_ways(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    options = ("--num-images", 5, "--steps", 2, "--work", tmp_path, "--markdown", tmp_path / "page")
+    lines = run_script("benchmarks/input_scales.py", "--model", tiny(TINY), *options)
+    errors = [float(cells(line)[1]) for line in lines[:4]]
+    assert len(set(errors)) > 1 and all(0 < error < 1 for error in errors)
+    assert lines[0] in (tmp_path / "page").read_text()
+
+
 def test_search_finds_what_brute_force_finds() -> None:
     lines = run_script("benchmarks/search.py", "--num-samples", 200, "--width", 32)
     assert len([line for line in lines if line.startswith(("e", "ue"))]) == 7
