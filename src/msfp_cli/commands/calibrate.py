@@ -215,7 +215,7 @@ def show(calibration: "Calibration", component: str) -> None:
     bits_of_inputs = calibration.input_bits(component)
     console.note(f"{component}: inputs have {bits_of_inputs:.2f} bits on average, by multiply-adds")
     if line := _kept(layers):
-        console.note(f"{component}: kept are {line}")
+        console.note(f"{component}: by their place in the network: {line}")
     if line := _lifted_inputs(calibration, component):
         console.note(f"{component}: {line}")
     if line := _rounding(layers):
