@@ -11,6 +11,7 @@ import pytest
 from conftest import Chained, Finetuned, train
 from msfp_cli.errors import RunError
 from msfp_cli.finetuning.result import load_finetunings
+from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 from msfp_cli.status import next_command, status_of
 
@@ -62,6 +63,12 @@ def test_status_tells_each_stage_and_the_next_command(
 def tuned_run(tiny_tuned: Finetuned, copied: Callable[..., Path]) -> Run:
     """Copy a fine-tuned and exported run."""
     return Run(copied(tiny_tuned.run.directory, "tuned"))
+
+
+def test_recording_that_does_not_name_its_model_is_told(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    Recording.create(run.recording, {}, 2)
+    assert status_of(run).stages["recording"] == "0 of 2 shards of an unnamed model"
 
 
 def test_status_tells_how_far_fine_tuning_got_and_what_it_won(

@@ -198,7 +198,7 @@ def _describe_recording(directory: Path) -> str:
         return "none"
     recording = Recording(directory)
     count = recording.num_shards - len(recording.missing_shards())
-    model = recording.recipe["source"]["model"]
+    model = recording.recipe.get("source", {}).get("model", "an unnamed model")
     return f"{count} of {recording.num_shards} shards of {model}"
 
 

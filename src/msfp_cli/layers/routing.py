@@ -13,7 +13,7 @@ import inspect
 import threading
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,9 @@ class Route(Generic[T]):
     """The choice of every layer during one call of the denoiser, and none outside of a call."""
 
     def __init__(self) -> None:
-        self._by_thread: dict[int, Sequence[T]] = {}
+        self._by_thread: dict[int, Sequence[T] | Tensor] = {}
 
-    def open(self, choices: Sequence[T]) -> None:
+    def open(self, choices: Sequence[T] | Tensor) -> None:
         """Hold one choice per layer for this thread until `close`."""
         self._by_thread[_thread()] = choices
 
@@ -41,7 +41,7 @@ class Route(Generic[T]):
         """Let go of this thread's choices."""
         self._by_thread.pop(_thread(), None)
 
-    def _choices(self) -> Sequence[T] | None:
+    def _choices(self) -> Sequence[T] | Tensor | None:
         """Return this thread's choices, or the only ones that there are.
 
         On a GPU, autograd runs backward passes, and what they compute again, in its own threads.
@@ -71,7 +71,7 @@ class Route(Generic[T]):
                 "a layer that changes with the timestep ran outside its denoiser; "
                 "call the denoiser, which knows the timestep"
             )
-        return choices[slot]
+        return cast(T, choices[slot])
 
 
 def _thread() -> int:
@@ -136,14 +136,17 @@ class RouterTable(nn.Module):
         row: list[int] = self.get_buffer("table")[table_index(timestep)].tolist()
         return row
 
-    def compiled_choices(self, timestep: Tensor) -> Sequence[Tensor]:
-        """Return the same as tensors, int64 of one element, for a graph that serves every timestep.
+    def compiled_choices(self, timestep: Tensor) -> Tensor:
+        """Return the same as int64 ``(num_layers, 1)``, for a graph that serves every timestep.
+
+        They are one tensor: many would be views of it, whose offsets a compiler takes for sizes
+        that are equal to those of a picture by chance.
 
         Arguments:
             timestep: the argument of the call that says what time it is.
         """
         row = self.clock.traced(timestep).round().clamp(0, TABLE_SIZE - 1)
-        return torch.split(self.get_buffer("table").index_select(0, row.long())[0].long(), 1)
+        return self.get_buffer("table").index_select(0, row.long()).long().T
 
     def attach_(self, denoiser: nn.Module) -> None:
         """Become a module of the denoiser and listen to its calls."""
