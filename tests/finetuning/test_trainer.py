@@ -227,7 +227,7 @@ def test_half_precision_trains_alike(uninterrupted: FinetuneState, fresh_run: Fr
     tuned = train(fresh_run(), replace(FEW_UPDATES, mixed_precision="bf16"))
     assert tuned.history[0] == uninterrupted.history[0]  # measured in full precision
     for ours, theirs in zip(uninterrupted.history[1:], tuned.history[1:], strict=True):
-        assert theirs.loss == pytest.approx(ours.loss, rel=0.1)
+        assert theirs.loss == pytest.approx(ours.loss, rel=0.15)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(

@@ -44,7 +44,8 @@ def replace_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         flush(path.parent)
     except (OSError, SafetensorError) as error:
-        error.filename = getattr(error, "filename", None) or str(path)  # type: ignore[union-attr]
+        if getattr(error, "filename", None) is None and getattr(error, "errno", 0) is not None:
+            error.filename = str(path)  # type: ignore[union-attr]
         raise
     finally:
         temporary.unlink(missing_ok=True)
