@@ -189,6 +189,11 @@ def only_line(result: Result, exit_code: int) -> str:
     return only_error(result, exit_code)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the scripts: they take longest, and those of a file run in one process."""
+    items.sort(key=lambda item: "scripts" not in item.path.parts)
+
+
 @pytest.fixture(autouse=True)
 def torch_as_it_was() -> Iterator[None]:
     """Fail the test that leaves a function of torch.nn replaced, not the tests that come later."""
