@@ -125,13 +125,13 @@ def refuse_part(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     """Refuse to give the state of a part of a denoiser alone; a hook of torch's ``state_dict``.
 
     Whoever asks for it wants float weights for another model: ``ControlNetModel.from_unet`` does,
-    and ``UNetMotionModel.from_unet2d``. A single layer gives its codes.
+    and ``UNetMotionModel.from_unet2d``.
 
     Raises:
         UsageError: the part has codes.
     """
     has_codes = any("weight_scale" in each._buffers for each in module.modules())
-    if not prefix and has_codes and "weight_scale" not in module._buffers:
+    if not prefix and has_codes:
         raise UsageError(
             f"this {type(module).__name__} is a part of a quantized denoiser and has no float "
             "weights; make the new model (from_unet, from_unet2d) of the full-precision pipeline, "
