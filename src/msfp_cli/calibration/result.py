@@ -53,6 +53,10 @@ _NAMED = 3  # parts in floating point that are named
 _OF_THE_FILE = ("schema", "scales_digest", "codes_digest", "multipliers_digest")
 
 
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.0005 else "less than 0.1%"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Score:
     """What one format can do for a tensor: its best maximum and zero point, and their error.
@@ -251,9 +255,9 @@ class Calibration:
     def floats_in_words(self, component: str) -> str:
         """Say what stays in floating point, the largest by name; empty if that is not known."""
         shares = self.float_shares(component)
-        named = [f"{name} {share:.1%}" for name, share in shares.items() if name][:_NAMED]
+        named = [f"{name} {_percent(share)}" for name, share in shares.items() if name][:_NAMED]
         if "" in shares:
-            named.append(f"biases and norms {shares['']:.1%}")
+            named.append(f"biases and norms {_percent(shares[''])}")
         whole = f"{sum(shares.values()):.1%} of the parameters stay in floating point"
         return f"{whole}: {', '.join(named)}" if named else ""
 
