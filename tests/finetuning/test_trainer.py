@@ -223,11 +223,16 @@ def test_every_setting_changes_the_result(
     assert tuned.history[-1].loss != uninterrupted.history[-1].loss
 
 
-def test_half_precision_trains_alike(uninterrupted: FinetuneState, fresh_run: FreshRun) -> None:
-    tuned = train(fresh_run(), replace(FEW_UPDATES, mixed_precision="bf16"))
-    assert tuned.history[0] == uninterrupted.history[0]  # measured in full precision
-    for ours, theirs in zip(uninterrupted.history[1:], tuned.history[1:], strict=True):
-        assert theirs.loss == pytest.approx(ours.loss, rel=0.15)
+def test_half_precision_trains_alike(fresh_run: FreshRun) -> None:
+    # With a large rate two trainings part, however small the difference that they begin with.
+    recipe = replace(FEW_UPDATES, learning_rate=0.01)
+    plain = train(fresh_run(name="plain"), recipe)
+    tuned = train(fresh_run(), replace(recipe, mixed_precision="bf16"))
+    assert tuned.history[0] == plain.history[0]  # measured in full precision
+    assert tuned.history[-1] != plain.history[-1]
+    for ours, theirs in zip(plain.history[1:], tuned.history[1:], strict=True):
+        assert theirs.loss == pytest.approx(ours.loss, rel=0.1)
+        assert theirs.error == pytest.approx(ours.error, rel=0.05)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(
