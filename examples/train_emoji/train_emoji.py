@@ -25,7 +25,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -127,8 +127,13 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.
 
 
 def save_pipeline(average: EMAModel, pipeline: DDIMPipeline, out: Path) -> None:
-    """Save the averaged weights in half precision; a reader, or a kill, meets whole files only."""
+    """Save the averaged weights in half precision."""
     average.copy_to(pipeline.unet.parameters())
+    save_whole(pipeline, out)
+
+
+def save_whole(pipeline: DiffusionPipeline, out: Path) -> None:
+    """Save a pipeline; a reader, or a kill, meets whole files only."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial, safe_serialization=True)

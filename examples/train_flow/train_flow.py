@@ -19,7 +19,6 @@ longer while it goes on.
 """
 
 import copy
-import shutil
 import statistics
 import sys
 import time
@@ -45,7 +44,9 @@ from transformers import CLIPTokenizer, GlmConfig, GlmModel
 
 from msfp_cli.evaluation.features.fashion import agreement, load_classifier
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "train_fashion"))
+for example in ("train_emoji", "train_fashion"):
+    sys.path.append(str(Path(__file__).resolve().parents[1] / example))
+from train_emoji import save_whole  # noqa: E402
 from train_fashion import (  # noqa: E402
     GUIDANCE_SCALE,
     MAX_GRADIENT_NORM,
@@ -269,18 +270,10 @@ class Training:
 
 
 def save_pipeline(learner: Learner, frozen: tuple[AutoencoderKL, CLIPTokenizer], out: Path) -> None:
-    """Save in half precision; a reader, or a kill, meets whole files only."""
+    """Save in half precision."""
     autoencoder, tokenizer = (copy.deepcopy(part) for part in frozen)
     pipeline = assemble_pipeline(copy.deepcopy(learner).half(), autoencoder.half(), tokenizer)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial, safe_serialization=True)
-    if not out.exists():
-        partial.rename(out)
-        return
-    for file in list(partial.rglob("*.*")):
-        file.replace(out / file.relative_to(partial))
-    shutil.rmtree(partial)
+    save_whole(pipeline, out)
 
 
 def train(clothing: Clothing, plan: Plan, out: Path) -> None:

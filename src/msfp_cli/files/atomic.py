@@ -44,6 +44,7 @@ def replace_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         flush(path.parent)
     except (OSError, SafetensorError) as error:
+        # Python prints a filename in the place of what a library says without the system's number.
         if getattr(error, "filename", None) is None and getattr(error, "errno", 0) is not None:
             error.filename = str(path)  # type: ignore[union-attr]
         raise
