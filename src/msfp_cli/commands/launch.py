@@ -29,7 +29,9 @@ from msfp_cli.progress import SILENT, Progress
 ProcessesOption = Annotated[
     int,
     typer.Option(
-        min=1, help="Local processes that share the work. Each holds the model. Default: 1."
+        min=1,
+        help="Local processes that share the work. Each holds the model. Default: 1.",
+        show_default=False,
     ),
 ]
 _GRACE_SECONDS = 5
