@@ -5,7 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test test-all lint types check clean
-PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# After a crash of a process pytest-xdist may wait for it for ever, unless it starts no other one.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 demo: .venv/installed
 	$(BIN)/msfp demo

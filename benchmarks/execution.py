@@ -258,11 +258,9 @@ class Compiled(nn.Module):
 
 def load_nncf(path: Path, name: str, row: str) -> nn.Module:
     """Quantize the converted float32 denoiser with NNCF, unless that was done, and compile it."""
-    from msfp_cli.engines.openvino import import_openvino
+    from msfp_cli.engines.openvino import core, import_openvino
 
-    openvino = import_openvino()
     config = CLASSES[name].load_config(path / f"{name}-float32")
-    core = openvino.Core()
     kept = path / f"{name}-nncf" / "model.xml"
     inputs = inputs_of(name, argparse.Namespace(config=argparse.Namespace(**config)))
     del inputs["return_dict"]
@@ -271,17 +269,17 @@ def load_nncf(path: Path, name: str, row: str) -> nn.Module:
         import nncf
 
         converted = next((path / f"{name}-float32-openvino").glob("*/model.xml"))
-        model = core.read_model(converted)
+        model = core().read_model(converted)
         model.reshape({i: list(array.shape) for i, array in enumerate(arrays)})
         quantized = nncf.quantize(
             model, nncf.Dataset([arrays]), subset_size=1, model_type=nncf.ModelType.TRANSFORMER
         )
-        openvino.save_model(quantized, kept, compress_to_fp16=False)
+        import_openvino().save_model(quantized, kept, compress_to_fp16=False)
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": "bf16" if dtype_of(row) == torch.bfloat16 else "f32",
     }
-    compiled = core.compile_model(core.read_model(kept), "CPU", settings)
+    compiled = core().compile_model(core().read_model(kept), "CPU", settings)
     return Compiled(compiled, argparse.Namespace(**config))
 
 

@@ -22,7 +22,7 @@ from execution import CLASSES, TITLES, inputs_of, load_msfp
 from torch import Tensor
 
 from msfp_cli.engines.arguments import Call
-from msfp_cli.engines.openvino import import_openvino
+from msfp_cli.engines.openvino import core
 
 ATTENTION = "attention"
 EVERYTHING = "everything else"
@@ -93,8 +93,7 @@ def seconds_of_openvino(path: Path, inputs: Mapping[str, Tensor]) -> dict[str, f
     Arguments:
         path: its ``model.xml``.
     """
-    core = import_openvino().Core()
-    model = core.read_model(path)
+    model = core().read_model(path)
     model.reshape({i: list(tensor.shape) for i, tensor in enumerate(inputs.values())})
     settings = {
         "PERF_COUNT": True,
@@ -102,7 +101,7 @@ def seconds_of_openvino(path: Path, inputs: Mapping[str, Tensor]) -> dict[str, f
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    compiled = core.compile_model(model, "CPU", settings)
+    compiled = core().compile_model(model, "CPU", settings)
     request = compiled.create_infer_request()
     arrays = [tensor.numpy() for tensor in inputs.values()]
     request.infer(arrays)

@@ -1,5 +1,8 @@
 """Denoisers in OpenVINO: the sums of `reference`, products of bytes, and what is refused."""
 
+import ctypes
+import gc
+import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -59,7 +62,7 @@ def in_openvino(layers: list[Any], inputs: list[Tensor]) -> tuple[list[Tensor], 
         model = openvino.convert_model(graph, example_input=tuple(inputs))
     model.reshape({i: list(x.shape) for i, x in enumerate(inputs)})
     settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-    compiled = openvino.Core().compile_model(model, "CPU", settings)
+    compiled = engine.core().compile_model(model, "CPU", settings)
     outputs = [torch.from_numpy(y.copy()) for y in compiled([x.numpy() for x in inputs]).values()]
     return outputs, Counter(primitives(compiled))
 
@@ -125,6 +128,34 @@ def same_at_size(denoiser: Any, height: int, width: int) -> None:  # noqa: ANN40
         torch.testing.assert_close(
             denoiser(sample, 20, text).sample, expected(sample, 20, text).sample, rtol=0, atol=1e-4
         )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_process_has_one_core_so_that_signals_keep_their_stack() -> None:
+    first = attached()
+    second = attached()
+    call(first, 20)
+    call(second, 20)
+    before = stack_of_signals()
+    del first
+    gc.collect()
+    del second
+    gc.collect()
+    assert stack_of_signals() == before
+    assert is_mapped(before)
+
+
+def stack_of_signals() -> int:
+    """Return where the stack is that this thread's signals are handled on; 0 if it is its own."""
+    stack = (ctypes.c_size_t * 3)()  # its address, flags, and size
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    return stack[0]
+
+
+def is_mapped(address: int) -> bool:
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps]
+    return any(start <= address < end for start, end in ranges)
 
 
 @pytest.mark.slow

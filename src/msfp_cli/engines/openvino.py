@@ -34,6 +34,7 @@ Denoiser: TypeAlias = Any  # a model of diffusers, which is untyped
 Pipeline: TypeAlias = Any  # one of its pipelines
 Output: TypeAlias = Any  # what a denoiser returns: a tuple, or an output class
 OpenVino: TypeAlias = Any  # the package, which may be missing
+Core: TypeAlias = Any  # an openvino.Core
 Model: TypeAlias = Any  # an openvino.Model
 Compiled: TypeAlias = Any  # an openvino.CompiledModel
 NAME = "openvino"
@@ -71,6 +72,24 @@ def import_openvino() -> OpenVino:
     return openvino
 
 
+def core() -> Core:
+    """Return OpenVINO's core, one for the whole process and until its end.
+
+    A core that runs on the CPU gives the thread a stack for signals, and puts back the one before
+    when it goes. With two cores that is the stack of the first one, which may be gone by then, and
+    the next signal, Ctrl-C for one, would end the process with a segmentation fault.
+
+    Raises:
+        UsageError: OpenVINO is not installed.
+    """
+    return _core_of(import_openvino())
+
+
+@functools.cache
+def _core_of(openvino: OpenVino) -> Core:
+    return openvino.Core()
+
+
 def attach_(
     denoiser: Denoiser,
     content: str,
@@ -93,9 +112,8 @@ def attach_(
     Raises:
         UsageError: OpenVINO is not installed, or does not have the device.
     """
-    openvino = import_openvino()
     device = device or DEVICE
-    devices = openvino.Core().available_devices
+    devices = core().available_devices
     if device.partition(".")[0] not in {name.partition(".")[0] for name in devices}:
         raise UsageError(
             f"OpenVINO has no device {device!r} here; choose one of {', '.join(devices)}"
@@ -103,7 +121,7 @@ def attach_(
     place = place or conversions.cache_directory()
     places = [place] if stored is None else [stored, place]
     identity = f"{content} {denoiser.dtype}"
-    engine = Engine(denoiser, openvino, device, identity, places, progress, time)
+    engine = Engine(denoiser, device, identity, places, progress, time)
     denoiser.forward = engine.forward
     _refuse_methods_(denoiser, _CHANGES)
     return engine
@@ -137,7 +155,6 @@ class Engine:
     """A denoiser in OpenVINO.
 
     Arguments:
-        openvino: the package.
         content: see `attach_`.
         places: where conversions are looked for; new ones are written to the last.
     """
@@ -145,7 +162,6 @@ class Engine:
     def __init__(
         self,
         denoiser: Denoiser,
-        openvino: OpenVino,
         device: str,
         content: str,
         places: Sequence[Path],
@@ -155,8 +171,7 @@ class Engine:
         self._time = time
         self.device = device
         self._denoiser = denoiser
-        self._openvino = openvino
-        self._core = openvino.Core()
+        self._core = core()
         self._places = places
         self._progress = progress
         self._lock = threading.Lock()
@@ -263,8 +278,9 @@ class Engine:
             traced = torch.jit.trace(
                 module, tuple(call.tensors.values()), strict=False, check_trace=False
             )
-            model = self._openvino.convert_model(traced, example_input=tuple(call.tensors.values()))
-            self._openvino.save_model(model, path, compress_to_fp16=False)
+            openvino = import_openvino()
+            model = openvino.convert_model(traced, example_input=tuple(call.tensors.values()))
+            openvino.save_model(model, path, compress_to_fp16=False)
 
 
 def _needs_gradient(value: object) -> bool:
