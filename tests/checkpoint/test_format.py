@@ -21,6 +21,7 @@ from msfp_cli.formats.rounding import Grid, dequantize, per_channel, quantize
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import ROUTER
 from msfp_cli.pipelines.loading import ModelSource
+from msfp_cli.run import Run
 from msfp_cli.streaming.quantize import quantize_pipeline
 from msfp_cli.streaming.recipe import QuantizeRecipe
 
@@ -70,11 +71,12 @@ def test_reader_reproduces_every_weight_of_an_export(
 
 
 def test_export_in_several_files_is_the_same_model(
-    prompted_tuned: Finetuned, tmp_path: Path
+    prompted_tuned: Finetuned, copied: Callable[..., Path], tmp_path: Path
 ) -> None:
     whole = MSFPPipeline.from_pretrained(prompted_tuned.export, device="cpu", keep_packed=True)
     directory = tmp_path / "sharded"
-    export_run(prompted_tuned.run, directory, max_shard_size="30KB")
+    run = Run(copied(prompted_tuned.run.directory))
+    export_run(run, directory, max_shard_size="30KB")
     files = sorted((directory / "unet").glob("*.safetensors"))
     assert len(files) > 1
     compare(numpy_reader.Component(directory / "unet"), whole.unet)

@@ -117,11 +117,11 @@ def test_lora_in_kohyas_names_on_a_convolution(export: Path) -> None:
     assert np.array_equal(draw(pipe), before)
 
 
-def test_lora_of_a_transformer_is_loaded(calibrated: Callable[..., Any], tmp_path: Path) -> None:
+def test_lora_of_a_transformer_is_loaded(fresh_run: Callable[..., Any], tmp_path: Path) -> None:
     pytest.importorskip("peft")
     from msfp_cli.checkpoint.export import export_run
 
-    export_run(calibrated("FluxPipeline"), tmp_path / "flux")
+    export_run(fresh_run("FluxPipeline"), tmp_path / "flux")
     pipe = load(tmp_path / "flux")
     key = "transformer.transformer_blocks.0.attn.to_q.lora_"
     lora = {f"{key}A.weight": torch.randn(4, 32), f"{key}B.weight": torch.randn(32, 4)}
