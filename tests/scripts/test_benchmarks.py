@@ -108,7 +108,7 @@ def test_where_time_goes_shows_the_kernel_and_the_engine(tmp_path: Path) -> None
 
 def test_ablation_climbs_a_rung(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     options = ("--work", tmp_path, "--model", tiny(TINY), "--jobs", 1, "--only", "mixed, LoRA")
-    sizes = ("--rates", 0.01, "--seeds", 1, "--updates", 60, "--num-images", 12, "--steps", 2)
+    sizes = ("--rates", 0.01, "--seeds", 1, "--updates", 8, "--num-images", 6, "--steps", 2)
     lines = run_script("benchmarks/ablation.py", *options, *sizes, "--num-tests", 1)
     assert cells(lines[0])[1:3] == ["learning rate", "output error"]
     calibrated, tuned = (cells(line) for line in lines[-2:])
