@@ -192,14 +192,14 @@ def write_model(directory: Path, size: str) -> str:
     return str(directory)
 
 
-def same_files(one: Path, other: Path) -> bool:
-    """Whether two directories hold the same files, byte for byte."""
+def different_files(one: Path, other: Path) -> list[str]:
+    """Return the names of the files that two directories do not both hold, byte for byte."""
 
-    def files(place: Path) -> dict[str, bytes]:
+    def files(place: Path) -> set[tuple[str, bytes]]:
         found = (path for path in place.rglob("*") if path.is_file())
-        return {str(path.relative_to(place)): path.read_bytes() for path in found}
+        return {(str(path.relative_to(place)), path.read_bytes()) for path in found}
 
-    return files(one) == files(other)
+    return sorted({name for name, _ in files(one) ^ files(other)})
 
 
 def tuning_difference(one: Run, other: Run) -> float:
@@ -220,9 +220,11 @@ def compare(trial: Trial, model: str, options: list[str]) -> Iterator[str]:
 
     def same(name: str) -> str:
         parts = ("recording", "held-out", "calibration")
-        ours = {part: runs["one"].directory / part for part in parts}
-        equal = [part for part in parts if same_files(ours[part], runs[name].directory / part)]
-        return f"same bytes as one process: {', '.join(equal) or 'none'}"
+        places = (tuple(runs[run].directory / part for run in ("one", name)) for part in parts)
+        names = [different_files(*place) for place in places]
+        equal = [part for part, different in zip(parts, names, strict=True) if not different]
+        others = [f"not {file}" for files in names for file in files]
+        return "; ".join([f"same bytes as one process: {', '.join(equal) or 'none'}", *others])
 
     yield f"calibrated by one process in {trial.alone(*command, *place('one')):.0f} s"
     seconds = trial.together(*command, *place("both"))
