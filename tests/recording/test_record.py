@@ -126,6 +126,28 @@ def test_recording_that_lost_a_process_goes_on_to_the_same_bytes(
     assert shards_of(tmp_path / "shared") == shards_of(tmp_path / "whole")
 
 
+def test_recording_that_stopped_after_its_last_shard_goes_on_to_the_same_bytes(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = RecordRecipe(conditions=("a cat", "a dog") * 2, num_inference_steps=2, batch_size=2)
+    source = ModelSource(model=str(tiny("StableDiffusionPipeline")))
+    pipe = load_pipeline(source, "cpu")
+    record_calls(pipe, source, recipe, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        # A shard that is written before an earlier one holds what that one holds.
+        patched.setattr(Recording, "missing_shards", lambda _: [1, 0])
+        patched.setattr(Recording, "drop_repeated", lambda _: raise_(Stopped()))
+        with pytest.raises(Stopped):
+            record_calls(pipe, source, recipe, tmp_path / "stopped")
+    assert shards_of(tmp_path / "stopped") != shards_of(tmp_path / "whole")
+    record_calls(pipe, source, recipe, tmp_path / "stopped")
+    assert shards_of(tmp_path / "stopped") == shards_of(tmp_path / "whole")
+
+
+def raise_(error: BaseException) -> None:
+    raise error
+
+
 def test_every_call_of_every_picture_is_recorded(
     tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path
 ) -> None:

@@ -173,23 +173,22 @@ def record_calls(
     with processes.first_goes_first():
         recording = Recording.create(directory, settings, recipe.num_shards)
     missing = processes.of_first(recording.missing_shards(), list[int])
-    if not missing:
-        return recording
-    clocks = recording.clocks() or clocks or _learn_clocks(pipe, recipe, processes)
-    own = processes.part(missing)
-    with processes.progress.task(description, len(recipe.conditions)) as advance:
-        advance(min((recipe.num_shards - len(own)) * recipe.batch_size, len(recipe.conditions)))
-        for index in own:
-            watcher = _Watcher(pipe, recording, len(missing), max_bytes)
-            first = index * recipe.batch_size
-            conditions = recipe.conditions[first : first + recipe.batch_size]
-            with watch_pipeline(pipe, clocks, watcher.add_call, watcher.add_step):
-                call_pipeline(pipe, conditions, recipe, first=first, output_type="latent")
-            recording.write_shard(index, watcher.used_calls(), watcher.factors(), clocks)
-            advance(len(conditions))
+    if missing:
+        clocks = recording.clocks() or clocks or _learn_clocks(pipe, recipe, processes)
+        own = processes.part(missing)
+        with processes.progress.task(description, len(recipe.conditions)) as advance:
+            advance(min((recipe.num_shards - len(own)) * recipe.batch_size, len(recipe.conditions)))
+            for index in own:
+                watcher = _Watcher(pipe, recording, len(missing), max_bytes)
+                first = index * recipe.batch_size
+                conditions = recipe.conditions[first : first + recipe.batch_size]
+                with watch_pipeline(pipe, clocks, watcher.add_call, watcher.add_step):
+                    call_pipeline(pipe, conditions, recipe, first=first, output_type="latent")
+                recording.write_shard(index, watcher.used_calls(), watcher.factors(), clocks)
+                advance(len(conditions))
     processes.wait()
     if processes.is_first:
-        recording.drop_repeated()
+        recording.drop_repeated()  # also where it was stopped between the last shard and this
     processes.wait()
     return Recording(directory)
 
