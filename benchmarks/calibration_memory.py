@@ -36,6 +36,8 @@ from page import put
 from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
+from msfp_cli.calibration.samples import CHECK_ROWS, MAX_INPUTS, ROWS
+from msfp_cli.formats.objective import DAMPINGS
 from msfp_cli.memory import peak_bytes, read_size
 from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.progress import Advance
@@ -43,6 +45,8 @@ from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.run import Run
 
 TESTS = Path(__file__).parents[1] / "tests"
+GPU_RATE = 20e12  # float32 operations a second that the computed time of a GPU assumes
+CHOSEN_ON = 256  # outputs on which one of the dampings is chosen
 QUICK = CalibrateRecipe(formats="e2m1,ue2m2", lift=0.0)
 WAYS = ("whole", "bounded")
 NOTES = {
@@ -72,7 +76,7 @@ class Stages:
     """A progress that keeps the processor's time and the largest resident size of each task."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[str, float, int]] = []
+        self.rows: list[tuple[str, float, int, int]] = []
         self.start = time.process_time()
 
     @contextmanager
@@ -81,16 +85,16 @@ class Stages:
         self.close("between")
         print(f"{description}: {total} steps", file=sys.stderr, flush=True)
         yield lambda steps, note="": None
-        self.close(description)
+        self.close(description, total or 0)
 
     def log(self, line: str) -> None:
         """Print a line."""
         print(line, file=sys.stderr, flush=True)
 
-    def close(self, title: str) -> None:
-        """End a stage and set the count of memory back."""
+    def close(self, title: str, total: int = 0) -> None:
+        """End a stage of so many steps, and set the count of memory back."""
         now = time.process_time()
-        self.rows.append((title, now - self.start, peak_bytes()))
+        self.rows.append((title, now - self.start, peak_bytes(), total))
         print(f"{title}: {self.rows[-1]}", file=sys.stderr, flush=True)
         Path("/proc/self/clear_refs").write_text("5")
         self.start = now
@@ -127,6 +131,16 @@ def run(arguments: argparse.Namespace, way: str) -> list[Any]:
     return list(json.loads(done.stdout.splitlines()[-1]))
 
 
+def conditions(arguments: argparse.Namespace) -> str:
+    """Say what was calibrated, and how."""
+    quick = ", two formats, no lift" if arguments.quick else ""
+    return (
+        f"Size {arguments.size}, latents of {arguments.sample_size}, {arguments.num_images} "
+        f"pictures, {arguments.steps} steps{quick}; bounded: --max-memory {arguments.max_memory}; "
+        f"torch {torch.__version__}, {torch.get_num_threads()} thread of a CPU."
+    )
+
+
 def table(found: dict[str, list[Any]]) -> str:
     """Return the stages of each way side by side."""
     titles = [f"{way}: {unit}" for way in found for unit in ("processor seconds", "GiB")]
@@ -149,11 +163,57 @@ def table(found: dict[str, list[Any]]) -> str:
     return "\n".join(lines)
 
 
-def compare(work: Path) -> str:
-    """Say whether both ways chose the same."""
+def compare(work: Path, found: dict[str, list[Any]]) -> str:
+    """Say which part of the memory the bounded way takes, and whether both ways chose the same."""
+    peaks = {way: max(row[2] for row in rows) for way, rows in found.items()}
+    share = peaks["bounded"] / peaks["whole"]
     whole, bounded = (Calibration.load(Run(work / way).calibration) for way in WAYS)
     same = whole.identity() == bounded.identity() and whole.layers == bounded.layers
-    return f"same formats, scales, codes and errors of layers: {same}"
+    return (
+        f"peak memory of the bounded way: {share:.2f} of the whole way's\n\n"
+        f"same formats, scales, codes and errors of layers: {same}"
+    )
+
+
+def operations(work: Path, rows: list[Any]) -> str:
+    """Count the floating-point operations of the whole way, search and observation left out."""
+    calibration = Calibration.load(Run(work / "whole").calibration)
+    layers = calibration.layers["unet"]
+    call = 2 * sum(each.multiply_adds for each in layers.values())
+    steps = {row[0].split()[0]: row[3] for row in rows}
+    rounded = {name: each for name, each in layers.items() if each.compensation}
+    replayed = steps["Compensating"] - len(rounded)
+    calls = replayed + steps["Observing"] * 2 + steps["Checking"] + steps.get("Measuring", 0) / 2
+    summed = 0.0
+    factored = 0.0
+    for name, each in rounded.items():
+        outputs = len(calibration.scales["unet"][name])
+        inputs = each.num_weights // outputs
+        size = part_of(inputs)
+        positions = each.multiply_adds / each.num_weights * steps["Observing"]
+        summed += 2 * min(positions, ROWS) * inputs * (size / 2 + min(size, 2 * outputs))
+        factored += rounding(inputs, outputs)
+    total = calls * call + summed + factored
+    return (
+        f"Counted: {calls:.0f} calls of {call / 1e12:.2f} TFLOP, sums {summed / 1e12:.0f} TFLOP, "
+        f"rounding {factored / 1e12:.0f} TFLOP. A GPU with {GPU_RATE / 1e12:.0f} TFLOP/s would "
+        f"take {total / GPU_RATE:.0f} s for these (computed, not measured; the search of formats "
+        "is not counted)."
+    )
+
+
+def part_of(inputs: int) -> float:
+    """Return the inputs of each sum of a layer, on average."""
+    return inputs / -(-inputs // MAX_INPUTS)
+
+
+def rounding(inputs: int, outputs: int) -> float:
+    """Return the operations that rounding a weight takes: factors, solutions, products, checks."""
+    size = part_of(inputs)
+    some = min(outputs, CHOSEN_ON)
+    chosen = len(DAMPINGS) * (size**3 / 3 + 3 * size**2 * some + 2 * CHECK_ROWS * size * some)
+    whole = inputs / size * (size**3 / 3 + 3 * size**2 * outputs)
+    return chosen + whole + 3 * 2 * CHECK_ROWS * inputs * outputs
 
 
 def main() -> None:
@@ -180,9 +240,15 @@ def main() -> None:
     if not (source / "model_index.json").exists():
         write_pipeline(source, arguments.size, arguments.sample_size)
     ways = [arguments.only] if arguments.only else WAYS
-    lines = [table({way: run(arguments, way) for way in ways})]
+    found = {way: run(arguments, way) for way in ways}
+    lines = [conditions(arguments), "", table(found)]
     if not arguments.only:
-        lines += ["", compare(arguments.work)]
+        lines += [
+            "",
+            compare(arguments.work, found),
+            "",
+            operations(arguments.work, found["whole"]),
+        ]
     print("\n".join(lines))
     if arguments.markdown:
         put(arguments.markdown, "calibration_memory.py", "\n".join(lines))

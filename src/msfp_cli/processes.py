@@ -126,11 +126,7 @@ class Processes:
         if self.is_first:
             mark.write_text(uuid4().hex)
         expected = self.of_first(mark.read_text() if self.is_first else "", str)
-        for _ in range(_SECONDS_TO_SEE):
-            if mark.exists() and mark.read_text() == expected:
-                break
-            time.sleep(1)
-        else:
+        if not self.wait_for(lambda: mark.exists() and mark.read_text() == expected):
             raise RunError(
                 f"{directory} on {socket.gethostname()} is not the directory that the first "
                 "process writes to; put it on a file system that all machines share"
@@ -138,6 +134,14 @@ class Processes:
         self.wait()
         if self.is_first:
             mark.unlink()
+
+    def wait_for(self, is_there: Callable[[], bool]) -> bool:
+        """Wait until what another process wrote is seen here; False if it is not in good time."""
+        for _ in range(_SECONDS_TO_SEE):
+            if is_there():
+                return True
+            time.sleep(1)
+        return False
 
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Weights rounded for the output of their layers: better where they were not made, and kept."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from msfp_cli.finetuning.student import Student
 from msfp_cli.formats.compensation import compensated_steps
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.multipliers import step_sizes
+from msfp_cli.formats.objective import DAMPINGS, CheckRows
 from msfp_cli.formats.packing import unpack
 from msfp_cli.formats.rounding import Grid, dequantize, fake_quantize, per_channel, quantize
 from msfp_cli.layers.replace import find_layers, quantized_layers
@@ -59,17 +61,19 @@ def test_a_layer_gets_the_codes_of_least_error_on_the_rows_to_check(
 ) -> None:
     each = sampled(layer, grid)
     scale = layer.weight.flatten(1).abs().amax(1) / 12
-    rows = each.check_rows()
+    complete = sampled(layer, grid)
+    complete.complete_()
+    (rows,) = complete.checks
     place = Grid(E2M1, per_channel(scale, layer.weight.ndim))
 
     def error(weight: torch.Tensor) -> float:
-        exact = rows.exact @ weight_rows(layer, layer.weight).mT
-        return float((rows.rounded @ weight_rows(layer, weight).mT - exact).square().sum())
+        outputs = rows.rounded @ weight_rows(layer, weight).mT
+        return float((outputs - rows.outputs).square().sum())
 
     steps = weight_rows(layer, layer.weight / place.scale)
-    cross = each.cross[0] if each.cross else None
-    values = torch.tensor(module.DAMPINGS)
-    candidates = compensated_steps(steps, each.moments[0], cross, E2M1, values)
+    missing = complete.missing[0] / weight_rows(layer, scale) if complete.missing else None
+    values = torch.tensor(DAMPINGS)
+    candidates = compensated_steps(steps, complete.moments[0], missing, E2M1, values)
     expected = min(error(c.reshape(layer.weight.shape) * place.scale) for c in candidates)
 
     result = round_layer(each, E2M1, scale)
@@ -78,7 +82,7 @@ def test_a_layer_gets_the_codes_of_least_error_on_the_rows_to_check(
     assert error(weight) == pytest.approx(expected, rel=1e-4)
     assert error(weight) < error(fake_quantize(layer.weight, place))
     assert result.compensation.error < result.compensation.nearest_error
-    assert result.compensation.damping in module.DAMPINGS
+    assert result.compensation.damping in DAMPINGS
 
 
 @torch.no_grad()
@@ -87,8 +91,8 @@ def test_a_layer_that_compensation_does_not_help_keeps_nearest_rounding() -> Non
     each = sampled(layer, None)
     # Sums of other inputs than those to check on: what they say is wrong.
     each.moments[0].copy_(torch.ones(8, 8) + 1e-3 * torch.eye(8))
-    each.checks = each.checks[:1]
-    each.checks[0].exact.copy_(torch.eye(8).repeat(125, 1))
+    rows = torch.eye(8).repeat(125, 1)[None]
+    each.checks = [CheckRows(rows @ layer.weight.mT, rows)]
     result = round_layer(each, E2M1, layer.weight.abs().amax(1) / 12)
     assert result.codes is None
     assert result.compensation.damping is None
@@ -214,6 +218,21 @@ def test_a_killed_compensation_goes_on_with_the_group_that_is_missing(
     assert resumed.identity() == compensated.identity()
     assert resumed.layers == compensated.layers
     assert finished.items() <= {p.name: p.read_bytes() for p in tmp_path.iterdir()}.items()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says what is mapped")
+def test_codes_are_mapped_from_the_files_of_their_groups(
+    compensated: Calibration, tiny_source: ModelSource, tiny_recordings: Recordings, tmp_path: Path
+) -> None:
+    """So they take no memory that the system could not take back, however large the model."""
+    pipe = load_pipeline(tiny_source, "cpu")
+    calibration = calibrate_(pipe, *tiny_recordings, QUICK, work=tmp_path)
+    assert calibration.identity() == compensated.identity()
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    places = [line.split()[0].split("-") for line in lines if f"{tmp_path}/" in line]
+    for name, codes in codes_of(calibration).items():
+        address = codes.data_ptr()
+        assert any(int(low, 16) <= address < int(high, 16) for low, high in places), name
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:

@@ -21,7 +21,7 @@ CONVOLUTIONS = {
     "circular": nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
     "pointwise": nn.Conv2d(4, 6, 1),
 }
-LAYERS = {**CONVOLUTIONS, "linear": nn.Linear(7, 5)}
+LAYERS = {**CONVOLUTIONS, "linear": nn.Linear(7, 5), "narrow": nn.Linear(7, 3)}
 
 
 def input_of(layer: nn.Module) -> torch.Tensor:
@@ -54,10 +54,31 @@ def test_sums_over_all_rows_are_those_of_the_padded_patches(name: str) -> None:
     every = torch.arange(y.numel() // layer.weight.shape[0])
     each = LayerSamples("layer", layer, GRID)
     each.add(x, y, len(every))
+    each.keep(x, y, 1)
+    each.complete_()
     exact = rows_at(layer, x, y, every)
     rounded = rows_at(layer, fake_quantize(x, GRID), y, every)
     torch.testing.assert_close(each.moments[0], rounded.mT @ rounded, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(each.cross[0], (exact - rounded).mT @ rounded, rtol=1e-4, atol=1e-4)
+    missing = weight_rows(layer, layer.weight) @ (exact - rounded).mT @ rounded
+    torch.testing.assert_close(each.missing[0], missing, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_completed_sums_are_symmetric_whatever_the_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = LAYERS["plain"]
+    x = input_of(layer)
+    found = []
+    for strip in (1024, 7):
+        monkeypatch.setattr(samples, "_STRIP", strip)
+        each = LayerSamples("layer", layer, GRID)
+        each.add(x, layer(x), 100)
+        each.keep(x, layer(x), 30)
+        each.keep(x, layer(x), 20)
+        each.complete_()
+        found.append(each.moments[0])
+        assert [check.rounded.shape[1] for check in each.checks] == [50]
+    assert torch.equal(found[1], found[1].mT)
+    torch.testing.assert_close(found[1], found[0])
 
 
 @torch.no_grad()
@@ -76,7 +97,7 @@ def test_rows_depend_on_the_name_and_not_on_other_layers() -> None:
 def test_a_wide_layer_has_parts_of_whole_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Conv2d(10, 2, 3)
     assert input_parts(layer) == [slice(0, 90)]
-    monkeypatch.setattr(samples, "_MAX_INPUTS", 40)
+    monkeypatch.setattr(samples, "MAX_INPUTS", 40)
     parts = input_parts(layer)
     assert [part.start for part in parts] == [0, 36, 72]
     assert parts[-1].stop == 90

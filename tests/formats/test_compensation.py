@@ -31,8 +31,8 @@ def weight_steps(fmt: FloatFormat, *shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=generator) * fmt.largest / 2.5
 
 
-def statistics(x: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
-    return rounded.mT @ rounded, (x - rounded).mT @ rounded
+def statistics(steps: Tensor, x: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
+    return rounded.mT @ rounded, steps @ (x - rounded).mT @ rounded
 
 
 def damped(moments: Tensor, damping: float) -> Tensor:
@@ -40,11 +40,13 @@ def damped(moments: Tensor, damping: float) -> Tensor:
     return moments + damping * mean * torch.eye(len(moments))
 
 
-def gptq(steps: Tensor, moments: Tensor, cross: Tensor, fmt: FloatFormat, damping: float) -> Tensor:
+def gptq(
+    steps: Tensor, moments: Tensor, missing: Tensor, fmt: FloatFormat, damping: float
+) -> Tensor:
     """Return the codes by GPTQ as published: inverse, its factor, one column after another."""
     order = moments.diagonal().argsort(stable=True).flip(0)
     hessian = damped(moments, damping)
-    work = (steps + steps @ cross @ hessian.inverse())[:, order]
+    work = (steps + missing @ hessian.inverse())[:, order]
     upper = torch.linalg.cholesky(hessian[order][:, order].inverse(), upper=True)
     rounded = torch.empty_like(work)
     for column in range(work.shape[1]):
@@ -60,11 +62,11 @@ def test_equals_gptq_as_published(name: str, inputs: int) -> None:
     fmt = parse(name)
     x = correlated(500, inputs)
     rounded = (x * 2).round() / 2
-    moments, cross = statistics(x, rounded)
     steps = weight_steps(fmt, 16, inputs)
-    got = compensated_steps(steps, moments, cross, fmt, DAMPINGS)
+    moments, missing = statistics(steps, x, rounded)
+    got = compensated_steps(steps, moments, missing, fmt, DAMPINGS)
     for each, damping in zip(got, DAMPINGS.tolist(), strict=True):
-        expected = gptq(steps, moments, cross, fmt, damping)
+        expected = gptq(steps, moments, missing, fmt, damping)
         # A tie that the order of summing decides moves what comes after it.
         assert (each != expected).float().mean() < 0.02
 
@@ -73,15 +75,15 @@ def test_columns_with_multipliers_round_to_their_multiples() -> None:
     """One multiplier for all columns is a coarser grid for a smaller weight."""
     fmt = parse("e2m1")
     x = correlated(400, 30)
-    moments, cross = statistics(x, (x * 2).round() / 2)
     steps = weight_steps(fmt, 8, 30)
-    plain = compensated_steps(steps, moments, cross, fmt, DAMPINGS)
+    moments, missing = statistics(steps, x, (x * 2).round() / 2)
+    plain = compensated_steps(steps, moments, missing, fmt, DAMPINGS)
     threes = torch.full_like(steps, 3.0)
-    got = compensated_steps(3 * steps, moments, cross, fmt, DAMPINGS, threes)
+    got = compensated_steps(3 * steps, moments, 3 * missing, fmt, DAMPINGS, threes)
     assert (got != 3 * plain).float().mean() < 0.02  # ties, as above
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randint(1, 11, (8, 30), generator=generator).float()
-    (got,) = compensated_steps(4 * steps, moments, cross, fmt, torch.tensor([0.1]), mixed)
+    (got,) = compensated_steps(4 * steps, moments, 4 * missing, fmt, torch.tensor([0.1]), mixed)
     assert torch.equal(round_steps(got / mixed, fmt) * mixed, got)
 
 
@@ -100,8 +102,8 @@ def test_a_linear_change_of_the_input_is_undone_by_least_squares() -> None:
     change = torch.randint(-1, 2, (12, 12), generator=generator).float() + 3 * torch.eye(12)
     steps = torch.randint(-4, 5, (6, 12), generator=generator).float()
     rounded = correlated(400, 12)
-    moments, cross = statistics(rounded @ change, rounded)
-    got = compensated_steps(steps, moments, cross, fmt, torch.tensor([1e-6]))
+    moments, missing = statistics(steps, rounded @ change, rounded)
+    got = compensated_steps(steps, moments, missing, fmt, torch.tensor([1e-6]))
     assert torch.equal(got[0], steps @ change.mT)
 
 
@@ -123,7 +125,7 @@ def test_the_output_error_is_below_that_of_nearest_rounding(name: str) -> None:
     x = correlated(2000, 60)
     rounded = (x * 2).round() / 2
     steps = weight_steps(fmt, 32, 60)
-    (got,) = compensated_steps(steps, *statistics(x, rounded), fmt, torch.tensor([0.01]))
+    (got,) = compensated_steps(steps, *statistics(steps, x, rounded), fmt, torch.tensor([0.01]))
 
     def error(codes: Tensor) -> float:
         return float((x @ steps.mT - rounded @ codes.mT).square().sum())
@@ -135,10 +137,10 @@ def test_groups_are_rounded_as_if_each_were_alone() -> None:
     fmt = parse("e2m1")
     x = correlated(3, 200, 9)
     steps = weight_steps(fmt, 3, 5, 9)
-    moments, cross = statistics(x, x.round())
-    got = compensated_steps(steps, moments, cross, fmt, DAMPINGS)
+    moments, missing = statistics(steps, x, x.round())
+    got = compensated_steps(steps, moments, missing, fmt, DAMPINGS)
     for group in range(3):
-        alone = compensated_steps(steps[group], moments[group], cross[group], fmt, DAMPINGS)
+        alone = compensated_steps(steps[group], moments[group], missing[group], fmt, DAMPINGS)
         assert torch.equal(got[:, group], alone)
 
 
@@ -146,14 +148,15 @@ def test_great_damping_is_nearest_rounding() -> None:
     fmt = parse("e2m1")
     x = correlated(100, 20)
     steps = weight_steps(fmt, 8, 20)
-    (got,) = compensated_steps(steps, *statistics(x, x.round()), fmt, torch.tensor([1e7]))
+    (got,) = compensated_steps(steps, *statistics(steps, x, x.round()), fmt, torch.tensor([1e7]))
     assert torch.equal(got, round_steps(steps.clone(), fmt))
 
 
 def test_moments_without_a_factor_give_nan() -> None:
     steps = weight_steps(parse("e2m1"), 4, 5)
     nothing = torch.zeros(5, 5)
-    assert compensated_steps(steps, nothing, nothing, parse("e2m1"), DAMPINGS).isnan().all()
+    got = compensated_steps(steps, nothing, torch.zeros(4, 5), parse("e2m1"), DAMPINGS)
+    assert got.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

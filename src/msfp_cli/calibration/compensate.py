@@ -1,9 +1,9 @@
 """Round the weights of a denoiser for the output of their layers (`formats.compensation`).
 
 The recording is replayed through the float denoiser once for a group of layers whose sums fit into
-memory together. Some calls are held back. On those, each layer is compared with nearest rounding at
-a few dampings, by the error of its output, and the best of all is taken: a layer that compensation
-does not help keeps nearest rounding. So what a layer gets cannot be worse than nearest rounding on
+memory together. Some calls are held back: on those, the damping of each layer is chosen by the
+error of its output (`formats.objective`), and the layer is compared with nearest rounding, which it
+keeps if compensation does not help. So what a layer gets cannot be worse than nearest rounding on
 calls that it was not made from.
 
 The inputs are those of the float denoiser. In the quantized one they carry the errors of the layers
@@ -11,7 +11,7 @@ before, which are not a function of this layer's input: made from them, the code
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -29,23 +29,20 @@ from msfp_cli.calibration.samples import (
     sample,
     weight_rows,
 )
+from msfp_cli.errors import RunError
 from msfp_cli.files.documents import Json, read_document, write_tensors
 from msfp_cli.files.typed import read_value
-from msfp_cli.formats.compensation import compensated_steps
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.multipliers import expand
+from msfp_cli.formats.objective import RoundingObjective
 from msfp_cli.formats.packing import pack
-from msfp_cli.formats.rounding import Grid, quantize, round_steps
+from msfp_cli.formats.rounding import Grid, quantize
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.layers.streamed import weight_in_memory
 from msfp_cli.processes import Processes
 from msfp_cli.recording.result import Recording
 
-# Less than 0.03 lowers the error of most layers and raises that of the denoiser: once it is
-# quantized, its layers get inputs with errors that the samples do not have.
-DAMPINGS = (0.03, 0.1, 0.3, 1.0)
 _HELD_BACK = 5  # one call in so many is held back
-_FACTOR_BYTES = 2**27  # the Cholesky factors that are in use at once, and several copies of them
 _HEADER = "compensation"
 
 
@@ -78,8 +75,9 @@ def compensate(
         shards: of the recording, to sample.
         calibration: formats, grids and scales; whatever codes it has are not used.
         processes: those that share the layers; each replays the calls for its own.
-        work: where the codes of a finished group are kept, so that a killed run goes on; None
-            keeps nothing.
+        work: where the codes of a finished group are kept, so that a killed run goes on. They are
+            mapped from there, and take no memory that the system could not take back. None keeps
+            all in memory.
         max_memory: bytes that this process may take: the less, the more often the recording is
             replayed. At least one layer is sampled at a time.
     """
@@ -105,20 +103,18 @@ def compensate(
     total = len(checks) * len(groups) + len(left)
     with processes.progress.task(f"Compensating {component}", total) as step:
         for group in groups:
-            samples = {
-                name: LayerSamples(
-                    name, left[name], schemes[name].input, schemes[name].lifted_input
-                )
-                for name in group
-            }
+            samples = {name: _no_samples(name, left[name], schemes[name]) for name in group}
             calls = recording.calls(component, shards)
             sample(denoiser, calls, checks, samples, step, is_lifted_at)
             done = _round_all(samples, schemes, scales, multipliers, step)
             if work:
                 number = names.index(group[0])
                 _store(work / f"{component}-{number:05d}.safetensors", identity, done)
-            new |= done
-    rounded |= processes.gather(new, RoundedWeight)
+            else:
+                new |= done
+    rounded |= processes.gather(new, RoundedWeight)  # all have written theirs when this returns
+    if work:
+        rounded = _finished_by_all(work, component, identity, names, processes)
     return {name: rounded[name] for name in names}
 
 
@@ -137,6 +133,10 @@ def held_back(shards: Sequence[int], num_calls: Sequence[int]) -> list[bool]:
     return list(chain.from_iterable(marks))
 
 
+def _no_samples(name: str, layer: nn.Module, scheme: LayerScheme) -> LayerSamples:
+    return LayerSamples(name, layer, scheme.input, scheme.lifted_input)
+
+
 def _round_all(
     samples: Mapping[str, LayerSamples],
     schemes: Mapping[str, LayerScheme],
@@ -151,7 +151,7 @@ def _round_all(
         with weight_in_memory(each.layer):
             rounded[name] = round_layer(each, fmt, scales[name], multipliers.get(name))
         each.moments.clear()  # one layer after another
-        each.cross.clear()
+        each.missing.clear()
         each.checks.clear()
         step(1)
     return rounded
@@ -163,70 +163,48 @@ def round_layer(
     """Round one weight: at the damping that does best on the rows to check, or to the nearest.
 
     Arguments:
+        samples: completed here.
         scale: of the weight, ``(out,)``.
         multipliers: uint8 ``(out, groups)``, where its groups have some.
     """
     if not samples.checks:
         return RoundedWeight()
-    layer = samples.layer
-    scale = weight_rows(layer, scale.to(layer.weight.device))  # (groups, out / groups, 1)
-    steps = weight_rows(layer, layer.weight.float()) / scale
-    factors = torch.ones_like(steps)
-    if multipliers is not None:
-        of_weights = expand(multipliers.to(steps.device), layer.weight.shape)
-        factors = weight_rows(layer, of_weights.float())
-    rows = samples.check_rows()
-    exact = _outputs(rows.exact, steps) * scale.mT
-
-    def error(integers: Tensor) -> float:
-        """Return the squared error of the layer's output; a NaN where there are no integers."""
-        outputs = _outputs(rows.rounded, integers) * scale.mT
-        return float((outputs - exact).double().square().sum())
-
-    nearest = error(round_steps(steps / factors, fmt) * factors)
-    best = nearest
-    chosen = None
-    damping = None
-    for candidate, integers in _candidates(samples, steps, fmt, factors):
-        if (found := error(integers)) < best:
-            best = found
-            chosen = integers
-            damping = candidate
-    signal = float(exact.double().square().sum()) or 1.0
-    compensation = Compensation(
-        damping=damping, error=best / signal, nearest_error=nearest / signal
-    )
-    if chosen is None:
-        return RoundedWeight(None, compensation)
-    codes = quantize(chosen / factors, Grid(fmt, 1.0))
+    samples.complete_()
+    objective = _objective(samples, fmt, scale, multipliers)
+    damping, integers = objective.least()
+    signal = objective.checks.signal()
+    nearest_error = objective.error(objective.nearest()) / signal
+    error = objective.error(integers) / signal
+    if not error < nearest_error:  # nor is a NaN, where there are no integers
+        unchanged = Compensation(damping=None, error=nearest_error, nearest_error=nearest_error)
+        return RoundedWeight(None, unchanged)
+    codes = quantize(objective.levels(integers), Grid(fmt, 1.0))
+    compensation = Compensation(damping=damping, error=error, nearest_error=nearest_error)
     return RoundedWeight(pack(codes, fmt.bits).cpu(), compensation)
 
 
-def _outputs(rows: Tensor, steps: Tensor) -> Tensor:
-    """Return the layer's output in steps, ``(groups, rows, out / groups)``."""
-    return rows @ steps.mT
-
-
-def _candidates(
-    samples: LayerSamples, steps: Tensor, fmt: FloatFormat, factors: Tensor
-) -> Iterator[tuple[float, Tensor]]:
-    """Yield dampings and the weight's integers at each."""
-    parts = input_parts(samples.layer)
-    largest = max(moments.numel() for moments in samples.moments)
-    together = max(1, _FACTOR_BYTES // (4 * largest))
-    for first in range(0, len(DAMPINGS), together):
-        dampings = DAMPINGS[first : first + together]
-        values = torch.tensor(dampings, device=steps.device)
-        pieces = []
-        for number, part in enumerate(parts):
-            cross = samples.cross[number] if samples.cross else None
-            own = steps[..., part]
-            pieces.append(
-                compensated_steps(
-                    own, samples.moments[number], cross, fmt, values, factors[..., part]
-                )
-            )
-        yield from zip(dampings, torch.cat(pieces, dim=-1), strict=True)
+def _objective(
+    samples: LayerSamples, fmt: FloatFormat, scale: Tensor, multipliers: Tensor | None
+) -> RoundingObjective:
+    """Return what the rounding of the sampled layer's weight is to make small."""
+    layer = samples.layer
+    weight = layer.weight
+    scale = weight_rows(layer, scale.to(weight.device))
+    factors = None
+    if multipliers is not None:
+        of_weights = expand(multipliers.to(weight.device), weight.shape)
+        factors = weight_rows(layer, of_weights.float())
+    (checks,) = samples.checks
+    return RoundingObjective(
+        fmt=fmt,
+        scale=scale,
+        steps=weight_rows(layer, weight.float()) / scale,
+        factors=factors,
+        parts=input_parts(layer),
+        moments=samples.moments,
+        missing=samples.missing,
+        checks=checks,
+    )
 
 
 def _store(path: Path, identity: str, rounded: Mapping[str, RoundedWeight]) -> None:
@@ -241,8 +219,23 @@ def _to_json(compensation: Compensation | None) -> Json:
     return None if compensation is None else asdict(compensation)
 
 
+def _finished_by_all(
+    work: Path, component: str, identity: str, names: Sequence[str], processes: Processes
+) -> dict[str, RoundedWeight]:
+    """Map what all processes have finished, which a network file system may show late."""
+    rounded = dict[str, RoundedWeight]()
+
+    def is_complete() -> bool:
+        rounded.update(_finished(work, component, identity))
+        return rounded.keys() >= set(names)
+
+    if not processes.wait_for(is_complete):
+        raise RunError(f"{work} lacks what another process wrote there; run the same command again")
+    return rounded
+
+
 def _finished(work: Path, component: str, identity: str) -> dict[str, RoundedWeight]:
-    """Read what was found for layers before the process was killed, whatever their groups."""
+    """Map what is finished: by this process or another one, or before a kill, in any groups."""
 
     def parse(document: Json, codes: dict[str, Tensor]) -> dict[str, RoundedWeight]:
         layers = read_value(dict[str, Compensation | None], document["layers"])

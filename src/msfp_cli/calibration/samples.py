@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from msfp_cli.formats.objective import CheckRows
 from msfp_cli.formats.rounding import Grid, fake_quantize
 from msfp_cli.layers.base import FloatLayer
+from msfp_cli.layers.streamed import weight_in_memory
 from msfp_cli.memory import peak_bytes
 from msfp_cli.pipelines.denoiser import DenoiserCall, replay
 from msfp_cli.pipelines.watch import watch_layers
@@ -25,21 +27,14 @@ from msfp_cli.progress import Advance
 
 # Inputs of one sum of products: 5,760 take 0.13 GB in float32. A wider layer has several sums, of
 # whole input channels each, and loses the products of one part with another.
-_MAX_INPUTS = 5760
-_ROWS = 16_384  # of each layer's input that are summed up
-_CHECK_ROWS = 2048  # of each layer's input that dampings are compared on
+MAX_INPUTS = 5760
+_STRIP = 1024  # rows of a sum that are added at a time, up to its diagonal
+ROWS = 16_384  # of each layer's input that are summed up
+CHECK_ROWS = 2048  # of each layer's input that dampings are compared on
 _GROUP_BYTES = 3 * 2**30  # the samples of a group of layers, at most
 ROUNDING_BYTES = 3 * 2**28  # what rounding the largest layer takes beside its samples
 
 K = TypeVar("K", bound=Hashable)
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Rows of the input as it was and as it is rounded, each ``(groups, rows, k)``."""
-
-    exact: Tensor
-    rounded: Tensor
 
 
 def can_sample(layer: FloatLayer) -> bool:
@@ -62,7 +57,7 @@ def input_parts(layer: FloatLayer) -> list[slice]:
     """Return the parts of k whose products are summed: one, unless the layer is too wide."""
     channel = layer.weight[0, 0].numel()
     inputs = layer.weight[0].numel()
-    count = -(-inputs // _MAX_INPUTS)
+    count = -(-inputs // MAX_INPUTS)
     size = -(-inputs // channel // count) * channel
     return [slice(start, min(start + size, inputs)) for start in range(0, inputs, size)]
 
@@ -111,8 +106,11 @@ class LayerSamples:
         layer: the float layer.
         grid: of its input, None if the input is not rounded.
         lifted: of its input where that is lifted, None if it never is.
-        moments: ``sum x_q x_q^T`` for each of `input_parts`, ``(groups, k, k)``.
-        cross: ``sum (x - x_q) x_q^T``, likewise; empty if the input is not rounded.
+        moments: ``sum x_q x_q^T`` for each of `input_parts`, ``(groups, k, k)``. It is symmetric,
+            and only what is below the diagonal counts until `complete_` was called.
+        missing: ``sum W (x - x_q) x_q^T``, likewise, ``(groups, out / groups, k)``; empty if the
+            input is not rounded. Where that is less work, it is the sum without ``W``, until
+            `complete_` was called.
         checks: rows that are in no sum.
     """
 
@@ -121,17 +119,19 @@ class LayerSamples:
     grid: Grid | None
     lifted: Grid | None = None
     moments: list[Tensor] = field(default_factory=list)
-    cross: list[Tensor] = field(default_factory=list)
-    checks: list[Pairs] = field(default_factory=list)
+    missing: list[Tensor] = field(default_factory=list)
+    checks: list[CheckRows] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+        device = self.layer.weight.device
+        groups = num_groups(self.layer)
         for part in input_parts(self.layer):
             size = part.stop - part.start
-            shape = (num_groups(self.layer), size, size)
-            self.moments.append(torch.zeros(shape, device=self.layer.weight.device))
+            self.moments.append(torch.zeros(groups, size, size, device=device))
             if self.grid is not None:
-                self.cross.append(torch.zeros(shape, device=self.layer.weight.device))
+                rows = _missing_rows(self.layer, part)
+                self.missing.append(torch.zeros(groups, rows, size, device=device))
 
     def add(self, x: Tensor, output: Tensor, count: int, *, is_lifted: bool = False) -> None:
         """Add some rows of a run of the layer to the sums.
@@ -139,34 +139,74 @@ class LayerSamples:
         Arguments:
             is_lifted: whether inputs are lifted at the timestep of this run.
         """
-        pairs = self._draw(x, output, count, is_lifted=is_lifted)
-        for number, part in enumerate(input_parts(self.layer)):
-            rounded = pairs.rounded[..., part]
-            self.moments[number].baddbmm_(rounded.mT, rounded)
-            if self.cross:
-                missing = pairs.exact[..., part] - rounded
-                self.cross[number].baddbmm_(missing.mT, rounded)
+        exact, rounded = self._draw(x, output, count, is_lifted=is_lifted)
+        parts = input_parts(self.layer)
+        for moments, part in zip(self.moments, parts, strict=True):
+            _add_products_(moments, rounded[..., part])
+        with weight_in_memory(self.layer):
+            for missing, part in zip(self.missing, parts, strict=False):  # of none or all parts
+                lost = exact[..., part] - rounded[..., part]
+                if missing.shape[1] < lost.shape[-1]:
+                    lost = lost @ self._weight(part).mT
+                missing.baddbmm_(lost.mT, rounded[..., part])
 
     def keep(self, x: Tensor, output: Tensor, count: int, *, is_lifted: bool = False) -> None:
         """Keep some rows of a run of the layer to check on."""
-        self.checks.append(self._draw(x, output, count, is_lifted=is_lifted))
+        exact, rounded = self._draw(x, output, count, is_lifted=is_lifted)
+        with weight_in_memory(self.layer):
+            self.checks.append(CheckRows(exact @ self._weight(slice(None)).mT, rounded))
 
-    def check_rows(self) -> Pairs:
-        """Return all rows that were kept."""
-        exact = torch.cat([pairs.exact for pairs in self.checks], dim=1)
-        rounded = torch.cat([pairs.rounded for pairs in self.checks], dim=1)
-        return Pairs(exact, rounded)
+    def _weight(self, part: slice) -> Tensor:
+        """Return the weights of some inputs, ``(groups, out / groups, size)``."""
+        return weight_rows(self.layer, self.layer.weight)[..., part].float()
 
-    def _draw(self, x: Tensor, output: Tensor, count: int, *, is_lifted: bool) -> Pairs:
-        """Draw rows, without any twice."""
+    def complete_(self) -> None:
+        """Make the sums what they stand for, and join the rows to check on.
+
+        The weight has to be in memory.
+        """
+        for number, part in enumerate(input_parts(self.layer)):
+            if self.missing and _missing_rows(self.layer, part) == part.stop - part.start:
+                self.missing[number] = self._weight(part) @ self.missing[number]
+        for moments in self.moments:
+            size = moments.shape[-1]
+            for end in range(_STRIP, size, _STRIP):
+                own = slice(end - _STRIP, end)
+                moments[:, own, end:] = moments[:, end:, own].mT
+        outputs = torch.cat([each.outputs for each in self.checks], dim=1)
+        rounded = torch.cat([each.rounded for each in self.checks], dim=1)
+        self.checks = [CheckRows(outputs, rounded)]
+
+    def _draw(
+        self, x: Tensor, output: Tensor, count: int, *, is_lifted: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Draw rows of the input, none twice, and return them as they are and as rounded."""
         total = output.numel() // self.layer.weight.shape[0]
         positions = torch.randperm(total, generator=self._generator)[:count].to(x.device)
         exact = rows_at(self.layer, x.float(), output, positions)
         if self.grid is None:
-            return Pairs(exact, exact)
+            return exact, exact
         grid = self.lifted if self.lifted is not None and is_lifted else self.grid
         rounded = fake_quantize(x, grid).float()
-        return Pairs(exact, rows_at(self.layer, rounded, output, positions))
+        return exact, rows_at(self.layer, rounded, output, positions)
+
+
+def _missing_rows(layer: FloatLayer, part: slice) -> int:
+    """Return the rows that the sum over a part of the inputs has until it is complete.
+
+    For each row of the input, the product with the weight takes as long as adding it to the sum.
+    """
+    inputs: int = part.stop - part.start
+    outputs: int = layer.weight.shape[0] // num_groups(layer)
+    return outputs if 2 * outputs < inputs else inputs
+
+
+def _add_products_(moments: Tensor, rows: Tensor) -> None:
+    """Add ``rows^T rows`` up to the diagonal, strip by strip: half of the whole product."""
+    size = rows.shape[-1]
+    for start in range(0, size, _STRIP):
+        end = min(start + _STRIP, size)
+        moments[:, start:end, :end].baddbmm_(rows[..., start:end].mT, rows[..., :end])
 
 
 def sample(
@@ -186,8 +226,8 @@ def sample(
     checking = iter(checks)
     is_check = False
     is_lifted = False
-    added = max(1, _ROWS // max(1, len(checks) - sum(checks)))
-    kept = max(1, _CHECK_ROWS // max(1, sum(checks)))
+    added = max(1, ROWS // max(1, len(checks) - sum(checks)))
+    kept = max(1, CHECK_ROWS // max(1, sum(checks)))
 
     def report(name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if is_check:
@@ -239,6 +279,10 @@ def expected_groups(layers: Mapping[K, FloatLayer], max_memory: int | None) -> t
 def memory(layer: FloatLayer) -> int:
     """Return the bytes that the samples of a layer take, at most."""
     groups: int = num_groups(layer)
-    sums: int = sum((part.stop - part.start) ** 2 for part in input_parts(layer))
+    sums: int = 0
+    for part in input_parts(layer):
+        size: int = part.stop - part.start
+        sums += size * (size + _missing_rows(layer, part))
     inputs: int = layer.weight[0].numel()
-    return 4 * 2 * groups * (sums + _CHECK_ROWS * inputs)
+    outputs: int = layer.weight.shape[0] // groups
+    return 4 * groups * (sums + CHECK_ROWS * (inputs + outputs))

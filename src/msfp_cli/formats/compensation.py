@@ -21,6 +21,9 @@ arXiv:2210.17323), which updates the columns that are not rounded yet: its error
 them. GPTQ needs the inverse of ``H``, and this needs its Cholesky factor only. Columns with the
 largest input are rounded first, when most others are left to make up for them.
 
+Half of the columns is rounded, then the other half learns of all their errors in one product of
+matrices, and is rounded; each half likewise. So nearly all work is products of matrices.
+
 Weights count in steps of their output channel, which changes nothing above: output channels do not
 depend on each other. A group of columns with a multiplier ``m`` rounds to multiples of ``m``.
 """
@@ -31,14 +34,14 @@ from torch import Tensor
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import round_steps
 
-_BLOCK = 128  # columns that are rounded one by one, before the rest learns of them
+_COLUMNS = 16  # columns that are rounded one by one, before the rest learns of them
 _INSET = 1 / 16  # of half a cell: how far from its border a moved weight stays
 
 
 def compensated_steps(
     steps: Tensor,
     moments: Tensor,
-    cross: Tensor | None,
+    missing: Tensor | None,
     fmt: FloatFormat,
     dampings: Tensor,
     multipliers: Tensor | None = None,
@@ -48,8 +51,8 @@ def compensated_steps(
     Arguments:
         steps: float32 ``(..., out, k)``, the weight in steps of its grid.
         moments: float32 ``(..., k, k)``, the sum of ``x_q x_q^T`` over samples of the input.
-        cross: float32 ``(..., k, k)``, the sum of ``(x - x_q) x_q^T`` over the same samples; None
-            where the input is not rounded.
+        missing: float32 ``(..., out, k)``, the sum of ``W (x - x_q) x_q^T`` over the same samples,
+            in steps: ``W C`` above; None where the input is not rounded.
         fmt: the format of the weight.
         dampings: float32 ``(d,)``, the values of the damping to try, as shares of the mean of the
             diagonal of `moments`.
@@ -57,22 +60,24 @@ def compensated_steps(
 
     Returns:
         float32 ``(d, ..., out, k)``, integers of the format's code book times their multipliers.
-        Where the moments have no
-        Cholesky factor at some damping, all are NaN.
+        Where the moments have no Cholesky factor at some damping, all are NaN.
     """
     order = moments.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, stable=True)
-    columns = torch.take_along_dim(steps.mT, order[..., None], dim=-2)  # (..., k, out)
+    shape = (len(dampings), *steps.mT.shape)
     lower = _damped_factor(_permuted(moments, order), dampings)
-    target = columns.expand(len(dampings), *columns.shape)
-    if cross is not None:
-        missing = _permuted(cross, order).mT @ columns
-        target = target + torch.cholesky_solve(missing.expand(target.shape), lower)
-    factors = torch.ones(1, device=steps.device) if multipliers is None else multipliers.mT
-    if multipliers is not None:
-        factors = torch.take_along_dim(factors, order[..., None], dim=-2)
-    rounded = _nearest_plane(target, lower, fmt, factors.expand(columns.shape))
-    back = order.argsort(dim=-1)[..., None].expand(target.shape)
-    return rounded.gather(-2, back).mT.contiguous()
+    target = _ordered(steps, order).expand(shape).clone()
+    if missing is not None:
+        target += torch.cholesky_solve(_ordered(missing, order).expand(shape), lower)
+    lower /= lower.diagonal(dim1=-2, dim2=-1)[..., None, :].clone()
+    factors = None if multipliers is None else _ordered(multipliers, order).expand(shape)
+    _nearest_plane_(target, target.clone(), lower, fmt, factors)
+    back = order.argsort(dim=-1)[..., None].expand(shape)
+    return target.gather(-2, back).mT.contiguous()
+
+
+def _ordered(rows: Tensor, order: Tensor) -> Tensor:
+    """Return the columns of ``(..., out, k)`` in another order, as ``(..., k, out)``."""
+    return torch.take_along_dim(rows.mT, order[..., None], dim=-2)
 
 
 def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
@@ -92,29 +97,39 @@ def _damped_factor(moments: Tensor, dampings: Tensor) -> Tensor:
     return lower.masked_fill_((failure != 0)[..., None, None], torch.nan)
 
 
-def _nearest_plane(target: Tensor, lower: Tensor, fmt: FloatFormat, factors: Tensor) -> Tensor:
-    """Return the integers nearest to `target` in the metric of `lower`, last column first.
+def _nearest_plane_(
+    target_: Tensor, errors_: Tensor, push: Tensor, fmt: FloatFormat, factors: Tensor | None
+) -> None:
+    """Replace `target` by the integers nearest to it in the metric of a factor, last column first.
 
     Arguments:
-        target: ``(..., k, out)``, a row for each column of the weight.
-        lower: ``(..., k, k)``.
-        factors: ``(..., k, out)``, the multiplier of each element.
+        target_: ``(..., k, out)``, a row for each column of the weight; what the columns after
+            these make each of them learn was added before.
+        errors_: the target as it was; becomes the difference from the integers.
+        push: ``(..., k, k)``, the lower factor with each column divided by its diagonal.
+        factors: ``(..., k, out)``, the multiplier of each element; None for 1.
     """
-    rounded = torch.empty_like(target, memory_format=torch.contiguous_format)
-    errors = torch.zeros_like(rounded)
-    push = lower / lower.diagonal(dim1=-2, dim2=-1)[..., None, :]
-    size = target.shape[-2]
-    for end in range(size, 0, -_BLOCK):
-        start = max(0, end - _BLOCK)
-        after = push[..., end:, start:end].mT @ errors[..., end:, :]
-        for column in range(end - 1, start - 1, -1):
-            best = target[..., column, :] + after[..., column - start, :]
+    size = target_.shape[-2]
+    if size > _COLUMNS:
+        half = size // 2
+        for own in (slice(half, size), slice(0, half)):
+            if own.start == 0:
+                target_[..., own, :] += push[..., half:, own].mT @ errors_[..., half:, :]
+            part = None if factors is None else factors[..., own, :]
+            _nearest_plane_(
+                target_[..., own, :], errors_[..., own, :], push[..., own, own], fmt, part
+            )
+        return
+    for column in reversed(range(size)):
+        best = target_[..., column, :]
+        if factors is None:
+            best.copy_(round_steps(best, fmt))
+        else:
             factor = factors[..., column, :]
-            rounded[..., column, :] = round_steps(best / factor, fmt) * factor
-            errors[..., column, :] = target[..., column, :] - rounded[..., column, :]
-            before = push[..., column, start:column, None]
-            after[..., : column - start, :] += before * errors[..., None, column, :]
-    return rounded
+            best.copy_(round_steps(best / factor, fmt) * factor)
+        errors_[..., column, :] -= best
+        before = push[..., column, :column, None]
+        target_[..., :column, :] += before * errors_[..., column, None, :]
 
 
 def move_into_cells(weight: Tensor, scale: Tensor, integers: Tensor, fmt: FloatFormat) -> Tensor:
