@@ -6,6 +6,7 @@ as often. It prints a table, and one line for each mutation with a bad outcome o
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from collections import Counter
@@ -15,6 +16,8 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+# A file that lacks its name is not looked for at a hub, which would be tried again and again.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest does
 
 from fuzz.worker import OUTCOMES, READERS, Fuzzer, Trial  # noqa: E402
