@@ -26,7 +26,7 @@ from msfp_cli.recording.probe import probe
 from msfp_cli.recording.recipe import RecordRecipe
 
 _SEARCH_SECONDS = 0.2  # for a million weights
-_ROUNDING_SECONDS = 2.0
+_ROUNDING_SECONDS = 1.2
 _LONG = 120  # seconds; whatever takes less is not announced
 _LOWER = {
     "recording": "fewer --num-images or --steps",

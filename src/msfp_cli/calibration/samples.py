@@ -32,7 +32,7 @@ _STRIP = 1024  # rows of a sum that are added at a time, up to its diagonal
 ROWS = 16_384  # of each layer's input that are summed up
 CHECK_ROWS = 2048  # of each layer's input that dampings are compared on
 _GROUP_BYTES = 3 * 2**30  # the samples of a group of layers, at most
-ROUNDING_BYTES = 3 * 2**28  # what rounding the largest layer takes beside its samples
+ROUNDING_BYTES = 7 * 2**27  # what rounding the largest layer takes beside its samples
 
 K = TypeVar("K", bound=Hashable)
 

@@ -6,7 +6,8 @@ on rows of the input that are in no sum: those that are checked.
 
 Choosing costs a Cholesky factor for each damping and each sum, and as many roundings. The damping
 is one number for the whole layer, so it is chosen on some outputs, spread evenly, and on the first
-sum of the inputs. Then the whole layer is rounded once.
+sum of the inputs. Dampings are tried from the smallest, as many at a time as fit into memory, until
+they raise the error: most layers take the smallest. Then the whole layer is rounded once.
 """
 
 import math
@@ -72,7 +73,13 @@ class RoundingObjective:
     def least(self) -> tuple[float, Tensor]:
         """Return the best damping, and the integers at it; NaN where there are none at any."""
         sample = self._sample()
-        damping, integers = min(sample._candidates(), key=lambda each: sample._price(each[1]))
+        batches = sample._batches()
+        best = next(batches)
+        for each in batches:
+            if each[0] > best[0]:
+                break
+            best = each
+        _, damping, integers = best
         return damping, integers if sample is self else self.compensated([damping])[0]
 
     def error(self, integers: Tensor) -> float:
@@ -101,13 +108,19 @@ class RoundingObjective:
             pieces.append(compensated_steps(*own, self.fmt, values, factors))
         return torch.cat(pieces, dim=-1)
 
-    def _candidates(self) -> Iterator[tuple[float, Tensor]]:
-        """Yield each damping and the integers at it."""
+    def _batches(self) -> Iterator[tuple[float, float, Tensor]]:
+        """Yield the least error among a few dampings, its damping and the integers, batch by batch.
+
+        The smallest dampings come first.
+        """
         largest = max(moments.numel() for moments in self.moments)
         together = max(1, _FACTOR_BYTES // (4 * largest))
         for first in range(0, len(DAMPINGS), together):
             dampings = DAMPINGS[first : first + together]
-            yield from zip(dampings, self.compensated(dampings), strict=True)
+            integers = self.compensated(dampings)
+            errors = [self._price(each) for each in integers]
+            least = errors.index(min(errors))
+            yield errors[least], dampings[least], integers[least]
 
     def _price(self, integers: Tensor) -> float:
         """Return the error, infinity where there are no integers."""
