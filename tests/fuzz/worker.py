@@ -1,6 +1,7 @@
 """Load what a mutation has made, in a process of its own with bounded memory and time."""
 
 import faulthandler
+import gc
 import json
 import os
 import resource
@@ -177,6 +178,7 @@ class Fuzzer:
             shutil.rmtree(self._scratch, ignore_errors=True)
             shutil.copytree(original, self._scratch)
             write(json.dumps(asdict(mutate(self._scratch, number, seed))))
+            _forget_earlier_trials()
             with bounded_time():
                 outcome = outcome_of(readers[name], self._scratch, expected[name])
             write(outcome)
@@ -263,8 +265,19 @@ def in_child(work: Callable[[Write], object]) -> Answer:
 
 
 def _bound_memory() -> None:
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    size = _size()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+
+
+def _forget_earlier_trials() -> None:
+    """Give back what errors of earlier trials hold in cycles, once half of the bound is taken."""
+    if _size() > resource.getrlimit(resource.RLIMIT_AS)[0] - MEMORY // 2:
+        gc.collect()
+
+
+def _size() -> int:
+    """Return how many bytes of addresses this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 @contextmanager
