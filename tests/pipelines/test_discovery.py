@@ -17,11 +17,11 @@ from diffusers import (
 from torch import Tensor, nn
 
 from conftest import CONDITIONS
-from msfp_cli.errors import ModelError
+from msfp_cli.errors import CalibrationError, ModelError
 from msfp_cli.layers.clock import Clock
 from msfp_cli.pipelines.conditions import conditioning_of
 from msfp_cli.pipelines.denoiser import DenoiserCall, replay
-from msfp_cli.pipelines.discovery import clock_of, learn_clocks
+from msfp_cli.pipelines.discovery import _number, clock_of, learn_clocks, refuse_idle
 from msfp_cli.pipelines.rows import join_rows, take_rows
 from msfp_cli.pipelines.sampling import Sampling, call_pipeline
 from msfp_cli.pipelines.watch import watch_calls
@@ -72,6 +72,17 @@ def test_of_two_arguments_that_follow_the_time_the_usual_one_is_taken() -> None:
 def test_denoiser_that_is_not_told_the_time_is_refused() -> None:
     with pytest.raises(ModelError, match="no argument of 'unet' goes with the timesteps"):
         learned(FLOW, guidance=[7, 7, 7, 7], noise=[0.1, 0.3, 0.2, 0.4])
+
+
+@pytest.mark.parametrize("given", [0.0, 1e-4])
+def test_tokens_that_are_given_have_a_time_of_their_own(given: float) -> None:
+    pairs = []
+    for time in FLOW:
+        tokens = torch.full((1, 1, 5, 1), time / 1000)
+        tokens[:, :, :2] = given
+        pairs.append(({"timestep": _number(tokens)}, time))
+    assert clock_of("transformer", pairs).read(tokens) == pytest.approx(FLOW[-1])
+    assert _number(torch.tensor([0.5, given or 0.25])) is None  # two rows
 
 
 def draw(pipe: Any) -> Callable[[], object]:  # noqa: ANN401 (a pipeline)
@@ -133,6 +144,16 @@ def test_denoisers_of_several_stages_each_have_their_clock() -> None:
 
     clocks = learn_clocks(SimpleNamespace(components=parts), run)
     assert clocks == {"high": Clock(argument="r", scale=1000.0), "low": Clock(argument="r")}
+
+
+def test_denoiser_that_never_ran_is_refused_by_name() -> None:
+    parts = {"high": Network(), "low": Network(), "vae": nn.Identity(), "scheduler": Scheduler()}
+    pipe = SimpleNamespace(components=parts)
+    refuse_idle(pipe, {"high": Clock()}, {"high", "low"})
+    with pytest.raises(CalibrationError, match="^low never ran .*; give more --steps"):
+        refuse_idle(pipe, {"high": Clock()}, {"high"})  # not learned, but of the same class
+    with pytest.raises(CalibrationError, match="^low never ran .*; give more --steps"):
+        refuse_idle(pipe, {"high": Clock(), "low": Clock()}, {"high"})
 
 
 def test_pipeline_whose_networks_run_before_no_step_has_no_denoiser() -> None:

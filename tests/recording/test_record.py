@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DiffusionPipeline
+from diffusers import (
+    AutoencoderKLWan,
+    DDIMPipeline,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 
+import tiny_pipelines
 from conftest import Invoke, record_few
 from msfp_cli.errors import CalibrationError, ModelError, RunError
 from msfp_cli.pipelines.denoiser import replay
@@ -317,6 +325,38 @@ def test_pipeline_without_a_denoiser_is_refused_by_its_parts(
     tiny_pipe.register_modules(unet=None)
     with pytest.raises(ModelError, match=r"DDIMPipeline has no denoiser: .* \(it has scheduler\)"):
         record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "recording")
+
+
+def two_transformers() -> WanPipeline:
+    """Return a pipeline with a denoiser for much noise and one for little."""
+    settings = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32}
+    sizes = {"in_channels": 16, "out_channels": 16, "freq_dim": 32, "ffn_dim": 32, "num_layers": 1}
+    tokenizer = tiny_pipelines._t5_tokenizer()
+    torch.manual_seed(0)
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=tiny_pipelines._t5_encoder(tokenizer),
+        transformer=WanTransformer3DModel(**settings, **sizes),
+        transformer_2=WanTransformer3DModel(**settings, **sizes),
+        vae=AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        boundary_ratio=0.875,
+    )
+
+
+def test_of_two_denoisers_both_are_recorded_or_the_one_that_never_ran_is_named(
+    tmp_path: Path,
+) -> None:
+    pipe = two_transformers()
+    source = ModelSource(model="wan")
+    one = RecordRecipe(
+        conditions=("a cat",), num_inference_steps=1, height=16, width=16, num_frames=5
+    )
+    with pytest.raises(CalibrationError, match="^transformer_2 never ran .*; give more --steps"):
+        record_calls(pipe, source, one, tmp_path / "one")
+    two = replace(one, num_inference_steps=2)
+    recording = record_calls(pipe, source, two, tmp_path / "two")
+    assert recording.num_calls("transformer") == recording.num_calls("transformer_2") == 2
 
 
 def test_interrupt_keeps_finished_shards_and_says_how_to_go_on(

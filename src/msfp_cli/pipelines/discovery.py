@@ -9,7 +9,7 @@ with the timesteps of the steps.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from msfp_cli.errors import ModelError
+from msfp_cli.errors import CalibrationError, ModelError
 from msfp_cli.layers.clock import Clock
 from msfp_cli.pipelines.denoiser import DenoiserCall
 from msfp_cli.pipelines.loading import Pipeline
@@ -123,6 +123,25 @@ def watch_pipeline(
         yield
 
 
+def refuse_idle(pipe: Pipeline, clocks: Clocks, active: Collection[str]) -> None:
+    """Refuse a pipeline of which a denoiser never ran, such as that of low noise at one step.
+
+    Arguments:
+        clocks: of the denoisers that are known. Other networks of their classes are denoisers, too.
+        active: the components that ran while pictures were drawn.
+
+    Raises:
+        CalibrationError: the message names the denoiser.
+    """
+    classes = {type(pipe.components[component]) for component in clocks}
+    for component, part in pipe.components.items():
+        if type(part) in classes and component not in active:
+            raise CalibrationError(
+                f"{component} never ran while pictures were made, so it cannot be calibrated; give "
+                "more --steps, or save the pipeline without it"
+            )
+
+
 def _present(pipe: Pipeline) -> list[str]:
     """Return the names of the components that are there."""
     return sorted(name for name, part in pipe.components.items() if part is not None)
@@ -196,8 +215,8 @@ def _spread(argument: str, values: Sequence[float]) -> Clock:
 def _number(value: Argument) -> float | None:
     """Return an argument as a number, None if it is not one.
 
-    A tensor may hold the number once for each row or token; tokens that are given have a second
-    one, which is 0.
+    A tensor may hold the number once for each row or token; tokens that are given have a smaller
+    one, which is 0 where the tensor has no dimension for tokens.
     """
     if isinstance(value, bool):
         return None
@@ -206,6 +225,7 @@ def _number(value: Argument) -> float | None:
     if not isinstance(value, Tensor) or not 0 < value.numel() <= _MOST_ELEMENTS:
         return None
     distinct = value.detach().unique()
-    if value.dtype == torch.bool or len(distinct) > 2 or (len(distinct) == 2 and distinct[0] != 0):
+    is_of_tokens = value.ndim > 1 or distinct[0] == 0
+    if value.dtype == torch.bool or len(distinct) > 1 + is_of_tokens:
         return None
     return float(distinct[-1])

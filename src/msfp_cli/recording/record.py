@@ -14,13 +14,15 @@ from msfp_cli.errors import CalibrationError, ModelError, MsfpError, RunError
 from msfp_cli.files.atomic import remove
 from msfp_cli.files.directories import refuse_foreign
 from msfp_cli.pipelines.conditions import conditions_for, prompts_of
-from msfp_cli.pipelines.denoiser import (
-    DenoiserCall,
-    find_denoisers,
-    fingerprint,
-)
+from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers, fingerprint
 from msfp_cli.pipelines.denoising_factor import denoising_factors
-from msfp_cli.pipelines.discovery import Argument, Clocks, learn_clocks, watch_pipeline
+from msfp_cli.pipelines.discovery import (
+    Argument,
+    Clocks,
+    learn_clocks,
+    refuse_idle,
+    watch_pipeline,
+)
 from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, ModelSource, Pipeline
 from msfp_cli.pipelines.sampling import call_pipeline, refuse_steps, say_conditions
 from msfp_cli.processes import ALONE, Processes
@@ -184,6 +186,7 @@ def record_calls(
                 conditions = recipe.conditions[first : first + recipe.batch_size]
                 with watch_pipeline(pipe, clocks, watcher.add_call, watcher.add_step):
                     call_pipeline(pipe, conditions, recipe, first=first, output_type="latent")
+                refuse_idle(pipe, clocks, {call.component for call in watcher.calls})
                 recording.write_shard(index, watcher.used_calls(), watcher.factors(), clocks)
                 advance(len(conditions))
     processes.wait()
