@@ -26,14 +26,16 @@ def denoise(
     encoder_hidden_states: Tensor | None = None,
     strength: float = 1.0,
     encoder_hidden_states_llama3: Tensor | None = None,
+    down_block_additional_residuals: Tensor | None = None,
 ) -> Tensor:
     """Takes every kind of argument that diffusers' denoisers take; rows do not mix."""
     moment = torch.as_tensor(timestep)
     output = sample * (moment if moment.ndim > 1 else moment.reshape(-1, 1)) * strength
     for extra in (text, (added or {}).get("text"), *(residuals or [])):
         output = output if extra is None else output + extra
-    if encoder_hidden_states is not None:  # one or several for each row
-        output = output + encoder_hidden_states.reshape(len(sample), -1, 4).sum(dim=1)
+    for folded in (encoder_hidden_states, down_block_additional_residuals):
+        if folded is not None:  # one or several for each row
+            output = output + folded.reshape(len(sample), -1, 4).sum(dim=1)
     for shared in (img_ids, *image_rotary_emb):
         output = output if shared is None else output + shared.sum()
     return output
@@ -116,15 +118,31 @@ def test_timestep_of_each_token_stays_one_of_each_token() -> None:
     torch.testing.assert_close(denoise(**joined.arguments), joined.output)
 
 
+def test_calls_that_pack_one_picture_with_a_time_for_each_token_stay_apart() -> None:
+    calls = [
+        DenoiserCall(
+            component="transformer",
+            timestep=moment,
+            arguments={"tokens": [draw(1, 4)], "timestep": torch.full((5,), moment)},
+            output=draw(1, 4),
+        )
+        for moment in (7.0, 7.0, 3.0)
+    ]
+    joined = join_rows([(each, 0) for each in calls])
+    assert [each.timesteps for each in joined] == [(7.0,), (7.0,), (3.0,)]
+    for before, after in zip(calls, joined, strict=True):
+        assert torch.equal(after.arguments["timestep"], before.arguments["timestep"])
+        assert torch.equal(after.arguments["tokens"][0], before.arguments["tokens"][0])
+        assert torch.equal(after.output, before.output)
+
+
+@pytest.mark.parametrize("name", ["encoder_hidden_states", "down_block_additional_residuals"])
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_entries_of_a_row_stay_with_it(rows: int) -> None:
-    """As the text of a video, which comes again for every frame."""
-    one, other = (
-        call(s, 7.0 - s, rows, encoder_hidden_states=draw(5 * rows, 4, seed=9 + s))
-        for s in range(2)
-    )
+def test_entries_of_a_row_stay_with_it(rows: int, name: str) -> None:
+    """As the text of a video, and what a ControlNet adds to it, for each frame."""
+    one, other = (call(s, 7.0 - s, rows, **{name: draw(5 * rows, 4, seed=9 + s)}) for s in range(2))
     (joined,) = join_rows([(one, rows - 1), (other, 0), (one, 0)])
-    assert joined.arguments["encoder_hidden_states"].shape == (15, 4)
+    assert joined.arguments[name].shape == (15, 4)
     torch.testing.assert_close(denoise(**joined.arguments), joined.output)
 
 

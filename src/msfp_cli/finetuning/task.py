@@ -114,13 +114,23 @@ def refuse_different_replay(denoiser: nn.Module, component: str, batches: Batche
     Where that fails, a row would be trained on another row's prompt.
 
     Raises:
-        RunError: an output is not what was recorded.
+        RunError: an output is not what was recorded, or there is none.
     """
     for call in batches.batch(0, 0):
-        error = relative_error(call_with(denoiser, call.arguments, call.output), call.output)
-        if error > _LARGEST_REPLAY_ERROR:
+        try:
+            output = call_with(denoiser, call.arguments, call.output)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            reason = str(error).partition("\n")[0]
+            raise RunError(
+                f"{component} cannot be called with recorded rows put together in a new "
+                f"batch ({reason}), so it cannot be trained; `msfp export` exports the calibration"
+            ) from error
+        change = relative_error(output, call.output)
+        if change > _LARGEST_REPLAY_ERROR:
             raise RunError(
                 f"replaying recorded rows in a new batch changes the output of {component} "
-                f"(relative error {error:.2g}): they may be mixed up, so it cannot be trained; "
+                f"(relative error {change:.2g}): they may be mixed up, so it cannot be trained; "
                 "please report this pipeline"
             )

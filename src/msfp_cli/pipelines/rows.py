@@ -15,7 +15,11 @@ from msfp_cli.pipelines.denoiser import DenoiserCall
 _POSITIONS = ("img_ids", "txt_ids", "image_rotary_emb", "padding_mask")
 # Arguments that may have several entries for each row of the batch, one after another (one a frame
 # of a video).
-_FOLDED = ("encoder_hidden_states",)
+_FOLDED = (
+    "encoder_hidden_states",
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+)
 # Arguments whose second dimension is the batch: hidden states of several layers of an encoder.
 _STACKED = ("encoder_hidden_states_llama3",)
 
@@ -56,10 +60,13 @@ def join_rows(picked: Sequence[tuple[DenoiserCall, int]]) -> list[JoinedCall]:
 
     Returns:
         As few calls as possible, one where nothing but rows and timesteps differs. Prompts of
-        unequal length, or options that change on the way, make more.
+        unequal length, options that change on the way, or tokens packed in one sequence, make more.
     """
     groups: list[list[tuple[DenoiserCall, int, Any]]] = []
     for call, row in picked:
+        if _is_packed(call):
+            groups.append([(call, row, call.arguments)])
+            continue
         time = _of_each_row(call.arguments[call.time], len(call.output))
         taken = _take_all(call, call.arguments | {call.time: time}, torch.tensor([row]))
         group = next((group for group in groups if _alike(group[0][2], taken)), None)
@@ -76,6 +83,15 @@ def _join(group: Sequence[tuple[DenoiserCall, int, Any]]) -> JoinedCall:
         arguments=_merge([arguments for _, _, arguments in group]),
         output=torch.stack([call.output[row] for call, row, _ in group]),
     )
+
+
+def _is_packed(call: DenoiserCall) -> bool:
+    """Whether a call has the tokens of one picture in one sequence, with a time for each token.
+
+    Nothing can be joined to such a sequence.
+    """
+    time = torch.as_tensor(call.arguments[call.time])
+    return len(call.output) == 1 and time.ndim == 1 and len(time) > 1
 
 
 def _of_each_row(timestep: Any, batch: int) -> Tensor:  # noqa: ANN401 (tensor or number, as the pipeline passes it)
