@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import diffusers
@@ -207,3 +208,31 @@ def test_class_that_is_not_a_pipeline_is_refused(name: str, tiny: Callable[[str]
         UsageError, match=f"'{name}' is not a pipeline of diffusers {diffusers.__version__}"
     ):
         load_pipeline(ModelSource(model=str(tiny("DDIMPipeline")), pipeline=name), "cpu")
+
+
+class Animating:
+    """A pipeline that takes one picture, and no list."""
+
+    def __init__(self, **components: object) -> None:
+        self.components = components
+        self.__dict__.update(components)
+
+    def __call__(self, prompt: str, image: object) -> list[list[object]]:
+        """Return the picture, or what it is given for the first ControlNet."""
+        nets = self.components.get("controlnet")
+        if isinstance(image, list) and nets is None:
+            raise ValueError(f"`image` has to be a `PIL.Image.Image` but is {type(image)}")
+        return [[image] if nets is None else image]
+
+
+def test_picture_is_passed_by_itself_and_several_are_refused_where_one_is_taken() -> None:
+    (made,) = call_pipeline(Animating(), ["a cat"], Sampling())
+    assert isinstance(made, Image.Image)
+    with pytest.raises(UsageError, match="^Animating takes one picture a call; .*--batch-size 1$"):
+        call_pipeline(Animating(), ["a cat", "a dog"], Sampling())
+
+
+def test_each_of_several_controlnets_is_given_the_picture() -> None:
+    pipe = Animating(controlnet=SimpleNamespace(nets=["canny", "depth"]))
+    one, other = call_pipeline(pipe, ["a cat"], Sampling())
+    assert isinstance(one, Image.Image) and one is other

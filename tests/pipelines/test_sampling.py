@@ -1,10 +1,13 @@
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import ClassVar
 
+import numpy as np
 import pytest
+import torch
 
 from msfp_cli.errors import UsageError
-from msfp_cli.pipelines.sampling import Sampling, refuse_steps
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline, refuse_steps
 
 
 def test_defaults_take_the_place_of_what_is_none_only() -> None:
@@ -24,3 +27,34 @@ def test_more_steps_than_timesteps_are_refused_where_they_are_counted(
     )
     with pytest.raises(UsageError, match="--steps 20") if is_refused else nullcontext():
         refuse_steps(pipe, Sampling(num_inference_steps=20))
+
+
+class Decoder:
+    """A network that decodes."""
+
+    def decode(self) -> None:
+        """Do nothing."""
+
+    def parameters(self) -> None:
+        """Do nothing."""
+
+
+class Measuring:
+    """A pipeline that makes arrays, and no pictures or latents."""
+
+    components: ClassVar[dict[str, object]] = {"vae": Decoder()}
+
+    def __call__(self, generator: list[torch.Generator], output_type: str = "np") -> list:
+        """Return an array of noise."""
+        noise = torch.rand(1, 8, 8, 3, generator=generator[0])
+        if output_type not in ("np", "pt"):
+            raise ValueError("`output_type` must be one of `pt` or `np`.")
+        return [noise.numpy()]
+
+
+def test_pipeline_that_makes_arrays_only_is_asked_for_them_with_the_same_noise() -> None:
+    expected = torch.rand(1, 8, 8, 3, generator=torch.Generator().manual_seed(0)).numpy()
+    made = call_pipeline(Measuring(), [None], Sampling(), output_type="latent")
+    assert np.array_equal(made, expected)
+    (picture,) = call_pipeline(Measuring(), [None], Sampling())
+    assert picture.size == (8, 8)

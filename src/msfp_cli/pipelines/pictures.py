@@ -7,7 +7,7 @@ for inpainting. All pictures of a call get one size.
 import inspect
 import random
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,6 +27,8 @@ _PARTS = ("controlnet", "low_res_scheduler", "image_noising_scheduler", "adapter
 _ENLARGING = ("low_res_scheduler", "image_noising_scheduler")  # components; they add noise to it
 # Names of arguments that take pictures, videos or sound; those of an IP-adapter may be left out.
 _MEDIA = re.compile(r"^(?!ip_adapter|num_)(\w+_)?(images?|video|frames|audio)$")
+# What errors say where None was taken for a picture.
+_NO_MEDIUM = re.compile(r"NoneType|only support .*PIL\.Image")
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _SIZE = 512  # of stand-ins for a pipeline that names no size
 _STAND_IN = 8  # pixels of the noise that a stand-in is enlarged from
@@ -75,7 +77,7 @@ def refuse_without_media(pipe: Pipeline, given: Collection[str], error: Exceptio
         error: of the call.
 
     Raises:
-        UsageError: the error speaks of such an argument, or of None where there is one.
+        UsageError: the error speaks of such an argument, or of None or pictures where there is one.
     """
     parameters = inspect.signature(pipe.__call__).parameters
     missing = [
@@ -85,7 +87,7 @@ def refuse_without_media(pipe: Pipeline, given: Collection[str], error: Exceptio
     ]
     text = str(error) or type(error).__name__
     named = [name for name in missing if re.search(rf"\b{name}\b", text)]
-    if not named and "NoneType" not in text:
+    if not named and not _NO_MEDIUM.search(text):
         return
     for name in named or missing[:1]:
         advice = (
@@ -97,6 +99,23 @@ def refuse_without_media(pipe: Pipeline, given: Collection[str], error: Exceptio
         reason = text.splitlines()[0][:100]
         raise UsageError(
             f"{type(pipe).__name__} failed without {name!r} ({reason}); {advice}"
+        ) from error
+
+
+def refuse_list(pipe: Pipeline, given: Mapping[str, object], error: Exception) -> None:
+    """Refuse a call that failed because several pictures were passed, in one line.
+
+    Arguments:
+        given: the arguments of the call.
+        error: of the call.
+
+    Raises:
+        UsageError: the pipeline takes one picture a call.
+    """
+    lists = [name for name in _PICTURES if isinstance(given.get(name), list)]
+    if any(re.search(rf"`{name}` .*\blist\b", str(error)) for name in lists):
+        raise UsageError(
+            f"{type(pipe).__name__} takes one picture a call; give --batch-size 1"
         ) from error
 
 
@@ -155,6 +174,17 @@ def pictures_of(
         masks = [None if files is None else _mask_file(files[i % len(files)]) for i in numbers]
         given[_MASK] = [_fit(_mask(path), size) for path in masks]
     return given
+
+
+def passed(pipe: Pipeline, pictures: "list[Image]") -> object:
+    """Return the pictures of a call as a pipeline takes them.
+
+    One picture is not in a list, which some pipelines refuse; several ControlNets get all of them
+    each.
+    """
+    argument = pictures if len(pictures) > 1 else pictures[0]
+    nets = getattr(getattr(pipe, "controlnet", None), "nets", None)
+    return argument if nets is None else [argument] * len(nets)
 
 
 def _size_of(pipe: Pipeline, settings: PictureSettings, example: "Image | None") -> tuple[int, int]:

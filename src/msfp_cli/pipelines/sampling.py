@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from msfp_cli.errors import ModelError, UsageError
 from msfp_cli.pipelines.conditions import arguments_of, say_cut_prompts
 from msfp_cli.pipelines.loading import Pipeline
-from msfp_cli.pipelines.pictures import pictures_of, refuse_without_media, say_pictures
+from msfp_cli.pipelines.pictures import (
+    passed,
+    pictures_of,
+    refuse_list,
+    refuse_without_media,
+    say_pictures,
+)
 from msfp_cli.progress import Progress
 from msfp_cli.recipe import Recipe, option
 
@@ -168,18 +174,15 @@ def call_pipeline(
         key: value for key, value in options.items() if key in parameters and value is not None
     }
     arguments |= arguments_of(pipe, conditions)
-    arguments |= pictures_of(pipe, sampling, first, count)
+    for name, pictures in pictures_of(pipe, sampling, first, count).items():
+        arguments[name] = passed(pipe, pictures)
     _refuse_missing(pipe, parameters, arguments)
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
     try:
-        result = pipe(**arguments)
-    except NotImplementedError as error:
-        if "tiling" not in str(error):
-            raise
-        pipe.vae.enable_tiling()  # some decoders work in no other way
-        result = pipe(**{**arguments, "generator": _generators(sampling.seed + first, count)})
+        result = _run(pipe, arguments)
     except (TypeError, AttributeError, ValueError) as error:
+        refuse_list(pipe, arguments, error)
         refuse_without_media(pipe, arguments, error)
         if "ScalarType" not in str(error):
             raise
@@ -192,6 +195,33 @@ def call_pipeline(
     from msfp_cli.pipelines.media import works_of
 
     return works_of(result)
+
+
+def _run(pipe: Pipeline, arguments: Mapping[str, Any]) -> Any:  # noqa: ANN401 (an output)
+    """Call a pipeline, and a second time in the way that the error of the first asks for."""
+    try:
+        return pipe(**arguments)
+    except (NotImplementedError, ValueError) as error:
+        others = _adapted(pipe, arguments, error)
+    for generator in others.get("generator", ()):
+        generator.manual_seed(generator.initial_seed())
+    return pipe(**others)
+
+
+def _adapted(pipe: Pipeline, arguments: Mapping[str, Any], error: Exception) -> dict[str, Any]:
+    """Return the arguments of a second call: some decoders need tiles, some pipelines make arrays.
+
+    Raises:
+        Exception: the error is about something else.
+    """
+    text = str(error)
+    others = {key: value for key, value in arguments.items() if key != "output_type"}
+    if isinstance(error, NotImplementedError) and "tiling" in text:
+        pipe.vae.enable_tiling()
+        return dict(arguments)
+    if "output_type" in text and len(others) < len(arguments):
+        return others
+    raise error
 
 
 def _decodes(pipe: Pipeline) -> bool:
