@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import msfp_cli
 from conftest import Chained, Finetuned, Invoke
 from msfp_cli.checkpoint import contents
+from msfp_cli.checkpoint.contents import Contents
 from msfp_cli.checkpoint.pipeline import MSFPPipeline, read_configs
 from msfp_cli.checkpoint.reseal import reseal
 from msfp_cli.errors import CheckpointError, ModelError, MsfpError, RunError, UsageError
@@ -602,6 +603,18 @@ SIGNED = {
     "table 255": (fill(".table", 255), "member that there is not"),
     "table float": (as_float, "is of type torch.float32"),
 }
+
+
+def test_parameter_of_another_task_may_be_without_values(tmp_path: Path) -> None:
+    """As the token for padding of Lumina-Next, which nothing reads."""
+    tensors = {"pad_token": torch.full((4,), float("nan")), "conv.weight": torch.ones(4)}
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path, {"msfp_digest": digest(tensors)})
+    assert Contents.read([path]).tensors.keys() == tensors.keys()
+    tensors["conv.weight"].fill_(float("nan"))
+    save_file(tensors, path, {"msfp_digest": digest(tensors)})
+    with pytest.raises(CheckpointError, match="conv.weight holds a NaN"):
+        Contents.read([path])
 
 
 @pytest.mark.parametrize("entry", ENTRY_POINTS)
