@@ -106,12 +106,25 @@ def test_several_adapters_are_chosen_scaled_and_deleted(export: Path) -> None:
     assert np.array_equal(draw(pipe), before)
 
 
-def test_lora_in_kohyas_names_on_a_convolution(export: Path) -> None:
+# Layers of the tiny UNet in kohya's names, with the shapes of the two factors: a convolution of one
+# pixel and one of nine, a linear layer of another rank, and one that is not quantized.
+KOHYA = {
+    "down_blocks_0_attentions_0_proj_in": ((4, 16, 1, 1), (16, 4, 1, 1)),
+    "down_blocks_0_resnets_0_conv1": ((4, 16, 3, 3), (16, 4, 1, 1)),
+    "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q": ((2, 16), (16, 2)),
+    "conv_in": ((4, 4, 3, 3), (16, 4, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", [*KOHYA, "all"])
+def test_lora_in_kohyas_names_is_loaded(export: Path, name: str) -> None:
     pytest.importorskip("peft")
     pipe = load(export)
     before = draw(pipe)
-    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
-    pipe.load_lora_weights(kohya(name, (4, 16, 1, 1), (16, 4, 1, 1)))
+    lora = dict[str, Tensor]()
+    for each in KOHYA if name == "all" else [name]:
+        lora |= kohya(f"lora_unet_{each}", *KOHYA[each])
+    pipe.load_lora_weights(lora)
     assert is_different(draw(pipe), before)
     pipe.unload_lora_weights()
     assert np.array_equal(draw(pipe), before)
@@ -200,6 +213,22 @@ def test_group_offload_leaves_pictures_as_they_are(
     )
     for _ in range(2):
         assert np.array_equal(draw(pipe), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_called", [False, True])
+def test_disk_offload_leaves_pictures_as_they_are(
+    export: Path, tmp_path: Path, is_called: bool, dtype: torch.dtype
+) -> None:
+    from accelerate import disk_offload
+
+    pipe = load(export, dtype=dtype)
+    before = draw(load(export, dtype=dtype), output_type="latent")
+    if is_called:
+        draw(pipe, output_type="latent")
+    disk_offload(pipe.unet, tmp_path, torch.device("cpu"), offload_buffers=True)
+    for _ in range(2):
+        assert torch.equal(draw(pipe, output_type="latent"), before)
 
 
 @pytest.mark.parametrize("offload_buffers", [False, True])
