@@ -37,6 +37,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 BUILD = "build"
+LATE = "not begun"
 STEPS = ("record, calibrate", "fine-tune", "export", "reload, sample")
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 SECONDS = 60  # of the processor, for a pipeline
@@ -131,13 +132,13 @@ def publish(parts: Iterable[Any]) -> None:
 
 def build(builder: type) -> Mapping[str, Any]:
     """Save a tiny pipeline as ``model``, and return what its tests call it with."""
-    from stand_ins import enlarge_tables_
+    from stand_ins import fit_to_tokenizers_
 
     instance = builder.__new__(builder)
     with contextlib.suppress(pytest.skip.Exception):  # pipelines that diffusers has deprecated
         getattr(instance, "setUp", lambda: None)()
     components = called(instance.get_dummy_components)
-    enlarge_tables_(components)
+    fit_to_tokenizers_(components)
     publish(components.values())
     pipeline = stock_class(builder.pipeline_class)
     inputs: Mapping[str, Any] = called(instance.get_dummy_inputs)
@@ -157,7 +158,7 @@ def try_family(builder: type) -> Iterator[tuple[str, str]]:
         os.chdir(place)
         step = BUILD
         signal.signal(signal.SIGPROF, stop)
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS, 1)  # again, if it was caught
         try:
             for step, action in steps_of(build(builder)):
                 action()
@@ -289,8 +290,8 @@ def outcomes(checkout: Path, only: str, minutes: float, at_once: int) -> Iterato
 
     def try_path(path: Path) -> list[Outcome]:
         if time.monotonic() > end:
-            late = f"not begun after {minutes:g} minutes"
-            return [Outcome(path.parent.name, path.stem, "", {BUILD: late})]
+            line = f"{LATE} after {minutes:g} minutes"
+            return [Outcome(path.parent.name, path.stem, "", {BUILD: line})]
         return list(_tried(checkout, path))
 
     with ThreadPoolExecutor(at_once) as executor:
@@ -351,7 +352,10 @@ def page(results: list[Outcome], only: str) -> str:
     failures = [(each, *each.failure) for each in results if each.failure is not None]
     passed = [each for each in results if each.failure is None]
     failed = [(each, step, line) for each, step, line in failures if step != BUILD]
-    unbuilt = [(each, line) for each, step, line in failures if step == BUILD]
+    unbuilt = [(each, line) for each, step, line in failures if step == BUILD and each.builder]
+    others = [(each, line) for each, step, line in failures if step == BUILD and not each.builder]
+    late = sorted(each.pipeline for each, line in others if line.startswith(LATE))
+    unbuilt += [(each, line) for each, line in others if not line.startswith(LATE)]
     lines = [
         "# Families",
         "",
@@ -374,6 +378,11 @@ def page(results: list[Outcome], only: str) -> str:
     lines += [f"| {_name(each, results)} | {step} | {_cell(line)} |" for each, step, line in failed]
     lines += ["", f"## Not built here ({len(unbuilt)})", "", "| pipeline | reason |", "|---|---|"]
     lines += [f"| {_name(each, results)} | {_cell(line)} |" for each, line in unbuilt]
+    if late:
+        lines += ["", f"## Not begun in the time of the run ({len(late)} modules of tests)", ""]
+        lines += [
+            "Variants of the families above, each a module of tests: " + ", ".join(late) + "."
+        ]
     return "\n".join(lines) + "\n"
 
 

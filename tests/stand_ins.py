@@ -305,15 +305,20 @@ def _replace(cls: Part, piece: str, make: Callable[[], Part]) -> None:
     cls.from_pretrained = classmethod(from_pretrained)
 
 
-def enlarge_tables_(components: Mapping[str, Part]) -> None:
-    """Give text encoders a row for each token of the stand-ins' vocabularies."""
+def fit_to_tokenizers_(components: Mapping[str, Part]) -> None:
+    """Give text encoders a row for each token of the stand-ins' vocabularies, and their marks."""
     parts = list(components.values())
-    parts += [getattr(part, "tokenizer", None) for part in parts]  # of processors
-    sizes = [len(part) for part in parts if isinstance(part, t.PreTrainedTokenizerBase)]
-    for part in components.values():
+    tokenizers = [*parts, *(getattr(part, "tokenizer", None) for part in parts)]
+    sizes = [len(each) for each in tokenizers if isinstance(each, t.PreTrainedTokenizerBase)]
+    processors = [part for part in parts if isinstance(part, t.ProcessorMixin)]
+    for part in parts:
         table = _table_of(part)
         if table is not None and len(table.weight) < max(sizes, default=0):
             part.resize_token_embeddings(max(sizes))
+        for processor in processors if table is not None else ():
+            for mark in ("image_token_id", "video_token_id", "vision_start_token_id"):
+                if hasattr(part.config, mark) and hasattr(processor, mark):
+                    setattr(part.config, mark, getattr(processor, mark))
 
 
 def _table_of(part: Part) -> Part:

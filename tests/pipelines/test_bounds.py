@@ -64,3 +64,12 @@ def test_setting_that_is_a_list_of_numbers_is_not_a_component(tmp_path: Path) ->
     (tmp_path / "unet").rmdir()
     with pytest.raises(ModelError, match="lacks the folder of its unet"):
         refuse_missing_parts(tmp_path)
+
+
+def test_part_that_a_pipeline_makes_itself_needs_no_folder(tmp_path: Path) -> None:
+    index = {
+        "_class_name": "LongCatAudioDiTPipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    refuse_missing_parts(tmp_path)

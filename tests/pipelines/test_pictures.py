@@ -228,7 +228,7 @@ class Animating:
 def test_picture_is_passed_by_itself_and_several_are_refused_where_one_is_taken() -> None:
     (made,) = call_pipeline(Animating(), ["a cat"], Sampling())
     assert isinstance(made, Image.Image)
-    with pytest.raises(UsageError, match="^Animating takes one picture a call; .*--batch-size 1$"):
+    with pytest.raises(UsageError, match="^Animating makes one picture a call; .*--batch-size 1$"):
         call_pipeline(Animating(), ["a cat", "a dog"], Sampling())
 
 

@@ -58,3 +58,22 @@ def test_pipeline_that_makes_arrays_only_is_asked_for_them_with_the_same_noise()
     assert np.array_equal(made, expected)
     (picture,) = call_pipeline(Measuring(), [None], Sampling())
     assert picture.size == (8, 8)
+
+
+class Dreaming:
+    """A pipeline that takes one prompt, and no list."""
+
+    components: ClassVar[dict[str, object]] = {}
+
+    def __call__(self, prompt: str, generator: list[torch.Generator]) -> list:
+        """Return an array of noise."""
+        noise = torch.rand(1, 8, 8, 3, generator=generator[0])
+        if not isinstance(prompt, str):
+            raise ValueError(f"`prompt` has to be of type `str` but is {type(prompt)}")
+        return [noise.numpy()]
+
+
+def test_prompt_is_passed_by_itself_and_several_are_refused_where_one_is_taken() -> None:
+    assert len(call_pipeline(Dreaming(), ["a cat"], Sampling())) == 1
+    with pytest.raises(UsageError, match="^Dreaming makes one picture a call; .*--batch-size 1$"):
+        call_pipeline(Dreaming(), ["a cat", "a dog"], Sampling())

@@ -5,7 +5,7 @@ is padded to whatever length the tokenizer names.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from msfp_cli.errors import ModelError
@@ -13,6 +13,17 @@ from msfp_cli.files.documents import Json, require_file
 
 _ALWAYS_MET = 10**8  # ids, seeds and frequencies may be larger than a tiny model's files
 _REDO = "download it again, or export it again with --overwrite"
+
+
+def _made_by(pipeline: str) -> Collection[str]:
+    """Return the parts that a pipeline makes itself, and that diffusers neither saves nor loads."""
+    import diffusers
+
+    cls = getattr(diffusers, pipeline, None)
+    if not isinstance(cls, type) or not issubclass(cls, diffusers.DiffusionPipeline):
+        return ()
+    settings: Collection[str] = cls._get_signature_keys(cls)[1]
+    return settings
 
 
 def refuse_missing_parts(directory: Path) -> None:
@@ -28,8 +39,9 @@ def refuse_missing_parts(directory: Path) -> None:
         parts = {name: entry[0] for name, entry in lists.items() if isinstance(entry[0], str)}
     except (OSError, ValueError, AttributeError, IndexError, RecursionError):
         return  # whoever loads it says what is wrong
+    settings = _made_by(str(index.get("_class_name")))
     for name in parts:
-        if not (directory / name).is_dir():
+        if name not in settings and not (directory / name).is_dir():
             raise ModelError(f"{directory} lacks the folder of its {name}; {_REDO}")
 
 

@@ -103,19 +103,20 @@ def refuse_without_media(pipe: Pipeline, given: Collection[str], error: Exceptio
 
 
 def refuse_list(pipe: Pipeline, given: Mapping[str, object], error: Exception) -> None:
-    """Refuse a call that failed because several pictures were passed, in one line.
+    """Refuse a call that failed because several prompts or pictures were passed, in one line.
 
     Arguments:
         given: the arguments of the call.
         error: of the call.
 
     Raises:
-        UsageError: the pipeline takes one picture a call.
+        UsageError: the pipeline makes one picture a call.
     """
-    lists = [name for name in _PICTURES if isinstance(given.get(name), list)]
+    names = ("prompt", *_PICTURES)
+    lists = [name for name in names if isinstance(given.get(name), list)]
     if any(re.search(rf"`{name}` .*\blist\b", str(error)) for name in lists):
         raise UsageError(
-            f"{type(pipe).__name__} takes one picture a call; give --batch-size 1"
+            f"{type(pipe).__name__} makes one picture a call; give --batch-size 1"
         ) from error
 
 

@@ -6,6 +6,7 @@ batch it was made in.
 """
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -209,19 +210,25 @@ def _run(pipe: Pipeline, arguments: Mapping[str, Any]) -> Any:  # noqa: ANN401 (
 
 
 def _adapted(pipe: Pipeline, arguments: Mapping[str, Any], error: Exception) -> dict[str, Any]:
-    """Return the arguments of a second call: some decoders need tiles, some pipelines make arrays.
+    """Return the arguments of a second call.
+
+    Some decoders need tiles, some pipelines make arrays only, and some take one prompt and no list.
 
     Raises:
         Exception: the error is about something else.
     """
     text = str(error)
-    others = {key: value for key, value in arguments.items() if key != "output_type"}
+    others = dict(arguments)
+    prompt = arguments.get("prompt")
     if isinstance(error, NotImplementedError) and "tiling" in text:
         pipe.vae.enable_tiling()
-        return dict(arguments)
-    if "output_type" in text and len(others) < len(arguments):
-        return others
-    raise error
+    elif "output_type" in text and "output_type" in others:
+        del others["output_type"]
+    elif re.search(r"`prompt` .*\blist'", text) and isinstance(prompt, list) and len(prompt) == 1:
+        others["prompt"] = prompt[0]
+    else:
+        raise error
+    return others
 
 
 def _decodes(pipe: Pipeline) -> bool:
