@@ -236,3 +236,17 @@ def test_each_of_several_controlnets_is_given_the_picture() -> None:
     pipe = Animating(controlnet=SimpleNamespace(nets=["canny", "depth"]))
     one, other = call_pipeline(pipe, ["a cat"], Sampling())
     assert isinstance(one, Image.Image) and one is other
+
+
+class Inpainting(Animating):
+    """A pipeline that is given the picture beside that of its ControlNets."""
+
+    def __call__(self, prompt: str, image: object, control_image: list) -> list[list[object]]:
+        """Return what it is given."""
+        return [[image, *control_image]]
+
+
+def test_picture_beside_that_of_several_controlnets_is_passed_by_itself() -> None:
+    pipe = Inpainting(controlnet=SimpleNamespace(nets=["canny", "depth"]))
+    made = call_pipeline(pipe, ["a cat"], Sampling())
+    assert [isinstance(each, Image.Image) for each in made] == [True] * 3

@@ -5,8 +5,9 @@ is padded to whatever length the tokenizer names.
 """
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from msfp_cli.errors import ModelError
 from msfp_cli.files.documents import Json, require_file
@@ -19,10 +20,9 @@ def _made_by(pipeline: str) -> Collection[str]:
     """Return the parts that a pipeline makes itself, and that diffusers neither saves nor loads."""
     import diffusers
 
-    cls = getattr(diffusers, pipeline, None)
-    if not isinstance(cls, type) or not issubclass(cls, diffusers.DiffusionPipeline):
-        return ()
-    settings: Collection[str] = cls._get_signature_keys(cls)[1]
+    cls: Any = getattr(diffusers, pipeline, None)
+    names: Callable[[type], Any] | None = getattr(cls, "_get_signature_keys", None)
+    settings: Collection[str] = () if names is None else names(cls)[1]
     return settings
 
 

@@ -177,15 +177,17 @@ def pictures_of(
     return given
 
 
-def passed(pipe: Pipeline, pictures: "list[Image]") -> object:
-    """Return the pictures of a call as a pipeline takes them.
+def passed(pipe: Pipeline, name: str, pictures: "list[Image]") -> object:
+    """Return the pictures of an argument as a pipeline takes them.
 
     One picture is not in a list, which some pipelines refuse; several ControlNets get all of them
     each.
     """
     argument = pictures if len(pictures) > 1 else pictures[0]
     nets = getattr(getattr(pipe, "controlnet", None), "nets", None)
-    return argument if nets is None else [argument] * len(nets)
+    names = picture_arguments(pipe)
+    of_nets = "control_image" if "control_image" in names else "image"
+    return argument if nets is None or name != of_nets else [argument] * len(nets)
 
 
 def _size_of(pipe: Pipeline, settings: PictureSettings, example: "Image | None") -> tuple[int, int]:

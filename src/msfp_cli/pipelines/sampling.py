@@ -176,7 +176,7 @@ def call_pipeline(
     }
     arguments |= arguments_of(pipe, conditions)
     for name, pictures in pictures_of(pipe, sampling, first, count).items():
-        arguments[name] = passed(pipe, pictures)
+        arguments[name] = passed(pipe, name, pictures)
     _refuse_missing(pipe, parameters, arguments)
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
