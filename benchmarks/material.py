@@ -41,12 +41,17 @@ KNOWN = tuple(prompt for prompt in default_prompts(BUILT_IN) if prompt not in UN
 
 def add_size_options(parser: argparse.ArgumentParser, num_images: int = NUM_IMAGES) -> None:
     """Add the options that make a benchmark small: another model, fewer pictures and steps."""
+    add_model_options(parser)
+    parser.add_argument("--num-images", type=int, default=num_images, help="pictures to record")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a benchmark that records nothing: another model, fewer steps."""
     parser.add_argument(
         "--model",
         default=BUILT_IN,
         help="a text-to-image pipeline with one denoiser; the built-in one",
     )
-    parser.add_argument("--num-images", type=int, default=num_images, help="pictures to record")
     parser.add_argument("--steps", type=int, default=BUILT_IN_STEPS, help="steps of the sampler")
 
 

@@ -9,7 +9,7 @@ Each peer is imported only in its function, because it is installed only in the 
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice
@@ -20,19 +20,12 @@ import torch
 from material import denoiser_of
 from torch import nn
 
-from msfp_cli.calibration.calibrate import calibrate_
-from msfp_cli.calibration.observe import observe
-from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import load_calibrated
 from msfp_cli.finetuning.result import load_finetunings
-from msfp_cli.formats.rounding import Grid
-from msfp_cli.layers.replace import find_layers, store_layers_
-from msfp_cli.layers.scheme import LayerScheme
+from msfp_cli.layers.replace import find_layers
 from msfp_cli.pipelines.denoiser import replay
-from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
-from msfp_cli.recording.recipe import RecordOptions
-from msfp_cli.recording.record import record_both
+from msfp_cli.pipelines.loading import ModelSource, Pipeline
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 
@@ -48,33 +41,31 @@ class Material:
 
     Arguments:
         source: the pipeline that is quantized.
-        work: where the calibration's recordings are kept.
-        options: what to record.
-        runs: what the user fine-tuned, run directories.
+        runs: run directories that the user calibrated.
     """
 
     source: ModelSource
-    work: Path
-    options: RecordOptions
     runs: tuple[Path, ...] = ()
 
-    def record(self) -> tuple[Recording, Recording]:
-        """Return the calls that all are calibrated on, and the held-out ones; record them once."""
-        pipe = load_pipeline(self.source, "cpu")
-        return record_both(pipe, Run(self.work / "calibration"), self.source, self.options)
+    def recording(self) -> Recording:
+        """Return the calls that the first run was calibrated on."""
+        if not self.runs:
+            raise SystemExit("give --run: this row is calibrated on its recording")
+        return Recording(Run(self.runs[0]).recording)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Method:
     """A row of the table.
 
     Arguments:
         name: in the table.
-        bits: of weights and activations, ``16`` where they stay in floating point.
+        bits: of weights and inputs, ``16`` where they stay in floating point.
         quantize: quantizes a pipeline and returns it; it takes the pipeline, the material and
             `options`.
         options: settings in the peer's words.
         peer: its distribution; empty for ours, which run in this project's environment.
+        files: what the row depends on beside its settings.
     """
 
     name: str
@@ -82,6 +73,7 @@ class Method:
     quantize: Callable[..., Pipeline]
     options: Mapping[str, Any] = field(default_factory=dict)
     peer: str = ""
+    files: tuple[Path, ...] = ()
 
 
 def is_delicate(name: str) -> bool:
@@ -113,9 +105,7 @@ def sdnq(pipe: Pipeline, material: Material, **options: Any) -> Pipeline:  # noq
     return pipe
 
 
-def torchao_int4(
-    pipe: Pipeline, material: Material, *, kinds: tuple[type, ...], group_size: int
-) -> Pipeline:
+def torchao_int4(pipe: Pipeline, material: Material, *, group_size: int) -> Pipeline:
     """INT4 of torchao by `IntxWeightOnlyConfig`, which alone runs on a CPU; a code takes a byte."""
     from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup, quantize_
 
@@ -127,7 +117,7 @@ def torchao_int4(
     quantize_(
         denoiser_of(pipe)[1],
         config,
-        lambda module, name: isinstance(module, kinds) and not is_delicate(name),
+        lambda module, name: isinstance(module, nn.Linear | nn.Conv2d) and not is_delicate(name),
     )
     return pipe
 
@@ -163,7 +153,7 @@ def quanto(
     with torch.no_grad():
         if activations is not None:
             with peer.Calibration():
-                for call in islice(material.record()[0].calls(component), 0, None, 3):
+                for call in islice(material.recording().calls(component), 0, None, 3):
                     replay(denoiser, call)
         peer.freeze(denoiser)
     return pipe
@@ -204,124 +194,81 @@ def hqq(pipe: Pipeline, material: Material, *, group_size: int) -> Pipeline:
     return pipe
 
 
-def min_max(pipe: Pipeline, material: Material) -> Pipeline:
-    """Plain integers over the whole range, of the recorded input and of each output channel."""
-    recipe = CalibrateRecipe(formats="integer")
-    recording, _ = material.record()
-    component, denoiser = denoiser_of(pipe)
-    generator = torch.Generator().manual_seed(0)
-    seen = observe(
-        denoiser,
-        recording.calls(component),
-        recording.num_calls(component),
-        max_samples=1,
-        generator=generator,
-        advance=lambda steps, note="": None,
-    )
-    layers = find_layers(denoiser)
-    table = {}
-    scales = {}
-    for name, observed in seen.items():
-        kept, kept_bits = recipe.kept_bits(name, observed.role)
-        if kept and kept_bits is None:
-            continue
-        bits = kept_bits or 4
-        weight, inputs = recipe.weight_formats(bits)[0], recipe.input_formats(bits)[0]
-        span = torch.tensor(observed.maximum - observed.minimum)
-        table[name] = LayerScheme(
-            weight=weight, input=Grid.with_maximum(inputs, span, observed.minimum)
+def code(words: list[str]) -> list[str]:
+    """Return the words of a command line as Markdown shows code; nothing for none."""
+    return [f"`{' '.join(words)}`"] if words else []
+
+
+def methods_of(directory: Path) -> Iterator[Method]:
+    """Yield the rows of a run: as it was calibrated and, if it was, as it was fine-tuned."""
+    run = Run(directory)
+    calibration = Calibration.load(run.calibration)
+    recipe = calibration.recipe
+    (component,) = calibration.layers
+    bits = f"{recipe.weights or 16}/{calibration.input_bits(component):.2g}"
+    name = " ".join(("msfp, calibrated", *code(recipe.words())))
+    files = tuple(sorted(run.calibration.iterdir()))
+    yield Method(name, bits, msfp, {"run": directory, "is_tuned": False}, files=files)
+    for state in load_finetunings(run, calibration).values():
+        yield Method(
+            " ".join((f"{name}, fine-tuned", *code(state.recipe.words()))),
+            bits,
+            msfp,
+            {"run": directory, "is_tuned": True},
+            files=(*files, run.finetuned(component)),
         )
-        scales[name] = layers[name].weight.detach().flatten(1).abs().amax(1) / weight.largest
-    store_layers_(denoiser, table, scales)
-    return pipe
 
 
-def msfp(pipe: Pipeline, material: Material, **changes: Any) -> Pipeline:  # noqa: ANN401 (fields of the recipe)
-    """`msfp calibrate`."""
-    calibrate_(pipe, *material.record(), CalibrateRecipe(**changes))
-    return pipe
+def msfp(pipe: Pipeline, material: Material, *, run: Path, is_tuned: bool) -> Pipeline:
+    """Load what `msfp calibrate` and `msfp finetune` left in a run directory."""
+    calibration = Calibration.load(Run(run).calibration)
+    if calibration.source != material.source:
+        raise SystemExit(f"{run} is of another model than {material.source.model}")
+    tuned = load_finetunings(Run(run), calibration) if is_tuned else {}
+    return load_calibrated(calibration, "cpu", tuned)
 
 
-def msfp_linear(pipe: Pipeline, material: Material, **changes: Any) -> Pipeline:  # noqa: ANN401 (fields of the recipe)
-    """`msfp calibrate` of just the layers that the peers without convolutions quantize."""
-    layers = find_layers(denoiser_of(pipe)[1]).items()
-    names = [name for name, layer in layers if isinstance(layer, nn.Conv2d) or is_delicate(name)]
-    return msfp(
-        pipe,
-        material,
-        keep=tuple(f"{name}:none" for name in names),
-        **changes,
-    )
-
-
-def msfp_finetuned(pipe: Pipeline, material: Material, *, inputs: int) -> Pipeline:
-    """Load what the user fine-tuned with inputs of so many bits."""
-    for directory in material.runs:
-        run = Run(directory)
-        calibration = Calibration.load(run.calibration)
-        tuned = load_finetunings(run, calibration)
-        if calibration.recipe.activations == inputs and tuned:
-            if calibration.source != material.source:
-                raise SystemExit(f"{directory} is of another model than {material.source.model}")
-            return load_calibrated(calibration, "cpu", tuned)
-    raise SystemExit(
-        f"give --run, a directory that `msfp calibrate --activations {inputs}` and `msfp finetune` "
-        "made"
-    )
-
-
-LINEAR = (nn.Linear,)
-BOTH = (nn.Linear, nn.Conv2d)
 # SDNQ skips small layers by default.
-ALL = {"minimum_allowed_numel": 1, "modules_to_not_convert": list(DELICATE)}
-UINT4 = {"weights_dtype": "uint4", "scale_dtype": "uint8"}
-FLOAT4 = {
-    "weights_dtype": "float4_e2m1fn",
-    "scale_dtype": "uint8",
-    "group_size": 16,
-    "use_hadamard": True,
+ALL = {
+    "minimum_allowed_numel": 1,
+    "modules_to_not_convert": [f".{name}" for name in DELICATE],  # a dot: where names begin with it
 }
+UINT4 = {"weights_dtype": "uint4", "scale_dtype": "uint8"}
+FLOAT4 = {"weights_dtype": "float4_e2m1fn", "scale_dtype": "uint8", "group_size": 16}
+HADAMARD = {"use_hadamard": True}
+LLOYD_MAX = {"use_codebook": True}
 DYNAMIC = {"use_dynamic_quantization": True, "dynamic_loss_threshold": 5e-3}
 SVD_8 = {"use_svd": True, "svd_rank": 8}
 SVD_32 = {"use_svd": True, "svd_rank": 32}
+
+
+def of_sdnq(name: str, *options: Mapping[str, Any], bits: str = "4/16") -> Method:
+    """Return a row of SDNQ."""
+    joined = {key: value for each in options for key, value in each.items()}
+    return Method(f"sdnq {name}", bits, sdnq, joined, "sdnq")
+
+
+def of_quanto(name: str, optimizer: str, bits: str = "4/16", **options: str) -> Method:
+    """Return a row of Quanto."""
+    options = {"optimizer": optimizer, **options}
+    return Method(f"quanto {name}", bits, quanto, options, "optimum-quanto")
+
+
 METHODS = (
     Method("full precision", "32/32", full_precision),
-    Method("sdnq uint4, layers of 16384 weights or more", "4/16", sdnq, UINT4, "sdnq"),
-    Method("sdnq uint4", "4/16", sdnq, {**ALL, **UINT4}, "sdnq"),
-    Method("sdnq uint4, dynamic", "4 and 5/16", sdnq, {**ALL, **UINT4, **DYNAMIC}, "sdnq"),
-    Method("sdnq uint4 + SVD, rank 8", "4/16", sdnq, {**ALL, **UINT4, **SVD_8}, "sdnq"),
-    Method("sdnq uint4 + SVD, rank 32", "4/16", sdnq, {**ALL, **UINT4, **SVD_32}, "sdnq"),
-    Method("sdnq float4_e2m1fn, Hadamard", "4/16", sdnq, {**ALL, **FLOAT4}, "sdnq"),
-    Method(
-        "sdnq uint4, int8 inputs of Linear",
-        "4/8",
-        sdnq,
-        {**ALL, **UINT4, "use_quantized_matmul": True},
-        "sdnq",
-    ),
-    Method("quanto qint4", "4/16", quanto, {"optimizer": "MaxOptimizer"}, "optimum-quanto"),
-    Method("quanto qint4, HQQ", "4/16", quanto, {"optimizer": "HqqOptimizer"}, "optimum-quanto"),
-    Method(
-        "quanto qint4, HQQ, qint8 activations",
-        "4/8",
-        quanto,
-        {"optimizer": "HqqOptimizer", "activations": "qint8"},
-        "optimum-quanto",
-    ),
-    Method(
-        "torchao int4, a byte each",
-        "4/16",
-        torchao_int4,
-        {"kinds": BOTH, "group_size": 32},
-        "torchao",
-    ),
-    Method(
-        "torchao int4, a byte each, Linear only",
-        "4/16",
-        torchao_int4,
-        {"kinds": LINEAR, "group_size": 32},
-        "torchao",
-    ),
+    of_sdnq("uint4, layers of 16384 weights or more", UINT4),
+    of_sdnq("uint4", ALL, UINT4),
+    of_sdnq("uint4, dynamic", ALL, UINT4, DYNAMIC, bits="4 and 5/16"),
+    of_sdnq("uint4, Lloyd-Max", ALL, UINT4, LLOYD_MAX),
+    of_sdnq("uint4 + SVD, rank 8", ALL, UINT4, SVD_8),
+    of_sdnq("uint4 + SVD, rank 32", ALL, UINT4, SVD_32),
+    of_sdnq("uint4, Hadamard, Lloyd-Max + SVD, rank 32", ALL, UINT4, HADAMARD, LLOYD_MAX, SVD_32),
+    of_sdnq("float4_e2m1fn, Hadamard", ALL, FLOAT4, HADAMARD),
+    of_sdnq("uint4, int8 inputs of Linear", ALL, UINT4, {"use_quantized_matmul": True}, bits="4/8"),
+    of_quanto("qint4", "MaxOptimizer"),
+    of_quanto("qint4, HQQ", "HqqOptimizer"),
+    of_quanto("qint4, HQQ, qint8 inputs", "HqqOptimizer", bits="4/8", activations="qint8"),
+    Method("torchao int4, a byte each", "4/16", torchao_int4, {"group_size": 32}, "torchao"),
     Method("torchao NVFP4, Linear only", "4/16", torchao_nvfp4, {}, "torchao"),
     Method(
         "bitsandbytes NF4, Linear only", "4/16", bitsandbytes, {"quant_type": "nf4"}, "bitsandbytes"
@@ -330,21 +277,4 @@ METHODS = (
         "bitsandbytes FP4, Linear only", "4/16", bitsandbytes, {"quant_type": "fp4"}, "bitsandbytes"
     ),
     Method("hqq, Linear only", "4/16", hqq, {"group_size": 64}, "hqq"),
-    Method(
-        "msfp, weights only, Linear only", "4/16", msfp_linear, {"activations": None, "lift": 0.0}
-    ),
-    Method("msfp, weights only", "4/16", msfp, {"activations": None}),
-    Method("INT4, min-max", "4/4", min_max),
-    Method("INT4, best clipping", "4/4", msfp, {"formats": "integer", "lift": 0.0}),
-    Method("FP4, signed", "4/4", msfp, {"formats": "signed", "lift": 0.0}),
-    Method("msfp, calibrated, 8-bit inputs", "4/8", msfp, {"activations": 8}),
-    Method("msfp, calibrated", "4/4", msfp),
-    Method(
-        "msfp, calibrated, 8-bit inputs at 40% of the steps",
-        "4/4 and 8",
-        msfp,
-        {"input_lift": 0.4},
-    ),
-    Method("msfp, fine-tuned, 8-bit inputs", "4/8", msfp_finetuned, {"inputs": 8}),
-    Method("msfp, fine-tuned", "4/4", msfp_finetuned, {"inputs": 4}),
 )

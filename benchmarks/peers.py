@@ -1,11 +1,13 @@
 """Peers: a pipeline through other quantizers that run on a CPU, and through ours.
 
-    python benchmarks/peers.py --work DIR --run msfp-run [--num-tests 100] [--only TEXT]
+    python benchmarks/peers.py --work DIR --run RUN [--run RUN] [--num-tests 100] [--only TEXT]
         [--markdown FILE]
 
 Every row is measured alike, on the same prompts and noise, which no calibration uses: the errors of
 `test_set.py`, the bytes that the quantized denoiser's state takes, and the median time of a call.
-What each row is, and the peers' settings, are in `peer_quantizers.py`.
+The peers' settings are in `peer_quantizers.py`. Ours are run directories of `msfp calibrate`: each
+is a row as calibrated and, if it is fine-tuned, a row as fine-tuned, named by the options that are
+not the defaults.
 
 The script installs the peers into an environment that it makes in --work, with the torch of this
 one and the other pins of constraints.txt. Each row is measured in a process of its own. A row whose
@@ -25,14 +27,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 import torch
-from material import add_size_options, denoiser_of, part_of_page, record_options, source_of
+from material import add_model_options, denoiser_of, part_of_page, source_of
 from page import put
-from peer_quantizers import METHODS, Material, Method, msfp_finetuned
+from peer_quantizers import METHODS, Material, Method, methods_of
 from test_set import BATCH, MAX_TESTS, TestSet
 from torch import Tensor, nn
 
@@ -47,9 +49,10 @@ HERE = Path(__file__).resolve().parent
 # What msfp itself imports in the peers' environment.
 NEEDED = ("diffusers", "transformers", "accelerate", "safetensors", "pillow")
 COLUMNS = (
-    *("", "bits, weights/activations", "weights quantized", "bits a quantized weight", "MB"),
+    *("", "bits, weights/inputs", "weights quantized", "bits a quantized weight", "MB"),
     *("output error", "final latents' error", "PSNR, dB", "seconds a call"),
 )
+BRIEF = (0, 1, 4, 6, 7)  # of these columns
 
 
 def test_set(arguments: argparse.Namespace) -> TestSet:
@@ -64,12 +67,20 @@ def test_set(arguments: argparse.Namespace) -> TestSet:
 
 def material(arguments: argparse.Namespace) -> Material:
     """Return what a method may use."""
-    return Material(
-        source=source_of(arguments),
-        work=arguments.work,
-        options=record_options(arguments),
-        runs=tuple(arguments.run),
-    )
+    return Material(source=source_of(arguments), runs=tuple(arguments.run))
+
+
+def all_methods(arguments: argparse.Namespace) -> list[Method]:
+    """Return the rows: ours, then the peers'.
+
+    Raises:
+        SystemExit: two runs have the same options, so their rows could not be told apart.
+    """
+    methods = [*chain.from_iterable(map(methods_of, arguments.run)), *METHODS]
+    names = [method.name for method in methods]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SystemExit(f"more than one --run is {twice.pop()!r}; give one of them")
+    return methods
 
 
 def stored_tensors(value: Any) -> Iterator[Tensor]:  # noqa: ANN401 (an entry of a state dict)
@@ -113,7 +124,7 @@ def work_on(method: Method, arguments: argparse.Namespace) -> None:
     pipe = method.quantize(load_pipeline(source, "cpu"), material(arguments), **method.options)
     pipe.set_progress_bar_config(disable=True)
     result = {
-        "settings": settings(method, arguments.run),
+        "settings": settings(method),
         "threads": torch.get_num_threads(),
         **sizes(denoiser_of(pipe)[1], source),
         **test_set(arguments).measure(pipe),
@@ -127,17 +138,14 @@ def result_path(method: Method, arguments: argparse.Namespace) -> Path:
     return test_set(arguments).directory / "results" / f"{name}.json"
 
 
-def settings(method: Method, runs: Sequence[Path]) -> str:
-    """Return what a result depends on: its settings and, for the fine-tuned row, the files."""
+def settings(method: Method) -> str:
+    """Return what a result depends on: the settings, and what the files of a run hold."""
     options = sorted(method.options.items(), key=lambda item: item[0])
     text = f"{method.bits} {options} {requirements().get(method.peer)}"
-    if method.quantize is not msfp_finetuned or not runs:
-        return text
     digest = hashlib.sha256()
-    for run, pattern in product(runs, ("calibration/*", "finetune/*.safetensors")):
-        for file in sorted(run.glob(pattern)):
-            digest.update(file.read_bytes())
-    return f"{text} {digest.hexdigest()}"
+    for file in method.files:
+        digest.update(file.read_bytes())
+    return f"{text} {digest.hexdigest()}" if method.files else text
 
 
 def requirements() -> dict[str, str]:
@@ -189,7 +197,7 @@ def stored(method: Method, arguments: argparse.Namespace) -> dict[str, Any] | No
     """Return the result of a row, None if there is none of its present settings."""
     path = result_path(method, arguments)
     result = json.loads(path.read_text()) if path.exists() else {}
-    return result if result.get("settings") == settings(method, arguments.run) else None
+    return result if result.get("settings") == settings(method) else None
 
 
 def run_row(method: Method, arguments: argparse.Namespace) -> str:
@@ -212,7 +220,6 @@ def run_rows(methods: list[Method], arguments: argparse.Namespace) -> dict[str, 
     missing = [method for method in methods if stored(method, arguments) is None]
     if missing:
         test_set(arguments).prepare()
-        material(arguments).record()
     not_installed = install(arguments.work, {method.peer for method in missing} - {""})
     reasons = {}
     for method in missing:
@@ -261,20 +268,45 @@ def cells(method: Method, result: dict[str, Any]) -> list[str]:
 
 
 def table(methods: list[Method], reasons: dict[str, str], arguments: argparse.Namespace) -> str:
-    """Return the rows that there are, and the reasons for those that are not."""
+    """Return the rows that there are, those of the Pareto front in bold, and why others are not.
+
+    The front is that of all rows, also of those that are not shown.
+    """
+    results = {method: stored(method, arguments) for method in all_methods(arguments)}
+    measured = {method: result for method, result in results.items() if result is not None}
     rows = [list(COLUMNS), ["---"] * len(COLUMNS)]
-    threads = set[int]()
-    for method in methods:
-        result = stored(method, arguments)
-        if result is not None:
-            rows.append(cells(method, result))
-            threads.add(result["threads"])
-    shown = len(COLUMNS) if arguments.times else len(COLUMNS) - 1
-    lines = [head(threads, arguments), "", *(f"| {' | '.join(row[:shown])} |" for row in rows)]
+    names = {method.name for method in methods}
+    for (method, result), is_best in zip(by_error(measured), on_front(measured), strict=True):
+        if method.name in names:
+            name, *rest = cells(method, result)
+            rows.append([f"**{name}**" if is_best else name, *rest])
+    threads = {result["threads"] for result in measured.values()}
+    text = [head(threads, arguments), ""]
+    text += [f"| {' | '.join(row[i] for i in shown(arguments))} |" for row in rows]
     if reasons:
-        lines += ["", "Not measured:", ""]
-        lines += [f"- {name}: {reason}" for name, reason in reasons.items()]
-    return "\n".join(lines)
+        text += ["", "Not measured:", ""]
+        text += [f"- {name}: {reason}" for name, reason in reasons.items()]
+    return "\n".join(text)
+
+
+def shown(arguments: argparse.Namespace) -> Sequence[int]:
+    """Return which columns are shown."""
+    if arguments.brief:
+        return BRIEF
+    return range(len(COLUMNS) if arguments.times else len(COLUMNS) - 1)
+
+
+def by_error(measured: dict[Method, dict[str, Any]]) -> list[tuple[Method, dict[str, Any]]]:
+    """Return the rows, the lowest error of the final latents first."""
+    return sorted(measured.items(), key=lambda row: (row[1]["latents"], row[1]["megabytes"]))
+
+
+def on_front(measured: dict[Method, dict[str, Any]]) -> Iterator[bool]:
+    """Yield for each row of `by_error` whether it takes fewer bytes than all rows before it."""
+    fewest = float("inf")
+    for _, result in by_error(measured):
+        yield result["megabytes"] < fewest
+        fewest = min(fewest, result["megabytes"])
 
 
 def head(threads: set[int], arguments: argparse.Namespace) -> str:
@@ -284,7 +316,8 @@ def head(threads: set[int], arguments: argparse.Namespace) -> str:
         f"{arguments.num_tests} tests, ± the standard error of the mean over them; a call is for "
         f"{batch} pictures;"
         f" torch {torch.__version__}, CPU, threads: {' or '.join(map(str, sorted(threads)))};"
-        f" {', '.join(requirements().values())}."
+        f" {', '.join(requirements().values())}. In bold: no other row has both fewer bytes and a"
+        " lower error of the final latents."
     )
 
 
@@ -299,7 +332,7 @@ def parse() -> argparse.Namespace:
         type=Path,
         action="append",
         default=[],
-        help="a fine-tuned run directory of the pipeline; repeatable, one for each bits of inputs",
+        help="a run directory of the pipeline, calibrated or fine-tuned as well; repeatable",
     )
     parser.add_argument("--num-tests", type=int, default=100, help=f"at most {MAX_TESTS}")
     parser.add_argument(
@@ -309,8 +342,11 @@ def parse() -> argparse.Namespace:
         "--markdown", type=Path, help="put the table into this page, as the part named peers.py"
     )
     parser.add_argument("--no-times", dest="times", action="store_false", help="leave times out")
+    parser.add_argument(
+        "--brief", action="store_true", help="show bits, bytes, final latents and PSNR alone"
+    )
     parser.add_argument("--method", help=argparse.SUPPRESS)
-    add_size_options(parser)
+    add_model_options(parser)
     arguments = parser.parse_args()
     if not 1 <= arguments.num_tests <= MAX_TESTS:
         parser.error(f"--num-tests must be 1 to {MAX_TESTS}")
@@ -322,14 +358,13 @@ def main() -> None:
     arguments = parse()
     quiet_libraries()
     if arguments.method:
-        (method,) = (method for method in METHODS if method.name == arguments.method)
-        work_on(method, arguments)
+        by_name = {method.name: method for method in all_methods(arguments)}
+        work_on(by_name[arguments.method], arguments)
         return
-    if arguments.run:
-        refuse_tested_prompts(arguments)
+    refuse_tested_prompts(arguments)
     only = arguments.only or [""]
-    methods = [method for method in METHODS if any(text in method.name for text in only)]
-    text = table(methods, run_rows(methods, arguments), arguments)
+    chosen = [each for each in all_methods(arguments) if any(text in each.name for text in only)]
+    text = table(chosen, run_rows(chosen, arguments), arguments)
     print(text)
     if arguments.markdown:
         put(arguments.markdown, part_of_page("peers.py", arguments), text)

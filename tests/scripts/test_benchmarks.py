@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import Finetuned
 from scripts.run_script import run_script
 
 TINY = "StableDiffusionPipeline"
@@ -117,17 +118,25 @@ def test_ablation_climbs_a_rung(tiny: Callable[[str], Path], tmp_path: Path) -> 
     assert 0 < float(tuned[2]) != float(calibrated[2]) > 0
 
 
-def test_peers_measures_ours_and_says_which_peer_is_missing(
-    tiny: Callable[[str], Path], tmp_path: Path
+def test_peers_measures_a_run_and_says_which_peer_is_missing(
+    prompted_tuned: Finetuned, tmp_path: Path
 ) -> None:
-    options = ["--work", tmp_path, "--model", tiny(TINY), "--num-images", 5, "--steps", 2]
-    for row in ("full precision", "INT4, min-max", "hqq"):
+    run = prompted_tuned.run.directory
+    model = prompted_tuned.calibration.source.model
+    options = ["--work", tmp_path, "--model", model, "--run", run, "--steps", 2, "--num-tests", 1]
+    for row in ("full precision", "msfp", "hqq, Linear"):
         options += ["--only", row]
     page = tmp_path / "page.md"
-    lines = run_script("benchmarks/peers.py", *options, "--num-tests", 1, "--markdown", page)
-    full, integers = (cells(line) for line in lines[4:6])
-    assert full[0] == "full precision" and full[5] == "0"
-    assert integers[0] == "INT4, min-max" and float(integers[5]) > 0
+    lines = run_script("benchmarks/peers.py", *options, "--markdown", page)
+    rows = [cells(line) for line in lines[4:7]]
+    assert rows[0][0] == "**full precision**" and rows[0][5] == "0"
+    assert {row[0].strip("*").split("`")[0] for row in rows[1:]} == {"msfp, calibrated "}
+    assert sum("fine-tuned" in row[0] for row in rows) == 1
+    latents = [float(row[6].split()[0]) for row in rows]
+    assert latents == sorted(latents)
+    sizes = [float(row[4]) for row in rows]
+    is_best = [size < min(sizes[:i], default=1e9) for i, size in enumerate(sizes)]
+    assert [row[0].startswith("**") for row in rows] == is_best
     assert lines[-1].startswith("- hqq, Linear only: not installed: ")
     assert page.read_text().startswith(f"<!-- peers.py {TINY} begins -->")
 
