@@ -1,4 +1,4 @@
-"""What several benchmarks share: what they record, prompts for testing, and former defaults.
+"""What several benchmarks share: what they record, and prompts for testing.
 
 A benchmark calibrates many times, so it records forty pictures, fewer than `msfp calibrate` does by
 default. Every benchmark that records takes the options of `add_size_options`: with a tiny model and
@@ -11,7 +11,6 @@ from pathlib import Path
 
 from torch import nn
 
-from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import (
     BUILT_IN,
@@ -25,15 +24,6 @@ from msfp_cli.recording.recipe import RecordOptions
 
 NUM_IMAGES = 40
 RECORD = RecordOptions(num_images=NUM_IMAGES)
-# The defaults with which the older tables in docs/ were made.
-FORMER = FinetuneRecipe(
-    batch_size=8,
-    calls_per_update=1,
-    rank=16,
-    learning_rate=1e-2,
-    router_learning_rate=1e-3,
-    loss_power=1.0,
-)
 # Calibration takes none of these prompts.
 UNSEEN = default_prompts(BUILT_IN)[40:150]
 KNOWN = tuple(prompt for prompt in default_prompts(BUILT_IN) if prompt not in UNSEEN)

@@ -1,13 +1,13 @@
-"""What each step is worth on a pipeline, from plain FP4 to fine-tuned, and at more bits.
+"""What each step of a calibration is worth on a pipeline, from plain FP4 on, beside more bits.
 
-    python benchmarks/results.py MODEL --work DIR [--updates 300] [--num-images 64]
-        [--reference NPZ] [--markdown FILE]
+    python benchmarks/results.py MODEL --work DIR [--num-images 64] [--reference NPZ]
+        [--markdown FILE]
 
-It prints the tables of docs/results.md. MODEL is a pipeline's directory, or msfp:fashion for the
-built-in one. Every row is calibrated (and fine-tuned) from the same recording, exported, and
-evaluated as `msfp evaluate` does, on the same prompts and seeds, which neither calibration nor
-fine-tuning uses. Training has one seed. Everything is kept in --work, so the script resumes.
-Distances between sets of pictures are left out where the pictures are too few for them.
+MODEL is a pipeline's directory, or msfp:fashion for the built-in one. Every row is calibrated from
+the same recording, exported, and evaluated as `msfp evaluate` does, on the same prompts and seeds,
+which calibration does not use. Fine-tuning is in `ablation.py`. Everything is kept in --work, so
+the script resumes. Distances between sets of pictures are left out where the pictures are too few
+for them.
 """
 
 import argparse
@@ -15,11 +15,10 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from material import FORMER, NUM_IMAGES, UNSEEN
+from material import NUM_IMAGES, UNSEEN
 from page import put
 from PIL import Image
 
@@ -32,23 +31,20 @@ from msfp_cli.evaluation.metrics.table import Metric, metrics_for
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation, Measurements
 from msfp_cli.files.directories import EVALUATION, claim
-from msfp_cli.finetuning.finetune import finetune_run
-from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.pipelines.loading import BUILT_IN, ModelSource
 from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.run import Run
 from msfp_cli.sample import contact_sheet
 
-_PLAIN = replace(FORMER, hub_size=1, loss="plain")
-ROWS: dict[str, tuple[CalibrateRecipe, FinetuneRecipe | None]] = {
-    "W4A4, signed formats, no lift": (CalibrateRecipe(formats="signed", lift=0.0), None),
-    "W4A4, mixed signs, no lift": (CalibrateRecipe(lift=0.0), None),
-    "W4A4, MSFP (lift 5 %)": (CalibrateRecipe(), None),
-    "+ LoRA": (CalibrateRecipe(), _PLAIN),
-    "+ TALoRA": (CalibrateRecipe(), replace(_PLAIN, hub_size=2)),
-    "+ TALoRA, DFA": (CalibrateRecipe(), replace(_PLAIN, hub_size=2, loss="dfa")),
-    "W6A6, MSFP": (CalibrateRecipe(weights=6, activations=6), None),
-    "W8A8, MSFP": (CalibrateRecipe(weights=8, activations=8), None),
+ROWS = {
+    "W4A4, signed formats": CalibrateRecipe(formats="signed", lift=0.0, rounding="nearest"),
+    "+ unsigned formats": CalibrateRecipe(lift=0.0, rounding="nearest"),
+    "+ the worst layers at 8 bits": CalibrateRecipe(rounding="nearest"),
+    "+ compensated rounding": CalibrateRecipe(),
+    "+ 8-bit inputs at 20 % of the steps": CalibrateRecipe(input_lift=0.2),
+    "W4A8": CalibrateRecipe(activations=8),
+    "W6A6": CalibrateRecipe(weights=6, activations=6),
+    "W8A8": CalibrateRecipe(weights=8, activations=8),
 }
 _LEFT_OUT = ("seconds", "memory")  # of another benchmark
 _SHOWN = 8
@@ -65,8 +61,7 @@ def calibrated(
     work: Path, source: ModelSource, recipe: CalibrateRecipe, arguments: argparse.Namespace
 ) -> Run:
     """Calibrate with a recipe, once; all recipes share a recording."""
-    names = (recipe.formats, recipe.weights, recipe.activations, recipe.lift)
-    run = Run(work / "-".join(map(str, names)))
+    run = Run(work / ("".join(recipe.words()).strip("-") or "default"))
     shared = work / "recordings"
     if not run.calibration.exists():
         run.directory.mkdir(parents=True, exist_ok=True)
@@ -80,38 +75,15 @@ def calibrated(
     return run
 
 
-def made(
-    work: Path, source: ModelSource, name: str, arguments: argparse.Namespace
-) -> tuple[Run, Path]:
-    """Make the export of a row, once."""
-    recipe, training = ROWS[name]
-    base = calibrated(work, source, recipe, arguments)
-    if training is None:
-        run = base
-    else:
-        run = Run(work / f"{base.directory.name}-hub{training.hub_size}-{training.loss}")
-        run.directory.mkdir(exist_ok=True)
-        for place in (base.recording, base.held_out, base.calibration):
-            link(run.directory / place.name, place)
-        every = max(1, arguments.updates // 4)
-        finetune_run(
-            run,
-            replace(training, steps=arguments.updates, evaluate_every=every),
-            device=arguments.device,
-        )
-    if not run.export.exists():
-        export_run(run, device=arguments.device)
-    return run, run.export
-
-
 def evaluated(
     work: Path, source: ModelSource, name: str, arguments: argparse.Namespace
 ) -> Evaluation:
-    """Evaluate a row, once; full precision's pictures and trajectories are shared."""
-    run, export = made(work, source, name, arguments)
+    """Export and evaluate a row, once; full precision's pictures and trajectories are shared."""
+    run = calibrated(work, source, ROWS[name], arguments)
+    if not run.export.exists():
+        export_run(run, device=arguments.device)
     claim(run.evaluation, EVALUATION)
     _copy_full_precision(work / "full-precision", run.evaluation)
-    # The held-out prompts are left out, too: they choose which state of a fine-tuning is kept.
     prompts = UNSEEN if source.model == BUILT_IN else None
     options = EvaluateRecipe(
         prompts=prompts,
@@ -122,7 +94,7 @@ def evaluated(
         layers=False,
         cost=False,
     )
-    evaluation = evaluate_run(run, export, options, device=arguments.device)
+    evaluation = evaluate_run(run, run.export, options, device=arguments.device)
     _copy_full_precision(run.evaluation, work / "full-precision")
     return evaluation
 
@@ -168,7 +140,7 @@ def head(evaluation: Evaluation, arguments: argparse.Namespace) -> str:
         (
             f"{pictures} from the same prompts and seeds ({record['seed']} on), "
             f"{record['num_inference_steps']} steps, guidance {record['guidance_scale']}",
-            f"{arguments.updates} updates of fine-tuning, seed 0",
+            f"{arguments.num_recorded} pictures recorded, seed 0",
             f"output error over the first {num_trajectories} pictures' calls",
             f"{machine['device']}, {torch.get_num_threads()} of {machine['cores']} cores, "
             f"torch {machine['torch']}, diffusers {machine['diffusers']}.",
@@ -195,7 +167,6 @@ def main() -> None:
     )
     parser.add_argument("model", help="a pipeline's directory, or msfp:fashion")
     parser.add_argument("--work", type=Path, required=True, help="where everything is kept")
-    parser.add_argument("--updates", type=int, default=300)
     parser.add_argument("--num-images", type=int, default=64)
     parser.add_argument(
         "--only",

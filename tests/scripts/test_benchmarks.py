@@ -146,12 +146,12 @@ def test_results_puts_a_row_and_a_sheet_where_they_are_wanted(
 ) -> None:
     page = tmp_path / "page.md"
     places = ("--work", tmp_path / "work", "--sheet", tmp_path / "sheet.png", "--markdown", page)
-    sizes = ("--only", "MSFP (lift", "--num-recorded", 2, "--num-images", 4, "--steps", 2)
+    sizes = ("--only", "+ comp", "--num-recorded", 2, "--num-images", 4, "--steps", 2)
     lines = run_script("benchmarks/results.py", tiny(TINY), *places, *sizes)
     assert lines[0].startswith("4 pictures a row from the same prompts and seeds")
     full, calibrated = (cells(line) for line in lines[-2:])
     assert full[:2] == ["full precision", ""]
-    assert calibrated[0] == "W4A4, MSFP (lift 5 %)" and float(calibrated[1]) > 0
+    assert calibrated[0] == "+ compensated rounding" and float(calibrated[1]) > 0
     assert lines[-1] in page.read_text()
     assert (tmp_path / "sheet.png").exists()
 
