@@ -19,6 +19,7 @@ from msfp_cli.pipelines.loading import (
     ModelSource,
     Pipeline,
     default_prompts,
+    resolve_model,
 )
 from msfp_cli.recording.recipe import RecordOptions
 
@@ -47,7 +48,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def source_of(arguments: argparse.Namespace) -> ModelSource:
     """Return the model that the size options name."""
-    return ModelSource(model=arguments.model)
+    model, _ = resolve_model(arguments.model)
+    return ModelSource(model=model)
 
 
 def denoiser_of(pipe: Pipeline) -> tuple[str, nn.Module]:
