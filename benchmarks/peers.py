@@ -134,8 +134,9 @@ def work_on(method: Method, arguments: argparse.Namespace) -> None:
 
 def result_path(method: Method, arguments: argparse.Namespace) -> Path:
     """Return where the result of a row is kept."""
-    name = re.sub(r"[^a-z0-9]+", "-", method.name.lower())
-    return test_set(arguments).directory / "results" / f"{name}.json"
+    words = re.sub(r"[^a-z0-9]+", "-", method.name.lower())
+    digest = hashlib.sha256(method.name.encode()).hexdigest()
+    return test_set(arguments).directory / "results" / f"{words[:60]}-{digest[:8]}.json"
 
 
 def settings(method: Method) -> str:
