@@ -1,120 +1,120 @@
-"""What a scale for each token, and rotated inputs, would gain in Linear layers.
+"""What a scale for each token, and rotated inputs, gain in Linear layers, and what they cost.
 
-    python benchmarks/input_scales.py --work DIR --model examples/train_flow/flow [--markdown FILE]
+    python benchmarks/input_scales.py --work DIR [--model examples/train_flow/flow]
+        [--markdown FILE]
 
-Each Linear layer with 4-bit inputs is replaced by one that computes the same in floating point: it
-divides each token by its largest value and multiplies the output by it again, or turns blocks of
-input channels by a Hadamard matrix and the weight against it, or both. Then it is calibrated as
-always, without lift and with nearest rounding; the error is that of the denoiser's output on
-held-out calls.
+The model is calibrated in four ways with inputs of 4 bits, and in four with 8, otherwise by the
+defaults. The error is that of the denoiser's output on held-out calls. Then the first of these
+calls is repeated by the kernel `cpu`, in one way after the other, in several rounds; the time is
+relative to that of the first way in the same round, and the median of the rounds counts.
 """
 
 import argparse
-from collections.abc import Collection
+import statistics
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from material import add_size_options, denoiser_of, record_options, source_of
+from material import add_size_options, denoiser_of, part_of_page, record_options, source_of
 from page import put
-from torch import Tensor, nn
+from torch import nn
 
 from msfp_cli.calibration.calibrate import calibrate_
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.commands.console import quiet_libraries
-from msfp_cli.layers.replace import find_layers
-from msfp_cli.pipelines.loading import Pipeline, load_pipeline
+from msfp_cli.layers.prepare import prepare_
+from msfp_cli.pipelines.denoiser import DenoiserCall, replay
+from msfp_cli.pipelines.loading import load_pipeline
 from msfp_cli.recording.record import record_both
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 
-RECIPE = CalibrateRecipe(lift=0.0, rounding="nearest")
-BLOCK = 64  # channels that are turned together
 WAYS = {
-    "one scale (today's)": (False, False),
-    "Hadamard": (True, False),
-    "a scale for each token": (False, True),
-    "both": (True, True),
+    "one scale": {},
+    "Hadamard": {"rotate": "hadamard"},
+    "a scale for each token": {"input_scales": "token"},
+    "both": {"rotate": "hadamard", "input_scales": "token"},
 }
+ROUNDS = 15
 
 
-def hadamard(size: int) -> Tensor:
-    """Return the orthogonal Hadamard matrix of a power of two."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        rows = torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)
-        matrix = torch.cat(rows)
-    return matrix / size**0.5
+def relative_times(denoisers: Mapping[str, nn.Module], call: DenoiserCall) -> dict[str, float]:
+    """Return the time of a call of each denoiser, as a multiple of that of the first one."""
+    seconds: dict[str, list[float]] = {way: [] for way in denoisers}
+    for _ in range(ROUNDS + 1):
+        for way, denoiser in denoisers.items():
+            start = time.perf_counter()
+            replay(denoiser, call)
+            seconds[way].append(time.perf_counter() - start)
+    first = next(iter(seconds.values()))
+    ratios = {}
+    for way, own in seconds.items():
+        rounds = list(zip(own, first, strict=True))[1:]  # the first one warms up
+        ratios[way] = statistics.median(time / plain for time, plain in rounds)
+    return ratios
 
 
-class Wrapped(nn.Module):
-    """A Linear layer that computes the same on turned or scaled inputs."""
-
-    def __init__(self, layer: nn.Linear, *, turned: bool, scaled: bool) -> None:
-        super().__init__()
-        self.turn = hadamard(BLOCK) if turned and layer.in_features % BLOCK == 0 else torch.eye(1)
-        self.scaled = scaled
-        self.bias = layer.bias
-        self.layer = nn.Linear(layer.in_features, layer.out_features, bias=False)
-        self.layer.weight.data = self._turned(layer.weight.data)
-
-    def _turned(self, x: Tensor) -> Tensor:
-        return (x.unflatten(-1, (-1, len(self.turn))) @ self.turn).flatten(-2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the layer's output."""
-        x = self._turned(x)
-        size = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) if self.scaled else torch.ones(())
-        output = self.layer(x / size) * size
-        return output if self.bias is None else output + self.bias
+def transformed(calibration: Calibration, component: str) -> str:
+    """Say how many layers are transformed: rotated, with token scales, and of how many."""
+    layers = calibration.layers[component].values()
+    transforms = [layer.scheme.transform for layer in layers if layer.kind == "linear"]
+    rotated = sum(each.rotation > 0 for each in transforms)
+    scaled = sum(each.token_scales for each in transforms)
+    return f"{rotated} and {scaled} of {len(transforms)}"
 
 
-def calibrated(pipe: Pipeline, recordings: tuple[Recording, Recording]) -> Calibration:
-    """Calibrate a pipeline."""
-    with torch.no_grad():
-        return calibrate_(pipe, *recordings, RECIPE)
-
-
-def wrap_(pipe: Pipeline, names: Collection[str], *, turned: bool, scaled: bool) -> None:
-    """Replace the Linear layers of these names."""
-    _, denoiser = denoiser_of(pipe)
-    for name, layer in find_layers(denoiser).items():
-        if name in names and isinstance(layer, nn.Linear):
-            parent, _, child = name.rpartition(".")
-            wrapped = Wrapped(layer, turned=turned, scaled=scaled)
-            denoiser.get_submodule(parent).register_module(child, wrapped)
+def rows(
+    arguments: argparse.Namespace, recordings: tuple[Recording, Recording], bits: int
+) -> Iterator[str]:
+    """Calibrate in all ways, and yield a row of the table for each."""
+    calibrations = {}
+    denoisers = {}
+    for way, options in WAYS.items():
+        pipe = load_pipeline(source_of(arguments), "cpu")
+        component, denoisers[way] = denoiser_of(pipe)
+        recipe = CalibrateRecipe(activations=bits, rounding=arguments.rounding, **options)
+        with torch.no_grad():
+            calibrations[way] = calibrate_(pipe, *recordings, recipe)
+        prepare_(denoisers[way], "cpu")
+    call = next(iter(recordings[1].calls(component)))
+    times = relative_times(denoisers, call)
+    for way, calibration in calibrations.items():
+        error = calibration.held_out_error[component]
+        counts = transformed(calibration, component)
+        yield f"| 4/{bits} | {way} | {error:.5f} | {counts} | {times[way]:.2f} |"
 
 
 def main() -> None:
-    """Calibrate in all ways and print the errors."""
+    """Print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="where the recording is kept")
+    parser.add_argument("--bits", default="4,8", help="of the inputs")
+    parser.add_argument("--rounding", default="compensated", help="of the weights")
     parser.add_argument("--markdown", type=Path, help="put the table into this page")
     add_size_options(parser)
     arguments = parser.parse_args()
     quiet_libraries()
     source = source_of(arguments)
     pipe = load_pipeline(source, "cpu")
-    component, _ = denoiser_of(pipe)
     recordings = record_both(pipe, Run(arguments.work), source, record_options(arguments))
-    plain = calibrated(pipe, recordings)
-    names = {name for name, each in plain.layers[component].items() if each.reason == "default"}
-    lines = ["| inputs of Linear layers | output error |", "|---" * 2 + "|"]
-    for way, (turned, scaled) in WAYS.items():
-        calibration = plain
-        if turned or scaled:
-            pipe = load_pipeline(source, "cpu")
-            wrap_(pipe, names, turned=turned, scaled=scaled)
-            calibration = calibrated(pipe, recordings)
-        lines.append(f"| {way} | {calibration.held_out_error[component]:.5f} |")
-        print(lines[-1], flush=True)
+    lines = [
+        "| bits, weights/inputs | inputs of Linear layers | output error | rotated and with token "
+        "scales | time of a call |",
+        "|---" * 5 + "|",
+    ]
+    for bits in arguments.bits.split(","):
+        for line in rows(arguments, recordings, int(bits)):
+            lines.append(line)
+            print(line, flush=True)
     head = f"{arguments.num_images} pictures recorded, torch {torch.__version__}, CPU."
     text = "\n".join([head, "", *lines])
     print(text)
     if arguments.markdown:
-        put(arguments.markdown, "input_scales.py", text)
+        put(arguments.markdown, part_of_page("input_scales.py", arguments), text)
 
 
 if __name__ == "__main__":

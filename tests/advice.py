@@ -338,6 +338,7 @@ ELSEWHERE = {
     "--max-memory": "tests/calibration/test_estimate.py",
     "timesteps that the model was trained with; give fewer": "tests/commands/test_wrong_inputs.py",
     "it is not UTF-8; give it in a file with --prompts": "tests/commands/test_wrong_inputs.py",
+    "is for layers whose weights and inputs are quantized": "tests/calibration/test_transforms.py",
     "--weight-groups {} is not a number; choose": "tests/calibration/test_recipe.py",
     "unknown --engine {}; choose": "tests/checkpoint/test_engine.py",
     "run the same command to go on": "tests/troubles.py",

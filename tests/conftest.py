@@ -316,6 +316,19 @@ def tiny_lifting(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
+def prompted_transformed(
+    tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Chained:
+    """Calibrate a tiny text-to-image model with rotated inputs and token scales wherever it can."""
+    recipe = dataclasses.replace(CHEAP, rotate="hadamard", input_scales="token")
+    recipe = dataclasses.replace(recipe, rounding="compensated")
+    run = tmp_path_factory.mktemp("prompted-transformed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("msfp_cli.calibration.layer_search._GAIN", -0.5)
+        return chain(tiny("StableDiffusionPipeline"), run, SIX_PICTURES, recipe)
+
+
+@pytest.fixture(scope="session")
 def fashion_recordings(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recording, Recording]:
     """Record the built-in model, which is trained and therefore has real activations."""
     source, run = ModelSource(model=BUILT_IN), Run(tmp_path_factory.mktemp("fashion"))

@@ -210,9 +210,13 @@ def _describe_calibration(calibration: Calibration | None) -> str:
     error = max(calibration.held_out_error.values(), default=0.0)
     bits = f"W{recipe.weights or 16}A{recipe.activations or 16}"
     inputs = max(map(calibration.input_bits, calibration.layers), default=16.0)
-    return (
-        f"{bits} {recipe.formats}, {count} layers, inputs of {inputs:.1f} bits on average, "
-        f"held-out error {error:.4f}"
+    transforms = filter(None, map(calibration.transforms_in_words, calibration.layers))
+    return ", ".join(
+        [
+            f"{bits} {recipe.formats}, {count} layers, inputs of {inputs:.1f} bits on average",
+            *transforms,
+            f"held-out error {error:.4f}",
+        ]
     )
 
 

@@ -25,6 +25,7 @@ from msfp_cli.formats.objective import DAMPINGS, CheckRows
 from msfp_cli.formats.packing import unpack
 from msfp_cli.formats.rounding import Grid, dequantize, fake_quantize, per_channel, quantize
 from msfp_cli.layers.replace import find_layers, quantized_layers
+from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 from msfp_cli.recording.result import Recording
 
@@ -37,7 +38,7 @@ def sampled(layer: nn.Module, grid: Grid | None) -> LayerSamples:
     """Return samples of correlated inputs, and as many others to check on."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(8, 8, generator=generator)
-    each = LayerSamples("layer", layer, grid)
+    each = LayerSamples("layer", layer, LayerScheme(weight=E2M1, input=grid))
     for take in (each.add, each.keep):
         x = torch.randn(40, 6, 6, 8, generator=generator) @ mixing / 2
         x = x.movedim(-1, 1) if isinstance(layer, nn.Conv2d) else x

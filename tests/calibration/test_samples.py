@@ -1,5 +1,7 @@
 """Rows of a layer's input are what its weight is multiplied by, whatever its geometry."""
 
+import zlib
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,8 @@ from msfp_cli.calibration import samples
 from msfp_cli.calibration.samples import LayerSamples, input_parts, rows_at, weight_rows
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import Grid, fake_quantize
+from msfp_cli.formats.transform import InputTransform
+from msfp_cli.layers.scheme import LayerScheme
 
 GRID = Grid(FloatFormat.parse("ue2m2"), 0.1, -0.25)
 CONVOLUTIONS = {
@@ -52,7 +56,7 @@ def test_sums_over_all_rows_are_those_of_the_padded_patches(name: str) -> None:
     x = input_of(layer)
     y = layer(x)
     every = torch.arange(y.numel() // layer.weight.shape[0])
-    each = LayerSamples("layer", layer, GRID)
+    each = LayerSamples("layer", layer, LayerScheme(input=GRID))
     each.add(x, y, len(every))
     each.keep(x, y, 1)
     each.complete_()
@@ -70,7 +74,7 @@ def test_completed_sums_are_symmetric_whatever_the_strips(monkeypatch: pytest.Mo
     found = []
     for strip in (1024, 7):
         monkeypatch.setattr(samples, "_STRIP", strip)
-        each = LayerSamples("layer", layer, GRID)
+        each = LayerSamples("layer", layer, LayerScheme(input=GRID))
         each.add(x, layer(x), 100)
         each.keep(x, layer(x), 30)
         each.keep(x, layer(x), 20)
@@ -82,12 +86,30 @@ def test_completed_sums_are_symmetric_whatever_the_strips(monkeypatch: pytest.Mo
 
 
 @torch.no_grad()
+def test_transformed_rows_times_the_rotated_weight_are_the_output() -> None:
+    layer = nn.Linear(32, 5)
+    x = torch.randn(2, 30, 32, generator=torch.Generator().manual_seed(0))
+    transform = InputTransform(rotation=16, token_scales=True)
+    fine = Grid(FloatFormat.parse("e1m6"), 0.05)
+    scheme = LayerScheme(weight=FloatFormat.parse("e2m1"), input=fine, transform=transform)
+    each = LayerSamples("layer", layer, scheme)
+    y = layer(x) - layer.bias
+    each.keep(x, y, 60)
+    (check,) = each.checks
+    places = torch.randperm(60, generator=torch.Generator().manual_seed(zlib.crc32(b"layer")))
+    outputs = y.flatten(0, 1)[places]
+    torch.testing.assert_close(check.outputs[0], outputs, rtol=1e-4, atol=1e-4)
+    error = ((check.rounded @ transform.rotate(layer.weight).T)[0] - outputs).square().sum()
+    assert 0 < error < 1e-3 * outputs.square().sum()
+
+
+@torch.no_grad()
 def test_rows_depend_on_the_name_and_not_on_other_layers() -> None:
     layer = CONVOLUTIONS["plain"]
     x = input_of(layer)
     sums = []
     for name in ("a", "b", "a"):
-        each = LayerSamples(name, layer, None)
+        each = LayerSamples(name, layer, LayerScheme())
         each.add(x, layer(x), 20)
         sums.append(each.moments[0])
     assert torch.equal(sums[0], sums[2])

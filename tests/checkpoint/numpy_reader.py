@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-_KEYS = {"weight", "input", "hub", "further_inputs", "lifted_input", "lookup", "weight_groups"}
+_KEYS = {"weight", "input", "hub", "further_inputs", "lifted_input", "lookup", "weight_groups"} | {
+    "rotation",
+    "token_scales",
+}
 _TORCH = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"} | {
     "U8": "torch.uint8",
     "I16": "torch.int16",
@@ -65,6 +68,15 @@ def take_positions(data: Bytes, n: int) -> tuple[NDArray[np.int64], Bytes]:
     return (highs << low) + lows, data[size:]
 
 
+def rotate(rows: Floats, block: int) -> Floats:
+    """Return rows whose blocks of columns are rotated; 0 for no rotation."""
+    if not block:
+        return rows
+    signs = [[(i & j).bit_count() % 2 for j in range(block)] for i in range(block)]
+    matrix = (1 - 2 * np.array(signs, np.float32)) / np.float32(block**0.5)
+    return (rows.reshape(len(rows), -1, block) @ matrix).reshape(rows.shape)
+
+
 class Component:
     """A quantized component of an export.
 
@@ -76,7 +88,7 @@ class Component:
         document = json.loads((directory / "config.json").read_text())
         self.config: dict[str, Any] = document["quantization_config"]
         assert self.config["quant_method"] == "msfp"
-        assert self.config["schema_version"] <= 2
+        assert self.config["schema_version"] <= 3
         self.tensors = dict[str, Bytes]()  # the bytes of each
         self.kinds = dict[str, tuple[str, tuple[int, ...]]]()
         self.header = dict[str, str]()
@@ -126,7 +138,8 @@ class Component:
         weights = []
         for codes in self._members(layer, entry):
             rows = book[codes[:count]].astype(np.float32).reshape(len(scale), -1)
-            weights.append((rows * multipliers * scale[:, None]).reshape(shape))
+            rows = rows * multipliers * scale[:, None]
+            weights.append(rotate(rows, entry.get("rotation", 0)).reshape(shape))
         return weights
 
     def _members(self, layer: str, entry: dict[str, Any]) -> list[NDArray[np.int64]]:

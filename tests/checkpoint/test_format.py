@@ -18,6 +18,7 @@ from msfp_cli.errors import MsfpError
 from msfp_cli.formats.float_format import FloatFormat, formats_of_width
 from msfp_cli.formats.packing import pack
 from msfp_cli.formats.rounding import Grid, dequantize, per_channel, quantize
+from msfp_cli.formats.transform import InputTransform
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import ROUTER
 from msfp_cli.pipelines.loading import ModelSource
@@ -44,13 +45,18 @@ def compare(component: numpy_reader.Component, model: torch.nn.Module) -> int:
             if multipliers is not None:
                 scale = scale * multipliers.float()
             expected = dequantize(layer.codes(member), Grid(layer.weight_format(), scale))
-            assert (weight == expected.numpy()).all(), name
+            if rotation := layer.scheme.transform.rotation:
+                expected = InputTransform(rotation=rotation).rotate(expected)
+                np.testing.assert_allclose(weight, expected.numpy(), rtol=1e-4, atol=1e-6)
+            else:
+                assert (weight == expected.numpy()).all(), name
             count += 1
     return count
 
 
 @pytest.mark.parametrize(
-    "name", ["prompted_chained", "prompted_tuned", "tiny_grouped", "tiny_lifting"]
+    "name",
+    ["prompted_chained", "prompted_tuned", "prompted_transformed", "tiny_grouped", "tiny_lifting"],
 )
 def test_reader_reproduces_every_weight_of_an_export(
     name: str, request: pytest.FixtureRequest
@@ -63,6 +69,8 @@ def test_reader_reproduces_every_weight_of_an_export(
     assert (count > len(component.config["layers"])) == has_hubs
     has_groups = any("weight_groups" in layer for layer in component.config["layers"].values())
     assert has_groups == (name == "tiny_grouped")
+    is_rotated = any("rotation" in layer for layer in component.config["layers"].values())
+    assert is_rotated == (name == "prompted_transformed")
     if has_hubs:
         assert any(tensor.endswith("weight_changes") for tensor in component.tensors)
     if has_hubs or name == "tiny_lifting":

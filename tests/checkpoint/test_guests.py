@@ -32,12 +32,13 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 Pipe = Any
 
 
-@pytest.fixture(scope="module", params=["one set of weights", "hub"])
-def export(
-    request: pytest.FixtureRequest, prompted_chained: Chained, prompted_tuned: Finetuned
-) -> Path:
-    """Return a text-to-image export, with and without layers that switch."""
-    return prompted_chained.export if request.param != "hub" else prompted_tuned.export
+@pytest.fixture(
+    scope="module", params=["prompted_chained", "prompted_tuned", "prompted_transformed"]
+)
+def export(request: pytest.FixtureRequest) -> Path:
+    """Return a text-to-image export: plain, with layers that switch, with transformed inputs."""
+    chained: Chained | Finetuned = request.getfixturevalue(request.param)
+    return chained.export
 
 
 def load(directory: Path, **options: object) -> Pipe:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from layers.kernels.test_kernels import (
     CONVOLUTIONS,
     INPUTS,
+    TRANSFORMS,
     WEIGHTS,
     by_kernel,
     conv,
@@ -20,6 +21,7 @@ from layers.kernels.test_kernels import (
 from msfp_cli.engines.traced import Traced, integers_of, planes_of
 from msfp_cli.formats.float_format import INPUT_INTEGER_BITS, FloatFormat, formats_of_width
 from msfp_cli.formats.rounding import Grid, round_steps
+from msfp_cli.formats.transform import InputTransform
 from msfp_cli.layers.kernels.arithmetic import refusal_of_integers
 from msfp_cli.layers.routing import Route
 
@@ -129,6 +131,13 @@ def test_lifted_inputs_are_selected(usual: str, lifted: str, variant: int) -> No
     same_sums(traced(layer, x), expected)
     layer.route.open([torch.tensor([variant])])
     same_sums(traced(layer, x), expected)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+def test_inputs_are_transformed(transform: InputTransform) -> None:
+    layer = layer_of(nn.Linear, 32, 5, grid=grid_of(INPUTS["e2m1"]), transform=transform)
+    x = draw(2, 7, 32) * torch.linspace(0, 9, 7)[:, None]
+    same_sums(traced(layer, x), by_kernel(layer, x, "reference"))
 
 
 @pytest.mark.parametrize(("width", "refused"), [(60_000, False), (70_000, True)])

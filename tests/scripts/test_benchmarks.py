@@ -70,9 +70,12 @@ def test_sensitivity_compares_numbers_of_calls(tiny: Callable[[str], Path], tmp_
 
 def test_input_scales_compares_four_ways(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     options = ("--num-images", 5, "--steps", 2, "--work", tmp_path, "--markdown", tmp_path / "page")
-    lines = run_script("benchmarks/input_scales.py", "--model", tiny(TINY), *options)
-    errors = [float(cells(line)[1]) for line in lines[:4]]
+    lines = run_script("benchmarks/input_scales.py", "--model", tiny(TINY), "--bits", 4, *options)
+    rows = [cells(line) for line in lines[:4]]
+    errors = [float(row[2]) for row in rows]
     assert len(set(errors)) > 1 and all(0 < error < 1 for error in errors)
+    assert rows[0][3].startswith("0 and 0 of") and rows[0][4] == "1.00"
+    assert all(float(row[4]) > 0 for row in rows)
     assert lines[0] in (tmp_path / "page").read_text()
 
 

@@ -211,6 +211,8 @@ def load_signed(run: Run, calibration: Calibration, place: Path, device: str | N
         input_lift=0.0,
         rounding="nearest",
         weight_groups=0,
+        input_scales="tensor",
+        rotate="none",
     )
     pipe = load_pipeline(calibration.source, device)
     signed = Calibration.load(place) if place.exists() else None

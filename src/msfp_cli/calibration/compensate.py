@@ -103,7 +103,7 @@ def compensate(
     total = len(checks) * len(groups) + len(left)
     with processes.progress.task(f"Compensating {component}", total) as step:
         for group in groups:
-            samples = {name: _no_samples(name, left[name], schemes[name]) for name in group}
+            samples = {name: LayerSamples(name, left[name], schemes[name]) for name in group}
             calls = recording.calls(component, shards)
             sample(denoiser, calls, checks, samples, step, is_lifted_at)
             done = _round_all(samples, schemes, scales, multipliers, step)
@@ -131,10 +131,6 @@ def held_back(shards: Sequence[int], num_calls: Sequence[int]) -> list[bool]:
     first = len(shards) - -(-len(shards) // _HELD_BACK)
     marks = ([number >= first] * count for number, count in enumerate(num_calls))
     return list(chain.from_iterable(marks))
-
-
-def _no_samples(name: str, layer: nn.Module, scheme: LayerScheme) -> LayerSamples:
-    return LayerSamples(name, layer, scheme.input, scheme.lifted_input)
 
 
 def _round_all(
@@ -188,7 +184,7 @@ def _objective(
 ) -> RoundingObjective:
     """Return what the rounding of the sampled layer's weight is to make small."""
     layer = samples.layer
-    weight = layer.weight
+    weight = samples.scheme.transform.rotate(layer.weight)
     scale = weight_rows(layer, scale.to(weight.device))
     factors = None
     if multipliers is not None:

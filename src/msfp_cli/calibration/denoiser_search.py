@@ -18,6 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from msfp_cli.calibration.layer_search import (
     CalibratedLayer,
     PlannedLayer,
     search_layer,
+    views_of,
 )
 from msfp_cli.calibration.lift_inputs import lift_inputs
 from msfp_cli.calibration.observe import LayerObservation, observe, refuse_not_finite
@@ -168,6 +170,7 @@ def _observe(
                 max_samples=recipe.max_samples,
                 generator=torch.Generator().manual_seed(recipe.seed + shard),
                 advance=advance,
+                views=partial(views_of, recipe=recipe),
             )
     parts = processes.gather(parts, dict[str, LayerObservation])
     observations = dict[str, LayerObservation]()

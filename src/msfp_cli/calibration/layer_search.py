@@ -1,10 +1,13 @@
 """Search the formats of one layer: the best grid for its weight and for its input.
 
 A weight gets one scale per output channel, an input one grid for the whole tensor. How many bits
-they get is said by the recipe's rules, or by a lift to 8 bits.
+they get is said by the recipe's rules, or by a lift to 8 bits. Where the recipe lets the inputs of
+Linear layers be transformed, each way to do so is searched, and the one of least error is taken.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -13,12 +16,14 @@ from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import LayerChoice, Score
 from msfp_cli.formats.multipliers import GroupedScale, search_groups
 from msfp_cli.formats.search import SearchResult, SearchSpace, search_rows, search_tensor
-from msfp_cli.layers.base import FloatLayer
-from msfp_cli.layers.quantized import kind_of
+from msfp_cli.formats.transform import InputTransform, block_of
+from msfp_cli.layers.quantized import FloatLayer, kind_of
 from msfp_cli.layers.scheme import LayerScheme
 
 LIFTED_BITS = TABLE_BITS = 8
 _SPACE = SearchSpace()
+# How much less error each part of a transform has to bring: it takes time at each call.
+_GAIN = 0.05
 
 
 @dataclass(frozen=True)
@@ -55,20 +60,24 @@ def search_layer(
     role = observation.role
     reason, weight_bits, input_bits = bits_of(name, layer, recipe, role, lifted=is_lifted)
     weight = inputs = None
-    if weight_bits is not None:
-        weight = search_rows(
-            layer.weight, recipe.weight_formats(weight_bits), space.for_bits(weight_bits)
-        )
+    transform = InputTransform()
     if input_bits is not None:
         # In the layers that take most of the time, inputs of two bytes would double the products.
         candidates = recipe.input_formats(input_bits, wide=wide and reason != "default")
-        inputs = search_tensor(observation.values(), candidates, space.for_bits(input_bits))
-    groups = _grouped(layer, weight, recipe) if weight else None
+        transforms = transforms_of(layer, recipe) if weight_bits is not None else [transform]
+        search = partial(search_tensor, formats=candidates, space=space.for_bits(input_bits))
+        transform, inputs = _search_input(observation, transforms, search)
+    rotated = transform.rotate(layer.weight)
+    if weight_bits is not None:
+        formats = recipe.weight_formats(weight_bits)
+        weight = search_rows(rotated, formats, space.for_bits(weight_bits))
+    groups = _grouped(layer, rotated, weight, recipe) if weight else None
     grid = inputs.winner.grid() if inputs else None
     lifted = None
     if grid is not None and reason == "default" and recipe.input_lift > 0:
         candidates = recipe.lifted_formats(signed=grid.format.signed)
-        lifted = search_tensor(observation.values(), candidates, space.for_bits(LIFTED_BITS))
+        search = partial(search_tensor, formats=candidates, space=space.for_bits(LIFTED_BITS))
+        _, lifted = _search_input(observation, [transform], search)
     choice = LayerChoice(
         kind=kind_of(layer).name,
         reason=reason,
@@ -83,6 +92,7 @@ def search_layer(
             lifted_input=lifted.winner.grid() if lifted else None,
             lookup=kind_of(layer).is_table,
             weight_groups=groups.multipliers.shape[1] if groups else 0,
+            transform=transform,
         ),
         weight_scores=_with_groups(_scores(weight), groups),
         input_scores=_scores(inputs),
@@ -91,6 +101,58 @@ def search_layer(
         return CalibratedLayer(choice, groups.scale.cpu(), groups.multipliers.cpu())
     scale = weight.winner.max_value.cpu() / weight.winner.format.largest if weight else None
     return CalibratedLayer(choice, scale)
+
+
+def views_of(layer: FloatLayer, x: Tensor, recipe: CalibrateRecipe) -> Tensor:
+    """Return what is observed of a layer's input: what its transforms are made of, if it has any.
+
+    Arguments:
+        x: the input, any shape.
+
+    Returns:
+        ``(views, *x.shape)``, the input first, see `InputTransform.views`.
+    """
+    *_, last = transforms_of(layer, recipe)
+    return x[None] if last.is_identity else last.views(x)
+
+
+def transforms_of(layer: FloatLayer, recipe: CalibrateRecipe) -> list[InputTransform]:
+    """Return the ways in which a layer's input may be transformed: from not at all to all at once.
+
+    They differ in whether it is rotated, and in whether tokens have scales.
+    """
+    if not kind_of(layer).transforms_inputs:
+        return [InputTransform()]
+    block = block_of(layer.in_features) if recipe.rotate == "hadamard" else 0
+    rotations = [0, block] if block else [0]
+    ways = [InputTransform(rotation=rotation) for rotation in rotations]
+    if recipe.input_scales == "token":
+        ways += [InputTransform(rotation=rotation, token_scales=True) for rotation in rotations]
+    return ways
+
+
+def _search_input(
+    observation: LayerObservation,
+    transforms: Sequence[InputTransform],
+    search: Callable[[Tensor], SearchResult],
+) -> tuple[InputTransform, SearchResult]:
+    """Return the transform of an input whose best grid has the least error, and that grid.
+
+    Arguments:
+        transforms: the identity, and others.
+        search: finds the best grid for a tensor.
+    """
+    plain, *others = transforms
+    results = {plain: search(observation.values())}
+    for transform in others:
+        results[transform] = search(transform.of_views(observation.views())[0])
+
+    def error(transform: InputTransform) -> float:
+        relative = transform.error(observation.views(), results[transform].winner.grid())
+        return relative * (1 + _GAIN) ** transform.num_parts
+
+    best = min(results, key=error) if others else plain
+    return best, results[best]
 
 
 def _with_groups(scores: tuple[Score, ...], groups: GroupedScale | None) -> tuple[Score, ...]:
@@ -102,13 +164,18 @@ def _with_groups(scores: tuple[Score, ...], groups: GroupedScale | None) -> tupl
 
 
 def _grouped(
-    layer: FloatLayer, search: SearchResult, recipe: CalibrateRecipe
+    layer: FloatLayer, weight: Tensor, search: SearchResult, recipe: CalibrateRecipe
 ) -> GroupedScale | None:
-    """Return steps for groups of weights, if that lowers the error of the weight."""
+    """Return steps for groups of weights, if that lowers the error of the weight.
+
+    Arguments:
+        weight: of the layer, rotated where inputs are.
+        search: of the weight, without groups.
+    """
     if not recipe.group_weights or kind_of(layer).is_table:
         return None
     formats = [score.format for score in search.scores]
-    groups = search_groups(layer.weight, formats, recipe.group_weights)
+    groups = search_groups(weight, formats, recipe.group_weights)
     return groups if groups and groups.error < search.winner.error else None
 
 

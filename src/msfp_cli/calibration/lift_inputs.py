@@ -105,10 +105,9 @@ class _Rounding:
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Round the one argument of a layer; a forward pre-hook of torch."""
-        grid = choice.scheme.input
-        if grid is None or self.timesteps[-1] not in self.stretch:
+        if choice.scheme.input is None or self.timesteps[-1] not in self.stretch:
             return None
-        return quantize_input(grid, layer, args, kwargs)
+        return quantize_input(choice.scheme, layer, args, kwargs)
 
 
 @contextmanager

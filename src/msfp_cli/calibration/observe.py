@@ -6,9 +6,9 @@ which the lift's budget is counted; and the layer's role, which the first call s
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from msfp_cli.pipelines.watch import watch_layers
 from msfp_cli.progress import Advance
 from msfp_cli.recording.flow import trace_roles
 
+# Of a layer and its input: tensors of the input's shape, ``(views, ...)``, the input first.
+Views: TypeAlias = Callable[[Any, Tensor], Tensor]
+
 
 @dataclass
 class LayerObservation:
@@ -32,7 +35,8 @@ class LayerObservation:
         minimum, maximum: over all elements of all calls.
         products: multiply-adds of all calls.
         role: one of `recording.flow`, None for most layers.
-        samples: pieces of the random sample, float32 on the CPU.
+        samples: pieces of the random sample, float32 ``(views, elements)`` on the CPU; the first
+            view is the input itself.
     """
 
     num_calls: int
@@ -58,9 +62,13 @@ class LayerObservation:
             samples=[*self.samples, *later.samples],
         )
 
+    def views(self) -> Tensor:
+        """Return the sample, ``(views, samples)``."""
+        return torch.cat(self.samples, dim=1)
+
     def values(self) -> Tensor:
         """Return the sample with the true minimum and maximum in it, ``(samples + 2,)``."""
-        return torch.cat([*self.samples, torch.tensor([self.minimum, self.maximum])])
+        return torch.cat([self.views()[0], torch.tensor([self.minimum, self.maximum])])
 
 
 @dataclass
@@ -71,12 +79,14 @@ class _Observer:
         num_calls: how many calls of the denoiser there will be.
         samples_per_call: elements kept of a layer's input at one run of the layer.
         generator: draws them.
+        views: of a layer's input, that are sampled at the same elements.
         timestep: of the call that is being replayed, for the error.
     """
 
     num_calls: int
     samples_per_call: int
     generator: torch.Generator
+    views: Views
     timestep: float = 0.0
     observations: dict[str, LayerObservation] = field(default_factory=dict)
 
@@ -90,7 +100,7 @@ class _Observer:
         kind = kind_of(layer)
         observation.products += kind.multiply_adds(layer, args[0], output)
         if not kind.is_table:
-            observation.samples.append(self._sample(x))
+            observation.samples.append(self._sample(self.views(layer, args[0].detach())))
 
     def _bounds(self, name: str, x: Tensor) -> tuple[float, float]:
         """Return the least and the greatest element, and refuse what is not finite."""
@@ -103,11 +113,12 @@ class _Observer:
             )
         return low, high
 
-    def _sample(self, x: Tensor) -> Tensor:
+    def _sample(self, views: Tensor) -> Tensor:
         """Draw elements, with replacement."""
-        count = min(self.samples_per_call, x.numel())
-        index = torch.randint(x.numel(), (count,), generator=self.generator)
-        return x[index.to(x.device)].float().cpu()
+        flat = views.flatten(1)
+        size = flat.shape[1]
+        index = torch.randint(size, (min(self.samples_per_call, size),), generator=self.generator)
+        return flat[:, index.to(flat.device)].float().cpu()
 
 
 def observe(
@@ -118,6 +129,7 @@ def observe(
     max_samples: int,
     generator: torch.Generator,
     advance: Advance,
+    views: Views = lambda layer, x: x[None],
 ) -> dict[str, LayerObservation]:
     """Watch the input of every layer over recorded calls.
 
@@ -126,6 +138,7 @@ def observe(
     Arguments:
         num_calls: how many calls there are, to share `max_samples` among them.
         max_samples: bound on the elements kept per layer.
+        views: gives, of a layer and its input, what is sampled at the same elements.
 
     Returns:
         One observation per layer that ran; a layer that never ran is absent.
@@ -138,6 +151,7 @@ def observe(
         num_calls=num_calls,
         samples_per_call=max(1, max_samples // max(1, num_calls)),
         generator=generator,
+        views=views,
     )
     roles: dict[str, str] | None = None
     with watch_layers(find_layers(denoiser), observer.add):

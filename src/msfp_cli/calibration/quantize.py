@@ -14,14 +14,19 @@ from msfp_cli.layers.replace import find_layers, store_layers_, store_variants_
 
 
 def moved_weight(calibration: Calibration, component: str, name: str, weight: Tensor) -> Tensor:
-    """Return a weight that was moved to where it rounds to the calibration's codes, if it has some.
+    """Return what is rounded of a weight, moved to where it rounds to the calibration's codes.
 
     Arguments:
         name: of the layer.
         weight: of the float layer; it stays as it is.
+
+    Returns:
+        The weight, rotated where inputs are; moved if the calibration has codes for it.
     """
     codes = calibration.codes.get(component, {}).get(name)
-    fmt = calibration.table(component)[name].weight
+    scheme = calibration.layers[component][name].scheme
+    fmt = scheme.weight
+    weight = scheme.transform.rotate(weight)
     if codes is None or fmt is None:
         return weight
     integers = unpack_integers(codes.to(weight.device), fmt, weight.shape).float()
@@ -31,15 +36,16 @@ def moved_weight(calibration: Calibration, component: str, name: str, weight: Te
 
 @torch.no_grad()
 def move_weights_(denoiser: nn.Module, calibration: Calibration, component: str) -> None:
-    """Move each weight of a float denoiser to where it rounds to the calibration's codes.
+    """Rotate and move each weight of a float denoiser, see `moved_weight`.
 
-    All that rounds the weights afterwards, or begins to train them, begins at these codes.
+    All that rounds the weights afterwards, or begins to train them, begins at the calibration's
+    codes.
     """
     layers = find_layers(denoiser)
-    for name in calibration.codes.get(component, {}):
+    for name in calibration.table(component):
         if name in layers:  # another model is refused where it is used
             weight = layers[name].weight
-            weight.data = moved_weight(calibration, component, name, weight)
+            weight.data = moved_weight(calibration, component, name, weight.data)
 
 
 def quantize_(

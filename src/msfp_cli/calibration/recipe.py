@@ -18,6 +18,8 @@ from msfp_cli.formats.float_format import (
 from msfp_cli.recipe import Recipe, option
 
 ROUNDINGS = ("compensated", "nearest")
+INPUT_SCALES = ("tensor", "token")
+ROTATIONS = ("none", "hadamard")
 _GROUP = 32  # weights
 _TEXT_BITS = 4
 FORMAT_SETS = ("mixed", "signed", "unsigned", "integer")
@@ -120,6 +122,20 @@ class CalibrateRecipe(Recipe):
         write=lambda size: str(size) if size else "none",
         before=0,
     )
+    input_scales: str = option(
+        "tensor",
+        "Scales of the inputs of Linear layers: tensor for one that all tokens share, token for "
+        "one times the size of each token, where that lowers the error of the input.",
+        choices=INPUT_SCALES,
+        before="tensor",
+    )
+    rotate: str = option(
+        "none",
+        "Rotation of the inputs of Linear layers: none, or hadamard for blocks of channels, and "
+        "the weights against them, where that lowers the error of the input.",
+        choices=ROTATIONS,
+        before="none",
+    )
     also: tuple[str, ...] = option(
         (),
         "NAME:weights=BITS quantizes the weights of a text encoder as well, such as "
@@ -152,6 +168,7 @@ class CalibrateRecipe(Recipe):
                 "--input-lift gives 8 bits to inputs that have fewer; leave it out, or give "
                 "--activations fewer than 8"
             )
+        self._refuse_idle_transforms()
         for rule in self.keep:
             KeepRule.parse(rule)
         self.text_encoders()
@@ -161,6 +178,17 @@ class CalibrateRecipe(Recipe):
                 raise UsageError(
                     f"--formats {self.formats!r} names no format with the bits of --weights or "
                     "--activations"
+                )
+
+    def _refuse_idle_transforms(self) -> None:
+        """Refuse to transform inputs where they, or the weights, stay in floating point."""
+        if None not in (self.weights, self.activations):
+            return
+        for name, value in (("--input-scales", self.input_scales), ("--rotate", self.rotate)):
+            if value not in ("tensor", "none"):
+                raise UsageError(
+                    f"{name} {value} is for layers whose weights and inputs are quantized; leave "
+                    "it out, or give --weights and --activations some bits"
                 )
 
     @property

@@ -237,6 +237,15 @@ class Calibration:
         bits = sum(layer.multiply_adds * layer.scheme.input_bits(share) for layer in layers)
         return bits / total if total else 16.0
 
+    def transforms_in_words(self, component: str) -> str:
+        """Say how many inputs are transformed before they are rounded; empty if none is."""
+        transforms = [layer.scheme.transform for layer in self.layers[component].values()]
+        if all(each.is_identity for each in transforms):
+            return ""
+        rotated = sum(each.rotation > 0 for each in transforms)
+        scaled = sum(each.token_scales for each in transforms)
+        return f"{rotated} inputs are rotated, {scaled} have a scale for each token"
+
     def float_shares(self, component: str) -> dict[str, float]:
         """Return what stays in floating point, as shares of the component's parameters.
 

@@ -1,9 +1,10 @@
 """Samples of a layer's input, as rows that its weight is multiplied by, and sums over them.
 
-A Linear's rows are its input vectors. A convolution's are patches, ``in_channels / groups * k * k``
-numbers for each group: what the window holds at some position of the output, where padding is zero
-after the input was rounded. Positions are drawn by a generator of the layer's own, so they depend
-neither on which other layers are sampled nor on which process does it.
+A Linear's rows are its input vectors, rotated where its scheme says so. A convolution's are
+patches, ``in_channels / groups * k * k`` numbers for each group: what the window holds at some
+position of the output, where padding is zero after the input was rounded. Positions are drawn by a
+generator of the layer's own, so they depend neither on which other layers are sampled nor on which
+process does it.
 """
 
 import math
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from msfp_cli.formats.objective import CheckRows
-from msfp_cli.formats.rounding import Grid, fake_quantize
 from msfp_cli.layers.base import FloatLayer
+from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.layers.streamed import weight_in_memory
 from msfp_cli.memory import peak_bytes
 from msfp_cli.pipelines.denoiser import DenoiserCall, replay
@@ -104,8 +105,7 @@ class LayerSamples:
     Arguments:
         name: of the layer; the positions depend on it.
         layer: the float layer.
-        grid: of its input, None if the input is not rounded.
-        lifted: of its input where that is lifted, None if it never is.
+        scheme: how its input is transformed and rounded.
         moments: ``sum x_q x_q^T`` for each of `input_parts`, ``(groups, k, k)``. It is symmetric,
             and only what is below the diagonal counts until `complete_` was called.
         missing: ``sum W (x - x_q) x_q^T``, likewise, ``(groups, out / groups, k)``; empty if the
@@ -116,8 +116,7 @@ class LayerSamples:
 
     name: str
     layer: FloatLayer
-    grid: Grid | None
-    lifted: Grid | None = None
+    scheme: LayerScheme
     moments: list[Tensor] = field(default_factory=list)
     missing: list[Tensor] = field(default_factory=list)
     checks: list[CheckRows] = field(default_factory=list)
@@ -129,7 +128,7 @@ class LayerSamples:
         for part in input_parts(self.layer):
             size = part.stop - part.start
             self.moments.append(torch.zeros(groups, size, size, device=device))
-            if self.grid is not None:
+            if self.scheme.input is not None:
                 rows = _missing_rows(self.layer, part)
                 self.missing.append(torch.zeros(groups, rows, size, device=device))
 
@@ -157,8 +156,9 @@ class LayerSamples:
             self.checks.append(CheckRows(exact @ self._weight(slice(None)).mT, rounded))
 
     def _weight(self, part: slice) -> Tensor:
-        """Return the weights of some inputs, ``(groups, out / groups, size)``."""
-        return weight_rows(self.layer, self.layer.weight)[..., part].float()
+        """Return the rotated weights of some inputs, ``(groups, out / groups, size)``."""
+        weight = self.scheme.transform.rotate(self.layer.weight)
+        return weight_rows(self.layer, weight)[..., part].float()
 
     def complete_(self) -> None:
         """Make the sums what they stand for, and join the rows to check on.
@@ -183,11 +183,13 @@ class LayerSamples:
         """Draw rows of the input, none twice, and return them as they are and as rounded."""
         total = output.numel() // self.layer.weight.shape[0]
         positions = torch.randperm(total, generator=self._generator)[:count].to(x.device)
-        exact = rows_at(self.layer, x.float(), output, positions)
-        if self.grid is None:
+        transform = self.scheme.transform
+        exact = rows_at(self.layer, transform.rotate(x.float()), output, positions)
+        grid = self.scheme.lifted_input if is_lifted else self.scheme.input
+        grid = grid or self.scheme.input
+        if grid is None:
             return exact, exact
-        grid = self.lifted if self.lifted is not None and is_lifted else self.grid
-        rounded = fake_quantize(x, grid).float()
+        rounded = transform.rounded(x, grid).float()
         return exact, rows_at(self.layer, rounded, output, positions)
 
 

@@ -72,17 +72,20 @@ def quantized_alone(
         undo.callback(setattr, layer.weight, "data", weight)
         if scheme.weight is not None and scale is not None:
             sizes = step_sizes(scale, multipliers, weight.shape).to(weight.device)
-            layer.weight.data = fake_quantize(weight, Grid(scheme.weight, sizes))
+            rotate = scheme.transform.rotate
+            layer.weight.data = rotate(fake_quantize(rotate(weight), Grid(scheme.weight, sizes)))
         if scheme.input is not None:
-            hook = functools.partial(quantize_input, scheme.input)
+            hook = functools.partial(quantize_input, scheme)
             handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
             undo.callback(handle.remove)
         yield
 
 
 def quantize_input(
-    grid: Grid, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    scheme: LayerScheme, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Quantize the one argument of a layer; a forward pre-hook of torch."""
     given = (*args, *kwargs.values())
-    return (fake_quantize(given[0], grid),), {}
+    assert scheme.input is not None, "this layer's input is in floating point"
+    rounded = scheme.transform.rounded(given[0], scheme.input)
+    return (scheme.transform.rotate(rounded),), {}

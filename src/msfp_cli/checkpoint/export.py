@@ -15,12 +15,11 @@ from msfp_cli.calibration.quantize import quantize_
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.in_memory import quantize_ as quantize_weights_
 from msfp_cli.checkpoint.quantizer import (
-    NEWEST_SCHEMA,
-    SCHEMA_VERSION,
     MSFPConfig,
     bytes_of_members,
     clock_settings,
     mark_quantized_,
+    schema_of,
 )
 from msfp_cli.files.directories import refuse_existing, replace_directory
 from msfp_cli.finetuning.quantize import quantize_tuned_
@@ -87,11 +86,9 @@ def load_calibrated(
         else:
             quantize_tuned_(denoiser, calibration, component, learned)
         layers = quantized_layers(denoiser)
-        schemes = [layer.scheme for layer in layers.values()]
-        is_second = any(scheme.variants > 1 or scheme.weight_groups for scheme in schemes)
         config = MSFPConfig(
             layers={name: layer.scheme.to_json() for name, layer in layers.items()},
-            schema_version=NEWEST_SCHEMA if is_second else SCHEMA_VERSION,
+            schema_version=schema_of(layer.scheme for layer in layers.values()),
             **clock_settings(calibration.clock(component)),
             source=calibration.source.to_json(),
             sampling=calibration.record.arguments(),

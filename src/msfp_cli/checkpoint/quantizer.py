@@ -12,7 +12,7 @@ method ``msfp`` and refuses by itself.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
@@ -38,7 +38,8 @@ DiffusersModel: TypeAlias = Any  # diffusers is untyped
 Argument: TypeAlias = Any  # whatever diffusers passes
 
 SCHEMA_VERSION = 1
-NEWEST_SCHEMA = 2  # layers have several variants, whose members are folded (`hubs`), or groups
+FOLDED_SCHEMA = 2  # layers have several variants, whose members are folded (`hubs`), or groups
+NEWEST_SCHEMA = 3  # inputs of layers are transformed before they are rounded
 METHOD = "msfp"
 
 
@@ -264,7 +265,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
     def as_saved(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of a state dict as files hold them."""
         config = self.quantization_config
-        if config.schema_version < NEWEST_SCHEMA:
+        if config.schema_version < FOLDED_SCHEMA:
             return state_dict
         schemes = config.table()
         formats = {name: each.weight for name, each in schemes.items() if each.weight}
@@ -284,6 +285,17 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
     def is_compileable(self) -> bool:
         """Whether ``torch.compile`` may be used."""
         return True
+
+
+def schema_of(schemes: Iterable[LayerScheme]) -> int:
+    """Return the oldest layout that can hold layers like these."""
+    layouts = [SCHEMA_VERSION]
+    for scheme in schemes:
+        if scheme.variants > 1 or scheme.weight_groups:
+            layouts.append(FOLDED_SCHEMA)
+        if not scheme.transform.is_identity:
+            layouts.append(NEWEST_SCHEMA)
+    return max(layouts)
 
 
 def clock_settings(clock: Clock) -> dict[str, Any]:

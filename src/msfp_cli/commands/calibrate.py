@@ -125,6 +125,10 @@ def _summary_of(layers: Mapping[str, "LayerChoice"]) -> dict[str, Any]:
         "lifted": sorted(name for name, layer in layers.items() if layer.reason == "lifted"),
         "input_formats": dict(_count_inputs(layers.values())),
         "weight_formats": dict(_count_weights(layers.values())),
+        "rotated": sorted(name for name, each in layers.items() if each.scheme.transform.rotation),
+        "token_scales": sorted(
+            name for name, each in layers.items() if each.scheme.transform.token_scales
+        ),
         "nearest_rounding": sorted(name for name, layer in layers.items() if _kept_nearest(layer)),
     }
 
@@ -214,6 +218,8 @@ def show(calibration: "Calibration", component: str) -> None:
         console.note(f"{component}: {line}")
     bits_of_inputs = calibration.input_bits(component)
     console.note(f"{component}: inputs have {bits_of_inputs:.2f} bits on average, by multiply-adds")
+    if line := calibration.transforms_in_words(component):
+        console.note(f"{component}: {line}")
     if line := _kept(layers):
         console.note(f"{component}: by their place in the network: {line}")
     if line := _lifted_inputs(calibration, component):
@@ -254,4 +260,5 @@ def _rounding(layers: Mapping[str, "LayerChoice"]) -> str:
 def _row(name: str, layer: "LayerChoice") -> list[str]:
     chosen = layer.scheme
     formats = f"{chosen.weight or 'float'} x {chosen.input.format if chosen.input else 'float'}"
-    return [name, f"{layer.sensitivity or 0:.5f}", formats, layer.reason]
+    transform = "" if chosen.transform.is_identity else f" ({chosen.transform})"
+    return [name, f"{layer.sensitivity or 0:.5f}", formats + transform, layer.reason]

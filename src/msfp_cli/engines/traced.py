@@ -125,12 +125,12 @@ def _run_in_bytes(
     other = layer.scheme.lifted_input
     assert usual is not None, "it is quantized"
     fmt = widest_input(layer.scheme)
-    factor, constant, frame = arithmetic.of_variant(member, layer.bias)
+    factor, constant, frame = arithmetic.of_variant(member, layer.kernel_bias)
     integers = integers_of(x, usual)
     ratio: Tensor | None = None
     if other is not None:
         integers = _select(lifted, integers_of(x, other), integers)
-        of_lifted = arithmetic.of_variant(member + layer.scheme.hub, layer.bias)
+        of_lifted = arithmetic.of_variant(member + layer.scheme.hub, layer.kernel_bias)
         constant = _select(lifted, of_lifted[1], constant)
         if frame is not None and of_lifted[2] is not None:
             frame = _select(lifted, of_lifted[2], frame)

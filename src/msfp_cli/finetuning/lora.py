@@ -121,7 +121,7 @@ class TunedLayer(nn.Module):
     """A float layer that computes as its quantized form will, with a LoRA hub inside the quantizer.
 
     Arguments:
-        layer: the float layer; its weight and bias are frozen.
+        layer: the float layer, its weight rotated where inputs are; weight and bias are frozen.
         scheme: the calibrated formats; the weight's is needed, the input's may be None.
         sizes: the step of each weight, ``(out, 1)`` or ``(out, in * k * k)``.
         route: where the choice of member is found.
@@ -151,6 +151,7 @@ class TunedLayer(nn.Module):
         self.route = route
         self.slot = slot
         assert scheme.weight is not None
+        self.transform = scheme.transform
         self.input = scheme.input
         self.lifted_input = scheme.lifted_input
         self.weight_format = scheme.weight
@@ -247,9 +248,14 @@ class TunedLayer(nn.Module):
         return ordered.flatten(0, 1)
 
     def _with_member(self, x: Tensor, choice: Choice) -> Tensor:
-        """Round the input and the updated weight, and run the layer."""
+        """Run the layer with one member, around which its input is transformed."""
+        return self.transform.around(partial(self._product, choice), x, self.layer.bias)
+
+    def _product(self, choice: Choice, x: Tensor) -> Tensor:
+        """Round a transformed input and the updated weight, and run the layer."""
         x = self.rounded_input(x, choice)
-        y = self._run(x, self.rounded_weight(choice.member), self.layer.bias)
+        bias = None if self.transform.token_scales else self.layer.bias
+        y = self._run(x, self.rounded_weight(choice.member), bias)
         if choice.weights is None:
             return y
         changes = partial(self._changes, choice.member)

@@ -32,7 +32,10 @@ class QuantizedLayer(nn.Module, ABC):
 
     @abstractmethod
     def float_weight(self) -> Tensor:
-        """Return the weight in floating point; float32 where it is held as codes."""
+        """Return what the input of a kernel is multiplied by; float32 where it is held as codes.
+
+        It is the weight, rotated where inputs are.
+        """
 
     @abstractmethod
     def codes(self, member: int | Tensor = 0) -> Tensor:
@@ -56,7 +59,16 @@ class QuantizedLayer(nn.Module, ABC):
 
     @abstractmethod
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Run the float operation with the given weight and the layer's own bias."""
+        """Run the float operation with the given weight and the `kernel_bias`."""
+
+    @property
+    def kernel_bias(self) -> Tensor | None:
+        """The bias that a kernel adds: the layer's, unless outputs are multiplied by a size first.
+
+        It is read at each call.
+        """
+        bias: Tensor | None = None if self.scheme.transform.token_scales else self.bias
+        return bias
 
     @abstractmethod
     def geometry(self) -> Geometry | None:

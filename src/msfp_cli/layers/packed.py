@@ -94,10 +94,10 @@ class PackedLayer(QuantizedLayer):
 
     def _typed_weight(self) -> Tensor:
         member = self.member(otherwise=0)
-        return self._dequantize(member).to(self.weight_dtype)
+        return self.scheme.transform.rotate(self._dequantize(member)).to(self.weight_dtype)
 
     def float_weight(self) -> Tensor:
-        """Return the weight in floating point, dequantized to float32 where it is held as codes.
+        """Return the weight, rotated where inputs are; float32 where it is held as codes.
 
         Raises:
             MsfpError: the layer's hub has several members, and its denoiser is not running.
@@ -154,7 +154,7 @@ class PackedLayer(QuantizedLayer):
         """Round a float weight to the layer's format and keep the codes.
 
         Arguments:
-            weight: ``weight_shape``.
+            weight: ``weight_shape``, rotated where inputs are.
             scale: float32, ``(out,)``; all members share it.
             member: whose weight it is.
             multipliers: uint8 ``(out, groups)``, where the scheme has groups; likewise.

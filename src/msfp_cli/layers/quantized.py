@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from msfp_cli.layers.base import FloatLayer, Kernel
+from msfp_cli.layers.base import FloatLayer as FloatLayer  # for callers of `kind_of`
+from msfp_cli.layers.base import Kernel
 from msfp_cli.layers.kernels.geometry import Geometry
 from msfp_cli.layers.kernels.lookup import look_up
 from msfp_cli.layers.kernels.registry import AUTO, choose_kernel
@@ -150,9 +151,13 @@ class Quantized(PackedLayer):
             self.prepare_(name, keep_packed=True)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Round the input, run the layer; the kernel decides how."""
+        """Transform the input where the scheme says so, round it, run the layer."""
         self._choose_kernel()
-        return simulate(self, input) if self.kernel is None else self.kernel(self, input)
+        return self.scheme.transform.around(self._run, input, self.bias)
+
+    def _run(self, x: Tensor) -> Tensor:
+        """Run the layer on a transformed input; the kernel decides how."""
+        return simulate(self, x) if self.kernel is None else self.kernel(self, x)
 
     def variant(self) -> int | Tensor:
         """Return which variant runs at this timestep; a tensor while the call is compiled."""
@@ -171,8 +176,8 @@ class Quantized(PackedLayer):
         return self.variant() % self.scheme.hub
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Run the float operation with the given weight and the layer's own bias."""
-        return KINDS[self.kind].apply(self, x, weight, self.bias)
+        """Run the float operation with the given weight and the `kernel_bias`."""
+        return KINDS[self.kind].apply(self, x, weight, self.kernel_bias)
 
     def geometry(self) -> Geometry | None:
         """Return how a convolution slides; None if the layer is not one."""
@@ -218,7 +223,8 @@ class Quantized(PackedLayer):
         """Name the formats beside torch's own description."""
         grid = self.scheme.input
         formats = f"weight={self.scheme.weight}, input={grid and grid.format}"
-        return f"{super().extra_repr()}, {formats}"
+        transform = (f"{name}={value}" for name, value in self.scheme.transform.to_json().items())
+        return ", ".join([super().extra_repr(), formats, *transform])
 
 
 def _make_code_books(scheme: LayerScheme) -> None:
@@ -256,6 +262,8 @@ class LayerKind:
             it.
         multiply_adds: ``(layer, x, output)`` to those of a run.
         is_table: whether rows are looked up: one scale per row, no input to round.
+        transforms_inputs: whether the last dimension of an input has its channels, so that it can
+            be transformed before it is rounded.
     """
 
     float_class: type[nn.Module]
@@ -264,6 +272,7 @@ class LayerKind:
     geometry: Callable[[FloatLayer], Geometry] | None = None
     multiply_adds: Callable[[FloatLayer, Tensor, Tensor], int] = _sum_up
     is_table: bool = False
+    transforms_inputs: bool = False
 
     @property
     def name(self) -> str:
@@ -348,7 +357,12 @@ def _look_up(layer: FloatLayer, x: Tensor, weight: Tensor, bias: Tensor | None) 
 
 
 _ROWS = (
-    LayerKind(float_class=nn.Linear, quantized_class=QuantLinear, apply=_multiply),
+    LayerKind(
+        float_class=nn.Linear,
+        quantized_class=QuantLinear,
+        apply=_multiply,
+        transforms_inputs=True,
+    ),
     LayerKind(float_class=nn.Conv1d, quantized_class=QuantConv1d, apply=_convolve),
     LayerKind(
         float_class=nn.Conv2d, quantized_class=QuantConv2d, apply=_convolve, geometry=Geometry.of

@@ -101,7 +101,8 @@ def store_layers_(
     Arguments:
         scales: float32 weight scales, ``(out,)``, of the layers with a quantized weight.
         multipliers: uint8 ``(out, groups)``, of the layers whose weights have groups.
-        move: gives the weight to round for the name of a layer and its weight.
+        move: gives the weight to round, rotated where inputs are, for the name of a layer and its
+            weight.
         clock: see `replace_layers_`.
 
     Raises:
@@ -150,7 +151,10 @@ def replace_by_codes_(
 def _quantize_empty(name: str, layer: FloatLayer, scheme: LayerScheme) -> Quantized:
     """Return the empty quantized layer that takes a float one's place."""
     kind = kind_of(layer)
-    if kind.is_table != scheme.lookup:
+    rotation = scheme.transform.rotation
+    is_transformed = not scheme.transform.is_identity
+    fits = kind.transforms_inputs and not (rotation and layer.in_features % rotation)
+    if kind.is_table != scheme.lookup or (is_transformed and not fits):
         raise CheckpointError(
             f"layer {name!r} is of another kind, {type(layer).__name__}; "
             "was this made from another model?"

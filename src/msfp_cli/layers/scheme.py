@@ -6,6 +6,7 @@ from typing import Any
 from msfp_cli.files.typed import read_fields
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import Grid
+from msfp_cli.formats.transform import InputTransform
 
 MAX_HUB = 256  # a router's table has a byte for a member
 
@@ -28,6 +29,7 @@ class LayerScheme:
             round, no hub.
         weight_groups: groups of each row of the weight that have a multiplier, see
             `formats.multipliers`; 0 for none.
+        transform: what is done to the input before it is rounded; only if weight and input are.
     """
 
     weight: FloatFormat | None = None
@@ -37,6 +39,7 @@ class LayerScheme:
     lifted_input: Grid | None = None
     lookup: bool = False
     weight_groups: int = 0
+    transform: InputTransform = InputTransform()
 
     def __post_init__(self) -> None:
         if self.variants > MAX_HUB:
@@ -51,6 +54,8 @@ class LayerScheme:
             raise ValueError(f"{self.weight_groups} groups do not fit this weight")
         if self.lookup and (self.input is not None or self.hub > 1):
             raise ValueError("a table has neither a hub nor an input to round")
+        if not self.transform.is_identity and (self.weight is None or self.input is None):
+            raise ValueError("only an input that is rounded, as the weight is, can be transformed")
 
     def _may_lift(self) -> bool:
         """Whether the grid of lifted inputs has the sign of the others, as kernels want it."""
@@ -83,6 +88,7 @@ class LayerScheme:
             **({"lifted_input": _grid_to_json(self.lifted_input)} if self.lifted_input else {}),
             **({"lookup": True} if self.lookup else {}),
             **({"weight_groups": self.weight_groups} if self.weight_groups else {}),
+            **self.transform.to_json(),
         }
 
     @classmethod
@@ -102,6 +108,9 @@ class LayerScheme:
             lifted_input=None if written.lifted_input is None else written.lifted_input.grid(),
             lookup=bool(written.lookup),
             weight_groups=written.weight_groups or 0,
+            transform=InputTransform(
+                rotation=written.rotation or 0, token_scales=bool(written.token_scales)
+            ),
         )
 
     def input_of(self, variant: int) -> Grid | None:
@@ -153,3 +162,5 @@ class _Written:
     lifted_input: _WrittenGrid | None = None
     lookup: bool | None = None
     weight_groups: int | None = None
+    rotation: int | None = None
+    token_scales: bool | None = None

@@ -66,14 +66,19 @@ def _in_order(table: Mapping[str, LayerScheme], choices: Mapping[str, LayerChoic
 
 
 def _exported(name: str, scheme: LayerScheme) -> dict[str, Any]:
-    """Return the formats of a layer, and the values that its input is rounded to."""
+    """Return the formats of a layer, and the values that its input is rounded to.
+
+    Those of an input that is transformed first are not values of the input, and are left out.
+    """
     grid = scheme.input
+    is_plain = scheme.transform.is_identity
     return {
         "name": name,
         "weight_format": None if scheme.weight is None else scheme.weight.name,
         "input_format": None if grid is None else grid.format.name,
         "signed": None if grid is None else grid.format.signed,
-        "grid": None if grid is None else _values(grid),
+        "grid": _values(grid) if grid is not None and is_plain else None,
+        "transform": None if is_plain else str(scheme.transform),
     }
 
 

@@ -19,6 +19,7 @@ from msfp_cli.errors import UsageError
 from msfp_cli.formats.float_format import FloatFormat, formats_of_width
 from msfp_cli.formats.multipliers import largest_multiplier
 from msfp_cli.formats.rounding import Grid, quantize
+from msfp_cli.formats.transform import InputTransform
 from msfp_cli.layers.kernels.cpu import Cpu, Geometry, round_to_bytes
 from msfp_cli.layers.kernels.registry import AUTO, KERNELS, choose_kernel
 from msfp_cli.layers.prepare import prepare_
@@ -29,8 +30,14 @@ from msfp_cli.layers.scheme import LayerScheme
 from tiny_pipelines import build_tiny
 
 RECIPE = CalibrateRecipe()
+PLAIN = InputTransform()
 INPUTS = {fmt.name: fmt for bits in (2, 4, 6, 8) for fmt in RECIPE.input_formats(bits)}
 WEIGHTS = {fmt.name: fmt for bits in (2, 4, 6, 8) for fmt in RECIPE.weight_formats(bits)}
+TRANSFORMS = (
+    InputTransform(rotation=16),
+    InputTransform(token_scales=True),
+    InputTransform(rotation=16, token_scales=True),
+)
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "padding": {"padding": 1},
@@ -71,6 +78,7 @@ def layer_of(
     further: tuple[Grid, ...] = (),
     lifted: Grid | None = None,
     weight_groups: int = 0,
+    transform: InputTransform = PLAIN,
     **options: Any,  # noqa: ANN401 (as torch's)
 ) -> Any:  # noqa: ANN401 (one of two classes)
     layer = kind(*arguments, **options)
@@ -83,6 +91,7 @@ def layer_of(
         further_inputs=further,
         lifted_input=lifted,
         weight_groups=weight_groups,
+        transform=transform,
     )
     multipliers = None
     if weight_groups and weight:
@@ -126,8 +135,11 @@ def by_kernel(layer: Any, x: Tensor, name: str, **options: Any) -> Tensor:  # no
 def in_float64(layer: Any, x: Tensor, member: int = 0) -> Tensor:  # noqa: ANN401
     """The layer's output computed from codes in float64: no rounding but that of the scales."""
     grid, weight_grid = layer.scheme.input_of(member), layer.weight_grid()
+    x, sizes = layer.scheme.transform(x)
     book = torch.tensor(grid.format.code_book, dtype=torch.float64)
     values = book[quantize(x, grid).long()] * grid.scale + grid.zero_point
+    if sizes is not None:
+        values = values * sizes.double()
     weight = layer.integers(member % layer.scheme.hub).double() * weight_grid.scale.double()
     bias = None if layer.bias is None else layer.bias.detach().double()
     if isinstance(layer, nn.Linear):
@@ -221,6 +233,19 @@ def test_linear_takes_any_leading_shape(
     agree(layer, x)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("grid", ["e2m1", "ue2m2", "e1m6", "e2m5", "ue2m6"])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+def test_kernels_agree_on_transformed_inputs(
+    transform: InputTransform, grid: str, bias: bool
+) -> None:
+    layer = layer_of(nn.Linear, 48, 5, grid=grid_of(INPUTS[grid]), transform=transform, bias=bias)
+    rows = draw(2, 3, 48) * torch.tensor([[[0.1], [1.0], [7.0]], [[0.0], [1e-5], [1e5]]])
+    agree(layer, rows)
+    agree(layer, rows[0, 0])
+    agree(layer, rows[:0])
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 5, 5), (4, 5, 5)], ids=["empty batch", "no batch"])
 def test_convolution_takes_what_the_float_layer_takes(shape: tuple[int, ...]) -> None:
     agree(conv(grid=grid_of(INPUTS["ue2m2"]), padding=1), draw(*shape))
@@ -235,10 +260,16 @@ def test_nan_shows(kernel: str, fmt: str) -> None:
     assert y[1].isnan().all() and not y[[0, 2]].isnan().any()
 
 
+@pytest.mark.parametrize("transform", [PLAIN, *TRANSFORMS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_kernels_agree_on_shorter_types(dtype: torch.dtype) -> None:
-    layer, x = conv(grid=grid_of(INPUTS["ue2m2"]), padding=1).to(dtype), draw(2, 4, 9, 6).to(dtype)
-    outputs = [by_kernel(layer, x, name) for name in ("cpu", "reference")]
+def test_kernels_agree_on_shorter_types(dtype: torch.dtype, transform: InputTransform) -> None:
+    grid = grid_of(INPUTS["ue2m2"])
+    layer = conv(grid=grid, padding=1)
+    x = draw(2, 4, 9, 6).to(dtype)
+    if not transform.is_identity:
+        layer = layer_of(nn.Linear, 32, 5, grid=grid, transform=transform)
+        x = draw(3, 32).to(dtype)
+    outputs = [by_kernel(layer.to(dtype), x, name) for name in ("cpu", "reference")]
     assert outputs[0].dtype == dtype and torch.equal(*outputs)
 
 
@@ -511,19 +542,24 @@ def test_geometry_survives_the_trip_through_an_operator(numbers: list[int]) -> N
     assert Geometry.from_flat([]) is None
 
 
-def unet(hub: int = 1, *, lifts: bool = False) -> Any:  # noqa: ANN401 (a diffusers model)
-    """A tiny UNet quantized by rule of thumb, some layers with a hub, some with lifted inputs."""
+def unet(hub: int = 1, *, lifts: bool = False, transform: InputTransform = PLAIN) -> Any:  # noqa: ANN401 (a diffusers model)
+    """A tiny UNet quantized by rule of thumb, some layers with a hub, some with lifted inputs.
+
+    Arguments:
+        transform: of the inputs of its Linear layers.
+    """
     denoiser = build_tiny("StableDiffusionPipeline").unet
     signed, unsigned = (grid_of(INPUTS[name]) for name in ("e2m1", "ue2m2"))
     of_8_bits = {signed: grid_of(INPUTS["e1m6"]), unsigned: grid_of(INPUTS["ue1m7"])}
     table = {}
-    for i, name in enumerate(find_layers(denoiser)):
+    for i, (name, layer) in enumerate(find_layers(denoiser).items()):
         grid = unsigned if i % 2 else signed
         table[name] = LayerScheme(
             weight=WEIGHTS["e2m1"],
             input=grid,
             hub=hub if i % 3 else 1,
             lifted_input=of_8_bits[grid] if lifts and i % 4 else None,
+            transform=transform if isinstance(layer, nn.Linear) else PLAIN,
         )
     floats = {name: layer.weight.detach() for name, layer in find_layers(denoiser).items()}
     for name, layer in replace_layers_(denoiser, table).items():
@@ -547,13 +583,18 @@ def call(denoiser: Any, timestep: int) -> Tensor:  # noqa: ANN401
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("hub", "keep_packed", "expected"), [(1, False, [1, 2, 2]), (2, True, [2, 3, 3])]
+    ("hub", "keep_packed", "transform", "expected"),
+    [
+        (1, False, PLAIN, [1, 2, 2]),
+        (2, True, PLAIN, [2, 3, 3]),
+        (1, False, TRANSFORMS[2], [1, 2, 2]),
+    ],
 )
 def test_new_sizes_make_no_more_graphs_than_a_float_denoiser(
-    hub: int, keep_packed: bool, expected: list[int]
+    hub: int, keep_packed: bool, transform: InputTransform, expected: list[int]
 ) -> None:
     # The router's table is read in a graph of its own.
-    denoiser = unet(hub)
+    denoiser = unet(hub, transform=transform)
     channels = denoiser.config.block_out_channels[0]  # pictures are as wide as a layer
     prepare_(denoiser, "cpu", keep_packed=keep_packed)
     torch.compiler.reset()
@@ -571,14 +612,17 @@ def test_new_sizes_make_no_more_graphs_than_a_float_denoiser(
 
 
 @pytest.mark.parametrize(
-    ("kernel", "hub", "lifts"),
+    ("kernel", "hub", "lifts", "transform"),
     [
-        *product(("cpu", "simulated"), (1, 2), (False, True)),
-        ("reference", 2, True),  # which is simulated there
+        *product(("cpu", "simulated"), (1, 2), (False, True), (PLAIN,)),
+        ("reference", 2, True, PLAIN),  # which is simulated there
+        ("cpu", 1, False, TRANSFORMS[2]),
     ],
 )
-def test_denoiser_compiles_without_a_graph_break(kernel: str, hub: int, lifts: bool) -> None:
-    denoiser = unet(hub, lifts=lifts)
+def test_denoiser_compiles_without_a_graph_break(
+    kernel: str, hub: int, lifts: bool, transform: InputTransform
+) -> None:
+    denoiser = unet(hub, lifts=lifts, transform=transform)
     timesteps = (10, 900, 20, 800)
     # The reference is simulated under a compiler; its exact sums would fall on other sides of
     # borders now and then.

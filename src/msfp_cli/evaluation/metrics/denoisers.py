@@ -61,7 +61,7 @@ def input_histograms(denoiser: nn.Module, calls: Sequence[DenoiserCall]) -> dict
         advance=lambda steps, note="": None,
     )
     return {
-        name: _histogram(torch.cat(observation.samples), observation.minimum, observation.maximum)
+        name: _histogram(observation.views(), observation.minimum, observation.maximum)
         for name, observation in observations.items()
         if observation.samples  # an embedding has none: its input is indices
     }

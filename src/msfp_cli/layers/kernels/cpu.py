@@ -99,7 +99,7 @@ class Cpu(Kernel):
     ) -> "CpuOperands":
         """Gather what is multiplied; of weights that are kept packed, one is unpacked here."""
         geometry = self.arithmetic.geometry
-        factor, constant, frame = self.arithmetic.of_variant(variant, layer.bias)
+        factor, constant, frame = self.arithmetic.of_variant(variant, layer.kernel_bias)
         return CpuOperands(
             planes=planes,
             weights=self.weights if self.holds_weight else [layer.integers(member)],

@@ -126,7 +126,7 @@ class Cuda(Kernel):
             at: the member that runs, int64 ``(1,)`` on the layer's device.
         """
         planes = self.round(x, at)
-        constants = add_bias(self.tensors.constants, layer.bias)
+        constants = add_bias(self.tensors.constants, layer.kernel_bias)
         tensors = self.tensors._replace(constants=constants)
         if not self.holds_weight:  # unpack one, and pick what goes with it
             weights = int8.lay_out(layer.integers(at))[None]

@@ -55,7 +55,7 @@ class CudaFp8(Kernel):
         if self.product is None or self.cuda.simulates(x):
             return self.cuda(layer, x)
         codes = self.cuda.round(x, self.cuda.members, self.product.input_exponent)[0]
-        y = self.product.multiply(codes.view(-1, x.shape[-1]), layer.bias)
+        y = self.product.multiply(codes.view(-1, x.shape[-1]), layer.kernel_bias)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def integers(self, member: int | Tensor) -> Tensor:

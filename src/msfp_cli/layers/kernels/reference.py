@@ -64,7 +64,7 @@ def run_reference(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> T
         return run_reference(layer, x[None], arithmetic)[0]
     variant = layer.variant()
     (grid,) = input_grids(layer, variant)
-    factor, constant, frame = arithmetic.of_variant(variant, layer.bias)
+    factor, constant, frame = arithmetic.of_variant(variant, layer.kernel_bias)
     along = (-1, 1, 1) if geometry else (-1,)
     weight = layer.integers(layer.member()).to(_exact_type(layer, grid.format))
     planes = _planes(x.detach().float(), grid, arithmetic.shift)
