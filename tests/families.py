@@ -132,13 +132,14 @@ def publish(parts: Iterable[Any]) -> None:
 
 def build(builder: type) -> Mapping[str, Any]:
     """Save a tiny pipeline as ``model``, and return what its tests call it with."""
-    from stand_ins import fit_to_tokenizers_
+    from stand_ins import fit_to_tokenizers_, give_values_
 
     instance = builder.__new__(builder)
     with contextlib.suppress(pytest.skip.Exception):  # pipelines that diffusers has deprecated
         getattr(instance, "setUp", lambda: None)()
     components = called(instance.get_dummy_components)
     fit_to_tokenizers_(components)
+    give_values_(components)
     publish(components.values())
     pipeline = stock_class(builder.pipeline_class)
     inputs: Mapping[str, Any] = called(instance.get_dummy_inputs)

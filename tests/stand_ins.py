@@ -321,6 +321,14 @@ def fit_to_tokenizers_(components: Mapping[str, Part]) -> None:
                     setattr(part.config, mark, getattr(processor, mark))
 
 
+def give_values_(components: Mapping[str, Part]) -> None:
+    """Fill parameters that a test makes without values, as no trained model has them."""
+    for part in components.values():
+        for parameter in part.parameters() if isinstance(part, nn.Module) else ():
+            if not parameter.isfinite().all():
+                nn.init.normal_(parameter, std=0.02)
+
+
 def _table_of(part: Part) -> Part:
     """Return the table of tokens of a text encoder, None for any other part."""
     try:

@@ -82,16 +82,12 @@ class Contents:
         return contents
 
     def _refuse_bad_values(self) -> None:
-        """Refuse scales that are none, and weights and biases that are not finite.
-
-        Parameters with other names may be there for other tasks, and without values.
-        """
+        """Refuse scales that are none, and what is not finite."""
         for name, tensor in self.tensors.items():
             is_scale = name.endswith(".weight_scale")
             if is_scale and not are_scales(tensor):
                 raise self._error(f"{name} holds a scale that is not positive and finite")
-            is_used = tensor.is_floating_point() and name.endswith((".weight", ".bias"))
-            if is_used and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise self._error(f"{name} holds a NaN or an infinity")
 
     def _error(self, reason: str) -> CheckpointError:
