@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from msfp_cli.formats.objective import CheckRows
-from msfp_cli.layers.base import FloatLayer
+from msfp_cli.layers.quantized import FloatLayer
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.layers.streamed import weight_in_memory
 from msfp_cli.memory import peak_bytes

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from msfp_cli.calibration.result import LayerChoice
 from msfp_cli.formats.multipliers import step_sizes
 from msfp_cli.formats.rounding import Grid, fake_quantize
-from msfp_cli.layers.base import FloatLayer
+from msfp_cli.layers.quantized import FloatLayer
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.layers.streamed import weight_in_memory
 

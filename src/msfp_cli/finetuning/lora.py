@@ -42,8 +42,7 @@ from msfp_cli.formats.rounding import (
     fake_quantize_learned,
     round_steps,
 )
-from msfp_cli.layers.base import FloatLayer
-from msfp_cli.layers.quantized import kind_of
+from msfp_cli.layers.quantized import FloatLayer, kind_of
 from msfp_cli.layers.replace import replace_module_
 from msfp_cli.layers.routing import Route
 from msfp_cli.layers.scheme import LayerScheme

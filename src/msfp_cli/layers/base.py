@@ -1,7 +1,7 @@
 """A quantized layer as its kernel sees it, and what a kernel is: one way to execute one layer."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,6 @@ from msfp_cli.formats.multipliers import LARGEST_INTEGER
 from msfp_cli.formats.rounding import Grid, per_channel
 from msfp_cli.layers.kernels.geometry import Geometry
 from msfp_cli.layers.scheme import LayerScheme
-
-# A layer of torch that has a weight, of a class that has a row in `quantized.KINDS`.
-FloatLayer: TypeAlias = Any
 
 
 class QuantizedLayer(nn.Module, ABC):

@@ -24,13 +24,12 @@ call. A bias is read at each call.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from msfp_cli.layers.base import FloatLayer as FloatLayer  # for callers of `kind_of`
 from msfp_cli.layers.base import Kernel
 from msfp_cli.layers.kernels.geometry import Geometry
 from msfp_cli.layers.kernels.lookup import look_up
@@ -40,6 +39,8 @@ from msfp_cli.layers.packed import PackedLayer, Source
 from msfp_cli.layers.routing import Route
 from msfp_cli.layers.scheme import LayerScheme
 
+# A layer of torch that has a weight, of a class that has a row in `KINDS`.
+FloatLayer: TypeAlias = Any
 Self = TypeVar("Self", bound="Quantized")
 # Where torch keeps a module's hooks.
 _HOOKS = (

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from msfp_cli.errors import CheckpointError, UsageError
-from msfp_cli.layers.base import FloatLayer
 from msfp_cli.layers.clock import TRAINING_CLOCK, Clock
-from msfp_cli.layers.quantized import Quantized, find_kind, kind_of
+from msfp_cli.layers.quantized import FloatLayer, Quantized, find_kind, kind_of
 from msfp_cli.layers.routing import ROUTER, RouterTable
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.layers.streamed import weight_in_memory

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from msfp_cli.files.documents import open_tensors
-from msfp_cli.layers.base import FloatLayer
+from msfp_cli.layers.quantized import FloatLayer
 
 _ATTRIBUTE = "weight_in_file"
 
