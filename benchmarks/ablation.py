@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from material import UNSEEN, add_size_options, record_options, source_of
+from material import KNOWN, add_size_options, record_options, source_of
 from test_set import MAX_TESTS, TestSet
 
 from msfp_cli.calibration.calibrate import calibrate_run
@@ -43,10 +43,9 @@ from msfp_cli.files.atomic import write_text
 from msfp_cli.finetuning.finetune import finetune_run
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.result import load_finetunings
-from msfp_cli.pipelines.loading import BUILT_IN, Pipeline, default_prompts
+from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.run import Run
 
-KNOWN = tuple(prompt for prompt in default_prompts(BUILT_IN) if prompt not in UNSEEN)
 RUNGS = {
     "signed, LoRA": ("signed", {"hub_size": 1, "loss": "plain"}),
     "mixed, LoRA": ("mixed", {"hub_size": 1, "loss": "plain"}),

@@ -41,7 +41,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=BUILT_IN,
-        help="a text-to-image pipeline with one denoiser; the built-in one",
+        help="a pipeline with one denoiser, of text or unconditional; the built-in one",
     )
     parser.add_argument("--steps", type=int, default=BUILT_IN_STEPS, help="steps of the sampler")
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from material import add_model_options, denoiser_of, part_of_page, source_of
+from material import UNSEEN, add_model_options, denoiser_of, part_of_page, source_of
 from page import put
 from peer_quantizers import METHODS, Material, Method, methods_of
 from test_set import BATCH, MAX_TESTS, TestSet
@@ -244,7 +244,7 @@ def refuse_tested_prompts(arguments: argparse.Namespace) -> None:
         directory = run / name
         if directory.exists():
             recorded.update(Recording(directory).recipe["record"]["conditions"])
-    if shared := recorded & set(test_set(arguments).prompts()):
+    if shared := recorded & set(UNSEEN[: arguments.num_tests]):
         raise SystemExit(
             f"--run was recorded with {len(shared)} prompts of the tests; "
             "record different ones, or test with fewer"

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from msfp_cli.files.atomic import replace_file
+from msfp_cli.pipelines.conditions import conditioning_of
 from msfp_cli.pipelines.denoiser import replay
 from msfp_cli.pipelines.loading import BUILT_IN_GUIDANCE, ModelSource, Pipeline, load_pipeline
 from msfp_cli.pipelines.sampling import Sampling, call_pipeline
+from msfp_cli.pipelines.watch import watch_samples
 from msfp_cli.recording.compare import OutputError
 from msfp_cli.recording.recipe import RecordRecipe
 from msfp_cli.recording.record import record_calls
@@ -44,8 +46,10 @@ class TestSet:
     num_tests: int
     steps: int
 
-    def prompts(self) -> tuple[str, ...]:
-        """Return a prompt per picture; if there are too few, they are reused with new noise."""
+    def conditions(self, pipe: Pipeline) -> tuple[str | None, ...]:
+        """Return a prompt per picture, reused with new noise if there are too few; or nothing."""
+        if conditioning_of(pipe) == "none":
+            return (None,) * self.num_tests
         return tuple(UNSEEN[i % len(UNSEEN)] for i in range(self.num_tests))
 
     def sampling(self) -> Sampling:
@@ -64,7 +68,7 @@ class TestSet:
     def prepare(self) -> None:
         """Record full precision's trajectories, and keep its latents and pictures, once."""
         pipe = load_pipeline(self.source, "cpu")
-        recipe = RecordRecipe.of(self.prompts(), self.sampling())
+        recipe = RecordRecipe.of(self.conditions(pipe), self.sampling())
         record_calls(pipe, self.source, recipe, self.directory / "trajectories")
         if not self._full_precision.exists():
             latents, pictures = self.sample(pipe)
@@ -73,15 +77,18 @@ class TestSet:
 
     @torch.no_grad()
     def sample(self, pipe: Pipeline) -> tuple[Tensor, Tensor]:
-        """Return the final latents and the pictures (0..1) of a pipeline."""
+        """Return the final latents and the pictures (0..1) of a pipeline.
+
+        The latents of a pipeline without an autoencoder are its pictures, from -1 to 1.
+        """
         latents = []
         pictures = []
         for first in range(0, self.num_tests, BATCH):
-            prompts = self.prompts()[first : first + BATCH]
-            batch = call_pipeline(pipe, prompts, self.sampling(), first=first, output_type="latent")
-            latents.append(batch)
-            decoded = pipe.vae.decode(batch / pipe.vae.config.scaling_factor).sample
-            pictures.append(pipe.image_processor.postprocess(decoded, output_type="pt"))
+            conditions = self.conditions(pipe)[first : first + BATCH]
+            with watch_samples(pipe) as samples:
+                call_pipeline(pipe, conditions, self.sampling(), first=first, output_type="latent")
+            latents.append(samples[-1])
+            pictures.append(decoded(pipe, samples[-1]))
         return torch.cat(latents), torch.cat(pictures)
 
     def measure(self, pipe: Pipeline) -> dict[str, float]:
@@ -111,6 +118,14 @@ class TestSet:
             "psnr_se": standard_error(psnr),
             "seconds": statistics.median(seconds),
         }
+
+
+def decoded(pipe: Pipeline, latents: Tensor) -> Tensor:
+    """Return pictures (0..1) of final latents, before they are rounded to 8 bits."""
+    if not hasattr(pipe, "vae"):
+        return (latents / 2 + 0.5).clamp(0, 1)
+    pictures = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    return pipe.image_processor.postprocess(pictures, output_type="pt")
 
 
 def standard_error(values: Tensor) -> float:

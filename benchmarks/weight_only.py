@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from material import UNSEEN, add_size_options, record_options, source_of
+from material import KNOWN, add_size_options, record_options, source_of
 from page import put
 from test_set import MAX_TESTS, TestSet
 
@@ -22,10 +22,9 @@ from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.checkpoint.export import load_calibrated
 from msfp_cli.commands.console import quiet_libraries
-from msfp_cli.pipelines.loading import BUILT_IN, Pipeline, default_prompts, load_pipeline
+from msfp_cli.pipelines.loading import BUILT_IN, Pipeline, load_pipeline
 from msfp_cli.run import Run
 
-KNOWN = tuple(prompt for prompt in default_prompts(BUILT_IN) if prompt not in UNSEEN)
 COLUMNS = "| weights | output error | final latents' error | PSNR, dB |"
 
 

@@ -144,6 +144,17 @@ def test_peers_measures_a_run_and_says_which_peer_is_missing(
     assert page.read_text().startswith(f"<!-- peers.py {TINY} begins -->")
 
 
+def test_peers_measures_a_pipeline_without_prompts(tiny_tuned: Finetuned, tmp_path: Path) -> None:
+    options = ("--work", tmp_path, "--run", tiny_tuned.run.directory, "--steps", 2)
+    model = tiny_tuned.calibration.source.model
+    lines = run_script(
+        "benchmarks/peers.py", "--model", model, *options, "--num-tests", 2, "--only", "msfp"
+    )
+    row = cells(lines[4])
+    assert row[0].strip("*").startswith("msfp, calibrated ")
+    assert float(row[5]) > 0 and float(row[6].split()[0]) > 0 and float(row[7].split()[0]) > 10
+
+
 def test_results_puts_a_row_and_a_sheet_where_they_are_wanted(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
