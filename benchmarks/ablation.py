@@ -1,15 +1,15 @@
-"""The ladder: what each part of the method adds, on the built-in pipeline, W4A4.
+"""The ladder: what each part of the method adds.
 
-    python benchmarks/ablation.py --work DIR [--jobs 2] [--updates 400] [--seeds 3] [--variants]
-        [--markdown FILE]
+    python benchmarks/ablation.py --work DIR [--preset paper] [--bits 4] [--jobs 2] [--updates 400]
+        [--seeds 3] [--variants] [--model MODEL] [--markdown FILE]
 
 There are four rungs: signed formats + LoRA; mixed signs + LoRA; mixed signs + TALoRA (a hub of
-two); the same + DFA. All have the default recipe but one call per update, so that two trainings
-share two cores; the same number of updates; and the learning rate that does best on the run's own
-held-out calls for seed 0 (the search is the same for every rung). A rung is trained with several
-seeds (first values and order of the data) and tested on 200 pictures of 110 prompts that neither
-calibration nor training uses: see `test_set.py` for what is measured. The calibrated models before
-training are there to compare.
+two); the same + DFA. All have the default recipe, or the paper's conditions with --preset paper,
+but one call per update, so that two trainings share two cores; the same number of updates; and the
+learning rate that does best on the run's own held-out calls for seed 0 (the search is the same for
+every rung). A rung is trained with several seeds (first values and order of the data) and tested on
+200 pictures of 110 prompts that neither calibration nor training uses: see `test_set.py` for what
+is measured. The calibrated models before training are there to compare.
 
 With --variants the last rung is trained again with one setting changed at a time, to see what each
 is worth.
@@ -24,14 +24,15 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from material import KNOWN, add_size_options, record_options, source_of
+from material import KNOWN, add_size_options, part_of_page, record_options, source_of
+from page import put
 from test_set import MAX_TESTS, TestSet
 
 from msfp_cli.calibration.calibrate import calibrate_run
@@ -94,9 +95,14 @@ class Job:
         more = "".join(f"-{key}={value}" for key, value in sorted(self.changes.items()))
         return f"{self.rung.replace(', ', '-')}-{self.updates}-{self.rate:g}-{self.seed}{more}"
 
-    def recipe(self) -> FinetuneRecipe:
-        """Return what is trained."""
+    def recipe(self, preset: Mapping[str, Any]) -> FinetuneRecipe:
+        """Return what is trained.
+
+        Arguments:
+            preset: the settings that the rung begins with.
+        """
         settings: dict[str, Any] = {
+            **preset,
             **RUNGS[self.rung][1],
             **self.changes,
             "steps": self.updates,
@@ -124,15 +130,35 @@ def test_set(arguments: argparse.Namespace) -> TestSet:
     )
 
 
+def setting_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Return what all rungs share, in words."""
+    preset = (arguments.preset,) if arguments.preset else ()
+    return (f"W{arguments.bits}A{arguments.bits}", *preset)
+
+
+def place_of(arguments: argparse.Namespace) -> Path:
+    """Return where everything is kept but the recording and the tests, which all settings share."""
+    return arguments.work / "-".join(setting_of(arguments))
+
+
 def calibrated(arguments: argparse.Namespace, formats: str) -> Run:
     """Calibrate with some formats, once; all from one recording."""
-    run = Run(arguments.work / f"calibrated-{formats}")
+    run = Run(place_of(arguments) / f"calibrated-{formats}")
     if not run.calibration.exists():
         share(Run(arguments.work / "recorded"), run, "recording", "held-out")
         options = replace(record_options(arguments), prompts=KNOWN)
-        recipe = CalibrateRecipe(formats=formats)
+        settings = preset_of(CalibrateRecipe, arguments)
+        bits = {"weights": arguments.bits, "activations": arguments.bits}
+        recipe = replace(CalibrateRecipe(**bits, formats=formats), **settings)
         calibrate_run(run, source_of(arguments), options, recipe, device="cpu")
     return run
+
+
+def preset_of(
+    recipe: type[CalibrateRecipe] | type[FinetuneRecipe], arguments: argparse.Namespace
+) -> Mapping[str, Any]:
+    """Return the settings that a recipe begins with."""
+    return recipe.PRESETS[arguments.preset] if arguments.preset else {}
 
 
 def share(base: Run, run: Run, *places: str) -> None:
@@ -147,14 +173,14 @@ def share(base: Run, run: Run, *places: str) -> None:
 
 def trained(arguments: argparse.Namespace, job: Job) -> Run:
     """Return the run directory of a job."""
-    return Run(arguments.work / "jobs" / job.name)
+    return Run(place_of(arguments) / "jobs" / job.name)
 
 
 def train(arguments: argparse.Namespace, job: Job) -> None:
     """Train a job, or go on with it."""
     run = trained(arguments, job)
     share(calibrated(arguments, job.formats), run, "recording", "held-out", "calibration")
-    finetune_run(run, job.recipe(), device="cpu")
+    finetune_run(run, job.recipe(preset_of(FinetuneRecipe, arguments)), device="cpu")
 
 
 def held_out_error(arguments: argparse.Namespace, job: Job) -> float:
@@ -179,7 +205,7 @@ def test_calibrated(arguments: argparse.Namespace, formats: str) -> None:
 
 def keep_result(arguments: argparse.Namespace, name: str, pipe: Pipeline) -> None:
     """Measure a pipeline and write its result, unless it is there."""
-    result = arguments.work / "results" / f"{name}.json"
+    result = place_of(arguments) / "results" / f"{name}.json"
     if not result.exists():
         write_text(result, json.dumps(test_set(arguments).measure(pipe)))
 
@@ -249,7 +275,7 @@ def variants(arguments: argparse.Namespace) -> str:
 
 def row(arguments: argparse.Namespace, names: Sequence[str]) -> str:
     """Return the figures of some results: their mean and, of several, the standard deviation."""
-    results = arguments.work / "results"
+    results = place_of(arguments) / "results"
     figures = [json.loads((results / f"{name}.json").read_text()) for name in names]
     cells = []
     for key, digits in DIGITS.items():
@@ -274,12 +300,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=numbers, default=[4e-2, 2e-2], help="learning rates to try")
+    parser.add_argument("--preset", choices=("paper",), help="default: the default recipes")
+    parser.add_argument("--bits", type=int, default=4, help="of weights and inputs")
     parser.add_argument("--only", default="", help="rungs whose name contains this")
     parser.add_argument(
         "--variants", action="store_true", help="then change one setting of the last rung at a time"
     )
     parser.add_argument("--num-tests", type=int, default=MAX_TESTS, help="pictures to test on")
-    parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
+    parser.add_argument("--markdown", type=Path, help="put the table into this page")
     add_size_options(parser, num_images=400)
     for action in ("--train", "--test"):
         parser.add_argument(action, nargs=4, help=argparse.SUPPRESS)
@@ -308,9 +336,18 @@ def print_tables(arguments: argparse.Namespace) -> None:
         table += f"\n\n{FULL}, one change at a time, seed 0:\n\n{variants(arguments)}"
     print(table)
     if arguments.markdown:
-        sizes = f"{arguments.updates} updates, {arguments.seeds} seeds, {arguments.num_tests} tests"
-        text = f"{sizes}; torch {torch.__version__}, CPU.\n\n{table}\n"
-        arguments.markdown.write_text(text)
+        part = " ".join([part_of_page("ablation.py", arguments), *setting_of(arguments)])
+        put(arguments.markdown, part, f"{conditions(arguments)}\n\n{table}")
+
+
+def conditions(arguments: argparse.Namespace) -> str:
+    """Say what the table holds, and under which conditions."""
+    whose = "the paper's conditions" if arguments.preset else "the default recipes"
+    return (
+        f"{setting_of(arguments)[0]}, {whose}: {arguments.num_images} pictures recorded, "
+        f"{arguments.updates} updates of one call, {arguments.seeds} seeds (mean ± standard "
+        f"deviation), {arguments.num_tests} tests; torch {torch.__version__}, CPU."
+    )
 
 
 if __name__ == "__main__":

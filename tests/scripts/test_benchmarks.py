@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from conftest import Finetuned
+from msfp_cli.calibration.result import Calibration
+from msfp_cli.run import Run
 from scripts.run_script import run_script
 
 TINY = "StableDiffusionPipeline"
@@ -113,7 +115,14 @@ def test_where_time_goes_shows_the_kernel_and_the_engine(tmp_path: Path) -> None
 def test_ablation_climbs_a_rung(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     options = ("--work", tmp_path, "--model", tiny(TINY), "--jobs", 1, "--only", "mixed, LoRA")
     sizes = ("--rates", 0.01, "--seeds", 1, "--updates", 8, "--num-images", 6, "--steps", 2)
+    options += ("--preset", "paper", "--markdown", tmp_path / "page")
     lines = run_script("benchmarks/ablation.py", *options, *sizes, "--num-tests", 1)
+    (run,) = (tmp_path / "W4A4-paper" / "jobs").iterdir()
+    calibration = Calibration.load(Run(run).calibration)
+    assert (calibration.recipe.weights, calibration.recipe.rounding) == (4, "nearest")
+    assert (
+        (tmp_path / "page").read_text().splitlines()[2].startswith("W6A6, the paper's conditions:")
+    )
     assert cells(lines[0])[1:3] == ["learning rate", "output error"]
     calibrated, tuned = (cells(line) for line in lines[-2:])
     assert calibrated[:2] == ["mixed, calibrated only", ""]
