@@ -146,6 +146,19 @@ def test_denoisers_of_several_stages_each_have_their_clock() -> None:
     assert clocks == {"high": Clock(argument="r", scale=1000.0), "low": Clock(argument="r")}
 
 
+def test_call_that_fills_a_cache_before_a_step_has_a_time_of_its_own() -> None:
+    network, scheduler = Network(), Scheduler()
+
+    def run() -> None:
+        for time in (900.0, 400.0):
+            for own in (0.0, time):
+                network(torch.zeros(2), r=own)
+            scheduler.step(torch.zeros(2), time, torch.zeros(2))
+
+    pipe = SimpleNamespace(components={"transformer": network, "scheduler": scheduler})
+    assert learn_clocks(pipe, run) == {"transformer": Clock(argument="r")}
+
+
 def test_denoiser_that_never_ran_is_refused_by_name() -> None:
     parts = {"high": Network(), "low": Network(), "vae": nn.Identity(), "scheduler": Scheduler()}
     pipe = SimpleNamespace(components=parts)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux2 import Flux2KVLayerCache
 from torch import Tensor
 
 from conftest import record_few
@@ -207,3 +208,23 @@ def test_denoisers_answer_joined_rows_as_they_did_before(
             rtol=1e-4,
             atol=1e-4,
         )
+
+
+def cached(seed: int, rows: int = 3) -> DenoiserCall:
+    cache = Flux2KVLayerCache()
+    cache.k_ref = draw(rows, 2, seed=100 + seed)
+    arguments = {"sample": draw(rows, 4, seed=seed), "timestep": 5.0, "kv_cache": cache}
+    return DenoiserCall(
+        component="transformer", timestep=5.0, arguments=arguments, output=draw(rows, 4, seed=seed)
+    )
+
+
+def test_rows_of_a_cache_go_with_the_rows_of_the_sample() -> None:
+    calls = [cached(1), cached(2)]
+    (joined,) = join_rows([(calls[0], 2), (calls[1], 0)])
+    keys = [call.arguments["kv_cache"].k_ref for call in calls]
+    assert torch.equal(joined.arguments["kv_cache"].k_ref, torch.stack([keys[0][2], keys[1][0]]))
+    assert len(keys[0]) == 3  # the recorded call is as it was
+    assert torch.equal(
+        take_rows(calls[0], torch.tensor([1])).arguments["kv_cache"].k_ref, keys[0][1:2]
+    )

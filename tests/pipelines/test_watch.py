@@ -1,12 +1,13 @@
 import copy
 import inspect
+import operator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from msfp_cli.pipelines.denoiser import DenoiserCall
+from msfp_cli.pipelines.denoiser import DenoiserCall, replay
 from msfp_cli.pipelines.watch import watch_calls, watch_layers, watch_scheduler
 from pipelines.test_denoiser import Denoiser, draw
 
@@ -33,7 +34,10 @@ def test_sees_positional_and_keyword_arguments_by_name(num_positional: int) -> N
     output, call = watched(Denoiser(), *positional, **keyword)
     assert call.component == "unet" and call.timestep == 7.0
     assert call.arguments.keys() == arguments.keys()
-    assert all(call.arguments[name] is arguments[name] for name in arguments)
+    for name in ("sample", "timestep", "encoder_hidden_states"):
+        assert call.arguments[name] is arguments[name]
+    assert call.arguments["added"]["text"] is arguments["added"]["text"]
+    assert all(map(operator.is_, call.arguments["residuals"], arguments["residuals"]))
     assert call.output is output[0]
 
 
@@ -182,3 +186,55 @@ def test_no_hook_is_left_when_a_report_fails(layers: dict[str, nn.Module]) -> No
         with pytest.raises(RuntimeError, match="full"), watch_layers(layers, fail):
             layer(torch.zeros(2))
     assert not any(layer._forward_hooks for layer in layers.values())
+
+
+class Emptying(Denoiser):
+    """Takes items out of a list that it is given, as UNets with adapters and HunyuanDiT do."""
+
+    def forward(
+        self, sample: Tensor, timestep: float, residuals: list[Tensor], return_dict: bool = True
+    ) -> tuple[Tensor]:
+        """Add the residuals, from the last to the first."""
+        while residuals:
+            sample = sample + residuals.pop()
+        return (sample,)
+
+
+def test_arguments_are_those_before_the_call_and_replay_leaves_them_whole() -> None:
+    residuals = [draw(2), draw(3)]
+    (output,), call = watched(Emptying(), draw(1), 1.0, list(residuals))
+    for _ in range(2):
+        assert torch.equal(replay(Emptying(), call), output)
+    assert all(map(operator.is_, call.arguments["residuals"], residuals))
+    assert len(call.arguments["residuals"]) == 2
+
+
+class Filling(Denoiser):
+    """Fills a cache in one call, and reads it in the next, as autoregressive video models do."""
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: float,
+        cache: dict[int, Tensor] | None = None,
+        return_dict: bool = True,
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """Return nothing but a cache, or a prediction."""
+        return (None, {0: sample}) if cache is None else (sample + cache[0], cache)
+
+
+def test_call_that_only_fills_a_cache_is_not_reported() -> None:
+    denoiser, calls = Filling(), []
+    with watch_calls({"transformer": denoiser}, calls.append):
+        _, cache = denoiser(draw(1), 0.0)
+        output, _ = denoiser(draw(2), 5.0, cache)
+    assert [call.timestep for call in calls] == [5.0]
+    assert torch.equal(replay(denoiser, calls[0]), output)
+
+
+def test_layer_that_runs_on_nothing_is_not_reported() -> None:
+    layer, runs = nn.Linear(4, 3), []
+    with watch_layers({"layer": layer}, lambda *run: runs.append(run)):
+        layer(torch.empty(0, 4))
+        layer(draw(1))
+    assert [len(run[2][0]) for run in runs] == [2]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux2 import Flux2KVCache
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from msfp_cli.errors import CheckpointError, ModelError, RunError
 from msfp_cli.layers.clock import Clock
 from msfp_cli.pipelines.denoiser import DenoiserCall
-from msfp_cli.recording.encode import size_bytes
+from msfp_cli.recording.encode import decode_items, size_bytes
 from msfp_cli.recording.result import Recording
 
 RECIPE: dict[str, Any] = {
@@ -60,7 +61,7 @@ def assert_same(got: Any, expected: Any) -> None:  # noqa: ANN401 (a tree of arg
         for key, item in expected.items():
             assert_same(got[key], item)
     elif isinstance(expected, list | tuple):
-        assert isinstance(got, list) and len(got) == len(expected)
+        assert type(got) is type(expected) and len(got) == len(expected)
         for one, other in zip(got, expected, strict=True):
             assert_same(one, other)
     else:
@@ -93,6 +94,7 @@ ARGUMENTS: dict[str, Any] = {
         "deep": {"$tensor": "no tensor", "ids": [draw(2), None, [draw(1), "x"]]},
     },
     "pair": (draw(3), 2),
+    "layers": {0: draw(2), 1: {"k": draw(3)}},
     "nothing": None,
     "flag": False,
     "scale": 0.1,
@@ -113,6 +115,34 @@ def test_calls_come_back_as_they_were(tmp_path: Path) -> None:
         assert_same_calls(again.shard(1), calls[:1])
         assert_same_calls(list(again.calls()), [*calls, calls[0]])
         assert (again.recipe, again.num_shards) == (RECIPE, 2)
+
+
+def test_cache_of_diffusers_comes_back_as_it_was(tmp_path: Path) -> None:
+    cache = Flux2KVCache(num_double_layers=1, num_single_layers=1)
+    cache.num_ref_tokens = 2
+    cache.double_block_caches[0].store(draw(2), draw(3))
+    recording = make(tmp_path, 1)
+    recording.write_shard(0, [call(kv_cache=cache)])
+    again = recording.shard(0)[0].arguments["kv_cache"]
+    assert type(again) is Flux2KVCache and again.num_ref_tokens == 2
+    assert_same(again.get_double(0).get(), cache.get_double(0).get())
+    assert vars(again.get_single(0)) == vars(cache.get_single(0))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os:system",
+        "diffusers.models.modeling_utils:ModelMixin",
+        "diffusers.models.transformers.transformer_flux2:NoSuchCache",
+        "diffusers.models.transformers.transformer_flux2:Flux2KVCache.clear",
+        "diffusers.models.transformers.transformer_flux2:torch",
+        "diffusers.models.transformers.transformer_flux2:Tensor",
+    ],
+)
+def test_file_can_name_no_class_but_a_cache_of_diffusers(name: str) -> None:
+    with pytest.raises(ModelError, match="cannot read a cache of class"):
+        decode_items({"kv_cache": {"$cache": name, "$dict": {}}}, dict[str, Tensor]().__getitem__)
 
 
 def test_a_parameter_is_recorded_as_its_value(tmp_path: Path) -> None:

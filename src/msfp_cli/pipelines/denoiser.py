@@ -6,7 +6,8 @@ So classifier-free guidance, added conditions, guidance vectors and any schedule
 a line about them.
 """
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -24,6 +25,9 @@ from msfp_cli.pipelines.loading import Pipeline
 _ROLES = ("unet", "transformer", "transformer_2", "transformer_3", "prior", "decoder")
 
 Output: TypeAlias = Any  # of a denoiser: a tensor, a tuple, a list, or a class of diffusers
+# Arguments of a denoiser: tensors and plain values, in lists, tuples, dicts and caches.
+Tree: TypeAlias = Any
+CACHES = "diffusers.models."  # begins the names of the modules whose caches are known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,8 @@ class DenoiserCall:
     Arguments:
         component: the pipeline's name for the denoiser, e.g. ``unet``.
         timestep: of the call, 1000 (noise) to 0 (clean), see `Clock`.
-        arguments: all arguments by name; tensors, plain values, and lists or dicts of them.
+        arguments: all arguments by name, as they were before the call; some denoisers empty lists
+            that they are given, or write into caches.
         output: what it returned, without the wrapping tuple, and without channels that the pipeline
             throws away.
         time: the argument that says what time it is.
@@ -213,7 +218,8 @@ def call_with(denoiser: nn.Module, arguments: Mapping[str, Any], recorded: Tenso
         Those channels of its output that were recorded.
     """
     device = next(denoiser.parameters()).device
-    output = _first(denoiser(**_to_device(dict(arguments), device), return_dict=False))
+    own = map_tensors(lambda tensor: tensor.to(device), dict(arguments))
+    output = _first(denoiser(**own, return_dict=False))
     return output[:, : recorded.shape[1]]
 
 
@@ -223,12 +229,27 @@ def replay(denoiser: nn.Module, call: DenoiserCall) -> Tensor:
     return call_with(denoiser, call.arguments, call.output)
 
 
-def _to_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401 (a tree of arguments)
-    """Move the tensors of a tree of arguments."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to_device(item, device) for item in value)
-    return value
+def map_tensors(function: Callable[[Tensor], Tree], tree: Tree) -> Tree:
+    """Return a copy of a tree of arguments with a function applied to its tensors."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, item) for key, item in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_tensors(function, item) for item in tree)
+    if is_cache(tree):
+        return with_attributes(tree, map_tensors(function, vars(tree)))
+    return tree
+
+
+def is_cache(value: object) -> bool:
+    """Whether an argument is an object of diffusers that holds others, such as keys and values."""
+    is_ours = type(value).__module__.startswith(CACHES)
+    return is_ours and hasattr(value, "__dict__") and not isinstance(value, nn.Module)
+
+
+def with_attributes(cache: Tree, attributes: Mapping[str, Tree]) -> Tree:
+    """Return a copy of a cache with other attributes."""
+    other = copy.copy(cache)
+    vars(other).update(attributes)
+    return other

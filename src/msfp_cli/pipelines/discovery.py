@@ -39,11 +39,12 @@ class _Watcher:
     """Pairs the calls of networks with the steps of schedulers.
 
     Arguments:
-        waiting: the calls since the last step.
-        pairs: by component, what each call was given and the timestep of the step after it.
+        last: the last call since the last step. Those before it may have another time, such as one
+            of clean frames that fills a cache.
+        pairs: by component, what the last call before each step was given, and the step's timestep.
     """
 
-    waiting: list[tuple[str, _Readings]] = field(default_factory=list)
+    last: tuple[str, _Readings] | None = None
     pairs: dict[str, list[tuple[_Readings, float]]] = field(default_factory=dict)
 
     def add_call(
@@ -58,16 +59,15 @@ class _Watcher:
         arguments = signature.bind(*args, **kwargs).arguments
         numbers = {name: _number(value) for name, value in arguments.items()}
         readings = {name: number for name, number in numbers.items() if number is not None}
-        self.waiting.append((component, readings))
+        self.last = (component, readings)
 
     def add_step(self, timestep: Argument, model_output: Tensor, result: object) -> None:
-        """Pair the calls of the network that ran last with a step."""
+        """Pair the last call with a step."""
         time = _number(timestep)
-        if self.waiting and time is not None:
-            denoiser = self.waiting[-1][0]
-            own = [(readings, time) for name, readings in self.waiting if name == denoiser]
-            self.pairs.setdefault(denoiser, []).extend(own)
-        self.waiting.clear()
+        if self.last is not None and time is not None:
+            denoiser, readings = self.last
+            self.pairs.setdefault(denoiser, []).append((readings, time))
+        self.last = None
 
 
 def schedulers_of(pipe: Pipeline) -> dict[str, Any]:

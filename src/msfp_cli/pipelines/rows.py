@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msfp_cli.pipelines.denoiser import DenoiserCall
+from msfp_cli.pipelines.denoiser import DenoiserCall, is_cache, with_attributes
 
 # Arguments whose first dimension is never the batch, whatever its size.
 _POSITIONS = ("img_ids", "txt_ids", "image_rotary_emb", "padding_mask")
@@ -142,6 +142,8 @@ def _take(value: Any, rows: Tensor, batch: int, name: str = "") -> Any:  # noqa:
         )
     if isinstance(value, dict):
         return {key: _take(item, rows, batch, key) for key, item in value.items()}
+    if is_cache(value):
+        return with_attributes(value, _take(vars(value), rows, batch))
     return (
         type(value)(_take(v, rows, batch, name) for v in value)
         if isinstance(value, list | tuple)
@@ -163,6 +165,8 @@ def _alike(one: Any, other: Any) -> bool:  # noqa: ANN401 (trees of arguments)
         return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(_alike, one, other))
+    if is_cache(one):
+        return _alike(vars(one), vars(other))
     return bool(one == other)
 
 
@@ -177,4 +181,6 @@ def _merge(trees: Sequence[Any]) -> Any:  # noqa: ANN401 (trees of arguments)
         return {key: _merge(list(map(itemgetter(key), trees))) for key in first}
     if isinstance(first, list | tuple):
         return type(first)(map(_merge, zip(*trees, strict=True)))
+    if is_cache(first):
+        return with_attributes(first, _merge([vars(tree) for tree in trees]))
     return first

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from msfp_cli.errors import ModelError
 from msfp_cli.layers.clock import TRAINING_CLOCK, Clock
-from msfp_cli.pipelines.denoiser import DenoiserCall
+from msfp_cli.pipelines.denoiser import DenoiserCall, map_tensors
 from msfp_cli.pipelines.loading import Pipeline, Scheduler
 from msfp_cli.pipelines.sampling import Sampling, call_pipeline
 
@@ -46,8 +46,9 @@ def _report_layer(
     kwargs: dict[str, Any],
     output: Tensor,
 ) -> None:
-    """Report one run; some models call their layers by keyword."""
-    report(name, layer, (*args, *kwargs.values()), output)
+    """Report one run; some models call their layers by keyword, or with nothing in a tensor."""
+    if output.numel():
+        report(name, layer, (*args, *kwargs.values()), output)
 
 
 @contextmanager
@@ -65,26 +66,48 @@ def watch_calls(
         for component, denoiser in denoisers.items():
             signature = inspect.signature(denoiser.forward)
             clock = clocks.get(component, TRAINING_CLOCK)
-            hook = functools.partial(_report_call, component, clock, signature, report)
-            handle = denoiser.register_forward_hook(hook, with_kwargs=True)
+            arguments: dict[str, Passed] = {}
+            before = functools.partial(_keep_arguments, signature, arguments)
+            after = functools.partial(_report_call, component, clock, arguments, report)
+            handle = denoiser.register_forward_pre_hook(before, with_kwargs=True)
+            hooks.callback(handle.remove)
+            handle = denoiser.register_forward_hook(after)
             hooks.callback(handle.remove)
         yield
+
+
+def _keep_arguments(
+    signature: inspect.Signature,
+    arguments_: dict[str, Passed],
+    denoiser: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Keep the arguments of a call that begins; the last three are those of torch's hooks.
+
+    Some denoisers take items out of lists that they are given, or write into caches, so what holds
+    the tensors is copied.
+    """
+    arguments_.clear()
+    arguments_.update(map_tensors(lambda tensor: tensor, signature.bind(*args, **kwargs).arguments))
+    arguments_.pop("return_dict", None)
 
 
 def _report_call(
     component: str,
     clock: Clock,
-    signature: inspect.Signature,
+    arguments: Mapping[str, Passed],
     report: Callable[[DenoiserCall], None],
     denoiser: nn.Module,
     args: tuple[Any, ...],
-    kwargs: dict[str, Any],
     output: object,
 ) -> None:
-    """Report one call; the last four arguments are those of torch's forward hooks."""
-    arguments = dict(signature.bind(*args, **kwargs).arguments)
-    arguments.pop("return_dict", None)
-    report(DenoiserCall.of(component, arguments, output, clock))
+    """Report a call that ended; the last three arguments are those of torch's hooks.
+
+    A call that predicts nothing only fills a cache, which later calls are given.
+    """
+    if not isinstance(output, tuple) or output[0] is not None:
+        report(DenoiserCall.of(component, dict(arguments), output, clock))
 
 
 @contextmanager

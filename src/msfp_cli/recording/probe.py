@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from msfp_cli.pipelines.denoiser import find_denoisers
+from msfp_cli.pipelines.denoiser import find_denoisers, map_tensors
 from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.pipelines.prefix import tensors_of
 from msfp_cli.pipelines.sampling import call_pipeline
@@ -44,28 +44,32 @@ def probe(pipe: Pipeline, recipe: RecordRecipe) -> CallCost:
     """
     denoiser = max(find_denoisers(pipe).values(), key=_num_parameters)
     passed: list[Any] = []
+    outputs: list[Tensor] = []
 
-    def stop(module: nn.Module, args: object, kwargs: object, output: object) -> None:
-        passed.extend((args, kwargs, output))
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        passed[:] = map_tensors(lambda tensor: tensor, [args, kwargs])
+
+    def stop(module: nn.Module, args: object, output: object) -> None:
+        outputs.extend(tensors_of(output))
         raise _StopError
 
-    handle = denoiser.register_forward_hook(stop, with_kwargs=True)
+    before = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
+    after = denoiser.register_forward_hook(stop)
     try:
         conditions = recipe.conditions[: recipe.batch_size]
         call_pipeline(pipe, conditions, recipe, output_type="latent")
     except _StopError:
         pass
     finally:
-        handle.remove()
-    if not passed:
+        before.remove()
+        after.remove()
+    if not outputs:
         return CallCost(seconds=0.0, rows=1, steps=1, num_bytes=0)
-    args, kwargs, output = passed
-    outputs = list(tensors_of(output))
     output_bytes = sum(tensor.nbytes for tensor in outputs)
-    first_bytes = output_bytes + sum(tensor.nbytes for tensor in tensors_of((args, kwargs)))
+    first_bytes = output_bytes + sum(tensor.nbytes for tensor in tensors_of(passed))
     steps = len(getattr(getattr(pipe, "scheduler", None), "timesteps", (0,)))
     return CallCost(
-        seconds=_seconds(denoiser, args, kwargs),
+        seconds=_seconds(denoiser, *passed),
         rows=len(outputs[0]),
         steps=steps,
         num_bytes=first_bytes + 2 * output_bytes * (steps - 1),
