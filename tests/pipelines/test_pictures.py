@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
@@ -202,6 +202,22 @@ def test_call_that_fails_for_want_of_a_picture_names_the_option() -> None:
         call_pipeline(Editing(), ["a cat"], Sampling(num_inference_steps=6))
 
 
+class Identifying:
+    """A pipeline that needs what a network outside of it makes of a face, and says so nowhere."""
+
+    components: ClassVar[dict[str, object]] = {}
+
+    def __call__(self, prompt: str, id_cond: Any = None, mask: object = None) -> None:  # noqa: ANN401 (None)
+        """Fail as pipelines do."""
+        id_cond.to("cpu")
+
+
+def test_call_that_fails_for_want_of_anything_else_names_it() -> None:
+    line = "^Identifying failed without 'id_cond' .*neither a prompt nor a picture"
+    with pytest.raises(UsageError, match=line):
+        call_pipeline(Identifying(), ["a cat"], Sampling())
+
+
 @pytest.mark.parametrize("name", ["NoSuchPipeline", "UNet2DModel", "version"])
 def test_class_that_is_not_a_pipeline_is_refused(name: str, tiny: Callable[[str], Path]) -> None:
     with pytest.raises(
@@ -236,6 +252,33 @@ def test_each_of_several_controlnets_is_given_the_picture() -> None:
     pipe = Animating(controlnet=SimpleNamespace(nets=["canny", "depth"]))
     one, other = call_pipeline(pipe, ["a cat"], Sampling())
     assert isinstance(one, Image.Image) and one is other
+
+
+class Adapting(Animating):
+    """A pipeline with several adapters, which wants a picture for each in one list."""
+
+    def __call__(self, prompt: str, image: list[object]) -> list[list[object]]:
+        """Return what the adapters are given."""
+        return [image]
+
+
+def test_each_of_several_adapters_is_given_the_picture() -> None:
+    pipe = Adapting(adapter=SimpleNamespace(adapters=["canny", "depth", "pose"]))
+    made = call_pipeline(pipe, ["a cat"], Sampling())
+    assert len(made) == 3 and all(each is made[0] for each in made)
+
+
+class Combining(Animating):
+    """A pipeline that takes several pictures for one prompt."""
+
+    def __call__(self, prompt: str, images: list[object] | None = None) -> list[list[object]]:
+        """Return the pictures."""
+        return [[images[0]]]
+
+
+def test_one_picture_is_in_a_list_where_the_argument_is_in_the_plural(folder: Path) -> None:
+    (made,) = call_pipeline(Combining(), ["a cat"], Sampling(images=folder))
+    assert isinstance(made, Image.Image)
 
 
 class Inpainting(Animating):

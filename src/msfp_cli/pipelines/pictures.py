@@ -7,6 +7,7 @@ for inpainting. All pictures of a call get one size.
 import inspect
 import random
 import re
+import traceback
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -70,7 +71,8 @@ def needs_pictures(pipe: Pipeline) -> bool:
 def refuse_without_media(pipe: Pipeline, given: Collection[str], error: Exception) -> None:
     """Refuse a call that failed because a picture, video or sound was None, in one line.
 
-    Many pipelines need one and do not say so in their signature.
+    Many pipelines need one and do not say so in their signature. Some need what networks outside of
+    them make of a picture, and the line that failed names it.
 
     Arguments:
         given: the arguments of the call.
@@ -80,26 +82,36 @@ def refuse_without_media(pipe: Pipeline, given: Collection[str], error: Exceptio
         UsageError: the error speaks of such an argument, or of None or pictures where there is one.
     """
     parameters = inspect.signature(pipe.__call__).parameters
-    missing = [
+    absent = [
         name
         for name, parameter in parameters.items()
-        if parameter.default is None and name not in given and _MEDIA.search(name)
+        if parameter.default is None and name not in given
     ]
+    missing = [name for name in absent if _MEDIA.search(name)]
     text = str(error) or type(error).__name__
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
     named = [name for name in missing if re.search(rf"\b{name}\b", text)]
+    if not named and "NoneType" in text:
+        named = [name for name in absent if re.search(rf"\b{name}\b", line)]
     if not named and not _NO_MEDIUM.search(text):
         return
     for name in named or missing[:1]:
-        advice = (
-            "give a folder of pictures with --images"
-            if name in _PICTURES
-            else "msfp has no option for it: calibrate the same model as a pipeline that takes "
-            "prompts alone, with --pipeline CLASS; its export serves this one, too"
-        )
         reason = text.splitlines()[0][:100]
         raise UsageError(
-            f"{type(pipe).__name__} failed without {name!r} ({reason}); {advice}"
+            f"{type(pipe).__name__} failed without {name!r} ({reason}); {_advice(name)}"
         ) from error
+
+
+def _advice(name: str) -> str:
+    """Return what to do where an argument of a pipeline is missing."""
+    if name in _PICTURES:
+        return "give a folder of pictures with --images"
+    if _MEDIA.search(name):
+        return (
+            "msfp has no option for it: calibrate the same model as a pipeline that takes prompts "
+            "alone, with --pipeline CLASS; its export serves this one, too"
+        )
+    return "it is neither a prompt nor a picture, so msfp cannot call this pipeline"
 
 
 def refuse_list(pipe: Pipeline, given: Mapping[str, object], error: Exception) -> None:
@@ -180,14 +192,21 @@ def pictures_of(
 def passed(pipe: Pipeline, name: str, pictures: "list[Image]") -> object:
     """Return the pictures of an argument as a pipeline takes them.
 
-    One picture is not in a list, which some pipelines refuse; several ControlNets get all of them
-    each.
+    One picture is not in a list, which some pipelines refuse, unless the argument's name is in the
+    plural; several ControlNets or adapters get all of them each.
     """
-    argument = pictures if len(pictures) > 1 else pictures[0]
-    nets = getattr(getattr(pipe, "controlnet", None), "nets", None)
+    argument = pictures if len(pictures) > 1 or name == "images" else pictures[0]
+    count = _num_nets(pipe)
     names = picture_arguments(pipe)
     of_nets = "control_image" if "control_image" in names else "image"
-    return argument if nets is None or name != of_nets else [argument] * len(nets)
+    return [argument] * count if count and name == of_nets else argument
+
+
+def _num_nets(pipe: Pipeline) -> int:
+    """Return how many ControlNets or adapters a pipeline has in a list, 0 if in none."""
+    nets = getattr(getattr(pipe, "controlnet", None), "nets", None)
+    adapters = getattr(getattr(pipe, "adapter", None), "adapters", None)
+    return len(nets or adapters or ())
 
 
 def _size_of(pipe: Pipeline, settings: PictureSettings, example: "Image | None") -> tuple[int, int]:
