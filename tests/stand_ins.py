@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import transformers as t
-from diffusers import UNet2DModel
+from diffusers import UNet2DModel, UNetSpatioTemporalConditionModel
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 
@@ -315,10 +315,20 @@ def fit_to_tokenizers_(components: Mapping[str, Part]) -> None:
         table = _table_of(part)
         if table is not None and len(table.weight) < max(sizes, default=0):
             part.resize_token_embeddings(max(sizes))
+            if hasattr(part.config, "encoder"):  # which a model of it alone is loaded by
+                part.config.encoder.vocab_size = max(sizes)
         for processor in processors if table is not None else ():
             for mark in ("image_token_id", "video_token_id", "vision_start_token_id"):
                 if hasattr(part.config, mark) and hasattr(processor, mark):
                     setattr(part.config, mark, getattr(processor, mark))
+
+
+def fit_to_pictures_(components: dict[str, Part]) -> None:
+    """Give a video pipeline an encoder of the one picture size that it enlarges pictures to."""
+    encoder = components.get("image_encoder")
+    if isinstance(components.get("unet"), UNetSpatioTemporalConditionModel) and encoder is not None:
+        config = {**encoder.config.to_dict(), "image_size": 224, "patch_size": 32}
+        components["image_encoder"] = type(encoder)(type(encoder.config).from_dict(config))
 
 
 def give_values_(components: Mapping[str, Part]) -> None:
