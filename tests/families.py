@@ -50,9 +50,7 @@ REFUSED = "msfp: "  # begins the line of an error that msfp itself raised
 # Why the chain cannot be tried on some pipelines, where the error does not say it.
 INVERTED = "it edits only what its method `invert` took apart before; msfp calls a pipeline once"
 ROWS = "it takes rows of example pictures, and two prompts of its own kind, which msfp cannot pass"
-FLEX = "torch's flex attention cannot run while msfp watches the operators that a denoiser runs"
 CANNOT = {
-    "AnyFlowFARPipeline": FLEX,
     "LEditsPPPipelineStableDiffusion": INVERTED,
     "LEditsPPPipelineStableDiffusionXL": INVERTED,
     "VisualClozePipeline": ROWS,

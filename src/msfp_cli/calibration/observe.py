@@ -6,6 +6,7 @@ which the lift's budget is counted; and the layer's role, which the first call s
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -145,7 +146,7 @@ def observe(
 
     Raises:
         CalibrationError: an input holds a NaN or an infinity; the message names the layer and the
-            timestep.
+            timestep. Or the denoiser runs what cannot be followed.
     """
     observer = _Observer(
         num_calls=num_calls,
@@ -158,13 +159,30 @@ def observe(
         for call in calls:
             observer.timestep = call.timestep
             if roles is None:
-                roles = trace_roles(denoiser, call)
+                roles = _roles_of(denoiser, call)
             else:
                 replay(denoiser, call)
             advance(1)
     for name, observation in observer.observations.items():
         observation.role = (roles or {}).get(name)
     return observer.observations
+
+
+def _roles_of(denoiser: nn.Module, call: DenoiserCall) -> dict[str, str]:
+    """Return the roles of a denoiser's layers, and refuse one of which they cannot be found.
+
+    torch has operators that run others, and lets nobody watch what passes through them.
+    """
+    try:
+        return trace_roles(denoiser, call)
+    except NotImplementedError as error:
+        operator = re.search(r"HigherOrderOperator (\w+)", str(error))
+        if operator is None:
+            raise
+        raise CalibrationError(
+            f"{type(denoiser).__name__} runs torch's {operator[1]}, inside of which msfp cannot "
+            "watch its layers; choose another attention with set_attention_backend, if it has one"
+        ) from error
 
 
 def refuse_not_finite(denoiser: nn.Module) -> None:
