@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from msfp_cli.pipelines.media import sample_rate_of, save, still, works_of
+from msfp_cli.pipelines.media import one_for_each, sample_rate_of, save, still, works_of
 
 RED, BLUE = (Image.new("RGB", (6, 4), color) for color in ("red", "blue"))
 TONE = np.sin(np.linspace(0, 60, 4000)).astype(np.float32)
@@ -75,3 +75,14 @@ def test_sample_rate_is_that_of_a_component() -> None:
     parts = {"vae": SimpleNamespace(config=SimpleNamespace(sampling_rate=16_000)), "unet": None}
     assert sample_rate_of(SimpleNamespace(components=parts)) == 16_000
     assert sample_rate_of(SimpleNamespace(components={})) == 44_100
+
+
+def test_several_pictures_for_a_condition_are_put_side_by_side() -> None:
+    blue = Image.new("RGB", (8, 8), "blue")
+    red = blue.copy()
+    red.paste("red", (0, 0, 8, 8))
+    first, second = one_for_each([red, blue, blue, blue], 2)
+    assert first.size == second.size == (16, 8)
+    assert first.getpixel((0, 0)) == (255, 0, 0) and first.getpixel((8, 0)) == (0, 0, 255)
+    for works, count in (([red, blue], 2), ([red, blue, red], 2), ([[red], [blue]], 1)):
+        assert one_for_each(works, count) is works

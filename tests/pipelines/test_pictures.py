@@ -234,11 +234,12 @@ class Animating:
         self.__dict__.update(components)
 
     def __call__(self, prompt: str, image: object) -> list[list[object]]:
-        """Return the picture, or what it is given for the first ControlNet."""
+        """Return the picture, or that of the first ControlNet."""
+        self.given = image
         nets = self.components.get("controlnet")
         if isinstance(image, list) and nets is None:
             raise ValueError(f"`image` has to be a `PIL.Image.Image` but is {type(image)}")
-        return [[image] if nets is None else image]
+        return [[image if nets is None else image[0]]]
 
 
 def test_picture_is_passed_by_itself_and_several_are_refused_where_one_is_taken() -> None:
@@ -250,22 +251,40 @@ def test_picture_is_passed_by_itself_and_several_are_refused_where_one_is_taken(
 
 def test_each_of_several_controlnets_is_given_the_picture() -> None:
     pipe = Animating(controlnet=SimpleNamespace(nets=["canny", "depth"]))
-    one, other = call_pipeline(pipe, ["a cat"], Sampling())
+    call_pipeline(pipe, ["a cat"], Sampling())
+    one, other = pipe.given
     assert isinstance(one, Image.Image) and one is other
+
+
+class Repainting(Animating):
+    """A pipeline whose ControlNet is given the mask, and no other part."""
+
+    def __call__(
+        self, prompt: str, control_image: object = None, control_mask: object = None
+    ) -> list[list[object]]:
+        """Return what it is given."""
+        return [[control_image, control_mask]]
+
+
+def test_mask_of_a_controlnet_is_a_mask(folder: Path) -> None:
+    sampling = Sampling(images=folder)
+    given = pictures_of(Repainting(), sampling, 0, 1)
+    assert [given[name][0].mode for name in ("control_image", "control_mask")] == ["RGB", "L"]
 
 
 class Adapting(Animating):
     """A pipeline with several adapters, which wants a picture for each in one list."""
 
     def __call__(self, prompt: str, image: list[object]) -> list[list[object]]:
-        """Return what the adapters are given."""
-        return [image]
+        """Return the picture of the first adapter."""
+        self.given = image
+        return [image[:1]]
 
 
 def test_each_of_several_adapters_is_given_the_picture() -> None:
     pipe = Adapting(adapter=SimpleNamespace(adapters=["canny", "depth", "pose"]))
-    made = call_pipeline(pipe, ["a cat"], Sampling())
-    assert len(made) == 3 and all(each is made[0] for each in made)
+    call_pipeline(pipe, ["a cat"], Sampling())
+    assert len(pipe.given) == 3 and all(each is pipe.given[0] for each in pipe.given)
 
 
 class Combining(Animating):
@@ -285,11 +304,12 @@ class Inpainting(Animating):
     """A pipeline that is given the picture beside that of its ControlNets."""
 
     def __call__(self, prompt: str, image: object, control_image: list) -> list[list[object]]:
-        """Return what it is given."""
-        return [[image, *control_image]]
+        """Return the picture."""
+        self.given = [image, *control_image]
+        return [[image]]
 
 
 def test_picture_beside_that_of_several_controlnets_is_passed_by_itself() -> None:
     pipe = Inpainting(controlnet=SimpleNamespace(nets=["canny", "depth"]))
-    made = call_pipeline(pipe, ["a cat"], Sampling())
-    assert [isinstance(each, Image.Image) for each in made] == [True] * 3
+    call_pipeline(pipe, ["a cat"], Sampling())
+    assert [isinstance(each, Image.Image) for each in pipe.given] == [True] * 3

@@ -34,6 +34,22 @@ def works_of(result: Made) -> list[Work]:
     return [_work(each) for each in (result[0] if made is None else made)]
 
 
+def one_for_each(works: list[Work], count: int) -> list[Work]:
+    """Return one work for each condition.
+
+    A pipeline may make several pictures for one, as that of a scene's colours and materials; they
+    are put side by side.
+
+    Arguments:
+        count: of conditions.
+    """
+    pictures = [work for work in works if isinstance(work, Image.Image)]
+    each = len(pictures) // count
+    if len(pictures) < len(works) or each < 2 or each * count < len(works):
+        return works
+    return [_side_by_side(pictures[i * each : (i + 1) * each]) for i in range(count)]
+
+
 def _array(made: Made) -> np.ndarray:
     return made.detach().float().cpu().numpy() if isinstance(made, torch.Tensor) else made
 

@@ -1,7 +1,7 @@
 """Pictures that a pipeline is conditioned on: those of a folder, or stand-ins made from noise.
 
 What a pipeline takes is read off its signature: ``image`` or ``control_image``, and ``mask_image``
-for inpainting. All pictures of a call get one size.
+or ``control_mask`` for inpainting. All pictures of a call get one size.
 """
 
 import inspect
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # `msfp --help` loads it late
     from PIL.Image import Image
 
 _PICTURES = ("image", "control_image", "images")
-_MASK = "mask_image"
+_MASKS = ("mask_image", "control_mask")
 # Arguments and components of pipelines that cannot do without a picture, where the signature has
 # None for its default.
 _SIGNS = ("strength", "control_image", "image_guidance_scale", "mask_image")
@@ -55,7 +55,8 @@ def picture_arguments(pipe: Pipeline) -> list[str]:
     """Return the arguments of a pipeline that take pictures or masks."""
     parameters = inspect.signature(pipe.__call__).parameters
     names = [name for name in _PICTURES if name in parameters]
-    return [*names, _MASK] if names and _MASK in parameters else names
+    masks = [name for name in _MASKS if name in parameters]
+    return [*names, *masks] if names else []
 
 
 def needs_pictures(pipe: Pipeline) -> bool:
@@ -182,10 +183,10 @@ def pictures_of(
     files = None if settings.images is None else picture_files(settings.images)
     pictures = [_stand_in(i) if files is None else _open(files[i % len(files)]) for i in numbers]
     size = _size_of(pipe, settings, None if files is None else _open(files[0]))
-    given = {name: [_fit(picture, size) for picture in pictures] for name in names if name != _MASK}
-    if _MASK in names:
-        masks = [None if files is None else _mask_file(files[i % len(files)]) for i in numbers]
-        given[_MASK] = [_fit(_mask(path), size) for path in masks]
+    given = {name: [_fit(picture, size) for picture in pictures] for name in names}
+    masks = [None if files is None else _mask_file(files[i % len(files)]) for i in numbers]
+    for name in set(names) & set(_MASKS):
+        given[name] = [_fit(_mask(path), size) for path in masks]
     return given
 
 

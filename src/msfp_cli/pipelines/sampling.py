@@ -193,9 +193,9 @@ def call_pipeline(
         ) from None
     if output_type == "latent":
         return result[0]
-    from msfp_cli.pipelines.media import works_of
+    from msfp_cli.pipelines.media import one_for_each, works_of
 
-    return works_of(result)
+    return one_for_each(works_of(result), count)
 
 
 def _run(pipe: Pipeline, arguments: Mapping[str, Any]) -> Any:  # noqa: ANN401 (an output)
