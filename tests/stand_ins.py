@@ -305,8 +305,12 @@ def _replace(cls: Part, piece: str, make: Callable[[], Part]) -> None:
     cls.from_pretrained = classmethod(from_pretrained)
 
 
-def fit_to_tokenizers_(components: Mapping[str, Part]) -> None:
+def fit_to_tokenizers_(components: dict[str, Part]) -> None:
     """Give text encoders a row for each token of the stand-ins' vocabularies, and their marks."""
+    for name, part in components.items():
+        if isinstance(part, t.Gemma2ForCausalLM):  # its logits were as many as a prompt's features
+            settings = {**part.config.to_dict(), "hidden_size": part.config.vocab_size}
+            components[name] = t.Gemma2Model(t.Gemma2Config(**settings))
     parts = list(components.values())
     tokenizers = [*parts, *(getattr(part, "tokenizer", None) for part in parts)]
     sizes = [len(each) for each in tokenizers if isinstance(each, t.PreTrainedTokenizerBase)]
