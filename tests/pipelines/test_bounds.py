@@ -1,9 +1,12 @@
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from msfp_cli.errors import CheckpointError, ModelError
 from msfp_cli.pipelines.bounds import refuse_missing_parts
@@ -54,6 +57,20 @@ def test_tokenizer_without_a_number_of_tokens_is_refused(model: Path, length: ob
     change(model / "tokenizer" / "tokenizer_config.json", model_max_length=length)
     with pytest.raises(ModelError, match="not a whole number of at least 1; set model_max_length"):
         load_pipeline(ModelSource(model=str(model)), "cpu")
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_tensor_that_a_part_lacks_is_named(model: Path, component: str) -> None:
+    stock = PreTrainedModel.__dict__["from_pretrained"]
+    (path,) = (model / component).glob("*.safetensors")
+    state = load_file(path)
+    name = min(name for name in state if name.endswith("bias"))
+    del state[name]
+    save_file(state, path, {"format": "pt"})
+    message = f"/{component} lack the tensor {re.escape(name)}; download it again"
+    with pytest.raises(ModelError, match=message):
+        load_pipeline(ModelSource(model=str(model)), "cpu")
+    assert PreTrainedModel.__dict__["from_pretrained"] is stock
 
 
 def test_setting_that_is_a_list_of_numbers_is_not_a_component(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import Invoke, files_of, only_error
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
@@ -219,6 +219,19 @@ def test_text_encoders_are_quantized_if_asked_for(
 
 def _kill(*arguments: object, **options: object) -> None:
     raise KilledError
+
+
+def test_text_encoder_that_lacks_a_tensor_is_refused(
+    tiny: Callable[[str], Path], copied: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = copied(tiny("FluxPipeline"))
+    path = model / "text_encoder" / "model.safetensors"
+    state = load_file(path)
+    name = next(name for name in state if name.endswith("final_layer_norm.bias"))
+    del state[name]
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=f"text_encoder lack the tensor {name}"):
+        quantize(model, tmp_path / "out", also=("text_encoder",))
 
 
 def test_other_components_are_not_text_encoders(tiny: Callable[[str], Path], msfp: Invoke) -> None:

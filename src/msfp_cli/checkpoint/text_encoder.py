@@ -6,7 +6,6 @@ the other one looks rows up in it. A table that shares its weight with a Linear 
 many language models) stays in floating point, as does that layer.
 
 It is a module of its own because the registry and the models of transformers are imported for it.
-It needs transformers 5, as does the rest of msfp.
 """
 
 from collections.abc import Sequence

@@ -1,11 +1,13 @@
 """What the files of a pipeline may ask for: what cannot be met is refused before anybody tries.
 
 A text encoder of a thousand million layers is built until somebody ends the process, and a prompt
-is padded to whatever length the tokenizer names.
+is padded to whatever length the tokenizer names. Where a file lacks a tensor, diffusers leaves the
+parameter without values, and transformers draws random ones.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,62 @@ def refuse_missing_parts(directory: Path) -> None:
     for name in parts:
         if name not in settings and not (directory / name).is_dir():
             raise ModelError(f"{directory} lacks the folder of its {name}; {_REDO}")
+
+
+@contextlib.contextmanager
+def no_random_tensors() -> Iterator[None]:
+    """Refuse each model of transformers that is loaded while the context is open and lacks a tensor.
+
+    transformers says it in its log only. As it replaces a method, one thread at a time may open it.
+
+    Raises:
+        ModelError: in the context; the message names the tensor.
+    """
+    from transformers import PreTrainedModel
+
+    stock = PreTrainedModel.__dict__["from_pretrained"]
+
+    def load(cls: type, /, *args: object, **options: object) -> object:
+        model, report = stock.__func__(cls, *args, **{**options, "output_loading_info": True})
+        refuse_random_tensors(str(args[0]), report)
+        return (model, report) if options.get("output_loading_info") else model
+
+    PreTrainedModel.from_pretrained = classmethod(load)
+    try:
+        yield
+    finally:
+        PreTrainedModel.from_pretrained = stock
+
+
+def refuse_random_tensors(place: str, report: Mapping[str, Collection[str]]) -> None:
+    """Refuse a model for which transformers drew the numbers of a tensor.
+
+    Arguments:
+        place: where it was loaded from.
+        report: what transformers says of the loading.
+
+    Raises:
+        ModelError: the files lack a tensor; the message names it.
+    """
+    for name in sorted(report["missing_keys"])[:1]:
+        _refuse_lacking(place, name)
+
+
+def refuse_empty_tensors(model: str, components: Mapping[str, Any]) -> None:
+    """Refuse a pipeline with a tensor that diffusers left without values.
+
+    Raises:
+        ModelError: the files lack a tensor; the message names it.
+    """
+    for component, module in components.items():
+        state = module.state_dict() if hasattr(module, "state_dict") else {}
+        for name, tensor in state.items():
+            if getattr(tensor, "is_meta", False):
+                _refuse_lacking(f"{model}/{component}", name)
+
+
+def _refuse_lacking(place: str, name: str) -> None:
+    raise ModelError(f"the files of {place} lack the tensor {name}; {_REDO}")
 
 
 def refuse_endless_sizes(directory: Path) -> None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from msfp_cli.errors import ModelError, MsfpError, UsageError
 from msfp_cli.files.seal import REDO, checked
 from msfp_cli.pipelines.bounds import (
+    no_random_tensors,
+    refuse_empty_tensors,
     refuse_endless_prompts,
     refuse_endless_sizes,
     refuse_missing_parts,
@@ -196,7 +198,7 @@ def load_pipeline(
     with checked(Path(model), redo=REDO):  # what msfp exported; others have no seal
         refuse_endless_sizes(Path(model))
         try:
-            with LOADING:
+            with LOADING, no_random_tensors():
                 pipe = pipeline.from_pretrained(
                     model,
                     dtype={"default": dtype, **dict(stored_types(stored))} if stored else dtype,
@@ -206,7 +208,7 @@ def load_pipeline(
             raise
         except Exception as error:  # every library below has its own kinds
             raise ModelError(_explain(source, error)) from error
-    _refuse_missing_tensors(model, pipe)
+    refuse_empty_tensors(model, pipe.components)
     refuse_endless_prompts(pipe.components)
     stream_components_(pipe.components, stored, dtype, place)
     with contextlib.suppress(AttributeError):
@@ -231,22 +233,6 @@ def pipeline_class(name: str | None) -> Any:  # noqa: ANN401 (a class of diffuse
             "give a class such as StableDiffusionImg2ImgPipeline"
         )
     return found
-
-
-def _refuse_missing_tensors(model: str, pipe: Pipeline) -> None:
-    """Refuse a pipeline whose files lack a tensor: diffusers leaves it without values.
-
-    Raises:
-        ModelError: one is missing; the message names it.
-    """
-    for component, module in pipe.components.items():
-        state = module.state_dict() if hasattr(module, "state_dict") else {}
-        for name, tensor in state.items():
-            if getattr(tensor, "is_meta", False):
-                raise ModelError(
-                    f"cannot load {model}: the files of {component} lack the tensor {name}; "
-                    "download it again, or export it again with --overwrite"
-                )
 
 
 def _explain(source: ModelSource, error: Exception) -> str:

@@ -7,6 +7,7 @@ from msfp_cli.checkpoint.export import tidy_
 from msfp_cli.checkpoint.quantizer import MSFPConfig
 from msfp_cli.files.atomic import temporary_of
 from msfp_cli.files.weight_files import stored_tensors, weight_files
+from msfp_cli.pipelines.bounds import refuse_random_tensors
 from msfp_cli.progress import Progress
 from msfp_cli.streaming.component import ComponentJob, plan_of
 from msfp_cli.streaming.parts import Parts
@@ -37,9 +38,14 @@ class TextEncoderJob(ComponentJob):
 
     def _write_whole(self) -> None:
         config = MSFPConfig(weights=self.recipe.weights, keep=self.recipe.keep, source=self.origin)
-        model = self.model_class.from_pretrained(
-            self.source, variant=self.variant, dtype="auto", quantization_config=config
+        model, report = self.model_class.from_pretrained(
+            self.source,
+            variant=self.variant,
+            dtype="auto",
+            quantization_config=config,
+            output_loading_info=True,
         )
+        refuse_random_tensors(str(self.source), report)
         temporary = temporary_of(self._whole)
         model.save_pretrained(temporary, max_shard_size=self.recipe.max_shard_size)
         tidy_(temporary)

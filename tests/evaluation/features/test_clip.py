@@ -1,7 +1,9 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
@@ -123,3 +125,14 @@ def test_model_that_is_not_on_this_machine_is_one_line(pictures: Tensor) -> None
     with pytest.raises(ModelError, match="cannot load the CLIP model 'nobody/no-clip'") as caught:
         clip_score("nobody/no-clip", pictures, PROMPTS, "cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_model_that_lacks_a_tensor_is_refused(
+    clip: Path, copied: Callable[..., Path], pictures: Tensor
+) -> None:
+    model = copied(clip)
+    state = load_file(model / "model.safetensors")
+    del state["visual_projection.weight"]
+    save_file(state, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="lack the tensor visual_projection.weight"):
+        clip_score(str(model), pictures, PROMPTS, "cpu")

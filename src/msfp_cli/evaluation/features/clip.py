@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from msfp_cli.errors import ModelError
+from msfp_cli.pipelines.bounds import refuse_random_tensors
 
 _BATCH = 16
 
@@ -50,9 +51,10 @@ def _load(model: str, device: str) -> tuple[Any, Any]:
             "it is neither a directory nor a hub id (owner/name)"
         )
     try:
-        return CLIPModel.from_pretrained(model).eval().to(device), CLIPProcessor.from_pretrained(
-            model
-        )
+        clip, report = CLIPModel.from_pretrained(model, output_loading_info=True)
+        processor = CLIPProcessor.from_pretrained(model)
     except Exception as error:  # every library below has its own kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"cannot load the CLIP model {model!r}: {reason}") from None
+    refuse_random_tensors(model, report)
+    return clip.eval().to(device), processor
