@@ -146,6 +146,31 @@ DENOISERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "width": 4,
         },
     ),
+    "Krea2Transformer2DModel": (
+        {
+            "in_channels": 16,
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 32,
+            "timestep_embed_dim": 8,
+            "text_hidden_dim": 16,
+            "num_text_layers": 3,
+            "text_num_attention_heads": 2,
+            "text_num_key_value_heads": 1,
+            "text_intermediate_size": 16,
+            "num_layerwise_text_blocks": 1,
+            "num_refiner_text_blocks": 1,
+            "axes_dims_rope": (4, 2, 2),
+        },
+        {
+            "hidden_states": normal(2, 16, 16),
+            "encoder_hidden_states": normal(2, 8, 3, 16),
+            "timestep": TIME / 1000,
+            "position_ids": torch.zeros(24, 3),
+        },
+    ),
 }
 # By model: the first layer, the last, and the others that have a role; a name that ends in a dot
 # stands for all layers below it.
@@ -183,6 +208,11 @@ EXPECTED = {
         "proj_out",
         ("time_embed.", "caption_projection."),
     ),
+    "Krea2Transformer2DModel": (
+        "img_in",
+        "final_layer.linear",
+        ("time_embed.", "time_mod_proj", "text_fusion.projector", "txt_in."),
+    ),
 }
 
 
@@ -200,6 +230,12 @@ def call_of(name: str) -> tuple[nn.Module, DenoiserCall]:
         time=time,
     )
     return denoiser, call
+
+
+def usual_roles(denoiser: nn.Module) -> dict[str, str]:
+    """Return the roles of layers as the lists of names have them."""
+    usual = {name: usual_role(name) for name in find_layers(denoiser)}
+    return {name: role for name, role in usual.items() if role is not None}
 
 
 def names_of(roles: Mapping[str, str], role: str) -> set[str]:
@@ -237,9 +273,12 @@ def test_layers_of_families_that_have_usual_names_are_those(
     name: str, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     _, denoiser, calls = record_few(tiny(name), tmp_path, num_images=1)
-    usual = {each: usual_role(each) for each in find_layers(denoiser)}
-    roles = trace_roles(denoiser, calls[0])
-    assert roles == {each: role for each, role in usual.items() if role is not None}
+    assert trace_roles(denoiser, calls[0]) == usual_roles(denoiser)
+
+
+def test_layers_of_wan_are_those_of_the_usual_names() -> None:
+    denoiser, call = call_of("WanTransformer3DModel")
+    assert trace_roles(denoiser, call) == usual_roles(denoiser)
 
 
 def test_roles_are_those_that_rules_may_name() -> None:

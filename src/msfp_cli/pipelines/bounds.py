@@ -49,7 +49,7 @@ def refuse_missing_parts(directory: Path) -> None:
 
 @contextlib.contextmanager
 def no_random_tensors() -> Iterator[None]:
-    """Refuse each model of transformers that is loaded while the context is open and lacks a tensor.
+    """While the context is open, refuse models of transformers that are loaded and lack a tensor.
 
     transformers says it in its log only. As it replaces a method, one thread at a time may open it.
 
