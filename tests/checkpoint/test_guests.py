@@ -182,6 +182,29 @@ def test_fusing_is_refused_before_anything_changes(export: Path, method: str) ->
     assert np.array_equal(draw(pipe), before)
 
 
+def test_saving_with_an_adapter_in_place_is_refused(export: Path, tmp_path: Path) -> None:
+    pipe = load(export)
+    add_lora(pipe)
+    with pytest.raises(UsageError, match="keep them with `save_lora_adapter`"):
+        pipe.save_pretrained(tmp_path / "with")
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "without")
+    assert np.array_equal(draw(load(tmp_path / "without")), draw(pipe))
+
+
+def test_full_precision_is_not_made_of_quantized_weights(prompted_chained: Chained) -> None:
+    source = prompted_chained.calibration.source.model
+    with pytest.raises(UsageError, match=f"load that model .{source}."):
+        load(prompted_chained.export).unet.dequantize()
+
+
+def test_compiling_the_blocks_compiles_the_whole(export: Path) -> None:
+    for unet in (load(export).unet, copy.deepcopy(load(export).unet)):
+        unet.compile_repeated_blocks(backend="eager")
+        compiled = [module for module in unet.modules() if module._compiled_call_impl is not None]
+        assert compiled == [unet]
+
+
 @pytest.mark.parametrize("is_called", [False, True])
 def test_new_model_from_float_weights_that_are_not_there_is_refused(
     export: Path, is_called: bool

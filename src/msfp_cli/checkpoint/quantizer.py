@@ -263,13 +263,28 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
         return tensors, header_of(tensors, to_text(self.quantization_config), self._model_text)
 
     def as_saved(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of a state dict as files hold them."""
+        """Return the tensors of a state dict as files hold them.
+
+        Raises:
+            UsageError: the denoiser has adapters.
+        """
+        if any(".base_layer." in name for name in state_dict):  # PEFT's name for what it wraps
+            raise UsageError(
+                "an export has no place for adapters; keep them with `save_lora_adapter`, take "
+                "them off with `unload_lora_weights`, and save again"
+            )
         config = self.quantization_config
         if config.schema_version < FOLDED_SCHEMA:
             return state_dict
         schemes = config.table()
         formats = {name: each.weight for name, each in schemes.items() if each.weight}
         return fold(state_dict, formats)
+
+    def _dequantize(self, model: DiffusersModel) -> DiffusersModel:
+        origin = self.quantization_config.source.get("model", "the one that was quantized")
+        raise UsageError(
+            f"quantized weights do not become full precision again; load that model ({origin})"
+        )
 
     @property
     def is_serializable(self) -> bool:
@@ -344,9 +359,11 @@ def _adapt_(denoiser: DiffusersModel) -> None:
     """Tell diffusers what our layers can do that others cannot, and the other way round.
 
     ``is_quantized`` forbids to change the type of what is in floating point, which `from_pipe`
-    does; our scales keep theirs. A fused layer would be in floating point.
+    does; our scales keep theirs. A fused layer would be in floating point. No two blocks have the
+    same formats, so that each would be a graph of its own: the denoiser is compiled as a whole.
     """
     denoiser.is_quantized = False
+    denoiser.compile_repeated_blocks = denoiser.compile
     for method in ("fuse_lora", "fuse_qkv_projections"):
         if hasattr(denoiser, method):
             setattr(denoiser, method, partial(_refuse_fusing, method))
