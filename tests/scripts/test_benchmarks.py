@@ -164,6 +164,18 @@ def test_peers_measures_a_pipeline_without_prompts(tiny_tuned: Finetuned, tmp_pa
     assert float(row[5]) > 0 and float(row[6].split()[0]) > 0 and float(row[7].split()[0]) > 10
 
 
+def test_hub_compares_one_member_with_both_ways_to_hold_two(
+    tiny_tuned: Finetuned, tmp_path: Path
+) -> None:
+    options = ("--run", tiny_tuned.run.directory, "--calls", 1, "--markdown", tmp_path / "page")
+    lines = run_script("benchmarks/hub.py", *options, "--work", tmp_path / "work")
+    one, folded, full = (cells(line) for line in lines[2:5])
+    assert 1 == float(one[2]) < float(folded[2]) < float(full[2])
+    assert one[3] < folded[3] == full[3]
+    assert lines[-1] == "same pictures from both ways to hold a hub: True"
+    assert lines[-1] in (tmp_path / "page").read_text()
+
+
 def test_results_puts_a_row_and_a_sheet_where_they_are_wanted(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
