@@ -327,6 +327,24 @@ def test_router_is_told_what_each_member_would_do_to_each_row(
             torch.testing.assert_close(got[row], expected, rtol=1e-3, atol=1e-3)
 
 
+@each_kind
+def test_output_may_be_added_to_in_place(kind: str) -> None:
+    """A UNet does so with what an adapter gives."""
+    tuned = tuned_layer(float_layer(kind), INPUTS["e2m1"])
+    stir_(tuned)
+    x = input_of(tuned.layer)
+    told = torch.zeros(len(x), SMALL.hub_size, requires_grad=True)
+    tuned.route.open([[Choice(1, tuple(range(len(x))), told)]])
+    y = tuned(x)
+    upstream = draw(*y.shape, seed=3)
+    trained = (told, tuned.lora_a[1])
+    expected = torch.autograd.grad(y, trained, upstream)
+    y = tuned(x)
+    y += 1
+    for one, other in zip(torch.autograd.grad(y, trained, upstream), expected, strict=True):
+        assert one.any() and torch.equal(one, other)
+
+
 float32s = st.floats(2.0**-20, 2.0**20, width=32)
 input_grids = st.builds(
     lambda fmt, scale, zero: Grid(fmt, scale, 0.0 if fmt.signed else zero),

@@ -202,7 +202,10 @@ class TellRouter(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.changes = changes
         ctx.num_rows = len(weights)
-        return y.view_as(y)
+        if y._is_view():
+            return y.clone()
+        ctx.mark_dirty(y)  # though it is as it was: no view, so whoever has it may add to it
+        return y
 
     @staticmethod
     def backward(  # noqa: D102 (torch's)
