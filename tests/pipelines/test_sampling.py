@@ -77,3 +77,23 @@ def test_prompt_is_passed_by_itself_and_several_are_refused_where_one_is_taken()
     assert len(call_pipeline(Dreaming(), ["a cat"], Sampling())) == 1
     with pytest.raises(UsageError, match="^Dreaming makes one picture a call; .*--batch-size 1$"):
         call_pipeline(Dreaming(), ["a cat", "a dog"], Sampling())
+
+
+class Compositing(Dreaming):
+    """A pipeline that takes one prompt and one generator, and no lists."""
+
+    def __call__(self, prompt: str, generator: torch.Generator) -> list:
+        """Return an array of noise."""
+        for name, value in (("prompts", prompt), ("generators", generator)):
+            if isinstance(value, list):
+                raise ValueError(f"Passing a list of {name} is not yet supported.")
+        return super().__call__(prompt, [generator])
+
+
+def test_generator_is_passed_by_itself_too_with_the_same_noise() -> None:
+    one, other = (
+        call_pipeline(pipe, ["a cat"], Sampling(seed=3)) for pipe in (Compositing(), Dreaming())
+    )
+    assert np.array_equal(np.asarray(one[0]), np.asarray(other[0]))
+    with pytest.raises(UsageError, match="^Compositing makes one picture a call"):
+        call_pipeline(Compositing(), ["a cat", "a dog"], Sampling())

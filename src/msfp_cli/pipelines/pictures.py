@@ -127,7 +127,7 @@ def refuse_list(pipe: Pipeline, given: Mapping[str, object], error: Exception) -
     """
     names = ("prompt", *_PICTURES)
     lists = [name for name in names if isinstance(given.get(name), list)]
-    if any(re.search(rf"`{name}` .*\blist\b", str(error)) for name in lists):
+    if any(re.search(rf"`{name}` .*\blist\b|list of {name}s", str(error)) for name in lists):
         raise UsageError(
             f"{type(pipe).__name__} makes one picture a call; give --batch-size 1"
         ) from error

@@ -204,7 +204,7 @@ def _run(pipe: Pipeline, arguments: Mapping[str, Any]) -> Any:  # noqa: ANN401 (
         return pipe(**arguments)
     except (NotImplementedError, ValueError) as error:
         others = _adapted(pipe, arguments, error)
-    for generator in others.get("generator", ()):
+    for generator in arguments.get("generator", ()):
         generator.manual_seed(generator.initial_seed())
     return pipe(**others)
 
@@ -212,20 +212,27 @@ def _run(pipe: Pipeline, arguments: Mapping[str, Any]) -> Any:  # noqa: ANN401 (
 def _adapted(pipe: Pipeline, arguments: Mapping[str, Any], error: Exception) -> dict[str, Any]:
     """Return the arguments of a second call.
 
-    Some decoders need tiles, some pipelines make arrays only, and some take one prompt and no list.
+    Some decoders need tiles, some pipelines make arrays only, and some take one prompt and no list,
+    or one generator and no list, too.
 
     Raises:
         Exception: the error is about something else.
     """
     text = str(error)
     others = dict(arguments)
-    prompt = arguments.get("prompt")
+    single = {
+        name: value[0]
+        for name, value in arguments.items()
+        if name in ("prompt", "generator") and isinstance(value, list) and len(value) == 1
+    }
     if isinstance(error, NotImplementedError) and "tiling" in text:
         pipe.vae.enable_tiling()
     elif "output_type" in text and "output_type" in others:
         del others["output_type"]
-    elif re.search(r"`prompt` .*\blist'", text) and isinstance(prompt, list) and len(prompt) == 1:
-        others["prompt"] = prompt[0]
+    elif "prompt" in single and re.search(r"`prompt` .*\blist'", text):
+        others["prompt"] = single["prompt"]
+    elif "prompt" in single and "list of prompts" in text:
+        others |= single
     else:
         raise error
     return others
