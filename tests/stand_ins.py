@@ -328,7 +328,19 @@ def fit_to_tokenizers_(components: dict[str, Part]) -> None:
 
 
 def fit_to_pictures_(components: dict[str, Part]) -> None:
-    """Give a video pipeline an encoder of the one picture size that it enlarges pictures to."""
+    """Let processors of pictures make the size of the networks that they are for.
+
+    A video pipeline is given an encoder of the one size that it enlarges pictures to.
+    """
+    network = components.get("image_encoder") or components.get("depth_estimator")
+    side = getattr(getattr(network, "config", None), "image_size", None)
+    for name in ("feature_extractor", "image_processor"):
+        processor = components.get(name)
+        if isinstance(side, int) and isinstance(processor, t.CLIPImageProcessor):
+            processor.size = {"shortest_edge": side}
+            processor.crop_size = {"height": side, "width": side}
+        elif isinstance(side, int) and isinstance(processor, t.DPTImageProcessor):
+            processor.size = {"height": side, "width": side}
     encoder = components.get("image_encoder")
     if isinstance(components.get("unet"), UNetSpatioTemporalConditionModel) and encoder is not None:
         config = {**encoder.config.to_dict(), "image_size": 224, "patch_size": 32}
