@@ -48,14 +48,15 @@ LARGE = 64  # pixels; some pipelines take no smaller picture
 SIZES = ("height", "width", "num_frames")
 PICTURES = ("image", "control_image", "images")
 REFUSED = "msfp: "  # begins the line of an error that msfp itself raised
-# Why the chain cannot be tried on some pipelines, where the error does not say it.
+# Why the chain cannot be tried on some pipelines, or on what some classes of tests build, where the
+# error does not say it.
 INVERTED = "it edits only what its method `invert` took apart before; msfp calls a pipeline once"
 ROWS = "it takes rows of example pictures, and two prompts of its own kind, which msfp cannot pass"
-LAST = "its model takes a last frame beside the first, for which msfp has no option"
+LAST = "it needs `last_image`, for which msfp has no option"
 CANNOT = {
     "LEditsPPPipelineStableDiffusion": INVERTED,
     "LEditsPPPipelineStableDiffusionXL": INVERTED,
-    "WanImageToVideoPipeline": LAST,
+    "WanFLFToVideoPipelineTesterConfig": LAST,
     "VisualClozePipeline": ROWS,
     "VisualClozeGenerationPipeline": ROWS,
 }
@@ -415,35 +416,38 @@ def page(results: list[Outcome], only: str) -> str:
     others = [(each, line) for each, step, line in failures if step == BUILD and not each.builder]
     late = sorted(each.pipeline for each, line in others if line.startswith(LATE))
     unbuilt += [(each, line) for each, line in others if not line.startswith(LATE)]
+    tried = [*passed, *(each for each, *_ in (*cannot, *failed))]
     lines = [
         "# Families",
         "",
         "Pipelines of diffusers that its own tests build from tiny random parts, through the whole "
         "chain: record and calibrate, fine-tune, export, reload and sample, one picture a call. "
-        f"{len(passed)} of the {len(passed) + len(cannot) + len(failed)} that were tried pass each "
-        "step. Written "
-        f"by `python tests/families.py CHECKOUT{option}` with {versions}.",
+        f"{len(passed)} of the {len(tried)} that were tried pass each step; they are of "
+        f"{len(_families(passed))} of {len(_families(tried))} families. Written by "
+        f"`python tests/families.py CHECKOUT{option}` with {versions}.",
         "",
         f"## Each step passes ({len(passed)})",
         "",
-        "| family | pipelines |",
-        "|---|---|",
-        *_family_rows(passed, results),
+        *_table("family | pipelines", _family_rows(passed, results)),
         "",
         f"## Cannot be calibrated from prompts and pictures alone ({len(cannot)})",
         "",
-        "| pipeline | reason |",
-        "|---|---|",
-        *(f"| {_name(each, results)} | {_reason(each, line)} |" for each, line in cannot),
+        *_table("reason | pipelines", _reason_rows(cannot, results)),
         "",
         f"## A step does not pass ({len(failed)})",
         "",
-        "| pipeline | step | reason |",
-        "|---|---|---|",
+        *_table(
+            "pipeline | step | reason",
+            [f"{_name(each, results)} | {step} | {_cell(line)}" for each, step, line in failed],
+        ),
+        "",
+        f"## Not built here ({len(unbuilt)})",
+        "",
+        *_table(
+            "pipeline | reason",
+            [f"{_name(each, results)} | {_cell(line)}" for each, line in unbuilt],
+        ),
     ]
-    lines += [f"| {_name(each, results)} | {step} | {_cell(line)} |" for each, step, line in failed]
-    lines += ["", f"## Not built here ({len(unbuilt)})", "", "| pipeline | reason |", "|---|---|"]
-    lines += [f"| {_name(each, results)} | {_cell(line)} |" for each, line in unbuilt]
     if late:
         lines += ["", f"## Not begun in the time of the run ({len(late)} modules of tests)", ""]
         lines += [
@@ -454,27 +458,59 @@ def page(results: list[Outcome], only: str) -> str:
 
 def _cannot(outcome: Outcome, line: str) -> bool:
     """Whether msfp refuses a pipeline in one line, or it is known why it cannot be tried."""
-    return line.startswith(REFUSED) or outcome.pipeline in CANNOT
+    return line.startswith(REFUSED) or _known_reason(outcome) is not None
 
 
 def _reason(outcome: Outcome, line: str) -> str:
     """Return why a pipeline cannot be tried, as a cell."""
-    return _cell(CANNOT.get(outcome.pipeline, line.removeprefix(REFUSED)))
+    known = _known_reason(outcome)
+    missing = re.search(r"(?:needs|failed without) '(\w+)'", line)
+    if known is None and missing is not None:
+        return f"it needs `{missing[1]}`, for which msfp has no option"
+    return _cell(known or line.removeprefix(REFUSED))
+
+
+def _known_reason(outcome: Outcome) -> str | None:
+    return CANNOT.get(outcome.pipeline, CANNOT.get(outcome.builder))
+
+
+def _families(results: Iterable[Outcome]) -> set[str]:
+    return {each.family for each in results}
+
+
+def _table(titles: str, rows: Iterable[str]) -> list[str]:
+    """Return the lines of a table, or a word where it has no rows."""
+    lines = [f"| {row} |" for row in rows]
+    rule = "|".join("---" for _ in titles.split("|"))
+    return [f"| {titles} |", f"|{rule}|", *lines] if lines else ["None."]
 
 
 def _family_rows(passed: list[Outcome], results: list[Outcome]) -> Iterator[str]:
     """Yield a row for each family, its pipelines in a cell."""
-    names: dict[str, list[str]] = {}
-    for each in passed:
-        names.setdefault(each.family, []).append(_name(each, results))
-    for family, pipelines in sorted(names.items()):
-        yield f"| {family} | {', '.join(sorted(pipelines))} |"
+    pairs = [(each.family, _name(each, results)) for each in passed]
+    for family, pipelines in sorted(_grouped(pairs).items()):
+        yield f"{family} | {', '.join(sorted(pipelines))}"
+
+
+def _reason_rows(cannot: list[tuple[Outcome, str]], results: list[Outcome]) -> Iterator[str]:
+    """Yield a row for each reason, the pipelines in a cell."""
+    pairs = [(_reason(each, line), _name(each, results)) for each, line in cannot]
+    for reason, pipelines in _grouped(pairs).items():
+        yield f"{reason} | {', '.join(sorted(pipelines))}"
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Return the second items of pairs by the first."""
+    groups: dict[str, list[str]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
 
 
 def _name(outcome: Outcome, results: list[Outcome]) -> str:
     """Return the name of a pipeline, with the class of tests where several build it."""
     same = [each for each in results if each.pipeline == outcome.pipeline]
-    builder = re.sub(r"^Test|(Pipeline)?(Fast)?Tests?$", "", outcome.builder)
+    builder = re.sub(r"^Test|(Pipeline)?(Fast)?(Tests?|TesterConfig)$", "", outcome.builder)
     return outcome.pipeline if len(same) == 1 else f"{outcome.pipeline} ({builder})"
 
 
