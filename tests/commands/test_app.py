@@ -293,6 +293,29 @@ def test_status_follows_the_chain(
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Img2Img", "Inpaint"])
+def test_pictures_go_through_the_whole_chain(kind: str, msfp: Invoke, quick: None) -> None:
+    for folder, color in (("photos", "red"), ("others", "green")):
+        Path(folder).mkdir()
+        Image.new("RGB", (32, 32), color).save(Path(folder) / "a.png")
+    given = ("--images", "photos")
+    result = msfp("calibrate", "--pipeline", f"StableDiffusion{kind}Pipeline", *given)
+    assert result.exit_code == 0, result.stderr
+    assert "stand in" not in result.stderr
+    assert msfp("export").exit_code == 0
+    for folder in ("photos", "others"):
+        options = ("--prompt", "a cat", "--images", folder, "--out", f"of-{folder}")
+        result = msfp("sample", *options)
+        assert result.exit_code == 0, result.stderr
+    made = [Image.open(f"of-{folder}/000-a-cat-seed0.png") for folder in ("photos", "others")]
+    assert made[0].size == made[1].size and made[0].tobytes() != made[1].tobytes()
+    result = msfp("evaluate", *given, "--num-trajectories", 1)
+    assert result.exit_code == 0, result.stderr
+    measured = Evaluation.load(Path("msfp-run/evaluation")).models[-1]
+    assert all(0 < psnr < 100 for psnr in measured.per_picture["psnr"])
+
+
 @pytest.mark.parametrize("run", ["msfp-run", "my runs"])
 @pytest.mark.parametrize("kind", ["prompted", "unconditional"])
 def test_next_command_works_as_it_is_written(
