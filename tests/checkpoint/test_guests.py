@@ -268,6 +268,25 @@ def test_sequential_offload_leaves_pictures_as_they_are(
         assert np.array_equal(draw(pipe), before)
 
 
+def test_adapters_are_chosen_while_layers_are_offloaded(prompted_tuned: Finetuned) -> None:
+    from accelerate import cpu_offload
+
+    pipe = load(prompted_tuned.export)
+    before = draw(pipe)
+    for seed, name in enumerate("ab"):
+        add_lora(pipe, name, seed=seed)
+    expected = []
+    for weights in ([1.0, 0.5], [0.2, 1.0]):
+        pipe.set_adapters(["a", "b"], weights)
+        expected.append(draw(pipe))
+    cpu_offload(pipe.unet, torch.device("cpu"), offload_buffers=True)
+    assert np.array_equal(draw(pipe), expected[1])
+    pipe.set_adapters(["a", "b"], [1.0, 0.5])
+    assert np.array_equal(draw(pipe), expected[0])
+    pipe.disable_lora()
+    assert np.array_equal(draw(pipe), before)
+
+
 def test_pipelines_are_made_from_an_export(export: Path) -> None:
     pipe = load(export)
     before = draw(pipe)
