@@ -1,11 +1,14 @@
+import hashlib
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from msfp_cli.errors import CheckpointError, MsfpError, RunError
+from msfp_cli.files import seal
 from msfp_cli.files.directories import replace_directory
-from msfp_cli.files.seal import MARK, Seal, checked
+from msfp_cli.files.seal import MARK, Seal, SealedFile, checked
 
 REDO = "run `msfp again`"
 
@@ -109,3 +112,17 @@ def test_a_seal_that_was_made_again_is_the_same(sealed: Path) -> None:
     before = (sealed / MARK).read_bytes()
     assert Seal.of(sealed).to_text().encode() == before
     assert tuple(Seal.of(sealed).files) == FILES
+
+
+@pytest.mark.parametrize("further", [-1, 0, 1])
+@pytest.mark.parametrize("windows", [0, 1, 2])
+def test_a_file_is_hashed_window_by_window(
+    windows: int, further: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = mmap.ALLOCATIONGRANULARITY
+    monkeypatch.setattr(seal, "_WINDOW", window)
+    content = bytes(i % 251 for i in range(max(0, windows * window + further)))
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    expected = SealedFile(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    assert SealedFile.of(path) == expected

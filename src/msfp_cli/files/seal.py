@@ -30,6 +30,7 @@ REDO = (
     "`msfp export --reseal DIR`, or load it with check=False"
 )
 _SCHEMA = 1
+_WINDOW = 1 << 28  # bytes of a file that are mapped at a time; a whole one would stay in memory
 _IS_CHECKED = ContextVar("is_checked", default=True)
 # Files that are being compared with their seal while the context is open, and the seals themselves.
 _COMPARED: ContextVar[frozenset[Path]] = ContextVar("compared", default=frozenset())
@@ -46,13 +47,14 @@ class SealedFile:
 
     @classmethod
     def of(cls, path: Path) -> "SealedFile":
-        """Read a file in one step, in which Python's other threads are not held up."""
+        """Read a file in a few long steps, in which Python's other threads are not held up."""
         sha = hashlib.sha256()
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size:  # nothing cannot be mapped
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                    sha.update(content)
+            for start in range(0, size, _WINDOW):
+                mapped = {"length": min(_WINDOW, size - start), "offset": start}
+                with mmap.mmap(file.fileno(), access=mmap.ACCESS_READ, **mapped) as part:
+                    sha.update(part)
         return cls(size=size, sha256=sha.hexdigest())
 
 
