@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from msfp_cli.errors import CheckpointError, ModelError, UsageError
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.streaming import parts
+from msfp_cli.streaming.component import DenoiserJob
 from msfp_cli.streaming.quantize import quantize_pipeline
 from msfp_cli.streaming.recipe import QuantizeRecipe
 from msfp_cli.streaming.text_component import TextEncoderJob
@@ -193,6 +195,18 @@ def test_command_prints_path_sizes_and_speed(tiny: Callable[[str], Path], msfp: 
     assert "million a second" in result.stderr
     assert "'nothing:8' matches no layer" in result.stderr
     assert "next: msfp sample out" in result.stderr
+
+
+def test_command_says_no_speed_where_a_killed_one_has_encoded_everything(
+    tiny: Callable[[str], Path], msfp: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(DenoiserJob, "write", Mock(side_effect=KeyboardInterrupt))
+        assert msfp("quantize", tiny("DDIMPipeline"), "--out", "out").exit_code
+    result = msfp("quantize", tiny("DDIMPipeline"), "--out", "out", "--json")
+    report = json.loads(result.stdout)
+    assert (report["num_parameters"], report["components"].keys()) == (0, {"unet"})
+    assert "a second" not in result.stderr
 
 
 def test_text_encoders_are_quantized_if_asked_for(

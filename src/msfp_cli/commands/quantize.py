@@ -64,9 +64,10 @@ def quantize(
             f"{name}: {size.after / 2**20:.2f} MiB, {size.after / size.before:.3f} of its "
             f"{size.before / 2**20:.2f} MiB"
         )
-    console.note(
-        f"{report.num_parameters / 1e6:.1f} million parameters in {report.seconds:.1f} s, "
-        f"{report.speed / 1e6:.1f} million a second"
-    )
+    if report.num_parameters:  # none where an earlier, killed command has encoded them all
+        console.note(
+            f"{report.num_parameters / 1e6:.1f} million parameters in {report.seconds:.1f} s, "
+            f"{report.speed / 1e6:.1f} million a second"
+        )
     console.result(report.directory, report.to_json(), as_json=json_)
     console.note(f"next: msfp sample {report.directory}")
