@@ -30,7 +30,7 @@ REDO = (
     "`msfp export --reseal DIR`, or load it with check=False"
 )
 _SCHEMA = 1
-_WINDOW = 1 << 28  # bytes of a file that are mapped at a time; a whole one would stay in memory
+_WINDOW = 1 << 30  # bytes of a file that are mapped at a time; a larger one would stay in memory
 _IS_CHECKED = ContextVar("is_checked", default=True)
 # Files that are being compared with their seal while the context is open, and the seals themselves.
 _COMPARED: ContextVar[frozenset[Path]] = ContextVar("compared", default=frozenset())
