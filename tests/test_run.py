@@ -116,6 +116,20 @@ def test_command_of_the_calibration_is_remembered(tmp_path: Path) -> None:
     assert next_command(run) == f"msfp calibrate model --steps 3 --run {tmp_path}"
 
 
+def test_pictures_of_the_calibration_are_remembered_while_they_are_there(tmp_path: Path) -> None:
+    run, photos = Run(tmp_path / "run"), tmp_path / "photos"
+    run.directory.mkdir()
+    photos.mkdir()
+    assert run.sampling() == {}
+    run.remember_calibration("msfp calibrate model --images photos", photos)
+    assert run.sampling() == {"images": photos}
+    photos.rename(tmp_path / "away")
+    assert run.sampling() == {}
+    (tmp_path / "away").rename(photos)
+    run.remember_calibration("msfp calibrate model")
+    assert run.sampling() == {}
+
+
 def test_two_who_make_samples_get_directories_of_their_own(tmp_path: Path) -> None:
     with Run(tmp_path).new_samples() as first, ThreadPoolExecutor(1) as other:
         second = other.submit(lambda: Run(tmp_path).new_samples().__enter__()).result()

@@ -4,7 +4,7 @@ A `Run` is a set of paths. What lies there is loaded by the module that also wri
 `status` says how far a run got. Layout::
 
     msfp-run/
-        run.json         where the latest export is, and the command of the calibration
+        run.json         where the latest export is, the calibration's command and pictures
         recording/       denoiser calls to choose formats and to train on
         held-out/        denoiser calls to measure on, of different prompts and seeds
         calibration/     the chosen formats
@@ -136,9 +136,20 @@ class Run:
         """Note where an export was written, so that later commands find it."""
         self._remember("export", self.name_of(export))
 
-    def remember_calibration(self, command: str) -> None:
-        """Note the command of the latest calibration, finished or not, so that it can be told."""
+    def remember_calibration(self, command: str, images: Path | None = None) -> None:
+        """Note the command of the latest calibration, finished or not, so that it can be told.
+
+        Arguments:
+            images: the folder of pictures that it is given.
+        """
         self._remember("calibrate", command)
+        self._remember("images", "" if images is None else self.name_of(images))
+
+    def sampling(self) -> dict[str, Path]:
+        """Return the calibration's ``images``, a default of later commands, if they still exist."""
+        name = self._memory().get("images", "")
+        folder = self.place_of(name)
+        return {"images": folder} if name and folder.is_dir() else {}
 
     def calibration_command(self) -> str:
         """Return the command of the latest calibration, or one that makes the first."""
@@ -146,7 +157,7 @@ class Run:
 
     def _remember(self, key: str, fact: str) -> None:
         memory = self._memory()
-        if memory.get(key) != fact:
+        if memory.get(key, "") != fact:
             write_json(self.directory / "run.json", {**memory, key: fact})
 
     def name_of(self, path: Path) -> str:

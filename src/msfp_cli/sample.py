@@ -86,11 +86,12 @@ def sample_run(
         RunError: there is no export, or the directory exists and `overwrite` is not set.
         UsageError: a prompt is missing, or no layer can be run by the kernel.
     """
+    defaults = {} if export else run.sampling()
     export = export or run.latest_export()
     config = next(iter(read_configs(export).values()))
     with nullcontext(directory) if directory else run.new_samples() as place:
         refuse_existing(place, overwrite=overwrite)
-        sampling = sampling.or_else(config.sampling)
+        sampling = sampling.or_else({**config.sampling, **defaults})
         pipe = MSFPPipeline.from_pretrained(
             export,
             dtype=None if dtype is None else getattr(torch, dtype),

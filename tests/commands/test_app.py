@@ -308,10 +308,14 @@ def test_pictures_go_through_the_whole_chain(kind: str, msfp: Invoke, quick: Non
         options = ("--prompt", "a cat", "--images", folder, "--out", f"of-{folder}")
         result = msfp("sample", *options)
         assert result.exit_code == 0, result.stderr
-    made = [Image.open(f"of-{folder}/000-a-cat-seed0.png") for folder in ("photos", "others")]
+    assert msfp("sample", "--prompt", "a cat", "--out", "again").exit_code == 0
+    places = ("of-photos", "of-others", "again")
+    made = [Image.open(f"{place}/000-a-cat-seed0.png") for place in places]
     assert made[0].size == made[1].size and made[0].tobytes() != made[1].tobytes()
-    result = msfp("evaluate", *given, "--num-trajectories", 1)
+    assert made[2].tobytes() == made[0].tobytes()  # with the pictures of the calibration
+    result = msfp("evaluate", "--num-trajectories", 1)
     assert result.exit_code == 0, result.stderr
+    assert "stand in" not in result.stderr
     measured = Evaluation.load(Path("msfp-run/evaluation")).models[-1]
     assert all(0 < psnr < 100 for psnr in measured.per_picture["psnr"])
 

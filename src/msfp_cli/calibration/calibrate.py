@@ -176,7 +176,8 @@ def calibrate_run(
         for line in estimate(pipe, *recipes, recipe, max_memory, processes.count).lines():
             progress.log(line)
         if processes.is_first:
-            run.remember_calibration(shlex.join(["msfp", "calibrate", source.model, *words]))
+            command = shlex.join(["msfp", "calibrate", source.model, *words])
+            run.remember_calibration(command, options.images)
         recording, held_out = record_both(
             pipe, run, source, options, overwrite=overwrite, processes=processes
         )

@@ -65,12 +65,13 @@ def provenance_of(run: Run, export: Path) -> Provenance:
     """
     configs = read_configs(export)
     first = next(iter(configs.values()))
+    calibration = _calibration_of(run, export, configs)
     return Provenance(
         run=run,
         source=ModelSource(**first.source),
-        sampling=first.sampling,
+        sampling={**first.sampling, **(run.sampling() if calibration else {})},
         tables={component: config.table() for component, config in configs.items()},
-        calibration=_calibration_of(run, export, configs),
+        calibration=calibration,
     )
 
 
