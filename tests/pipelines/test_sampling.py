@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from msfp_cli.errors import UsageError
-from msfp_cli.pipelines.sampling import Sampling, call_pipeline, refuse_steps
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline, refuse_settings
 
 
 def test_defaults_take_the_place_of_what_is_none_only() -> None:
@@ -26,7 +26,18 @@ def test_more_steps_than_timesteps_are_refused_where_they_are_counted(
         scheduler=SimpleNamespace(config={"num_train_timesteps": trained})  # 1: time is a share
     )
     with pytest.raises(UsageError, match="--steps 20") if is_refused else nullcontext():
-        refuse_steps(pipe, Sampling(num_inference_steps=20))
+        refuse_settings(pipe, Sampling(num_inference_steps=20))
+
+
+@pytest.mark.parametrize(
+    ("size", "is_refused"),
+    [({}, False), ({"height": 8}, True), ({"width": 8}, True), ({"height": 8, "width": 8}, False)],
+)
+def test_half_a_size_is_refused(size: dict[str, int], is_refused: bool) -> None:
+    given = "".join(f"--{name}" for name in size)
+    line = f"^many pipelines ignore {given} without --.*; give both$"
+    with pytest.raises(UsageError, match=line) if is_refused else nullcontext():
+        refuse_settings(Measuring(), Sampling(**size))
 
 
 class Decoder:

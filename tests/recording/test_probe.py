@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+from msfp_cli.errors import UsageError
 from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 from msfp_cli.recording.probe import probe
 from msfp_cli.recording.recipe import RecordRecipe
@@ -31,3 +33,31 @@ def test_what_one_call_says_is_what_the_recording_takes(
     assert cost.rows == len(calls[0].output)
     assert 0.5 * size < cost.num_bytes < 2.2 * size  # half of DiT's output is not recorded
     assert cost.seconds > 0
+
+
+class Preparing:
+    """A pipeline that needs what another method of it makes before, as LEdits++ does."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.components = {"unet": unet}
+
+    def __call__(self, num_inference_steps: int = 2) -> None:
+        """Fail."""
+        self.unprepared  # noqa: B018
+
+
+def test_pipeline_that_needs_more_is_refused_in_one_line(tiny: Callable[[str], Path]) -> None:
+    unet = load_pipeline(ModelSource(model=str(tiny("DDIMPipeline"))), "cpu").unet
+    recipe = RecordRecipe(conditions=(None,), num_inference_steps=2)
+    line = r"^Preparing fails when it is called \(AttributeError: .*unprepared.*--pipeline CLASS$"
+    with pytest.raises(UsageError, match=line) as refusal:
+        probe(Preparing(unet), recipe)
+    assert isinstance(refusal.value.__cause__, AttributeError)  # `msfp --debug` shows where
+    assert not unet._forward_hooks and not unet._forward_pre_hooks
+
+
+def test_size_that_does_not_fit_is_named(tiny: Callable[[str], Path]) -> None:
+    pipe = load_pipeline(ModelSource(model=str(tiny("StableDiffusionPipeline"))), "cpu")
+    recipe = RecordRecipe(conditions=("a cat",), num_inference_steps=2, height=28, width=28)
+    with pytest.raises(UsageError, match=r"divisible by 8 .*change the option"):
+        probe(pipe, recipe)

@@ -104,12 +104,19 @@ class Sampling(Recipe):
         return replace(self, **{key: defaults[key] for key in unset & defaults.keys()})
 
 
-def refuse_steps(pipe: Pipeline, sampling: Sampling) -> None:
+def refuse_settings(pipe: Pipeline, sampling: Sampling) -> None:
     """Refuse more steps than the schedule that a pipeline was trained with has timesteps.
 
+    A height without a width is refused, too: many pipelines ignore it, and draw their usual size.
+
     Raises:
-        UsageError: there are more.
+        UsageError: there are more, or only half of a size is given.
     """
+    sizes = {"--height": sampling.height, "--width": sampling.width}
+    given = [name for name, size in sizes.items() if size is not None]
+    if len(given) == 1:
+        (other,) = sizes.keys() - given
+        raise UsageError(f"many pipelines ignore {given[0]} without {other}; give both")
     config = getattr(getattr(pipe, "scheduler", None), "config", {})
     limit = config.get("num_train_timesteps")
     steps = sampling.num_inference_steps
@@ -132,9 +139,9 @@ def say_conditions(
 
     Raises:
         UsageError: there are pictures, and the pipeline takes none, or they cannot be read; or more
-            steps than it can take.
+            steps than it can take; or half of a size.
     """
-    refuse_steps(pipe, sampling)
+    refuse_settings(pipe, sampling)
     say_cut_prompts(pipe, conditions, progress)
     say_pictures(pipe, sampling, progress)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from msfp_cli.errors import UsageError
 from msfp_cli.pipelines.denoiser import find_denoisers, map_tensors
 from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.pipelines.prefix import tensors_of
@@ -32,6 +33,10 @@ class CallCost:
     num_bytes: int
 
 
+# What a pipeline raises where an argument is missing or of another kind than it expects.
+_FAULTS = (AttributeError, TypeError, ValueError, LookupError, AssertionError)
+
+
 class _StopError(Exception):
     """Ends a run of the pipeline after the first call of its denoiser."""
 
@@ -41,6 +46,9 @@ def probe(pipe: Pipeline, recipe: RecordRecipe) -> CallCost:
 
     Returns:
         Nothing but zeros if that network is not called.
+
+    Raises:
+        UsageError: the pipeline cannot be called with what msfp has for it.
     """
     denoiser = max(find_denoisers(pipe).values(), key=_num_parameters)
     passed: list[Any] = []
@@ -60,6 +68,13 @@ def probe(pipe: Pipeline, recipe: RecordRecipe) -> CallCost:
         call_pipeline(pipe, conditions, recipe, output_type="latent")
     except _StopError:
         pass
+    except _FAULTS as error:
+        text = (str(error).splitlines() or [""])[0]
+        raise UsageError(
+            f"{type(pipe).__name__} fails when it is called ({type(error).__name__}: {text}); "
+            "change the option that this is about, or, if the pipeline needs more than prompts, "
+            "pictures and sizes, calibrate the model as another pipeline, with --pipeline CLASS"
+        ) from error
     finally:
         before.remove()
         after.remove()

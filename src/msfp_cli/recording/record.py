@@ -24,7 +24,7 @@ from msfp_cli.pipelines.discovery import (
     watch_pipeline,
 )
 from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, ModelSource, Pipeline
-from msfp_cli.pipelines.sampling import call_pipeline, refuse_steps, say_conditions
+from msfp_cli.pipelines.sampling import call_pipeline, refuse_settings, say_conditions
 from msfp_cli.processes import ALONE, Processes
 from msfp_cli.recording.encode import size_bytes
 from msfp_cli.recording.recipe import (
@@ -214,7 +214,7 @@ def record_recipes(
     pipe: Pipeline, source: ModelSource, options: RecordOptions
 ) -> tuple[RecordRecipe, RecordRecipe]:
     """Return the recipes of the calibration recording and of the held-out one."""
-    refuse_steps(pipe, options)
+    refuse_settings(pipe, options)
     given = prompts_of(options.prompts)
     count = options.num_images
     if count is None:
