@@ -13,7 +13,12 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from conftest import CLEAR_GAIN, Chained, Invoke, train
-from msfp_cli.calibration.layer_search import search_layer, transforms_of, views_of
+from msfp_cli.calibration.layer_search import (
+    is_mostly_linear,
+    search_layer,
+    transforms_of,
+    views_of,
+)
 from msfp_cli.calibration.observe import LayerObservation
 from msfp_cli.calibration.quantize import move_weights_
 from msfp_cli.calibration.recipe import CalibrateRecipe
@@ -54,7 +59,7 @@ def held_out(chained: Chained) -> list[DenoiserCall]:
         (BOTH, nn.Linear(100, 4), [(0, False), (0, True)]),
         (BOTH, nn.Conv2d(64, 4, 1), [(0, False)]),
     ],
-    ids=["default", "rotation", "token scales", "both", "odd width", "convolution"],
+    ids=["not settled", "rotation", "token scales", "both", "odd width", "convolution"],
 )
 def test_recipe_says_what_may_be_done_to_an_input(
     recipe: CalibrateRecipe, layer: nn.Module, expected: list[tuple[int, bool]]
@@ -63,6 +68,48 @@ def test_recipe_says_what_may_be_done_to_an_input(
     assert [(each.rotation, each.token_scales) for each in found] == expected
     x = torch.randn(2, 3, 5, layer.weight.shape[1])
     assert len(views_of(layer, x, recipe)) == (1 if len(expected) == 1 else 4)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "is_transformed"),
+    [
+        (CalibrateRecipe(), True),
+        (CalibrateRecipe(activations=6), True),
+        (CalibrateRecipe(activations=8), False),
+        (CalibrateRecipe(activations=None), False),
+        (CalibrateRecipe(weights=None), False),
+        (CalibrateRecipe(**CalibrateRecipe.PRESETS["paper"]), False),
+    ],
+    ids=["default", "6 bits", "8 bits", "floating point", "only inputs", "paper"],
+)
+def test_inputs_of_few_bits_are_transformed_by_default_where_layers_are_linear(
+    recipe: CalibrateRecipe, is_transformed: bool
+) -> None:
+    mostly, hardly = (recipe.settled(mostly_linear=each) for each in (True, False))
+    expected = ("hadamard", "token") if is_transformed else ("none", "tensor")
+    assert (mostly.rotate, mostly.input_scales) == expected
+    assert (hardly.rotate, hardly.input_scales) == ("none", "tensor")
+
+
+def test_what_is_asked_for_stays_whatever_the_layers_are() -> None:
+    asked = CalibrateRecipe(activations=8, rotate="hadamard", input_scales="token")
+    assert asked.settled(mostly_linear=False) == asked
+    refused = CalibrateRecipe(rotate="none", input_scales="tensor")
+    assert refused.settled(mostly_linear=True) == refused
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([nn.Linear(8, 9), nn.Conv2d(8, 1, 3)], False),  # 72 weights of both kinds
+        ([nn.Linear(8, 10), nn.Conv2d(8, 1, 3)], True),
+        ([nn.Embedding(9, 9)], False),
+    ],
+)
+def test_model_is_mostly_linear_where_more_than_half_of_its_weights_are(
+    layers: list[nn.Module], expected: bool
+) -> None:
+    assert is_mostly_linear(layers) == expected
 
 
 @pytest.mark.parametrize("change", [{"weights": None}, {"activations": None}])
@@ -257,3 +304,16 @@ def test_command_says_what_is_transformed(
     assert result.exit_code == 0, result.stderr
     assert "inputs are rotated" in result.stderr
     assert "inputs are rotated" in msfp("status").stdout
+
+
+def test_transformer_is_transformed_by_default(fresh_run: Callable[..., Run]) -> None:
+    calibration = Calibration.load(fresh_run("StableDiffusion3Pipeline").calibration)
+    assert calibration.recipe.rotate == calibration.recipe.input_scales == "auto"
+    transforms = [each.scheme.transform for each in calibration.layers["transformer"].values()]
+    assert any(each.rotation for each in transforms)
+    assert any(each.token_scales for each in transforms)
+
+
+def test_unet_of_convolutions_is_not_transformed_by_default(prompted_chained: Chained) -> None:
+    layers = prompted_chained.calibration.layers["unet"].values()
+    assert all(each.scheme.transform.is_identity for each in layers)

@@ -29,6 +29,7 @@ from msfp_cli.calibration.layer_search import (
     LIFTED_BITS,
     CalibratedLayer,
     PlannedLayer,
+    is_mostly_linear,
     search_layer,
     views_of,
 )
@@ -97,6 +98,7 @@ def _search_layers(
 ) -> dict[str, CalibratedLayer]:
     """Choose a format for every layer, and lift the worst to 8 bits."""
     refuse_not_finite(denoiser)
+    recipe = recipe.settled(mostly_linear=is_mostly_linear(find_layers(denoiser).values()))
     observations = _observe(component, denoiser, recording, recipe, processes)
     names = [name for name in find_layers(denoiser) if name in observations]
     results = _search(component, denoiser, names, observations, recipe, processes)

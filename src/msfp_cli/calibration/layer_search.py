@@ -5,7 +5,7 @@ they get is said by the recipe's rules, or by a lift to 8 bits. Where the recipe
 Linear layers be transformed, each way to do so is searched, and the one of least error is taken.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -116,10 +116,19 @@ def views_of(layer: FloatLayer, x: Tensor, recipe: CalibrateRecipe) -> Tensor:
     return x[None] if last.is_identity else last.views(x)
 
 
+def is_mostly_linear(layers: Collection[FloatLayer]) -> bool:
+    """Whether most weights are in layers whose inputs can be transformed: in Linear ones."""
+    linear = sum(each.weight.numel() for each in layers if kind_of(each).transforms_inputs)
+    return 2 * linear > sum(each.weight.numel() for each in layers)
+
+
 def transforms_of(layer: FloatLayer, recipe: CalibrateRecipe) -> list[InputTransform]:
     """Return the ways in which a layer's input may be transformed: from not at all to all at once.
 
     They differ in whether it is rotated, and in whether tokens have scales.
+
+    Arguments:
+        recipe: settled for the denoiser.
     """
     if not kind_of(layer).transforms_inputs:
         return [InputTransform()]

@@ -1,7 +1,7 @@
 """How formats are chosen, and which candidates a layer has; nothing here needs torch."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from msfp_cli.calibration.keep import DEFAULT_KEEP, KeepRule, parse_bits
 from msfp_cli.errors import UsageError
@@ -18,8 +18,8 @@ from msfp_cli.formats.float_format import (
 from msfp_cli.recipe import Recipe, option
 
 ROUNDINGS = ("compensated", "nearest")
-INPUT_SCALES = ("tensor", "token")
-ROTATIONS = ("none", "hadamard")
+INPUT_SCALES = ("auto", "tensor", "token")
+ROTATIONS = ("auto", "none", "hadamard")
 _GROUP = 32  # weights
 _TEXT_BITS = 4
 FORMAT_SETS = ("mixed", "signed", "unsigned", "integer")
@@ -57,6 +57,8 @@ class CalibrateRecipe(Recipe):
             "input_lift": 0.0,
             "rounding": "nearest",
             "weight_groups": 0,
+            "input_scales": "tensor",
+            "rotate": "none",
             "keep": ("@first:8", "@last:8"),
         }
     }
@@ -123,16 +125,18 @@ class CalibrateRecipe(Recipe):
         before=0,
     )
     input_scales: str = option(
-        "tensor",
+        "auto",
         "Scales of the inputs of Linear layers: tensor for one that all tokens share, token for "
-        "one times the size of each token, where that lowers the error of the input.",
+        "one times the size of each token, where that lowers the error of the input; auto for "
+        "token where inputs have fewer than 8 bits and most weights are in Linear layers.",
         choices=INPUT_SCALES,
         before="tensor",
     )
     rotate: str = option(
-        "none",
+        "auto",
         "Rotation of the inputs of Linear layers: none, or hadamard for blocks of channels, and "
-        "the weights against them, where that lowers the error of the input.",
+        "the weights against them, where that lowers the error of the input; auto for hadamard "
+        "where inputs have fewer than 8 bits and most weights are in Linear layers.",
         choices=ROTATIONS,
         before="none",
     )
@@ -185,7 +189,7 @@ class CalibrateRecipe(Recipe):
         if None not in (self.weights, self.activations):
             return
         for name, value in (("--input-scales", self.input_scales), ("--rotate", self.rotate)):
-            if value not in ("tensor", "none"):
+            if value not in ("auto", "tensor", "none"):
                 raise UsageError(
                     f"{name} {value} is for layers whose weights and inputs are quantized; leave "
                     "it out, or give --weights and --activations some bits"
@@ -195,6 +199,22 @@ class CalibrateRecipe(Recipe):
     def has_wide_inputs(self) -> bool:
         """Whether inputs have so many bits that a layer with 8-bit weights takes no more time."""
         return self.activations is None or self.activations >= BYTE_BITS
+
+    def settled(self, *, mostly_linear: bool) -> "CalibrateRecipe":
+        """Return the recipe for one denoiser: what is done to its inputs is no longer `auto`.
+
+        Arguments:
+            mostly_linear: whether most weights of the denoiser are in Linear layers, as those of a
+                transformer are. In others, such layers are too few for the gain to be worth its
+                time.
+        """
+        is_worth_it = mostly_linear and self.weights is not None and not self.has_wide_inputs
+        scales, rotation = ("token", "hadamard") if is_worth_it else ("tensor", "none")
+        return replace(
+            self,
+            input_scales=scales if self.input_scales == "auto" else self.input_scales,
+            rotate=rotation if self.rotate == "auto" else self.rotate,
+        )
 
     def lifted_formats(self, *, signed: bool) -> tuple[FloatFormat, ...]:
         """Return the candidates for an input where it is lifted: of 8 bits, integers of a byte."""
