@@ -260,5 +260,4 @@ def _rounding(layers: Mapping[str, "LayerChoice"]) -> str:
 def _row(name: str, layer: "LayerChoice") -> list[str]:
     chosen = layer.scheme
     formats = f"{chosen.weight or 'float'} x {chosen.input.format if chosen.input else 'float'}"
-    transform = "" if chosen.transform.is_identity else f" ({chosen.transform})"
-    return [name, f"{layer.sensitivity or 0:.5f}", formats + transform, layer.reason]
+    return [name, f"{layer.sensitivity or 0:.5f}", formats, layer.reason]
