@@ -32,9 +32,9 @@ from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 
 WAYS = {
-    "one scale": {},
-    "Hadamard": {"rotate": "hadamard"},
-    "a scale for each token": {"input_scales": "token"},
+    "one scale": {"rotate": "none", "input_scales": "tensor"},
+    "Hadamard": {"rotate": "hadamard", "input_scales": "tensor"},
+    "a scale for each token": {"rotate": "none", "input_scales": "token"},
     "both": {"rotate": "hadamard", "input_scales": "token"},
 }
 ROUNDS = 15
