@@ -24,6 +24,7 @@ call. A bias is read at each call.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.context import get_spawning_popen
 from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -217,7 +218,7 @@ class Quantized(PackedLayer):
         """Return what a copy needs: codes, because a kernel's weight cannot be copied."""
         state = self.__dict__.copy()
         if self._weight_holder is not None:
-            state["_buffers"] = {**self._buffers, "weight_codes": self.packed_codes()}
+            state["_buffers"] = {**self._buffers, "weight_codes": _lent(self.packed_codes())}
         return {**state, "kernel": None}
 
     def extra_repr(self) -> str:
@@ -226,6 +227,17 @@ class Quantized(PackedLayer):
         formats = f"weight={self.scheme.weight}, input={grid and grid.format}"
         transform = (f"{name}={value}" for name, value in self.scheme.transform.to_json().items())
         return ", ".join([super().extra_repr(), formats, *transform])
+
+
+def _lent(tensor: Tensor) -> Tensor:
+    """Let a tensor live as long as a process that is being started with it, if one is.
+
+    torch tells such a process the number of an open file, which is closed with the tensor.
+    """
+    process = get_spawning_popen()
+    if process is not None:
+        vars(process).setdefault("msfp_tensors", []).append(tensor)
+    return tensor
 
 
 def _make_code_books(scheme: LayerScheme) -> None:
