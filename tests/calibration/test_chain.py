@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from conftest import CONDITIONS, QUICK, TWO_PICTURES, Chained, chain
 from msfp_cli.calibration.calibrate import calibrate_run
@@ -117,35 +117,72 @@ def test_quantization_moves_the_denoisers_output_a_little(reloaded: Reloaded) ->
         assert 0 < error < 0.2
 
 
+NAN, INFINITY = float("nan"), float("inf")
+UNET = ("DDIMPipeline", "unet", "down_blocks.0.resnets.0.conv1.weight")
+TRANSFORMER = ("FluxPipeline", "transformer", "transformer_blocks.0.attn.to_q.weight")
+BIAS = ("FluxPipeline", "transformer", "single_transformer_blocks.0.proj_out.bias")
+VAE = ("FluxPipeline", "vae", "decoder.conv_in.weight")
+CLIP = ("FluxPipeline", "text_encoder", "encoder.layers.0.self_attn.q_proj.weight")
+T5 = ("FluxPipeline", "text_encoder_2", "encoder.block.0.layer.1.DenseReluDense.wo.weight")
+
+
+def damage(directory: Path, name: str, value: float | None) -> None:
+    """Give the first number of a tensor another value, or take the tensor out of its file."""
+    for path in directory.glob("*.safetensors"):
+        state = load_file(path)
+        if name in state and value is None:
+            del state[name]
+        elif name in state:
+            state[name].view(-1)[0] = value
+        save_file(state, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("max_memory", [None, 2**30], ids=["in memory", "in its files"])
+@pytest.mark.parametrize("is_sharded", [False, True])
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("place", "value"),
     [
-        (
-            lambda weight: weight.fill_(float("nan")),
-            "the tensor {} in the files of unet holds a NaN",
-        ),
-        (None, "the files of .*/unet lack the tensor {}"),
+        (UNET, NAN),
+        (UNET, None),
+        (TRANSFORMER, -INFINITY),
+        (TRANSFORMER, None),
+        (BIAS, NAN),
+        (BIAS, None),
+        (VAE, INFINITY),
+        (VAE, None),
+        (CLIP, NAN),
+        (CLIP, None),
+        (T5, INFINITY),
+        (T5, None),
     ],
-    ids=["NaN", "missing"],
+    ids=lambda value: value[1] if isinstance(value, tuple) else str(value),
 )
 def test_broken_model_is_told_by_tensor_before_anything_is_recorded(
     tiny: Callable[[str], Path],
+    copied: Callable[..., Path],
     tmp_path: Path,
-    damage: Callable[[Tensor], object] | None,
-    message: str,
+    place: tuple[str, str, str],
+    value: float | None,
+    is_sharded: bool,
+    max_memory: int | None,
 ) -> None:
-    shutil.copytree(tiny("DDIMPipeline"), tmp_path / "broken")
-    path = tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors"
-    state = load_file(path)
-    name = "down_blocks.0.resnets.0.conv1.weight"
-    if damage is None:
-        del state[name]
-    else:
-        damage(state[name][0])
-    save_file(state, path, {"format": "pt"})
-    source = ModelSource(model=str(tmp_path / "broken"))
-    with pytest.raises(ModelError, match=message.format(re.escape(name))):
-        calibrate_run(Run(tmp_path / "run"), source, TWO_PICTURES, QUICK)
+    model, component, name = place
+    broken = copied(tiny(model), "broken")
+    if is_sharded:
+        part = getattr(load_pipeline(ModelSource(model=str(broken)), "cpu"), component)
+        shutil.rmtree(broken / component)
+        part.save_pretrained(broken / component, max_shard_size="20KB")
+        assert len(list((broken / component).glob("*.safetensors"))) > 1
+    damage(broken / component, name, value)
+    told = (
+        f"the files of .*/{component} lack the tensor {re.escape(name)};"
+        if value is None
+        else f"the tensor {re.escape(name)} in the files of {component} holds a NaN or infinity"
+    )
+    source = ModelSource(model=str(broken))
+    with pytest.raises(ModelError, match=told) as caught:
+        calibrate_run(Run(tmp_path / "run"), source, TWO_PICTURES, QUICK, max_memory=max_memory)
+    assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "run" / "recording").exists()
 
 

@@ -4,14 +4,18 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from conftest import QUICK
 from msfp_cli.calibration.denoiser_search import calls_to_measure
-from msfp_cli.calibration.estimate import Estimate, estimate
+from msfp_cli.calibration.estimate import Estimate, check_layers, estimate
+from msfp_cli.errors import UsageError
 from msfp_cli.pipelines.loading import ModelSource, load_pipeline
+from msfp_cli.progress import SILENT
 from msfp_cli.recording import compare
 from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.recording.record import record_recipes
+from tiny_pipelines import build_tiny
 
 OPTIONS = RecordOptions(num_images=20, num_inference_steps=3, batch_size=2)
 
@@ -68,3 +72,38 @@ def test_a_long_one_names_the_option_that_lowers_it(longest: str, advice: str) -
 def test_a_short_one_says_nothing() -> None:
     found = Estimate(seconds={"recording": 100.0}, disk=1, memory=1, is_bounded=False)
     assert list(found.lines()) == []
+
+
+@pytest.mark.parametrize("how", ["in place", "disabled", "fused"])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    ("model", "part", "ending"),
+    [
+        ("StableDiffusionXLPipeline", "unet", "attn2.to_q"),
+        ("StableDiffusionXLPipeline", "text_encoder_2", "self_attn.q_proj"),
+        ("FluxPipeline", "transformer", "attn.to_q"),
+        ("FluxPipeline", "text_encoder", "self_attn.q_proj"),
+    ],
+)
+def test_adapters_of_any_part_are_refused_until_they_are_fused_and_gone(
+    model: str, part: str, ending: str, dora: bool, how: str
+) -> None:
+    peft = pytest.importorskip("peft")
+    pipe = build_tiny(model)
+    check_layers(pipe, QUICK, SILENT)
+    network = getattr(pipe, part)
+    name = next(name for name, _ in network.named_modules() if name.endswith(ending))
+    before = network.get_submodule(name).weight.detach().clone()
+    config = peft.LoraConfig(target_modules=[name], init_lora_weights=False, use_dora=dora)
+    network.add_adapter(config, "style")
+    if how == "disabled":
+        pipe.disable_lora()
+    if how == "fused":
+        pipe.fuse_lora(components=[part])
+    told = rf"^{part} has adapters \(style\); call `pipe.fuse_lora\(\)` and `pipe.unload_lora_w"
+    with pytest.raises(UsageError, match=told):
+        check_layers(pipe, QUICK, SILENT)
+    pipe.unload_lora_weights()
+    check_layers(pipe, QUICK, SILENT)
+    is_fused = not torch.equal(network.get_submodule(name).weight, before)
+    assert is_fused == (how == "fused")

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from torch import nn
+
 from msfp_cli.calibration.denoiser_search import (
     calls_to_measure,
     num_observed,
@@ -19,7 +21,12 @@ from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.samples import expected_groups
 from msfp_cli.errors import UsageError
 from msfp_cli.layers.replace import find_layers, quantized_layers
-from msfp_cli.pipelines.denoiser import find_denoisers, refuse_broken, refuse_changed
+from msfp_cli.pipelines.denoiser import (
+    find_denoisers,
+    refuse_adapters,
+    refuse_broken,
+    refuse_changed,
+)
 from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.progress import Progress
 from msfp_cli.recording.probe import probe
@@ -137,8 +144,9 @@ def check_layers(pipe: Pipeline, recipe: CalibrateRecipe, progress: Progress) ->
     """Refuse a pipeline that cannot be calibrated as the recipe says; say which rules are idle.
 
     Raises:
-        UsageError: a denoiser is quantized already, has adapters or is offloaded, the rules leave
-            no layer to quantize, or the pipeline has no such text encoder.
+        UsageError: a denoiser is quantized already or offloaded, a part has adapters, the rules
+            leave no layer to quantize, or the pipeline has no such text encoder.
+        ModelError: a weight of a part is not finite.
     """
     texts = [name for name in pipe.components if name.startswith("text_encoder")]
     if unknown := sorted(recipe.text_encoders().keys() - set(texts)):
@@ -149,13 +157,16 @@ def check_layers(pipe: Pipeline, recipe: CalibrateRecipe, progress: Progress) ->
     names = list[str]()
     for component, denoiser in find_denoisers(pipe).items():
         refuse_changed(component, denoiser)
-        refuse_broken(component, denoiser)
         if quantized_layers(denoiser):
             raise UsageError(
                 f"{component} is quantized already; calibrate the full-precision model that it was "
                 "made from"
             )
         names += find_layers(denoiser)
+    for component, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            refuse_adapters(component, part)
+            refuse_broken(component, part)
     for rule in recipe.idle_rules(names):
         some = ", ".join(sorted(names)[:3])
         progress.log(

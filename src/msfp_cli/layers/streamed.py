@@ -70,11 +70,6 @@ def stream_(layer: FloatLayer, file: Path, name: str, place: Tensor) -> None:
     layer.register_forward_hook(lambda layer, args, output: weight.drop_(layer), always_call=True)
 
 
-def is_streamed(module: nn.Module) -> bool:
-    """Whether a layer's weight stays in its file."""
-    return hasattr(module, _ATTRIBUTE)
-
-
 @contextmanager
 def weight_in_memory(layer: nn.Module) -> Iterator[None]:
     """Have the weight of a layer in memory while the context is open; most are there anyway."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from msfp_cli.errors import ModelError, UsageError
 from msfp_cli.files.documents import digest
 from msfp_cli.layers.clock import TRAINING_CLOCK, Clock
-from msfp_cli.layers.streamed import is_streamed, weight_in_memory
+from msfp_cli.layers.streamed import weight_in_memory
 from msfp_cli.pipelines.loading import Pipeline
 
 # The names under which most pipelines of diffusers keep their denoisers, for pipelines that are
@@ -136,12 +136,7 @@ def refuse_changed(component: str, denoiser: nn.Module) -> None:
     Raises:
         UsageError: the adapters' own matrices would be quantized, or hooks be lost.
     """
-    adapters: dict[str, Any] | None = getattr(denoiser, "peft_config", None)
-    if adapters:
-        raise UsageError(
-            f"{component} has adapters ({', '.join(adapters)}); call "
-            "`pipe.fuse_lora()` and `pipe.unload_lora_weights()` before calibrating"
-        )
+    refuse_adapters(component, denoiser)
     wrapped = [name for name, module in denoiser.named_modules() if _is_wrapped(module)]
     if wrapped:
         raise UsageError(
@@ -150,23 +145,45 @@ def refuse_changed(component: str, denoiser: nn.Module) -> None:
         )
 
 
-def refuse_broken(component: str, denoiser: nn.Module) -> None:
-    """Refuse a denoiser with a weight or bias that is not finite, before anything is made with it.
+def refuse_adapters(component: str, model: nn.Module) -> None:
+    """Refuse a model that has adapters, fused or not.
+
+    Raises:
+        UsageError: matrices of their own would be quantized, or saved in the place of the model, as
+            transformers does.
+    """
+    adapters: dict[str, Any] | None = getattr(model, "peft_config", None)
+    if adapters:
+        raise UsageError(
+            f"{component} has adapters ({', '.join(adapters)}); call "
+            "`pipe.fuse_lora()` and `pipe.unload_lora_weights()` before calibrating"
+        )
+
+
+def refuse_broken(component: str, model: nn.Module) -> None:
+    """Refuse a model with a weight or bias that is not finite, before anything is made with it.
 
     Raises:
         ModelError: the message names the tensor and where it lies.
     """
-    modules = denoiser.named_modules()
-    # Streamed weights are checked when they are read.
-    elsewhere = {f"{name}.weight" for name, module in modules if is_streamed(module)}
-    for name, parameter in denoiser.named_parameters():
-        # Parameters with other names may be there for other tasks.
-        is_checked = name.endswith((".weight", ".bias")) and name not in elsewhere
-        if is_checked and not torch.isfinite(parameter).all():
-            raise ModelError(
-                f"the tensor {name} in the files of {component} holds a NaN or infinity, so the "
-                "model's file is broken; download it again"
-            )
+    for module_name, module in model.named_modules():
+        with weight_in_memory(module):
+            for name in ("weight", "bias"):  # others may be there for other tasks
+                parameter = module._parameters.get(name)
+                if parameter is not None and not _is_finite(parameter):
+                    full_name = f"{module_name}.{name}" if module_name else name
+                    raise ModelError(
+                        f"the tensor {full_name} in the files of {component} holds a NaN or "
+                        "infinity, so the model's file is broken; download it again"
+                    )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor are finite; those of an offloaded part are not there."""
+    if tensor.is_meta:
+        return True
+    is_small = tensor.is_floating_point() and tensor.element_size() == 1  # not all have `isfinite`
+    return bool(torch.isfinite(tensor.float() if is_small else tensor).all())
 
 
 def _is_wrapped(module: nn.Module) -> bool:
