@@ -173,11 +173,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
         Raises:
             UsageError: the device map names the disk.
         """
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise UsageError(
-                "device_map cannot leave quantized layers on the disk; load them, then call "
-                "`enable_group_offload(..., offload_to_disk_path=...)`"
-            )
+        refuse_disk(device_map, "enable_group_offload(..., offload_to_disk_path=...)")
 
     def maybe_update_loaded_keys(
         self, loaded_keys: list[str], checkpoint_files: list[str] | str | None
@@ -281,10 +277,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
         return fold(state_dict, formats)
 
     def _dequantize(self, model: DiffusersModel) -> DiffusersModel:
-        origin = self.quantization_config.source.get("model", "the one that was quantized")
-        raise UsageError(
-            f"quantized weights do not become full precision again; load that model ({origin})"
-        )
+        raise no_float_weights(self.quantization_config)
 
     @property
     def is_serializable(self) -> bool:
@@ -300,6 +293,30 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
     def is_compileable(self) -> bool:
         """Whether ``torch.compile`` may be used."""
         return True
+
+
+def refuse_disk(device_map: object, instead: str) -> None:
+    """Refuse a map that leaves layers on the disk.
+
+    Arguments:
+        instead: the call that does so afterwards.
+
+    Raises:
+        UsageError: the map names the disk.
+    """
+    if isinstance(device_map, dict) and "disk" in device_map.values():
+        raise UsageError(
+            "device_map cannot leave quantized layers on the disk; load them, then call "
+            f"`{instead}`"
+        )
+
+
+def no_float_weights(config: MSFPConfig) -> UsageError:
+    """Return the error that says where full precision is."""
+    origin = config.source.get("model", "the one that was quantized")
+    return UsageError(
+        f"quantized weights do not become full precision again; load that model ({origin})"
+    )
 
 
 def schema_of(schemes: Iterable[LayerScheme]) -> int:

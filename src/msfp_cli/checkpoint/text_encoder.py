@@ -19,7 +19,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from msfp_cli.checkpoint.contents import CONFIG, DIGEST, Contents
-from msfp_cli.checkpoint.quantizer import METHOD, MSFPConfig, to_text, weight_only_config
+from msfp_cli.checkpoint.quantizer import (
+    METHOD,
+    MSFPConfig,
+    no_float_weights,
+    refuse_disk,
+    to_text,
+    weight_only_config,
+)
 from msfp_cli.checkpoint.weight_only import WeightEncoder
 from msfp_cli.files.documents import digest
 from msfp_cli.layers.quantized import kind_of
@@ -72,6 +79,19 @@ class MSFPTextQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
     def __init__(self, quantization_config: MSFPConfig, **kwargs: Argument) -> None:
         """Take the config that transformers read, or that the user gave, which stays as it is."""
         super().__init__(replace(quantization_config), **kwargs)
+
+    def validate_environment(
+        self, *args: object, device_map: object = None, **kwargs: Argument
+    ) -> None:
+        """Refuse to leave layers on the disk, as for denoisers.
+
+        Raises:
+            UsageError: the device map names the disk.
+        """
+        refuse_disk(device_map, "apply_group_offloading(..., offload_to_disk_path=...)")
+
+    def _dequantize(self, model: TransformersModel, dtype: object = None) -> TransformersModel:
+        raise no_float_weights(self.quantization_config)
 
     def _process_model_before_weight_loading(
         self,
