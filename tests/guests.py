@@ -17,6 +17,7 @@ from conftest import FEW_UPDATES, train
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import export_run
 from msfp_cli.finetuning.result import FinetuneState
+from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.run import Run
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -127,6 +128,24 @@ def _projection(width: int) -> dict[str, Tensor]:
         "norm.weight": torch.ones(width),
         "norm.bias": torch.zeros(width),
     }
+
+
+def edit_biases_(pipe: Pipe) -> set[type]:
+    """Change a bias of the first quantized layer of each class; return the classes."""
+    edited = set[type]()
+    for layer in quantized_layers(denoiser_of(pipe)).values():
+        if layer.bias is not None and type(layer) not in edited:
+            layer.bias.data.add_(0.5)
+            edited.add(type(layer))
+    return edited
+
+
+def round_like_(denoiser: Denoiser, cast: Denoiser) -> None:
+    """Round those parameters of a denoiser that another one holds in a smaller type."""
+    own = dict(denoiser.named_parameters())
+    for name, parameter in cast.named_parameters():
+        if parameter.dtype != own[name].dtype:
+            own[name].data = own[name].data.to(parameter.dtype).to(own[name].dtype)
 
 
 # Names of layers in a file of kohya's trainer, and those in diffusers of which each is made.

@@ -3,17 +3,14 @@
 import copy
 import pickle
 import threading
-from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
     ControlNetModel,
-    DiffusionPipeline,
     EulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     UNet2DConditionModel,
@@ -22,14 +19,23 @@ from diffusers import (
 from torch import Tensor
 
 from conftest import Chained, Finetuned
+from guests import (
+    LORA_FILE,
+    Pipe,
+    add_lora,
+    edit_biases_,
+    is_different,
+    load,
+    round_like_,
+    unet_ip_adapter,
+)
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
 from msfp_cli.errors import UsageError
+from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
 from msfp_cli.layers.replace import quantized_layers
 
 # PEFT warns of a second adapter.
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-Pipe = Any
 
 
 @pytest.fixture(
@@ -41,23 +47,10 @@ def export(request: pytest.FixtureRequest) -> Path:
     return chained.export
 
 
-def load(directory: Path, **options: object) -> Pipe:
-    pipe = DiffusionPipeline.from_pretrained(directory, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def draw(pipe: Pipe, **options: object) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
     arguments = {"num_inference_steps": 2, "output_type": "np", **options}
     return pipe("a cat", generator=generator, **arguments).images
-
-
-def add_lora(pipe: Pipe, name: str = "a", seed: int = 0, **options: object) -> None:
-    config = pytest.importorskip("peft").LoraConfig
-    torch.manual_seed(seed)
-    settings = {"r": 4, "init_lora_weights": False, "target_modules": ATTENTION, **options}
-    pipe.unet.add_adapter(config(**settings), name)
 
 
 def kohya(name: str, *shapes: tuple[int, ...]) -> dict[str, Tensor]:
@@ -68,10 +61,6 @@ def kohya(name: str, *shapes: tuple[int, ...]) -> dict[str, Tensor]:
         f"{name}.lora_up.weight": torch.randn(up),
         f"{name}.alpha": torch.tensor(4.0),
     }
-
-
-def is_different(one: np.ndarray, other: np.ndarray) -> bool:
-    return bool(abs(one - other).max() > 1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -131,31 +120,13 @@ def test_lora_in_kohyas_names_is_loaded(export: Path, name: str) -> None:
     assert np.array_equal(draw(pipe), before)
 
 
-def test_lora_of_a_transformer_is_loaded(fresh_run: Callable[..., Any], tmp_path: Path) -> None:
-    pytest.importorskip("peft")
-    from msfp_cli.checkpoint.export import export_run
-
-    export_run(fresh_run("FluxPipeline"), tmp_path / "flux")
-    pipe = load(tmp_path / "flux")
-    key = "transformer.transformer_blocks.0.attn.to_q.lora_"
-    lora = {f"{key}A.weight": torch.randn(4, 32), f"{key}B.weight": torch.randn(32, 4)}
-    size = {"height": 32, "width": 32}
-    before = draw(pipe, **size)
-    for _ in range(2):  # the second beside the first
-        pipe.load_lora_weights(dict(lora))
-        assert is_different(draw(pipe, **size), before)
-    pipe.unload_lora_weights()
-    assert np.array_equal(draw(pipe, **size), before)
-
-
 def test_lora_is_saved_and_loaded_again(export: Path, tmp_path: Path) -> None:
     pipe = load(export)
     add_lora(pipe)
     with_lora = draw(pipe)
     pipe.unet.save_lora_adapter(tmp_path, "a")
     again = load(export)
-    name = "pytorch_lora_weights.safetensors"
-    again.unet.load_lora_adapter(tmp_path, prefix=None, weight_name=name)
+    again.unet.load_lora_adapter(tmp_path, prefix=None, weight_name=LORA_FILE)
     assert np.array_equal(draw(again), with_lora)
 
 
@@ -309,12 +280,24 @@ def test_change_of_type_is_that_of_a_load_in_this_type(export: Path) -> None:
 
 
 @pytest.mark.parametrize("is_called", [False, True])
-def test_layerwise_casting_runs(export: Path, is_called: bool) -> None:
-    pipe = load(export)
+def test_layerwise_casting_rounds_what_is_in_floating_point(export: Path, is_called: bool) -> None:
+    pipe, expected = load(export), load(export)
     if is_called:
         draw(pipe)
     pipe.unet.enable_layerwise_casting(torch.bfloat16, torch.float32)
-    assert np.isfinite(draw(pipe)).all()
+    round_like_(expected.unet, pipe.unet)
+    assert np.array_equal(draw(pipe), draw(expected))
+    assert not np.array_equal(draw(pipe), draw(load(export)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_edited_bias_counts_at_the_next_call(export: Path, dtype: torch.dtype) -> None:
+    pipe, fresh = load(export, dtype=dtype), load(export, dtype=dtype)
+    before = draw(pipe, output_type="latent").float()
+    assert edit_biases_(pipe) == edit_biases_(fresh) == {QuantLinear, QuantConv2d}
+    after = draw(pipe, output_type="latent").float()
+    assert torch.equal(after, draw(fresh, output_type="latent").float())
+    assert is_different(after, before)
 
 
 @pytest.mark.parametrize("is_called", [False, True])
@@ -348,7 +331,7 @@ def adapter_file(export: Path, place: Path, seed: int) -> np.ndarray:
 def test_lora_is_swapped_for_another_while_it_is_in_place(export: Path, tmp_path: Path) -> None:
     expected = [adapter_file(export, tmp_path / str(seed), seed) for seed in range(2)]
     pipe = load(export)
-    options = {"prefix": None, "weight_name": "pytorch_lora_weights.safetensors"}
+    options = {"prefix": None, "weight_name": LORA_FILE}
     for seed in range(2):
         place = tmp_path / str(seed)
         pipe.unet.load_lora_adapter(place, adapter_name="x", hotswap=seed > 0, **options)
@@ -359,30 +342,11 @@ def test_lora_is_swapped_for_another_while_it_is_in_place(export: Path, tmp_path
 def test_ip_adapter_draws_and_leaves_no_trace(export: Path) -> None:
     pipe = load(export)
     before = draw(pipe)
-    pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
-    embedding = torch.randn(2, 1, 24, generator=torch.Generator().manual_seed(1))
-    assert is_different(draw(pipe, ip_adapter_image_embeds=[embedding]), before)
+    adapter = unet_ip_adapter(pipe.unet)
+    pipe.unet._load_ip_adapter_weights(adapter.weights)
+    assert is_different(draw(pipe, **adapter.options), before)
     pipe.unload_ip_adapter()
     assert np.array_equal(draw(pipe), before)
-
-
-def ip_adapter(unet: Pipe) -> dict[str, dict[str, Tensor]]:
-    """Return the weights of an IP-Adapter for embeddings of 24 numbers, in its file's names."""
-    torch.manual_seed(0)
-    width = unet.config.cross_attention_dim
-    weights = dict[str, Tensor]()
-    crossing = [name for name in unet.attn_processors if "attn2" in name]
-    for number, name in enumerate(crossing):
-        out = unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape[0]
-        for part in ("to_k_ip", "to_v_ip"):
-            weights[f"{2 * number + 1}.{part}.weight"] = torch.randn(out, width)
-    projection = {
-        "proj.weight": torch.randn(4 * width, 24),
-        "proj.bias": torch.randn(4 * width),
-        "norm.weight": torch.ones(width),
-        "norm.bias": torch.zeros(width),
-    }
-    return {"image_proj": projection, "ip_adapter": weights}
 
 
 def test_callback_that_raises_leaves_nothing_behind(export: Path) -> None:
