@@ -102,15 +102,16 @@ def test_weight_that_is_missing_is_named(
         AutoModel.from_pretrained(str(denoiser), quantization_config=MSFPConfig())
 
 
+@pytest.mark.parametrize("name", [WEIGHT, WEIGHT.replace("weight", "bias")])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_weight_that_is_not_finite_is_named(
-    value: float, tiny: Callable[[str], Path], copied: Callable[..., Path]
+def test_tensor_that_is_not_finite_is_named(
+    value: float, name: str, tiny: Callable[[str], Path], copied: Callable[..., Path]
 ) -> None:
     (path,) = (tiny("DDIMPipeline") / "unet").glob("*.safetensors")
-    weight = load_file(path)[WEIGHT]
-    weight.view(-1)[-1] = value
-    denoiser = damage(tiny("DDIMPipeline"), copied, **{WEIGHT: weight})
-    with pytest.raises(CheckpointError, match=f"{WEIGHT} holds a NaN"):
+    tensor = load_file(path)[name]
+    tensor.view(-1)[-1] = value
+    denoiser = damage(tiny("DDIMPipeline"), copied, **{name: tensor})
+    with pytest.raises(CheckpointError, match=f"{name} holds a NaN"):
         AutoModel.from_pretrained(str(denoiser), quantization_config=MSFPConfig())
 
 

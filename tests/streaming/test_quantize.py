@@ -235,6 +235,40 @@ def _kill(*arguments: object, **options: object) -> None:
     raise KilledError
 
 
+@pytest.mark.parametrize("also", [(), ("text_encoder_2",)], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("transformer", "transformer_blocks.0.attn.to_q.weight"),
+        ("transformer", "single_transformer_blocks.0.proj_out.bias"),
+        ("transformer", "transformer_blocks.0.attn.norm_q.weight"),
+        ("text_encoder", "encoder.layers.0.self_attn.q_proj.weight"),
+        ("text_encoder", "encoder.layers.1.self_attn.k_proj.bias"),
+        ("text_encoder", "final_layer_norm.weight"),
+    ],
+)
+def test_tensor_that_is_not_finite_is_named(
+    part: str,
+    name: str,
+    value: float,
+    also: tuple[str, ...],
+    tiny: Callable[[str], Path],
+    copied: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    broken = copied(tiny("FluxPipeline"), "broken")
+    (path,) = (broken / part).glob("*.safetensors")
+    tensors = load_file(path)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path, {"format": "pt"})
+    also = (*also, *(["text_encoder"] if part == "text_encoder" else []))
+    with pytest.raises(CheckpointError, match=rf"{name} holds a NaN or infinity") as caught:
+        quantize(broken, tmp_path / "out", also=also)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_text_encoder_that_lacks_a_tensor_is_refused(
     tiny: Callable[[str], Path], copied: Callable[..., Path], tmp_path: Path
 ) -> None:

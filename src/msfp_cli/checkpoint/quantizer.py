@@ -241,7 +241,7 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
         self, model: DiffusersModel, **kwargs: Argument
     ) -> DiffusersModel:
         if not self.pre_quantized:
-            self._encoder.refuse_missing()
+            self._encoder.refuse_damaged(model)
             origin = self.quantization_config.source
             self.quantization_config = weight_only_config(self._encoder.table, origin)
             model.register_to_config(quantization_config=self.quantization_config)

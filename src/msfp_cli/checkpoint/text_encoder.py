@@ -28,6 +28,7 @@ from msfp_cli.checkpoint.quantizer import (
     weight_only_config,
 )
 from msfp_cli.checkpoint.weight_only import WeightEncoder
+from msfp_cli.errors import CheckpointError
 from msfp_cli.files.documents import digest
 from msfp_cli.layers.quantized import kind_of
 from msfp_cli.layers.replace import find_layers, replace_layers_, replace_module_
@@ -123,7 +124,7 @@ class MSFPTextQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         self, model: TransformersModel, **kwargs: Argument
     ) -> TransformersModel:
         if not self.pre_quantized:
-            self._encoder.refuse_missing()
+            self._encoder.refuse_damaged(model)
             origin = self.quantization_config.source
             self.quantization_config = weight_only_config(self._encoder.table, origin)
             self.pre_quantized = True
@@ -180,7 +181,11 @@ class _Encode(ConversionOps):  # type: ignore[misc]  # transformers is untyped
         """Replace the layer of a weight."""
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
-        self._encoder.encode_(model, full_layer_name, weight)
+        try:
+            self._encoder.encode_(model, full_layer_name, weight)
+        except CheckpointError as error:  # transformers would say something else in its place
+            self._encoder.errors.append(error)
+            return {}
         missing_keys.discard(full_layer_name)
         return {}
 

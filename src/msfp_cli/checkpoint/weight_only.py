@@ -52,6 +52,7 @@ class WeightEncoder:
             raise UsageError(f"{type(model).__name__} has no layer to quantize with these rules")
         self.weights = frozenset(f"{name}.weight" for name in self._bits)
         self.table = dict[str, dict[str, Any]]()  # schemes of the layers that are done, as JSON
+        self.errors = list[CheckpointError]()  # of weights that could not be encoded, for later
         replace_layers_(model, {})  # so that the model answers for weights that it does not have
 
     @classmethod
@@ -69,10 +70,7 @@ class WeightEncoder:
         Raises:
             CheckpointError: it holds a NaN or an infinity.
         """
-        if not all(extreme.isfinite() for extreme in torch.aminmax(weight)):
-            raise CheckpointError(
-                f"{name} holds a NaN or infinity, so the model's file is broken; download it again"
-            )
+        refuse_not_finite(name, weight)
         formats = self._recipe.weight_formats(self._bits[name.removesuffix(".weight")])
         return encode_weight(weight, formats)
 
@@ -90,12 +88,31 @@ class WeightEncoder:
         """Return the scheme of a layer whose weight was encoded."""
         return LayerScheme(weight=coded.format, lookup=self._kinds[layer_name].is_table)
 
-    def refuse_missing(self) -> None:
-        """Refuse a model whose files lacked a weight that was to be quantized.
+    def refuse_damaged(self, model: nn.Module) -> None:
+        """Refuse a model whose files lacked a weight to quantize, or whose other tensors are bad.
 
         Raises:
-            CheckpointError: the message names it.
+            CheckpointError: the message names the tensor.
         """
+        if self.errors:
+            raise self.errors[0]
         missing = sorted(self._bits.keys() - self.table.keys())
         if missing:
             raise CheckpointError(f"the model's files lack {missing[0]}.weight; download it again")
+        for name, parameter in model.named_parameters():
+            refuse_not_finite(name, parameter)
+
+
+def refuse_not_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor of a model's file that holds a NaN or an infinity.
+
+    Raises:
+        CheckpointError: the message names it.
+    """
+    if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
+        return
+    numbers = tensor.float() if tensor.element_size() == 1 else tensor  # torch cannot compare all
+    if not all(extreme.isfinite() for extreme in torch.aminmax(numbers)):
+        raise CheckpointError(
+            f"{name} holds a NaN or infinity, so the model's file is broken; download it again"
+        )

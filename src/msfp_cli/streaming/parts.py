@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from msfp_cli.checkpoint.weight_only import WeightEncoder
+from msfp_cli.checkpoint.weight_only import WeightEncoder, refuse_not_finite
 from msfp_cli.errors import CheckpointError
 from msfp_cli.files.atomic import clean, delete
 from msfp_cli.files.documents import Json, open_tensors, read_json, write_json, write_tensors
@@ -58,7 +58,7 @@ class Parts:
             How many parameters these hold.
 
         Raises:
-            CheckpointError: the model's files are damaged, or a weight is not finite.
+            CheckpointError: the model's files are damaged, or a tensor is not finite.
         """
         done = 0
         total = sum(tensor.count for tensor in tensors)
@@ -114,6 +114,7 @@ def _write_part(path: Path, group: list[StoredTensor], encoder: WeightEncoder) -
         with open_tensors(stored.file, redo="download the model again") as file:
             tensor = file.get_tensor(stored.name)
         if stored.name not in encoder.weights:
+            refuse_not_finite(stored.name, tensor)
             tensors[stored.name] = tensor.clone()  # lets go of the file, which is mapped as a whole
             continue
         coded = encoder.encode(stored.name, tensor)
