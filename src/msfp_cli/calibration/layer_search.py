@@ -119,7 +119,7 @@ def views_of(layer: FloatLayer, x: Tensor, recipe: CalibrateRecipe) -> Tensor:
 def is_mostly_linear(layers: Collection[FloatLayer]) -> bool:
     """Whether most weights are in layers whose inputs can be transformed: in Linear ones."""
     linear = sum(each.weight.numel() for each in layers if kind_of(each).transforms_inputs)
-    return 2 * linear > sum(each.weight.numel() for each in layers)
+    return bool(2 * linear > sum(each.weight.numel() for each in layers))
 
 
 def transforms_of(layer: FloatLayer, recipe: CalibrateRecipe) -> list[InputTransform]:
