@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import pytest
-from diffusers import DDIMPipeline, DiffusionPipeline
+from diffusers import ControlNetModel, DDIMPipeline, DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
+import tiny_pipelines
 from conftest import Chained, Finetuned, Invoke, only_line
 from msfp_cli import __version__
 from msfp_cli.commands.app import app
@@ -293,14 +295,33 @@ def test_status_follows_the_chain(
     ]
 
 
+def model_of(kind: str, pipe: DiffusionPipeline) -> list[str]:
+    """Return the words that name a model whose pipeline takes pictures, made of another's parts."""
+    name = f"StableDiffusion{kind}Pipeline"
+    parts = pipe.components
+    if kind == "InstructPix2Pix":  # the picture's latents are put beside the sample
+        parts["unet"] = tiny_pipelines._conditional_unet(in_channels=8)
+    elif kind == "ControlNet":  # it halves the picture, as this autoencoder does
+        net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=[8, 8])
+        tiny_pipelines._replace_zero_weights(net)
+        parts["controlnet"] = net
+    else:
+        return ["--pipeline", name]
+    getattr(diffusers, name)(**parts, requires_safety_checker=False).save_pretrained("model")
+    return ["model"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["Img2Img", "Inpaint"])
-def test_pictures_go_through_the_whole_chain(kind: str, msfp: Invoke, quick: None) -> None:
+@pytest.mark.parametrize("kind", ["Img2Img", "Inpaint", "InstructPix2Pix", "ControlNet"])
+def test_pictures_go_through_the_whole_chain(
+    kind: str, msfp: Invoke, quick: None, tiny: Callable[[str], Path]
+) -> None:
+    model = model_of(kind, DiffusionPipeline.from_pretrained(tiny("StableDiffusionPipeline")))
     for folder, color in (("photos", "red"), ("others", "green")):
         Path(folder).mkdir()
         Image.new("RGB", (32, 32), color).save(Path(folder) / "a.png")
     given = ("--images", "photos")
-    result = msfp("calibrate", "--pipeline", f"StableDiffusion{kind}Pipeline", *given)
+    result = msfp("calibrate", *model, *given)
     assert result.exit_code == 0, result.stderr
     assert "stand in" not in result.stderr
     assert msfp("export").exit_code == 0
