@@ -1,4 +1,6 @@
+from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from msfp_cli.errors import UsageError
+from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 from msfp_cli.pipelines.sampling import Sampling, call_pipeline, refuse_settings
 
 
@@ -69,6 +72,13 @@ def test_pipeline_that_makes_arrays_only_is_asked_for_them_with_the_same_noise()
     assert np.array_equal(made, expected)
     (picture,) = call_pipeline(Measuring(), [None], Sampling())
     assert picture.size == (8, 8)
+
+
+def test_what_a_pipeline_refuses_is_told_in_its_words(tiny: Callable[[str], Path]) -> None:
+    pipe = load_pipeline(ModelSource(model=str(tiny("StableDiffusionPipeline"))), "cpu")
+    line = "^StableDiffusionPipeline refuses its arguments: `height` and `width` .*divisible by 8"
+    with pytest.raises(UsageError, match=line):
+        call_pipeline(pipe, ["a cat"], Sampling(num_inference_steps=1, height=28, width=28))
 
 
 class Dreaming:

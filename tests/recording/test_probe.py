@@ -54,10 +54,3 @@ def test_pipeline_that_needs_more_is_refused_in_one_line(tiny: Callable[[str], P
         probe(Preparing(unet), recipe)
     assert isinstance(refusal.value.__cause__, AttributeError)  # `msfp --debug` shows where
     assert not unet._forward_hooks and not unet._forward_pre_hooks
-
-
-def test_size_that_does_not_fit_is_named(tiny: Callable[[str], Path]) -> None:
-    pipe = load_pipeline(ModelSource(model=str(tiny("StableDiffusionPipeline"))), "cpu")
-    recipe = RecordRecipe(conditions=("a cat",), num_inference_steps=2, height=28, width=28)
-    with pytest.raises(UsageError, match=r"divisible by 8 .*change the option"):
-        probe(pipe, recipe)

@@ -7,6 +7,7 @@ batch it was made in.
 
 import inspect
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -192,6 +193,7 @@ def call_pipeline(
     except (TypeError, AttributeError, ValueError) as error:
         refuse_list(pipe, arguments, error)
         refuse_without_media(pipe, arguments, error)
+        _refuse_checked(pipe, error)
         if "ScalarType" not in str(error):
             raise
         raise ModelError(
@@ -203,6 +205,16 @@ def call_pipeline(
     from msfp_cli.pipelines.media import one_for_each, works_of
 
     return one_for_each(works_of(result), count)
+
+
+def _refuse_checked(pipe: Pipeline, error: Exception) -> None:
+    """Refuse in one line what a pipeline refused when it checked its arguments.
+
+    Raises:
+        UsageError: the error comes from that check, which all pipelines of diffusers call alike.
+    """
+    if traceback.extract_tb(error.__traceback__)[-1].name == "check_inputs":
+        raise UsageError(f"{type(pipe).__name__} refuses its arguments: {error}") from error
 
 
 def _run(pipe: Pipeline, arguments: Mapping[str, Any]) -> Any:  # noqa: ANN401 (an output)
