@@ -346,6 +346,7 @@ ELSEWHERE = {
     "is missing; run the same command again to draw it": "tests/kills.py",
     "names no role of layers": "tests/calibration/test_recipe.py",
     "prompts alone, with --pipeline CLASS": "tests/pipelines/test_pictures.py",
+    "as another pipeline, with --pipeline CLASS": "tests/recording/test_probe.py",
     "matches no layer": "tests/calibration/test_keep.py",
     "give it with --against": "tests/evaluation/test_identity.py",
     "use --compare none": "tests/evaluation/test_models.py",

@@ -47,10 +47,12 @@ class Preparing:
 
 
 def test_pipeline_that_needs_more_is_refused_in_one_line(tiny: Callable[[str], Path]) -> None:
-    unet = load_pipeline(ModelSource(model=str(tiny("DDIMPipeline"))), "cpu").unet
+    pipe = load_pipeline(ModelSource(model=str(tiny("DDIMPipeline"))), "cpu")
+    unet = pipe.unet
     recipe = RecordRecipe(conditions=(None,), num_inference_steps=2)
     line = r"^Preparing fails when it is called \(AttributeError: .*unprepared.*--pipeline CLASS$"
     with pytest.raises(UsageError, match=line) as refusal:
         probe(Preparing(unet), recipe)
     assert isinstance(refusal.value.__cause__, AttributeError)  # `msfp --debug` shows where
     assert not unet._forward_hooks and not unet._forward_pre_hooks
+    assert probe(pipe, recipe).seconds > 0  # as it says: another pipeline of the same model

@@ -72,8 +72,8 @@ def probe(pipe: Pipeline, recipe: RecordRecipe) -> CallCost:
         text = (str(error).splitlines() or [""])[0]
         raise UsageError(
             f"{type(pipe).__name__} fails when it is called ({type(error).__name__}: {text}); "
-            "if the pipeline needs more than prompts, pictures and sizes, calibrate the model as "
-            "another pipeline, with --pipeline CLASS"
+            "if the pipeline needs more than prompts, pictures and sizes, calibrate the model "
+            "as another pipeline, with --pipeline CLASS"
         ) from error
     finally:
         before.remove()
