@@ -4,7 +4,8 @@
 with its folder ``tests``: the tests of its pipelines say how each is built from tiny random parts
 and called, so a new family costs no line here. What they take from the hub (tokenizers, a few
 encoders) is replaced by `stand_ins`, so nothing is downloaded. Kolors needs the package
-sentencepiece, and some tests need parameterized.
+sentencepiece, Stable Audio torchsde, ConsisID opencv-python-headless; some tests need parameterized
+or torchvision.
 
 One module of each family comes first, then its variants, until ``--minutes`` are over.
 ``--only PATTERN`` tries the modules of tests whose name matches, and prints instead of writing.
