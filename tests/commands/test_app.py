@@ -629,7 +629,10 @@ def test_place_that_cannot_be_written_is_one_helpful_line(
             RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
             "out of memory; give a smaller --batch-size",
         ),
-        (ValueError("odd\nand more"), "ValueError: odd (run `msfp --debug ...` for the traceback"),
+        (
+            ArithmeticError("odd\nand more"),
+            "ArithmeticError: odd (run `msfp --debug ...` for the traceback",
+        ),
         (KeyboardInterrupt(), "stopped; what was finished is kept, run the same command to go on"),
     ],
     ids=lambda value: type(value).__name__,
