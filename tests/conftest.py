@@ -10,6 +10,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # one. Read by torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# As the command line does, for processes that lose each other.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator

@@ -1,6 +1,8 @@
 """Processes that share work: who does what, what they tell each other, and how they end."""
 
 import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,3 +163,32 @@ def test_machines_that_do_not_share_the_directory_are_refused(
     assert ends[0].code in (LEFT_ALONE, 99)
     assert "RunError" in ends[1].says
     assert "is not the directory that the first process writes to" in ends[1].says
+
+
+LOSING_EACH_OTHER = """
+from msfp_cli.__main__ import keep_torch_quiet
+keep_torch_quiet()
+import os, signal, time
+from torch.distributed import DistNetworkError, TCPStore
+there, here = os.pipe()
+if os.fork() == 0:
+    store = TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
+    os.write(here, str(store.port).encode())
+    time.sleep(2)
+    os.kill(os.getpid(), signal.SIGKILL)
+store = TCPStore("127.0.0.1", int(os.read(there, 9)), 2, False, wait_for_workers=False)
+try:
+    store.get("never")
+except DistNetworkError:
+    os._exit(3)
+"""
+
+
+@pytest.mark.parametrize("level", ["", "INFO"])
+def test_torch_writes_no_log_of_its_own_unless_it_is_asked_to(level: str) -> None:
+    environment = {name: text for name, text in os.environ.items() if "LOG_LEVEL" not in name}
+    environment |= {"TORCH_CPP_LOG_LEVEL": level} if level else {}
+    command = [sys.executable, "-c", LOSING_EACH_OTHER]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3, done.stderr
+    assert ("TCPStore" in done.stderr) == bool(level)

@@ -11,6 +11,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored
         signal.signal(signal.SIGINT, _stop_before_the_start)
     let_threads_sleep()
+    keep_torch_quiet()
     from msfp_cli.commands.app import app  # takes long enough for an impatient user
 
     app(prog_name="msfp")
@@ -32,6 +33,15 @@ def let_threads_sleep() -> None:
     command starts inherit it. A program that imports msfp as a library keeps its own settings.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def keep_torch_quiet() -> None:
+    """Let torch's own log, which goes past Python, tell errors only, unless the user wants more.
+
+    Where one of several processes is killed while another reads from it, torch writes a page of
+    addresses beside the one line that says so. It reads the variable when it is imported.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 if __name__ == "__main__":
