@@ -57,11 +57,23 @@ def calibrate_(
         max_memory: bytes that this process may take; less takes longer and gives the same result.
 
     Raises:
-        CalibrationError: a weight or an activation holds a NaN or infinity.
-        UsageError: a denoiser is quantized already, has adapters or is offloaded, or the rules
-            leave no layer to quantize.
+        CalibrationError: an activation holds a NaN or infinity.
+        UsageError, ModelError: as said by `check_layers`.
     """
     check_layers(pipe, recipe, SILENT)
+    return _calibrate_checked(pipe, recording, held_out, recipe, processes, work, max_memory)
+
+
+def _calibrate_checked(
+    pipe: Pipeline,
+    recording: Recording,
+    held_out: Recording,
+    recipe: CalibrateRecipe,
+    processes: Processes,
+    work: Path | None,
+    max_memory: int | None,
+) -> Calibration:
+    """Calibrate a pipeline that was checked, which reads all of its weights."""
     denoisers = {name: pipe.components[name] for name in recording.clocks() or {}}
     record = RecordRecipe.from_json(recording.recipe["record"])
     results = {}
@@ -181,14 +193,9 @@ def calibrate_run(
         recording, held_out = record_both(
             pipe, run, source, options, overwrite=overwrite, processes=processes
         )
-        calibration = calibrate_(
-            pipe,
-            recording,
-            held_out,
-            recipe,
-            processes=processes,
-            work=run.unfinished_codes,
-            max_memory=max_memory,
+        work = run.unfinished_codes
+        calibration = _calibrate_checked(
+            pipe, recording, held_out, recipe, processes, work, max_memory
         )
         calibration = replace(calibration, options=words)
         if processes.is_first:

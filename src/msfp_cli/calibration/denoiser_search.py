@@ -34,7 +34,7 @@ from msfp_cli.calibration.layer_search import (
     views_of,
 )
 from msfp_cli.calibration.lift_inputs import lift_inputs
-from msfp_cli.calibration.observe import LayerObservation, observe, refuse_not_finite
+from msfp_cli.calibration.observe import LayerObservation, observe
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import LayerChoice
 from msfp_cli.calibration.sensitivity import (
@@ -80,7 +80,7 @@ def search_denoiser(
         The layers by name, and the timesteps whose inputs are lifted; None if there are none.
 
     Raises:
-        CalibrationError: a weight or an activation holds a NaN or infinity.
+        CalibrationError: an activation holds a NaN or infinity.
     """
     layers = _search_layers(component, pipe.components[component], recording, recipe, processes)
     clock = recording.clock(component)
@@ -97,7 +97,6 @@ def _search_layers(
     processes: Processes,
 ) -> dict[str, CalibratedLayer]:
     """Choose a format for every layer, and lift the worst to 8 bits."""
-    refuse_not_finite(denoiser)
     recipe = recipe.settled(mostly_linear=is_mostly_linear(find_layers(denoiser).values()))
     observations = _observe(component, denoiser, recording, recipe, processes)
     names = [name for name in find_layers(denoiser) if name in observations]

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from msfp_cli.errors import CalibrationError
 from msfp_cli.layers.quantized import kind_of
 from msfp_cli.layers.replace import find_layers
-from msfp_cli.layers.streamed import weight_in_memory
 from msfp_cli.pipelines.denoiser import DenoiserCall, replay
 from msfp_cli.pipelines.watch import watch_layers
 from msfp_cli.progress import Advance
@@ -183,15 +182,3 @@ def _roles_of(denoiser: nn.Module, call: DenoiserCall) -> dict[str, str]:
             f"{type(denoiser).__name__} runs torch's {operator[1]}, inside of which msfp cannot "
             "watch its layers; choose another attention with set_attention_backend, if it has one"
         ) from error
-
-
-def refuse_not_finite(denoiser: nn.Module) -> None:
-    """Refuse a weight that is not finite, before its NaN shows up in another layer's input."""
-    for name, layer in find_layers(denoiser).items():
-        with weight_in_memory(layer):
-            is_finite = torch.isfinite(layer.weight).all()
-        if not is_finite:
-            raise CalibrationError(
-                f"the weight of layer {name!r} holds a NaN or infinity, "
-                "so the model's file is broken; download it again"
-            )

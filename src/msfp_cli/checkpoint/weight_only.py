@@ -15,7 +15,7 @@ from msfp_cli.calibration.keep import usual_role
 from msfp_cli.calibration.layer_search import bits_of
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.errors import CheckpointError, UsageError
-from msfp_cli.formats.weights import CodedWeight, encode_weight
+from msfp_cli.formats.weights import CodedWeight, encode_weight, is_finite
 from msfp_cli.layers.quantized import kind_of
 from msfp_cli.layers.replace import (
     find_layers,
@@ -109,10 +109,7 @@ def refuse_not_finite(name: str, tensor: Tensor) -> None:
     Raises:
         CheckpointError: the message names it.
     """
-    if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
-        return
-    numbers = tensor.float() if tensor.element_size() == 1 else tensor  # torch cannot compare all
-    if not all(extreme.isfinite() for extreme in torch.aminmax(numbers)):
+    if not is_finite(tensor):
         raise CheckpointError(
             f"{name} holds a NaN or infinity, so the model's file is broken; download it again"
         )

@@ -73,3 +73,11 @@ def pack_rows(rows: Tensor, scale: Tensor, fmt: FloatFormat) -> Tensor:
     blocks = zip(rows.split(height), scale.split(height), strict=True)
     codes = [pack(quantize(block, Grid(fmt, part[:, None])), fmt.bits) for block, part in blocks]
     return torch.cat(codes)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor are finite; those of an offloaded part are not there."""
+    if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
+        return True
+    numbers = tensor.float() if tensor.element_size() == 1 else tensor  # torch cannot compare all
+    return all(bool(extreme.isfinite()) for extreme in torch.aminmax(numbers))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from msfp_cli.errors import ModelError, UsageError
 from msfp_cli.files.documents import digest
+from msfp_cli.formats.weights import is_finite
 from msfp_cli.layers.clock import TRAINING_CLOCK, Clock
 from msfp_cli.layers.streamed import weight_in_memory
 from msfp_cli.pipelines.loading import Pipeline
@@ -170,20 +171,12 @@ def refuse_broken(component: str, model: nn.Module) -> None:
         with weight_in_memory(module):
             for name in ("weight", "bias"):  # others may be there for other tasks
                 parameter = module._parameters.get(name)
-                if parameter is not None and not _is_finite(parameter):
+                if parameter is not None and not is_finite(parameter):
                     full_name = f"{module_name}.{name}" if module_name else name
                     raise ModelError(
                         f"the tensor {full_name} in the files of {component} holds a NaN or "
                         "infinity, so the model's file is broken; download it again"
                     )
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether the numbers of a tensor are finite; those of an offloaded part are not there."""
-    if tensor.is_meta:
-        return True
-    is_small = tensor.is_floating_point() and tensor.element_size() == 1  # not all have `isfinite`
-    return bool(torch.isfinite(tensor.float() if is_small else tensor).all())
 
 
 def _is_wrapped(module: nn.Module) -> bool:
