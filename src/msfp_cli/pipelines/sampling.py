@@ -81,7 +81,7 @@ class Sampling(Recipe):
         None,
         "Folder with pictures for pipelines that take some (img2img, inpainting, ControlNet, "
         "upscaling). The mask of NAME.png is NAME-mask.png, white where it is to be repainted. "
-        "Default: as calibrated, or else stand-ins made from noise.",
+        "Default: stand-ins made from noise to calibrate, then as calibrated.",
         read=Path,
         later=True,
     )
