@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from msfp_cli.formats.float_format import FloatFormat
 
@@ -173,7 +174,8 @@ def _round_to_octaves(steps: Tensor, fmt: FloatFormat) -> Tensor:
     Masking a float32 down to its exponent gives the power of two below it, hence the step of its
     octave, once clamped to the subnormals' step. Adding and subtracting ``1.5 * 2^23`` such steps
     then rounds to whole steps, half to even (an old trick; for ``M >= 1`` the even multiple is the
-    even code). Needs no table and no codes.
+    even code). Needs no table and no codes. The multiple of the power is exact, so it does not
+    matter whether it is rounded before it is added.
 
     Arguments:
         steps: float32, at most the largest magnitude; overwritten.
@@ -181,20 +183,24 @@ def _round_to_octaves(steps: Tensor, fmt: FloatFormat) -> Tensor:
     if fmt.mantissa_bits == 0:
         return _round_to_powers(steps)
     power = steps.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
-    shift = power.clamp_min_(1 << fmt.mantissa_bits).mul_(1.5 * 2 ** (23 - fmt.mantissa_bits))
-    return steps.add_(shift).sub_(shift)
+    power = power.clamp_min_(1 << fmt.mantissa_bits)
+    many = 1.5 * 2 ** (23 - fmt.mantissa_bits)
+    return steps.add_(power, alpha=many).sub_(power, alpha=many)
 
 
 def _round_to_powers(steps: Tensor) -> Tensor:
     """Round to 0, 1, 2, 4 ..., signs kept; a tie goes to the even exponent.
 
     The result is a float32 whose mantissa was rounded away. The exponent field is 127 where the
-    code is 1, so even codes have even fields.
+    code is 1, so even codes have even fields. What is at most a half becomes 0; the minimum, which
+    elsewhere is the power, makes it so, and keeps a NaN.
     """
-    bits = steps.abs().view(torch.int32)
+    magnitude = steps.abs()
+    bits = magnitude.view(torch.int32)
     carried = bits.bitwise_right_shift(23).bitwise_and_(1).add_(bits).add_(0x3FFFFF)
-    powers = carried.bitwise_and_(0x7F800000).view(torch.float32).clamp_min_(1).copysign_(steps)
-    return torch.where(steps.abs() > 0.5, powers, steps * 0)  # a NaN is not above, and stays one
+    powers = carried.bitwise_and_(0x7F800000).view(torch.float32).clamp_min_(1)
+    above = functional.hardshrink(magnitude, 0.5).mul_(2)
+    return torch.minimum(powers, above).copysign_(steps)
 
 
 def round_steps(steps: Tensor, fmt: FloatFormat) -> Tensor:

@@ -16,11 +16,13 @@ there.
 
 import platform
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from msfp_cli.formats.float_format import BYTE_BITS
 from msfp_cli.formats.rounding import Grid, round_steps
 from msfp_cli.layers.base import Kernel, QuantizedLayer
 from msfp_cli.layers.kernels.arithmetic import (
@@ -33,12 +35,14 @@ from msfp_cli.layers.kernels.arithmetic import (
     unsigned_planes,
     widest_input,
 )
-from msfp_cli.layers.kernels.geometry import Geometry, subtract_frame_
+from msfp_cli.layers.kernels.geometry import Geometry, Strip, frame_of, subtract_frame_
 from msfp_cli.layers.kernels.reference import run_reference
 from msfp_cli.layers.kernels.simulated import input_grids, is_lifted, simulate
 
 # Elements for each thread: 256 KiB of float32, which stay in its cache from pass to pass.
 _PIECE = 1 << 16
+_MAX_FRAMES = 32  # of a layer: of each variant and size of picture
+_INT8 = 2**7 - 1
 _INT16 = 2**15 - 1
 
 
@@ -65,6 +69,7 @@ class Cpu(Kernel):
         self.arithmetic = Arithmetic.of(layer, integers)
         self.holds_weight = not keep_packed
         self.weights: list[Tensor] = []
+        self._frames: dict[tuple[int | Tensor, torch.Size], list[Strip]] = {}
         if self.holds_weight:
             packed = [_prepack(each, self.arithmetic.geometry) for each in integers]
             self.weights = list(map(of_one_shape, packed))
@@ -87,8 +92,24 @@ class Cpu(Kernel):
             y: Tensor = multiply_bytes(*self._operands(layer, planes, variant, member))
         else:
             planes = round_to_bytes(x.detach(), grids[0], self.arithmetic.shift)
-            y = self._operands(layer, planes, variant, layer.member()).multiply()
+            operands = self._operands(layer, planes, variant, layer.member())
+            y = operands._replace(frame=None).multiply()
+            subtract_frame_(y, self._frame(operands.frame, variant, x.shape[2:]))
         return y.to(x.dtype)
+
+    def _frame(
+        self, taps: Tensor | None, variant: int | Tensor, size: torch.Size
+    ) -> Sequence[Strip]:
+        """Return what the edges of an output have too much; the last few sizes are remembered."""
+        if taps is None or self.arithmetic.geometry is None:
+            return ()
+        frame = self._frames.get((variant, size))
+        if frame is None:
+            frame = frame_of(taps, self.arithmetic.geometry, *size)
+            if len(self._frames) == _MAX_FRAMES:
+                self._frames = {}
+            self._frames[variant, size] = frame
+        return frame
 
     def _operands(
         self,
@@ -198,19 +219,41 @@ def _round_compiled(x: Tensor, grids: Sequence[Grid], lifted: Tensor, shift: int
 
 def _round_by_pieces(dense: Tensor, grid: Grid, shift: int) -> list[Tensor]:
     """Round a contiguous tensor piece by piece, so that a piece stays in the cache."""
-    largest = grid.format.largest + shift
     planes = [torch.empty(dense.shape, dtype=torch.uint8)]
-    if largest > BYTE:
+    if grid.format.largest + shift > BYTE:
         planes.append(torch.empty_like(planes[0]))
-    values = dense.reshape(-1)
     size = _PIECE * torch.get_num_threads()
-    for start in range(0, len(values), size):
-        piece = values[start : start + size].float()
-        steps = torch.sub(piece, grid.zero_point).div_(grid.scale)
-        integers = round_steps(steps, grid.format).add_(shift)
-        for plane, byte in zip(planes, unsigned_planes(integers, largest), strict=True):
-            plane.view(-1)[start : start + size] = byte
+    flat = [tensor.reshape(-1).split(size) for tensor in (dense, *planes)]
+    for values, *parts in zip(*flat, strict=True):
+        piece = values.float()
+        if grid.zero_point:
+            steps = torch.sub(piece, grid.zero_point).div_(grid.scale)
+        else:
+            steps = piece / grid.scale
+        _write_bytes(round_steps(steps, grid.format), grid.format.largest, shift, parts)
     return planes
+
+
+def _write_bytes(integers: Tensor, largest: int, shift: int, planes: Sequence[Tensor]) -> None:
+    """Write integers plus a shift as bytes.
+
+    They become signed integers first, of a byte where they fit without the shift: torch converts
+    float32 to uint8 one value at a time, which takes as long as four passes.
+
+    Arguments:
+        integers: float32, of magnitudes up to `largest`; with the shift, at least 0.
+        planes: uint8, to write the bytes to: of all bits of the sums, the low ones first.
+    """
+    low, *further = planes
+    if not further and largest <= _INT8:
+        low.view(torch.int8).copy_(integers)
+        if shift:
+            low.add_(shift)
+        return
+    shifted = integers.int().add_(shift)
+    low.copy_(shifted)
+    for plane in further:
+        plane.copy_(shifted.bitwise_right_shift_(BYTE_BITS))
 
 
 def _prepack(integers: Tensor, geometry: Geometry | None) -> Tensor:
@@ -258,7 +301,7 @@ class CpuOperands(NamedTuple):
             factor = self.factor * (BYTE + 1)
             y.add_(_product(plane, self.shift >> 8, packed, factor, None, geometry))
         if self.frame is not None and geometry is not None:
-            subtract_frame_(y, self.frame, geometry, low.shape[2], low.shape[3])
+            subtract_frame_(y, frame_of(self.frame, geometry, low.shape[2], low.shape[3]))
         return y
 
     def output(self) -> Tensor:
@@ -276,6 +319,12 @@ class CpuOperands(NamedTuple):
         )
 
 
+@lru_cache(maxsize=256)
+def _zeros(size: int) -> Tensor:
+    """Return the zero points of a weight, which has none."""
+    return torch.zeros(size, dtype=torch.int32)
+
+
 def _product(
     plane: Tensor,
     shift: int,
@@ -289,8 +338,7 @@ def _product(
     Its scale of the input stays 1, as some of its implementations multiply by that first and others
     by the product of both scales.
     """
-    no_zero_points = torch.zeros(len(factor), dtype=torch.int32)
-    operands = (1.0, shift, weight, factor, no_zero_points, constant)
+    operands = (1.0, shift, weight, factor, _zeros(len(factor)), constant)
     output: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
     if geometry is None:
         rows = plane.reshape(-1, plane.shape[-1])

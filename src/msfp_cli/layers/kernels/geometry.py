@@ -6,8 +6,8 @@ it contributes neither ``q`` nor ``z``. Kernels multiply integers, where padding
 is right, and add a constant per output channel for the share of ``z``, which is too much wherever
 the window reaches over the edge. Two ways to get it right are here.
 
-`subtract_frame_` takes the difference from the finished output, in four strips: few operations,
-each on little.
+`frame_of` computes the difference in four strips, once for each size of a picture, and
+`subtract_frame_` takes it from the finished output: few operations, each on little.
 
 `window_kinds` is for kernels that look their constant up as they write. Along one dimension, the
 taps inside of the picture are always neighbours, from some ``a`` to before some ``b``, so there are
@@ -113,24 +113,51 @@ def _inside(
     return inside.float(), start, end
 
 
-def subtract_frame_(y: Tensor, taps: Tensor, geometry: Geometry, height: int, width: int) -> None:
-    """Take the zero point's share of the taps that lie outside the picture from the output's edges.
+class Strip(NamedTuple):
+    """A part of the edge of an output, ``[:, :, rows, columns]``, and what it has too much.
 
     Arguments:
-        y: ``(batch, out, rows, columns)``.
+        excess: ``(out, rows, columns)``, or what broadcasts to that.
+    """
+
+    rows: slice
+    columns: slice
+    excess: Tensor
+
+
+def frame_of(taps: Tensor, geometry: Geometry, height: int, width: int) -> list[Strip]:
+    """Return the share of the zero point that taps outside of a picture have in its output.
+
+    Arguments:
         taps: ``(out, kernel height, kernel width)``, the share of each tap.
+        height, width: of the input.
+
+    Returns:
+        At most four strips, which do not overlap.
     """
     rows, top, bottom = _inside(height, *geometry.along(0))
     columns, left, right = _inside(width, *geometry.along(1))
     total = taps.sum(dim=(1, 2))[:, None, None]
+    strips = []
     for strip in (slice(0, top), slice(bottom, None)):
         if len(rows[strip]):
-            y[:, :, strip] -= total - torch.einsum("oij,hi,wj->ohw", taps, rows[strip], columns)
+            inside = torch.einsum("oij,hi,wj->ohw", taps, rows[strip], columns)
+            strips.append(Strip(strip, slice(None), total - inside))
     for strip in (slice(0, left), slice(right, None)):
         if len(columns[strip]) and top < bottom:
-            y[:, :, top:bottom, strip] -= (
-                total - torch.einsum("oij,wj->ow", taps, columns[strip])[:, None]
-            )
+            inside = torch.einsum("oij,wj->ow", taps, columns[strip])[:, None]
+            strips.append(Strip(slice(top, bottom), strip, total - inside))
+    return strips
+
+
+def subtract_frame_(y: Tensor, frame: Sequence[Strip]) -> None:
+    """Take from an output what its edges have too much, see `frame_of`.
+
+    Arguments:
+        y: ``(batch, out, rows, columns)``.
+    """
+    for rows, columns, excess in frame:
+        y[:, :, rows, columns] -= excess
 
 
 def num_window_kinds(taps: int) -> int:

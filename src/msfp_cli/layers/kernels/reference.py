@@ -22,7 +22,7 @@ from msfp_cli.layers.kernels.arithmetic import (
     refusal_of_integers,
     unsigned_planes,
 )
-from msfp_cli.layers.kernels.geometry import Geometry, subtract_frame_
+from msfp_cli.layers.kernels.geometry import Geometry, frame_of, subtract_frame_
 from msfp_cli.layers.kernels.simulated import input_grids, simulate
 
 _EXACT_IN_FLOAT32 = 2**24
@@ -72,7 +72,7 @@ def run_reference(layer: QuantizedLayer, x: Tensor, arithmetic: Arithmetic) -> T
     for plane in planes[1:]:
         y.add_(_sums(plane, weight, geometry).mul_((factor * (BYTE + 1)).view(along)))
     if frame is not None and geometry is not None:
-        subtract_frame_(y, frame, geometry, x.shape[2], x.shape[3])
+        subtract_frame_(y, frame_of(frame, geometry, x.shape[2], x.shape[3]))
     return y.to(x.dtype)
 
 
