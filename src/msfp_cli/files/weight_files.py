@@ -50,6 +50,17 @@ def weight_files(directory: Path, variant: str | None) -> list[Path]:
     )
 
 
+def component_files(directory: Path, variant: str | None) -> list[Path]:
+    """Return what `weight_files` does, and nothing for a component without weights.
+
+    Raises:
+        ModelError: it has weights, but not in safetensors files.
+    """
+    if not any(_WEIGHTS.fullmatch(path.name) for path in directory.iterdir()):
+        return []  # a scheduler or a tokenizer
+    return weight_files(directory, variant)
+
+
 def stored_tensors(files: list[Path]) -> Iterator[StoredTensor]:
     """Yield what the files hold, by reading their headers.
 
@@ -74,9 +85,7 @@ def copy_component(directory: Path, target: Path, variant: str | None) -> None:
     for path in directory.iterdir():
         if path.is_file() and not _WEIGHTS.fullmatch(path.name):
             shutil.copyfile(path, target / path.name)
-    if not any(_WEIGHTS.fullmatch(path.name) for path in directory.iterdir()):
-        return  # a scheduler or a tokenizer
-    names = {path.name: _plain(path.name, variant) for path in weight_files(directory, variant)}
+    names = {path.name: _plain(path.name, variant) for path in component_files(directory, variant)}
     for name, plain in names.items():
         shutil.copyfile(directory / name, target / plain)
     for path in directory.glob("*.index*.json"):

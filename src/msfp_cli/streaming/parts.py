@@ -19,7 +19,7 @@ from msfp_cli.checkpoint.weight_only import WeightEncoder, refuse_not_finite
 from msfp_cli.errors import CheckpointError
 from msfp_cli.files.atomic import clean, delete
 from msfp_cli.files.documents import Json, open_tensors, read_json, write_json, write_tensors
-from msfp_cli.files.weight_files import StoredTensor
+from msfp_cli.files.weight_files import StoredTensor, component_files, stored_tensors
 from msfp_cli.layers.replace import replace_layers_
 from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.progress import Progress
@@ -92,6 +92,26 @@ class Parts:
         return schemes
 
 
+def refuse_damaged(directory: Path, variant: str | None, progress: Progress) -> None:
+    """Look for numbers that are not finite in a component that stays as it is.
+
+    Raises:
+        ModelError: its weights are in no safetensors file.
+        CheckpointError: a file is damaged, or a tensor is not finite; the message names it.
+    """
+    tensors = list(stored_tensors(component_files(directory, variant)))
+    with progress.task(f"Checking {directory.name}", sum(each.count for each in tensors)) as step:
+        for stored in tensors:
+            refuse_not_finite(stored.name, _read(stored))
+            step(stored.count)
+
+
+def _read(stored: StoredTensor) -> Tensor:
+    with open_tensors(stored.file, redo="download the model again") as file:
+        tensor: Tensor = file.get_tensor(stored.name)
+    return tensor
+
+
 def _groups(tensors: list[StoredTensor]) -> Iterator[list[StoredTensor]]:
     """Cut a list into pieces of about one part each."""
     group = list[StoredTensor]()
@@ -111,8 +131,7 @@ def _write_part(path: Path, group: list[StoredTensor], encoder: WeightEncoder) -
     tensors = dict[str, Tensor]()
     schemes = dict[str, Any]()
     for stored in group:
-        with open_tensors(stored.file, redo="download the model again") as file:
-            tensor = file.get_tensor(stored.name)
+        tensor = _read(stored)
         if stored.name not in encoder.weights:
             refuse_not_finite(stored.name, tensor)
             tensors[stored.name] = tensor.clone()  # lets go of the file, which is mapped as a whole

@@ -25,6 +25,7 @@ from msfp_cli.pipelines.denoiser import denoiser_names
 from msfp_cli.pipelines.loading import ModelSource, fetch_pipeline, pipeline_class
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.streaming.component import ComponentSize, DenoiserJob
+from msfp_cli.streaming.parts import refuse_damaged
 from msfp_cli.streaming.recipe import QuantizeRecipe
 from msfp_cli.streaming.text_component import TextEncoderJob
 
@@ -81,13 +82,18 @@ def quantize_pipeline(
         if source.pipeline is not None:
             index = {**index, "_class_name": pipeline_class(source.pipeline).__name__}
         jobs = _jobs(source, place, index, recipe, work)
+        others = [name for name in _components(index) if name not in jobs]
+        for name in others:
+            refuse_damaged(place / name, source.variant, progress)
         start = time.monotonic()
         count = sum(job.encode(progress) for job in jobs.values())
         seconds = time.monotonic() - start
         with replace_directory(directory, overwrite=overwrite) as temporary:
             for name, job in jobs.items():
                 job.write(temporary / name)
-            _copy_others(place, index, temporary, source.variant)
+            for name in others:
+                copy_component(place / name, temporary / name, source.variant)
+            (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
         sizes = {name: job.size(directory / name) for name, job in jobs.items()}
         delete(work)
     return QuantizeReport(
@@ -129,12 +135,7 @@ def _is_text_encoder(name: str, entry: Any) -> bool:  # noqa: ANN401 (a value of
     return name.startswith("text_encoder") and entry[0] == "transformers"
 
 
-def _copy_others(
-    place: Path, index: Mapping[str, Any], directory: Path, variant: str | None
-) -> None:
-    """Copy the index of a pipeline, and the components that the directory does not have yet."""
-    (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-    for name, entry in index.items():
-        is_component = isinstance(entry, list) and isinstance(entry[0], str)
-        if is_component and not (directory / name).exists():
-            copy_component(place / name, directory / name, variant)
+def _components(index: Mapping[str, Any]) -> list[str]:
+    """Return the components that a pipeline has, by its index."""
+    entries = {name: entry for name, entry in index.items() if isinstance(entry, list)}
+    return [name for name, entry in entries.items() if isinstance(entry[0], str)]
