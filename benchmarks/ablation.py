@@ -1,7 +1,7 @@
 """The ladder: what each part of the method adds.
 
     python benchmarks/ablation.py --work DIR [--preset paper] [--bits 4] [--jobs 2] [--updates 400]
-        [--seeds 3] [--variants] [--model MODEL] [--markdown FILE]
+        [--seeds 3] [--extractor NAME] [--variants] [--model MODEL] [--markdown FILE]
 
 There are four rungs: signed formats + LoRA; mixed signs + LoRA; mixed signs + TALoRA (a hub of
 two); the same + DFA. All have the default recipe, or the paper's conditions with --preset paper,
@@ -9,7 +9,8 @@ but one call per update, so that two trainings share two cores; the same number 
 learning rate that does best on the run's own held-out calls for seed 0 (the search is the same for
 every rung). A rung is trained with several seeds (first values and order of the data) and tested on
 200 pictures of 110 prompts that neither calibration nor training uses: see `test_set.py` for what
-is measured. The calibrated models before training are there to compare.
+is measured, with --extractor fashion the Fréchet distance of the pictures from full precision's,
+too, by the features of that extractor. The calibrated models before training are there to compare.
 
 With --variants the last rung is trained again with one setting changed at a time, to see what each
 is worth.
@@ -65,8 +66,12 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"loss_power": 1.0},
     {"timesteps": "uniform"},
 )
-COLUMNS = "output error | final latents' error | PSNR, dB"
-DIGITS = {"output": 5, "latents": 5, "psnr": 2}
+COLUMNS = {  # titles, and the digits after the point
+    "output": ("output error", 5),
+    "latents": ("final latents' error", 5),
+    "psnr": ("PSNR, dB", 2),
+    "frechet": ("Fréchet distance", 3),
+}
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,19 @@ def test_set(arguments: argparse.Namespace) -> TestSet:
         directory=arguments.work / "tests",
         num_tests=arguments.num_tests,
         steps=arguments.steps,
+        extractor=arguments.extractor,
     )
+
+
+def columns_of(arguments: argparse.Namespace) -> dict[str, tuple[str, int]]:
+    """Return what is measured: titles and digits."""
+    return {key: each for key, each in COLUMNS.items() if key != "frechet" or arguments.extractor}
+
+
+def heading(arguments: argparse.Namespace, *titles: str) -> list[str]:
+    """Return the first two lines of a table."""
+    names = [*titles, *(title for title, _ in columns_of(arguments).values())]
+    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
 
 
 def setting_of(arguments: argparse.Namespace) -> tuple[str, ...]:
@@ -251,7 +268,7 @@ def ladder(arguments: argparse.Namespace) -> str:
     in_processes(arguments, [job.task("train") for job in jobs if job not in grid])
     in_processes(arguments, [["--test-calibrated", name] for name in formats])
     in_processes(arguments, [job.task("test") for job in jobs])
-    lines = [f"| | learning rate | {COLUMNS} |", "|---" * 5 + "|"]
+    lines = heading(arguments, "", "learning rate")
     for name in formats:
         lines.append(f"| {name}, calibrated only | | {row(arguments, [f'calibrated-{name}'])} |")
     for rung in rungs:
@@ -266,7 +283,7 @@ def variants(arguments: argparse.Namespace) -> str:
     jobs = [Job(FULL, rate, 0, arguments.updates, json.dumps(changes)) for changes in VARIANTS]
     in_processes(arguments, [job.task("train") for job in jobs])
     in_processes(arguments, [job.task("test") for job in jobs])
-    lines = [f"| change | {COLUMNS} |", "|---" * 4 + "|"]
+    lines = heading(arguments, "change")
     for job in jobs:
         text = ", ".join(f"{name} {value}" for name, value in job.changes.items()) or "none"
         lines.append(f"| {text} | {row(arguments, [job.name])} |")
@@ -278,7 +295,7 @@ def row(arguments: argparse.Namespace, names: Sequence[str]) -> str:
     results = place_of(arguments) / "results"
     figures = [json.loads((results / f"{name}.json").read_text()) for name in names]
     cells = []
-    for key, digits in DIGITS.items():
+    for key, (_, digits) in columns_of(arguments).items():
         values = [result[key] for result in figures]
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
@@ -307,6 +324,7 @@ def parse() -> argparse.Namespace:
         "--variants", action="store_true", help="then change one setting of the last rung at a time"
     )
     parser.add_argument("--num-tests", type=int, default=MAX_TESTS, help="pictures to test on")
+    parser.add_argument("--extractor", default="", help="for Fréchet distances, such as fashion")
     parser.add_argument("--markdown", type=Path, help="put the table into this page")
     add_size_options(parser, num_images=400)
     for action in ("--train", "--test"):

@@ -14,6 +14,8 @@ from material import UNSEEN, denoiser_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from msfp_cli.evaluation.features.extractors import load_extractor
+from msfp_cli.evaluation.metrics.distances import frechet_distance, too_few
 from msfp_cli.files.atomic import replace_file
 from msfp_cli.pipelines.conditions import conditioning_of
 from msfp_cli.pipelines.denoiser import replay
@@ -39,12 +41,15 @@ class TestSet:
         directory: where its trajectories, final latents and pictures are kept.
         num_tests: pictures.
         steps: of the sampler.
+        extractor: of the features that distances of sets of pictures are measured by, if any; it
+            takes twice as many tests as it has features.
     """
 
     source: ModelSource
     directory: Path
     num_tests: int
     steps: int
+    extractor: str = ""
 
     def conditions(self, pipe: Pipeline) -> tuple[str | None, ...]:
         """Return a prompt per picture, reused with new noise if there are too few; or nothing."""
@@ -74,6 +79,9 @@ class TestSet:
             latents, pictures = self.sample(pipe)
             with replace_file(self._full_precision) as temporary:
                 save_file({"latents": latents, "pictures": pictures}, temporary)
+        if self.extractor:
+            pictures = load_file(self._full_precision)["pictures"]
+            self._frechet(pictures, pictures)  # refuses too few before anything is trained
 
     @torch.no_grad()
     def sample(self, pipe: Pipeline) -> tuple[Tensor, Tensor]:
@@ -89,12 +97,14 @@ class TestSet:
                 call_pipeline(pipe, conditions, self.sampling(), first=first, output_type="latent")
             latents.append(samples[-1])
             pictures.append(decoded(pipe, samples[-1]))
-        return torch.cat(latents), torch.cat(pictures)
+        return torch.cat(latents).contiguous(), torch.cat(pictures).contiguous()
 
     def measure(self, pipe: Pipeline) -> dict[str, float]:
         """Return a quantized pipeline's errors, and the median seconds of a denoiser call.
 
         ``latents_se`` and ``psnr_se`` are the standard errors of these means over the pictures.
+        ``frechet`` is the Fréchet distance of the pictures from full precision's, if there is an
+        extractor.
         """
         latents, pictures = self.sample(pipe)
         full = load_file(self._full_precision)
@@ -117,7 +127,15 @@ class TestSet:
             "psnr": float(psnr.mean()),
             "psnr_se": standard_error(psnr),
             "seconds": statistics.median(seconds),
+            **({"frechet": self._frechet(pictures, full["pictures"])} if self.extractor else {}),
         }
+
+    def _frechet(self, pictures: Tensor, reference: Tensor) -> float:
+        extractor = load_extractor(self.extractor)
+        both = [extractor.features((each * 255).round().byte()) for each in (pictures, reference)]
+        if too_few(len(pictures), both[0].shape[1]):
+            raise SystemExit(f"{self.extractor} needs --num-tests {2 * both[0].shape[1]}")
+        return frechet_distance(*both)
 
 
 def decoded(pipe: Pipeline, latents: Tensor) -> Tensor:

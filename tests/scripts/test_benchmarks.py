@@ -115,8 +115,11 @@ def test_where_time_goes_shows_the_kernel_and_the_engine(tmp_path: Path) -> None
 def test_ablation_climbs_a_rung(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     options = ("--work", tmp_path, "--model", tiny(TINY), "--jobs", 1, "--only", "mixed, LoRA")
     sizes = ("--rates", 0.01, "--seeds", 1, "--updates", 8, "--num-images", 6, "--steps", 2)
-    options += ("--preset", "paper", "--markdown", tmp_path / "page")
-    lines = run_script("benchmarks/ablation.py", *options, *sizes, "--num-tests", 1)
+    options += ("--preset", "paper", "--markdown", tmp_path / "page", "--extractor", "fashion")
+    few = run_script("benchmarks/ablation.py", *options, *sizes, "--num-tests", 1, code=1)
+    assert "fashion needs --num-tests 128" in few
+    shutil.rmtree(tmp_path / "tests")
+    lines = run_script("benchmarks/ablation.py", *options, *sizes, "--num-tests", 128)
     (run,) = (tmp_path / "W4A4-paper" / "jobs").iterdir()
     calibration = Calibration.load(Run(run).calibration)
     assert (calibration.recipe.weights, calibration.recipe.rounding) == (4, "nearest")
@@ -125,7 +128,9 @@ def test_ablation_climbs_a_rung(tiny: Callable[[str], Path], tmp_path: Path) -> 
     calibrated, tuned = (cells(line) for line in lines[-2:])
     assert calibrated[:2] == ["mixed, calibrated only", ""]
     assert tuned[:2] == ["mixed, LoRA", "0.01"]
-    assert 0 < float(tuned[2]) != float(calibrated[2]) > 0
+    assert cells(lines[0])[-1] == "Fréchet distance"
+    for column in (2, -1):
+        assert 0 < float(tuned[column]) != float(calibrated[column]) > 0
 
 
 def test_peers_measures_a_run_and_says_which_peer_is_missing(
