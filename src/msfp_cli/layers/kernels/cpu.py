@@ -5,7 +5,7 @@ int32, and takes factor and constant along as it writes the output. A signed inp
 largest magnitude to become unsigned, and the shift is oneDNN's integer zero point, which it
 subtracts in int32 as well.
 
-Rounding the input is a dozen passes, and over a whole tensor they cost more than the product. They
+Rounding the input is eight passes, and over a whole tensor they cost more than the product. They
 are done piece by piece, so that a piece stays in the cache (`round_to_bytes`); one fused pass by
 inductor is faster for uniform formats alone (docs/performance.md). Under ``torch.compile`` it is
 fused with what comes before.
