@@ -309,6 +309,21 @@ def test_bytes_keep_their_places_in_any_layout(layout: str) -> None:
     assert torch.equal(round_to_bytes(laid, grid, 0)[0], round_to_bytes(x, grid, 0)[0])
 
 
+def test_edges_are_right_for_every_size_of_picture_and_every_member() -> None:
+    first, second = grid_of(INPUTS["ue2m2"]), Grid(INPUTS["ue2m2"], 0.05, -0.5)
+    layer = conv(grid=first, further=(second,), hub=2, padding=1)
+    layer.route = Route[int]()
+    pictures = [draw(1, 4, 3 + size % 7, 3 + size) for size in range(20)]
+    outputs = {name: list[Tensor]() for name in ("cpu", "reference")}
+    for name, drawn in outputs.items():
+        layer.prepare_(name)
+        for member in (0, 1, 0):  # more sizes than are remembered
+            layer.route.open([member])
+            drawn += [layer(picture) for picture in pictures]
+            layer.route.close()
+    assert all(map(torch.equal, *outputs.values()))
+
+
 @pytest.mark.parametrize("keep_packed", [False, True])
 def test_hub_runs_the_member_that_its_route_names(keep_packed: bool) -> None:
     first, second = grid_of(INPUTS["ue2m2"]), Grid(INPUTS["ue2m2"], 0.05, -0.5)
