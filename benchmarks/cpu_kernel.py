@@ -56,7 +56,7 @@ def rounding(arguments: argparse.Namespace) -> Iterator[str]:
     """Time ways to round an input."""
 
     def fused(x: Tensor, grid: Grid, shift: int) -> Tensor:
-        return cpu.round_to_bytes(x, grid, shift)[0]
+        return cpu._round_compiled(x, [grid], torch.tensor(False), shift)[0]
 
     side = arguments.side
     x = torch.randn(2, 320, side, side, generator=torch.Generator().manual_seed(0))
