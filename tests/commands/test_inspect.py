@@ -1,4 +1,6 @@
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,6 +8,8 @@ import pytest
 
 from conftest import Finetuned, Invoke, only_line
 from msfp_cli.calibration.result import Calibration
+from msfp_cli.evaluation import cost
+from msfp_cli.evaluation.cost import CallTime
 from msfp_cli.finetuning.lora import tuned_names
 from msfp_cli.finetuning.quantize import member_table
 from msfp_cli.finetuning.result import FinetuneState
@@ -82,6 +86,35 @@ def test_kernels_are_shown_for_every_layer_of_the_export(
         msfp("inspect", "--kernels", "--layers", "*conv1", "--device", "cpu", "--json").stdout
     )["unet"]
     assert some == {name: how for name, how in shown.items() if name.endswith("conv1")} != {}
+
+
+@pytest.mark.parametrize(("seconds", "is_slower"), [(0.9, False), (1.01, False), (1.5, True)])
+def test_kernels_come_with_the_time_of_a_recorded_call(
+    seconds: float,
+    is_slower: bool,
+    tiny_tuned: Finetuned,
+    copied: Copied,
+    msfp: Invoke,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copied(tiny_tuned.run.directory, "msfp-run")
+    shown = msfp("inspect", "--kernels", "--device", "cpu").stderr
+    assert re.search(r"a recorded call of unet: [\d.]+ s, in full precision [\d.]+ s", shown)
+    time = CallTime(quantized=seconds, full_precision=1.0)
+    monkeypatch.setattr(cost, "time_calls", lambda *arguments: {"unet": time})
+    shown = msfp("inspect", "--kernels", "--device", "cpu").stderr
+    assert f"a recorded call of unet: {seconds:.3g} s, in full precision 1 s" in shown
+    assert ("it takes 1.50 times as long as in full precision" in shown) == is_slower
+
+
+def test_kernels_without_a_recording_are_shown_without_times(
+    tiny_tuned: Finetuned, copied: Copied, msfp: Invoke
+) -> None:
+    run = copied(tiny_tuned.run.directory, "msfp-run")
+    shutil.rmtree(run / "held-out")
+    result = msfp("inspect", "--kernels", "--device", "cpu")
+    assert "not timed: the run has no recorded calls of this export" in result.stderr
+    assert result.exit_code == 0
 
 
 def test_kernels_of_no_layer_are_one_clear_line(

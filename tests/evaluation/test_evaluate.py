@@ -430,6 +430,9 @@ def test_cost_alone_differs_between_evaluations(
         None if model.cost is None else model.cost.seconds_per_picture for model in found.models
     ]
     assert costs == [1.0, None, 2.0]  # what exists in memory only has no process of its own
+    few, slow = found.notes
+    assert (few,) == evaluated.notes
+    assert slow.startswith("a picture takes 2.00 times as long as in full precision on this mac")
     before = result_of(found.directory)
     again(tiny_chained, found.directory, replace(THREE, cost=True))
     assert (

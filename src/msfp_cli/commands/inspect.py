@@ -8,6 +8,7 @@ import typer
 
 from msfp_cli.commands import console
 from msfp_cli.options import DEFAULT_RUN, DeviceOption, JsonOption, RunOption
+from msfp_cli.run import Run
 
 if TYPE_CHECKING:
     from msfp_cli.finetuning.inspect import Inspection
@@ -41,7 +42,8 @@ def inspect(
         bool,
         typer.Option(
             "--kernels",
-            help="Show instead which kernel computes each layer of the latest export, and why.",
+            help="Show instead which kernel computes each layer of the latest export, why, and how "
+            "long a call takes beside full precision.",
         ),
     ] = False,
     device: DeviceOption = None,
@@ -49,7 +51,7 @@ def inspect(
 ) -> None:
     """Show what fine-tuning learned, or how an export runs."""
     if kernels:
-        _inspect_kernels(run.latest_export(), layers, device, as_json=json_)
+        _inspect_kernels(run, layers, device, as_json=json_)
     else:
         from msfp_cli.finetuning.inspect import inspect_run
 
@@ -69,13 +71,15 @@ def _show_hubs(
     console.result(str(place), data, as_json=as_json)
 
 
-def _inspect_kernels(
-    export: Path, pattern: str | None, device: str | None, *, as_json: bool
-) -> None:
-    """Print which kernel runs which layers of an export, and why others were passed over."""
+def _inspect_kernels(run: Run, pattern: str | None, device: str | None, *, as_json: bool) -> None:
+    """Print which kernel runs which layers of an export, and why others were passed over.
+
+    Without a pattern of layers, a recorded call is timed, too, if the run has any.
+    """
     from msfp_cli.checkpoint.pipeline import kernels_of
 
     console.quiet_libraries()
+    export = run.latest_export()
     kernels = kernels_of(export, pattern, device=device)
     data = {}
     for component, layers in kernels.items():
@@ -83,7 +87,30 @@ def _inspect_kernels(
         data[component] = {
             name: {"kernel": kernel, "why": reason} for name, (kernel, reason) in layers.items()
         }
+    if pattern is None:
+        _show_times(run, export, device)
     console.result(str(export), data, as_json=as_json)
+
+
+def _show_times(run: Run, export: Path, device: str | None) -> None:
+    """Print how long a recorded call takes, as exported and in full precision."""
+    from msfp_cli.evaluation.cost import slowness, time_calls
+    from msfp_cli.evaluation.provenance import provenance_of
+    from msfp_cli.recording.result import Recording
+
+    origin = provenance_of(run, export)
+    if origin.calibration is None or not run.held_out.exists():
+        return console.note("not timed: the run has no recorded calls of this export")
+    recording = Recording(run.held_out)
+    calls = {name: next(iter(recording.calls(name))) for name in origin.tables}
+    for name, each in time_calls(origin.source, str(export), calls, device).items():
+        console.note(
+            f"a recorded call of {name}: {each.quantized:.3g} s, in full precision "
+            f"{each.full_precision:.3g} s"
+        )
+        if line := slowness(each.quantized, each.full_precision, "it"):
+            console.note(line)
+    return None
 
 
 def _show_kernels(component: str, layers: dict[str, tuple[str, str]], *, one_by_one: bool) -> None:

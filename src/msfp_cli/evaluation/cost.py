@@ -1,5 +1,7 @@
 """Time and peak memory of a pipeline, measured in a fresh process that does nothing else.
 
+`time_calls` compares single calls of the denoisers instead, in this process.
+
 python -m msfp_cli.evaluation.cost '{"source": {...}, "sampling": {...}, "conditions": [...],
 "device": "cpu", "kernel": null}'
 """
@@ -11,16 +13,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from msfp_cli.errors import ModelError
 from msfp_cli.files.documents import Json
 from msfp_cli.memory import peak_bytes
-from msfp_cli.pipelines.loading import ModelSource
+from msfp_cli.pipelines.denoiser import DenoiserCall, replay
+from msfp_cli.pipelines.loading import ModelSource, Pipeline
 from msfp_cli.pipelines.sampling import Sampling
 
 _TURNS = 3
+_SLOWER = 1.02  # what is within two per cent counts as equal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,61 @@ class Cost:
     load_seconds: float
     seconds_per_picture: float
     peak_memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallTime:
+    """Seconds that one call of a denoiser takes: the median of three, after one that warms up."""
+
+    quantized: float
+    full_precision: float
+
+
+def time_calls(
+    source: ModelSource, export: str, calls: Mapping[str, DenoiserCall], device: str | None
+) -> dict[str, CallTime]:
+    """Repeat a call of each denoiser, as exported and then in full precision.
+
+    Arguments:
+        source: the pipeline in full precision.
+        export: a directory.
+        calls: by component.
+    """
+    from msfp_cli.checkpoint.pipeline import load_export
+    from msfp_cli.pipelines.loading import load_pipeline
+
+    quantized = _seconds_of(load_export(ModelSource(model=export), device, "auto"), calls)
+    full = _seconds_of(load_pipeline(source, device), calls)
+    return {name: CallTime(quantized=quantized[name], full_precision=full[name]) for name in calls}
+
+
+def _seconds_of(pipe: Pipeline, calls: Mapping[str, DenoiserCall]) -> dict[str, float]:
+    """Return the seconds of each call; the result is waited for, on an accelerator too."""
+    medians = {}
+    for component, call in calls.items():
+        seconds = []
+        for _ in range(1 + _TURNS):
+            start = time.perf_counter()
+            replay(getattr(pipe, component), call).cpu()
+            seconds.append(time.perf_counter() - start)
+        medians[component] = statistics.median(seconds[1:])
+    return medians
+
+
+def slowness(quantized: float, full_precision: float, what: str) -> str | None:
+    """Say that what is quantized takes longer than full precision here; nothing if it does not.
+
+    Arguments:
+        quantized, full_precision: seconds.
+        what: that takes this long.
+    """
+    ratio = quantized / full_precision
+    if ratio <= _SLOWER:
+        return None
+    return (
+        f"{what} takes {ratio:.2f} times as long as in full precision on this machine; "
+        "on a CPU, --kernel openvino may be faster"
+    )
 
 
 def measure_cost(

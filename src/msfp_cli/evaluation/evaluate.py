@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from msfp_cli.evaluation.cost import machine
+from msfp_cli.evaluation.cost import machine, slowness
 from msfp_cli.evaluation.identity import refuse_other_model
 from msfp_cli.evaluation.material import (
     draw_pictures,
@@ -145,13 +145,18 @@ def _measure_all(
 
 
 def _notes(models: Sequence[Measurements], extractor: str) -> tuple[str, ...]:
-    """Say what limits the values."""
+    """Say what limits the values, and whether the export is slower than full precision."""
+    notes = []
     uncertain = list[int]()
     for model in models:
         uncertain += [min(sizes.num_pictures) for sizes in model.sets.values() if sizes.few]
-    if not uncertain:
-        return ()
-    return (
-        f"{min(uncertain)} pictures are too few for a Fréchet distance by {extractor!r}: it is "
-        "biased upwards, and the others are uncertain; give more with --num-images",
-    )
+    if uncertain:
+        notes.append(
+            f"{min(uncertain)} pictures are too few for a Fréchet distance by {extractor!r}: it is "
+            "biased upwards, and the others are uncertain; give more with --num-images"
+        )
+    costs = [model.cost for model in (models[-1], models[0]) if model.cost] if models else []
+    if len(costs) == 2:
+        quantized, full = (cost.seconds_per_picture for cost in costs)
+        notes += filter(None, [slowness(quantized, full, "a picture")])
+    return tuple(notes)
