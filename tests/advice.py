@@ -334,6 +334,7 @@ ELSEWHERE = {
     "`msfp export` exports the calibration": "tests/finetuning/test_task.py",
     "give a class such as StableDiffusionImg2ImgPipeline": "tests/pipelines/test_pictures.py",
     "leaves it out": "tests/calibration/test_estimate.py",
+    "--kernel openvino may be faster": "tests/commands/test_inspect.py",
     "fewer --num-images or --steps": "tests/recording/test_record.py",
     "--max-memory": "tests/calibration/test_estimate.py",
     "timesteps that the model was trained with; give fewer": "tests/commands/test_wrong_inputs.py",
