@@ -8,6 +8,7 @@ import pytest
 
 from conftest import Finetuned, Invoke, only_line
 from msfp_cli.calibration.result import Calibration
+from msfp_cli.errors import ModelError
 from msfp_cli.evaluation import cost
 from msfp_cli.evaluation.cost import CallTime
 from msfp_cli.finetuning.lora import tuned_names
@@ -115,6 +116,22 @@ def test_kernels_without_a_recording_are_shown_without_times(
     result = msfp("inspect", "--kernels", "--device", "cpu")
     assert "not timed: the run has no recorded calls of this export" in result.stderr
     assert result.exit_code == 0
+
+
+def test_kernels_are_shown_where_full_precision_is_gone_or_large(
+    tiny_tuned: Finetuned, copied: Copied, msfp: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied(tiny_tuned.run.directory, "msfp-run")
+
+    def gone(*arguments: object) -> None:
+        raise ModelError("the model is gone")
+
+    monkeypatch.setattr(cost, "time_calls", gone)
+    result = msfp("inspect", "--kernels", "--device", "cpu")
+    assert (result.exit_code, "not timed: the model is gone" in result.stderr) == (0, True)
+    monkeypatch.setattr("msfp_cli.commands.inspect._MOST_WEIGHTS", 100)
+    result = msfp("inspect", "--kernels", "--device", "cpu")
+    assert "not timed: full precision may not fit into memory" in result.stderr
 
 
 def test_kernels_of_no_layer_are_one_clear_line(

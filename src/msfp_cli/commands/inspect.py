@@ -1,14 +1,15 @@
 """`msfp inspect`: show what fine-tuning learned, or how the layers of an export run."""
 
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from msfp_cli.commands import console
+from msfp_cli.errors import MsfpError
 from msfp_cli.options import DEFAULT_RUN, DeviceOption, JsonOption, RunOption
-from msfp_cli.run import Run
 
 if TYPE_CHECKING:
     from msfp_cli.finetuning.inspect import Inspection
@@ -28,6 +29,7 @@ Examples:
     msfp inspect --kernels
 """
 _DEPTH = 2  # parts of a layer's name that make a row of the map
+_MOST_WEIGHTS = 2_000_000_000  # of denoisers that are loaded in full precision to be timed
 
 
 def inspect(
@@ -71,7 +73,9 @@ def _show_hubs(
     console.result(str(place), data, as_json=as_json)
 
 
-def _inspect_kernels(run: Run, pattern: str | None, device: str | None, *, as_json: bool) -> None:
+def _inspect_kernels(
+    run: RunOption, pattern: str | None, device: str | None, *, as_json: bool
+) -> None:
     """Print which kernel runs which layers of an export, and why others were passed over.
 
     Without a pattern of layers, a recorded call is timed, too, if the run has any.
@@ -92,18 +96,26 @@ def _inspect_kernels(run: Run, pattern: str | None, device: str | None, *, as_js
     console.result(str(export), data, as_json=as_json)
 
 
-def _show_times(run: Run, export: Path, device: str | None) -> None:
+def _show_times(run: RunOption, export: Path, device: str | None) -> None:
     """Print how long a recorded call takes, as exported and in full precision."""
     from msfp_cli.evaluation.cost import slowness, time_calls
     from msfp_cli.evaluation.provenance import provenance_of
     from msfp_cli.recording.result import Recording
 
-    origin = provenance_of(run, export)
-    if origin.calibration is None or not run.held_out.exists():
-        return console.note("not timed: the run has no recorded calls of this export")
-    recording = Recording(run.held_out)
-    calls = {name: next(iter(recording.calls(name))) for name in origin.tables}
-    for name, each in time_calls(origin.source, str(export), calls, device).items():
+    try:
+        origin = provenance_of(run, export)
+        if origin.calibration is None or not run.held_out.exists():
+            return console.note("not timed: the run has no recorded calls of this export")
+        tables = origin.calibration.layers.values()
+        choices = chain.from_iterable(table.values() for table in tables)
+        if sum(choice.num_weights for choice in choices) > _MOST_WEIGHTS:
+            return console.note("not timed: full precision may not fit into memory")
+        recording = Recording(run.held_out)
+        calls = {name: next(iter(recording.calls(name))) for name in origin.tables}
+        times = time_calls(origin.source, str(export), calls, device)
+    except MsfpError as error:  # the model or the recording may be gone; the kernels were shown
+        return console.note(f"not timed: {error}")
+    for name, each in times.items():
         console.note(
             f"a recorded call of {name}: {each.quantized:.3g} s, in full precision "
             f"{each.full_precision:.3g} s"

@@ -81,20 +81,21 @@ def _seconds_of(pipe: Pipeline, calls: Mapping[str, DenoiserCall]) -> dict[str, 
     return medians
 
 
-def slowness(quantized: float, full_precision: float, what: str) -> str | None:
+def slowness(
+    quantized: float, full_precision: float, what: str, kernel: str = "auto"
+) -> str | None:
     """Say that what is quantized takes longer than full precision here; nothing if it does not.
 
     Arguments:
         quantized, full_precision: seconds.
         what: that takes this long.
+        kernel: that was asked for.
     """
     ratio = quantized / full_precision
     if ratio <= _SLOWER:
         return None
-    return (
-        f"{what} takes {ratio:.2f} times as long as in full precision on this machine; "
-        "on a CPU, --kernel openvino may be faster"
-    )
+    line = f"{what} takes {ratio:.2f} times as long as in full precision on this machine"
+    return line if kernel != "auto" else f"{line}; on a CPU, --kernel openvino may be faster"
 
 
 def measure_cost(

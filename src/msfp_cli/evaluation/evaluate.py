@@ -109,7 +109,7 @@ def _evaluate(
         settings=settings,
         machine=machine(device),
         models=measurements,
-        notes=_notes(measurements, plan.extractor.name),
+        notes=_notes(measurements, plan),
         options=words,
     )
     if plan.processes.is_first:
@@ -144,7 +144,7 @@ def _measure_all(
     return tuple(measurements)
 
 
-def _notes(models: Sequence[Measurements], extractor: str) -> tuple[str, ...]:
+def _notes(models: Sequence[Measurements], plan: EvaluationPlan) -> tuple[str, ...]:
     """Say what limits the values, and whether the export is slower than full precision."""
     notes = []
     uncertain = list[int]()
@@ -152,11 +152,12 @@ def _notes(models: Sequence[Measurements], extractor: str) -> tuple[str, ...]:
         uncertain += [min(sizes.num_pictures) for sizes in model.sets.values() if sizes.few]
     if uncertain:
         notes.append(
-            f"{min(uncertain)} pictures are too few for a Fréchet distance by {extractor!r}: it is "
-            "biased upwards, and the others are uncertain; give more with --num-images"
+            f"{min(uncertain)} pictures are too few for a Fréchet distance by "
+            f"{plan.extractor.name!r}: it is biased upwards, and the others are uncertain; give "
+            "more with --num-images"
         )
     costs = [model.cost for model in (models[-1], models[0]) if model.cost] if models else []
     if len(costs) == 2:
         quantized, full = (cost.seconds_per_picture for cost in costs)
-        notes += filter(None, [slowness(quantized, full, "a picture")])
+        notes += filter(None, [slowness(quantized, full, "a picture", plan.recipe.kernel)])
     return tuple(notes)
