@@ -111,7 +111,8 @@ def _show_times(run: RunOption, export: Path, device: str | None) -> None:
         if sum(choice.num_weights for choice in choices) > _MOST_WEIGHTS:
             return console.note("not timed: full precision may not fit into memory")
         recording = Recording(run.held_out)
-        calls = {name: next(iter(recording.calls(name))) for name in origin.tables}
+        ran = [name for name in origin.tables if recording.num_calls(name)]
+        calls = {name: next(iter(recording.calls(name))) for name in ran}
         times = time_calls(origin.source, str(export), calls, device)
     except MsfpError as error:  # the model or the recording may be gone; the kernels were shown
         return console.note(f"not timed: {error}")
