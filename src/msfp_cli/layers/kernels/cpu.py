@@ -6,9 +6,9 @@ largest magnitude to become unsigned, and the shift is oneDNN's integer zero poi
 subtracts in int32 as well.
 
 Rounding the input is eight passes, and over a whole tensor they cost more than the product. They
-are done piece by piece, so that a piece stays in the cache (`round_to_bytes`); one fused pass by
-inductor is faster for uniform formats alone (docs/performance.md). Under ``torch.compile`` it is
-fused with what comes before.
+are done piece by piece, so that a piece stays in the cache (`round_to_bytes`). Under
+``torch.compile`` it is one pass, three times as fast (docs/performance.md), fused with what comes
+before.
 
 Without VNNI a CPU adds two products in 16 bits, so formats whose pair could overflow are refused
 there.
