@@ -159,5 +159,6 @@ def _notes(models: Sequence[Measurements], plan: EvaluationPlan) -> tuple[str, .
     costs = [model.cost for model in (models[-1], models[0]) if model.cost] if models else []
     if len(costs) == 2:
         quantized, full = (cost.seconds_per_picture for cost in costs)
-        notes += filter(None, [slowness(quantized, full, "a picture", plan.recipe.kernel)])
+        if line := slowness(quantized, full, "a picture", plan.recipe.kernel):
+            notes.append(line)
     return tuple(notes)

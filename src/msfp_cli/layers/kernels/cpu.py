@@ -41,7 +41,7 @@ from msfp_cli.layers.kernels.simulated import input_grids, is_lifted, simulate
 
 # Elements for each thread: 256 KiB of float32, which stay in its cache from pass to pass.
 _PIECE = 1 << 16
-_MAX_FRAMES = 32  # of a layer: of each variant and size of picture
+_MAX_FRAMES = 8  # of a layer, each of a variant and a size of picture
 _INT8 = 2**7 - 1
 _INT16 = 2**15 - 1
 
