@@ -113,7 +113,7 @@ def _show_times(run: RunOption, export: Path, device: str | None) -> None:
         recording = Recording(run.held_out)
         ran = [name for name in origin.tables if recording.num_calls(name)]
         calls = {name: next(iter(recording.calls(name))) for name in ran}
-        times = time_calls(origin.source, str(export), calls, device)
+        times = time_calls(origin.source, str(export), calls, device, console.ConsoleProgress())
     except MsfpError as error:  # the model or the recording may be gone; the kernels were shown
         return console.note(f"not timed: {error}")
     for name, each in times.items():

@@ -22,6 +22,7 @@ from msfp_cli.memory import peak_bytes
 from msfp_cli.pipelines.denoiser import DenoiserCall, replay
 from msfp_cli.pipelines.loading import ModelSource, Pipeline
 from msfp_cli.pipelines.sampling import Sampling
+from msfp_cli.progress import SILENT, Advance, Progress
 
 _TURNS = 3
 _SLOWER = 1.02  # what is within two per cent counts as equal
@@ -51,7 +52,11 @@ class CallTime:
 
 
 def time_calls(
-    source: ModelSource, export: str, calls: Mapping[str, DenoiserCall], device: str | None
+    source: ModelSource,
+    export: str,
+    calls: Mapping[str, DenoiserCall],
+    device: str | None,
+    progress: Progress = SILENT,
 ) -> dict[str, CallTime]:
     """Repeat a call of each denoiser, as exported and then in full precision.
 
@@ -63,12 +68,16 @@ def time_calls(
     from msfp_cli.checkpoint.pipeline import load_export
     from msfp_cli.pipelines.loading import load_pipeline
 
-    quantized = _seconds_of(load_export(ModelSource(model=export), device, "auto"), calls)
-    full = _seconds_of(load_pipeline(source, device), calls)
+    with progress.task("Timing calls", 2 * len(calls) * (1 + _TURNS)) as step:
+        exported = ModelSource(model=export)
+        quantized = _seconds_of(load_export(exported, device, "auto"), calls, step)
+        full = _seconds_of(load_pipeline(source, device), calls, step)
     return {name: CallTime(quantized=quantized[name], full_precision=full[name]) for name in calls}
 
 
-def _seconds_of(pipe: Pipeline, calls: Mapping[str, DenoiserCall]) -> dict[str, float]:
+def _seconds_of(
+    pipe: Pipeline, calls: Mapping[str, DenoiserCall], advance: Advance
+) -> dict[str, float]:
     """Return the seconds of each call; the result is waited for, on an accelerator too."""
     medians = {}
     for component, call in calls.items():
@@ -77,6 +86,7 @@ def _seconds_of(pipe: Pipeline, calls: Mapping[str, DenoiserCall]) -> dict[str, 
             start = time.perf_counter()
             replay(getattr(pipe, component), call).cpu()
             seconds.append(time.perf_counter() - start)
+            advance(1)
         medians[component] = statistics.median(seconds[1:])
     return medians
 
