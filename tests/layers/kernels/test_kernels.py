@@ -517,7 +517,7 @@ def test_other_processors_simulate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unknown_kernel_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(
-        UsageError, match="unknown kernel 'gpu'; choose one of auto, .*cpu.*simulated"
+        UsageError, match="unknown kernel 'gpu'; choose one of auto, .*cpu.*simulated.*openvino"
     ):
         choose_kernel(linear(), "gpu")
 

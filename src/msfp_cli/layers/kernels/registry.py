@@ -34,7 +34,10 @@ def choose_kernel(layer: QuantizedLayer, name: str = AUTO) -> tuple[type[Kernel]
         UsageError: there is no such kernel.
     """
     if name != AUTO and name not in KERNELS:
-        raise UsageError(f"unknown kernel {name!r}; choose one of {', '.join((AUTO, *KERNELS))}")
+        names = ", ".join((AUTO, *KERNELS))
+        raise UsageError(
+            f"unknown kernel {name!r}; choose one of {names}, or load the pipeline with openvino"
+        )
     if _refusal(Lookup, layer) is None:
         return Lookup, ""
     refusals: list[str] = []
