@@ -203,7 +203,8 @@ def train(arguments: argparse.Namespace, job: Job) -> None:
 def held_out_error(arguments: argparse.Namespace, job: Job) -> float:
     """Return the lowest error of a trained job on the run's own held-out calls."""
     run = trained(arguments, job)
-    return load_finetunings(run, Calibration.load(run.calibration))["unet"].best.error
+    (finetuning,) = load_finetunings(run, Calibration.load(run.calibration)).values()
+    return finetuning.best.error
 
 
 def test(arguments: argparse.Namespace, job: Job) -> None:
