@@ -57,7 +57,8 @@ def compare(
         for lift in (0.0, 0.05):
             recipe = CalibrateRecipe(formats=formats, lift=lift)
             calibration = calibrate_(load_pipeline(source, "cpu"), *recordings, recipe)
-            cells.append(f"{calibration.held_out_error['unet']:.4f}")
+            (error,) = calibration.held_out_error.values()
+            cells.append(f"{error:.4f}")
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     return "\n".join(lines), calibration
@@ -69,7 +70,8 @@ def silu_layers(calibration: Calibration) -> str:
         "| layer fed by SiLU | input | zero point | error | best signed | error | why |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, layer in calibration.layers["unet"].items():
+    (layers,) = calibration.layers.values()
+    for name, layer in layers.items():
         grid = layer.scheme.input
         if grid is None or not SILU_MINIMUM <= layer.minimum < -0.2:
             continue

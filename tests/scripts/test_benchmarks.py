@@ -133,6 +133,35 @@ def test_ablation_climbs_a_rung(tiny: Callable[[str], Path], tmp_path: Path) -> 
         assert 0 < float(tuned[column]) != float(calibrated[column]) > 0
 
 
+def test_trajectory_finds_the_timesteps_that_change_the_picture(
+    tiny_tuned: Finetuned, prompted_tuned: Finetuned, tmp_path: Path
+) -> None:
+    runs = ("--run", tiny_tuned.run.directory, "--run", prompted_tuned.run.directory)
+    options = ("--num-tests", 2, "--steps", 3, "--markdown", tmp_path / "page")
+    lines = run_script("benchmarks/trajectory.py", *runs, *options)
+    rows = [cells(line) for line in lines if line.startswith("| ") and "output" not in line]
+    assert len(rows) == 2 * (3 + 3)
+    for *each, total, together, everything in (rows[:6], rows[6:]):
+        assert all(0 < float(cell) < 1 for row in each[:2] for cell in row[1:])
+        assert float(total[3]) == pytest.approx(sum(float(row[3]) for row in each), abs=3e-5)
+        assert float(together[3]) > 0 and float(everything[3]) > 0
+    # Without guidance the sampler is given what the denoiser predicts.
+    assert all(row[1] == row[2] for row in rows[:3])
+    assert all(row[1] != row[2] for row in rows[6:9])
+    assert "| all |" in (tmp_path / "page").read_text()
+
+
+def test_ablation_trains_a_transformer(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    model = tiny("StableDiffusion3Pipeline")
+    options = ("--work", tmp_path, "--model", model, "--jobs", 1, "--only", "TALoRA, DFA")
+    sizes = ("--rates", 0.01, "--seeds", 1, "--updates", 2, "--num-images", 4, "--steps", 2)
+    lines = run_script("benchmarks/ablation.py", *options, *sizes, "--num-tests", 1)
+    calibrated, tuned = (cells(line) for line in lines[-2:])
+    assert calibrated[:2] == ["mixed, calibrated only", ""]
+    assert tuned[:2] == ["mixed, TALoRA, DFA", "0.01"]
+    assert all(float(cell) > 0 for cell in (*calibrated[2:], *tuned[2:]))
+
+
 def test_peers_measures_a_run_and_says_which_peer_is_missing(
     prompted_tuned: Finetuned, tmp_path: Path
 ) -> None:
