@@ -31,7 +31,7 @@ from msfp_cli.checkpoint.export import load_calibrated
 from msfp_cli.commands.console import quiet_libraries
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import Grid, fake_quantize
-from msfp_cli.layers.kernels import cpu
+from msfp_cli.layers.kernels import to_bytes
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.pipelines.loading import BUILT_IN_GUIDANCE, load_pipeline
@@ -56,14 +56,14 @@ def rounding(arguments: argparse.Namespace) -> Iterator[str]:
     """Time ways to round an input."""
 
     def fused(x: Tensor, grid: Grid, shift: int) -> Tensor:
-        return cpu._round_compiled(x, [grid], torch.tensor(False), shift)[0]
+        return to_bytes.round_compiled(x, [grid], torch.tensor(False), shift)[0]
 
     side = arguments.side
     x = torch.randn(2, 320, side, side, generator=torch.Generator().manual_seed(0))
     x = x.contiguous(memory_format=torch.channels_last)
     yield "| format | threads | in pieces, ms | as one piece, ms | one pass by inductor, ms |"
     yield "|---|---|---|---|---|"
-    size = cpu._PIECE
+    size = to_bytes._PIECE
     most = torch.get_num_threads()
     for name in arguments.formats.split(","):
         fmt = FloatFormat.parse(name)
@@ -72,10 +72,10 @@ def rounding(arguments: argparse.Namespace) -> Iterator[str]:
         for threads in sorted({1, most}):
             torch.set_num_threads(threads)
             compiled = torch.compile(fused)
-            pieces = milliseconds(lambda g=grid, s=shift: cpu.round_to_bytes(x, g, s))
-            cpu._PIECE = x.numel()
-            whole = milliseconds(lambda g=grid, s=shift: cpu.round_to_bytes(x, g, s))
-            cpu._PIECE = size
+            pieces = milliseconds(lambda g=grid, s=shift: to_bytes.round_to_bytes(x, g, s))
+            to_bytes._PIECE = x.numel()
+            whole = milliseconds(lambda g=grid, s=shift: to_bytes.round_to_bytes(x, g, s))
+            to_bytes._PIECE = size
             one_pass = milliseconds(lambda c=compiled, g=grid, s=shift: c(x, g, s))
             yield f"| {name} | {threads} | {pieces:.1f} | {whole:.1f} | {one_pass:.1f} |"
         torch.set_num_threads(most)

@@ -20,8 +20,10 @@ from msfp_cli.formats.float_format import FloatFormat, formats_of_width
 from msfp_cli.formats.multipliers import largest_multiplier
 from msfp_cli.formats.rounding import Grid, quantize
 from msfp_cli.formats.transform import InputTransform
-from msfp_cli.layers.kernels.cpu import Cpu, Geometry, round_to_bytes
+from msfp_cli.layers.kernels.cpu import Cpu
+from msfp_cli.layers.kernels.geometry import Geometry
 from msfp_cli.layers.kernels.registry import AUTO, KERNELS, choose_kernel
+from msfp_cli.layers.kernels.to_bytes import round_to_bytes
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
 from msfp_cli.layers.replace import find_layers, quantized_layers, replace_layers_
