@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from material import KNOWN, add_size_options, part_of_page, record_options, source_of
+from material import add_size_options, known_prompts, part_of_page, record_options, source_of
 from page import put
 from test_set import MAX_TESTS, TestSet
 
@@ -163,7 +163,7 @@ def calibrated(arguments: argparse.Namespace, formats: str) -> Run:
     run = Run(place_of(arguments) / f"calibrated-{formats}")
     if not run.calibration.exists():
         share(Run(arguments.work / "recorded"), run, "recording", "held-out")
-        options = replace(record_options(arguments), prompts=KNOWN)
+        options = replace(record_options(arguments), prompts=known_prompts(arguments))
         settings = preset_of(CalibrateRecipe, arguments)
         bits = {"weights": arguments.bits, "activations": arguments.bits}
         recipe = replace(CalibrateRecipe(**bits, formats=formats), **settings)

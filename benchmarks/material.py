@@ -6,9 +6,11 @@ few pictures it ends within seconds.
 """
 
 import argparse
+import inspect
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 from torch import nn
 
 from msfp_cli.pipelines.denoiser import find_denoisers
@@ -63,6 +65,15 @@ def part_of_page(script: str, arguments: argparse.Namespace) -> str:
     return script if arguments.model == BUILT_IN else f"{script} {Path(arguments.model).name}"
 
 
+def known_prompts(arguments: argparse.Namespace) -> tuple[str, ...] | None:
+    """Return the prompts that are recorded; None for a pipeline that takes no prompts."""
+    if arguments.model == BUILT_IN:
+        return KNOWN
+    index = diffusers.DiffusionPipeline.load_config(source_of(arguments).model)
+    pipeline = getattr(diffusers, index["_class_name"])
+    return KNOWN if "prompt" in inspect.signature(pipeline.__call__).parameters else None
+
+
 def record_options(arguments: argparse.Namespace) -> RecordOptions:
     """Return what to record, as the size options say."""
     options = replace(
@@ -71,4 +82,6 @@ def record_options(arguments: argparse.Namespace) -> RecordOptions:
         num_inference_steps=arguments.steps,
         guidance_scale=BUILT_IN_GUIDANCE,
     )
-    return options if arguments.model == BUILT_IN else replace(options, prompts=KNOWN)
+    if arguments.model == BUILT_IN:
+        return options
+    return replace(options, prompts=known_prompts(arguments))

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from material import KNOWN, add_size_options, part_of_page, record_options, source_of
+from material import add_size_options, known_prompts, part_of_page, record_options, source_of
 from page import put
 from test_set import MAX_TESTS, TestSet
 
@@ -44,7 +44,7 @@ def calibrated(
             shared.mkdir(exist_ok=True)
             if not (run.directory / name).exists():
                 (run.directory / name).symlink_to(shared)
-        options = replace(record_options(arguments), prompts=KNOWN)
+        options = replace(record_options(arguments), prompts=known_prompts(arguments))
         recipe = CalibrateRecipe(activations=bits, input_lift=input_lift)
         calibrate_run(run, source_of(arguments), options, recipe, device="cpu")
     calibration = Calibration.load(run.calibration)

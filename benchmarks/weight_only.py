@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from material import KNOWN, add_size_options, record_options, source_of
+from material import add_size_options, known_prompts, record_options, source_of
 from page import put
 from test_set import MAX_TESTS, TestSet
 
@@ -36,7 +36,7 @@ def pipelines(arguments: argparse.Namespace) -> Iterator[tuple[str, Pipeline]]:
     yield "`msfp quantize`", pipe
     options = record_options(arguments)
     if arguments.model == BUILT_IN:
-        options = replace(options, prompts=KNOWN)
+        options = replace(options, prompts=known_prompts(arguments))
     run = Run(arguments.work / "run")
     for title, lift in (("calibrated, no lift", 0.0), ("calibrated", 0.05)):
         recipe = CalibrateRecipe(activations=None, lift=lift)

@@ -45,6 +45,14 @@ def test_rounding_compares_nearest_with_compensated(
     assert lines[0] in page.read_text()
 
 
+def test_rounding_takes_a_pipeline_without_prompts(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = ("--num-images", 2, "--steps", 2, "--num-tests", 1, "--work", tmp_path)
+    lines = run_script("benchmarks/rounding.py", "--model", tiny("DDIMPipeline"), *options)
+    assert all(0 < float(cells(line)[2]) < 1 for line in lines[:6])
+
+
 def test_calibration_compares_formats_and_lists_the_layers_fed_by_silu(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -151,9 +159,11 @@ def test_trajectory_finds_the_timesteps_that_change_the_picture(
     assert "| all |" in (tmp_path / "page").read_text()
 
 
-def test_ablation_trains_a_transformer(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    model = tiny("StableDiffusion3Pipeline")
-    options = ("--work", tmp_path, "--model", model, "--jobs", 1, "--only", "TALoRA, DFA")
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "DDIMPipeline"])
+def test_ablation_trains_a_transformer_and_a_pipeline_without_prompts(
+    tiny: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    options = ("--work", tmp_path, "--model", tiny(name), "--jobs", 1, "--only", "TALoRA, DFA")
     sizes = ("--rates", 0.01, "--seeds", 1, "--updates", 2, "--num-images", 4, "--steps", 2)
     lines = run_script("benchmarks/ablation.py", *options, *sizes, "--num-tests", 1)
     calibrated, tuned = (cells(line) for line in lines[-2:])
