@@ -109,8 +109,10 @@ def ends_of(tmp_path: Path, dying: int, count: int) -> list[Ended]:
     """Let one process die while the others have long work to do."""
 
     def work(index: int) -> None:
-        with meeting("cpu"):
+        with meeting("cpu") as processes:
+            processes.wait()  # one that dies while the others still connect is `commands`' matter
             if index == dying:
+                time.sleep(1)  # until the others have left `wait`, too
                 os.kill(os.getpid(), 9)
             time.sleep(60)
 
