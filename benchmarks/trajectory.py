@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from material import UNSEEN, denoiser_of
+from material import denoiser_of
 from page import put
+from test_set import TEST_SEED, TestSet
 from torch import Tensor, nn
 
 from msfp_cli.calibration.result import Calibration
@@ -37,20 +38,12 @@ from msfp_cli.checkpoint.export import load_calibrated
 from msfp_cli.commands.console import quiet_libraries
 from msfp_cli.finetuning.result import load_finetunings
 from msfp_cli.layers.clock import Clock
-from msfp_cli.pipelines.conditions import conditioning_of
 from msfp_cli.pipelines.denoiser import Output
-from msfp_cli.pipelines.loading import (
-    BUILT_IN_GUIDANCE,
-    BUILT_IN_STEPS,
-    Pipeline,
-    load_pipeline,
-)
-from msfp_cli.pipelines.sampling import Sampling, call_pipeline
+from msfp_cli.pipelines.loading import BUILT_IN_STEPS, Pipeline, load_pipeline
+from msfp_cli.pipelines.sampling import call_pipeline
 from msfp_cli.pipelines.watch import watch_scheduler, watch_times
 from msfp_cli.recording.compare import relative_error
 from msfp_cli.run import Run
-
-SEED = 9_000_000
 
 
 @dataclass(frozen=True)
@@ -161,18 +154,15 @@ def drawing_of(run: Run, arguments: argparse.Namespace) -> Drawing:
     pipe.set_progress_bar_config(disable=True)
     tuned = load_finetunings(run, calibration)
     component, quantized = denoiser_of(load_calibrated(calibration, "cpu", tuned))
-    conditions: tuple[str | None, ...] = (None,) * arguments.num_tests
-    if conditioning_of(pipe) != "none":
-        conditions = tuple(UNSEEN[i % len(UNSEEN)] for i in range(arguments.num_tests))
-    sampling = Sampling(
-        num_inference_steps=arguments.steps,
-        guidance_scale=BUILT_IN_GUIDANCE,
-        seed=SEED,
-        batch_size=arguments.num_tests,
+    tests = TestSet(
+        source=calibration.source,
+        directory=run.directory,
+        num_tests=arguments.num_tests,
+        steps=arguments.steps,
     )
 
     def draw() -> object:
-        return call_pipeline(pipe, conditions, sampling, output_type="latent")
+        return call_pipeline(pipe, tests.conditions(pipe), tests.sampling(), output_type="latent")
 
     return Drawing(pipe, quantized, calibration.clock(component), draw)
 
@@ -222,7 +212,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=BUILT_IN_STEPS, help="steps of the sampler")
     arguments = parser.parse_args()
     quiet_libraries()
-    head = f"{arguments.num_tests} pictures, seed {SEED}, torch {torch.__version__}, CPU."
+    head = f"{arguments.num_tests} pictures, seed {TEST_SEED}, torch {torch.__version__}, CPU."
     for directory in arguments.run:
         text = f"{directory.name}: {head}\n\n{table(Run(directory), arguments)}"
         print(text, flush=True)
