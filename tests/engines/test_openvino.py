@@ -4,6 +4,7 @@ import ctypes
 import gc
 import sys
 import warnings
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,28 @@ def test_what_changes_layers_is_refused() -> None:
     for change in (denoiser.add_adapter, denoiser.load_lora_adapter, denoiser.compile):
         with pytest.raises(UsageError, match="does not work with kernel 'openvino'"):
             change()
+
+
+def test_changed_padding_is_refused() -> None:
+    denoiser = attached()
+    layer = denoiser.down_blocks[0].resnets[0].conv1
+    layer.padding_mode = "circular"
+    with pytest.raises(UsageError, match=r"down_blocks.0.resnets.0.conv1 was changed"):
+        call(denoiser, 20)
+    layer.padding_mode = "zeros"
+    call(denoiser, 20)
+
+
+def test_denoiser_is_freed_with_its_last_user() -> None:
+    denoiser = attached()
+    call(denoiser, 20)
+    weak = weakref.ref(denoiser)
+    gc.disable()
+    try:
+        del denoiser
+        assert weak() is None
+    finally:
+        gc.enable()
 
 
 def test_gradients_are_refused() -> None:

@@ -13,6 +13,7 @@ import inspect
 import sys
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from msfp_cli.engines.arguments import Call
 from msfp_cli.engines.traced import Traced
 from msfp_cli.errors import UsageError
 from msfp_cli.files.documents import Json
+from msfp_cli.layers.kernels.geometry import Settings
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.progress import SILENT, Progress
 
@@ -154,6 +156,9 @@ def _refuse(method: str, *args: object, **kwargs: object) -> NoReturn:
 class Engine:
     """A denoiser in OpenVINO.
 
+    The denoiser refers to its engine, and the engine weakly to the denoiser, which so is freed with
+    its last user.
+
     Arguments:
         content: see `attach_`.
         places: where conversions are looked for; new ones are written to the last.
@@ -170,7 +175,8 @@ class Engine:
     ) -> None:
         self._time = time
         self.device = device
-        self._denoiser = denoiser
+        self._weak = weakref.ref(denoiser)
+        self._settings_of_layers = _settings_of_layers(denoiser)
         self._core = core()
         self._places = places
         self._progress = progress
@@ -183,8 +189,15 @@ class Engine:
         def forward(*args: Output, **kwargs: Output) -> Output:
             return self._run(*args, **kwargs)
 
-        forward.engine = self  # type: ignore[attr-defined]
+        del forward.__wrapped__  # a method of the denoiser, which it would refer to
+        vars(forward).update(__signature__=self._signature, engine=self)
         self.forward = forward
+
+    @property
+    def _denoiser(self) -> Denoiser:
+        denoiser = self._weak()
+        assert denoiser is not None, "it is running, or somebody asks about it"
+        return denoiser
 
     def floating(self) -> dict[str, str]:
         """Return why layers that multiply are computed in floating point, by name."""
@@ -203,10 +216,12 @@ class Engine:
         """Run the denoiser.
 
         Raises:
-            UsageError: the call is compiled, needs gradients, or has an argument of another kind.
+            UsageError: the call is compiled, needs gradients, or has an argument of another kind;
+                or the settings of a layer were changed since the denoiser was loaded.
         """
         if torch.compiler.is_compiling():
             _refuse("torch.compile")
+        self._refuse_changed_layers()
         arguments = dict(self._signature.bind(*args, **kwargs).arguments)
         is_wrapped = arguments.pop("return_dict", True)
         call = Call.of(arguments, self._time)
@@ -217,6 +232,14 @@ class Engine:
             (output,) = compiled([tensor.numpy() for tensor in call.tensors.values()]).values()
             sample = torch.from_numpy(output.copy()).to(self._denoiser.dtype)
         return _wrap(sample) if is_wrapped else (sample,)
+
+    def _refuse_changed_layers(self) -> None:
+        for name, settings in _settings_of_layers(self._denoiser).items():
+            if settings != self._settings_of_layers[name]:
+                raise UsageError(
+                    f"the padding or another setting of {name} was changed, but kernel {NAME!r} "
+                    "runs the denoiser as it was loaded; load the pipeline with another kernel"
+                )
 
     def _compile(self, call: Call) -> Compiled:
         """Return the model compiled for the shapes of a call."""
@@ -281,6 +304,10 @@ class Engine:
             openvino = import_openvino()
             model = openvino.convert_model(traced, example_input=tuple(call.tensors.values()))
             openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def _settings_of_layers(denoiser: Denoiser) -> dict[str, Settings | None]:
+    return {name: layer.settings() for name, layer in quantized_layers(denoiser).items()}
 
 
 def _needs_gradient(value: object) -> bool:

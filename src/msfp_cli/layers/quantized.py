@@ -19,9 +19,11 @@ and then the layer drops its codes. They come back (`Quantized.restore_`) whenev
 them or the layer moves to another device, and are made from the kernel's weight to be saved or
 copied. What a kernel computed from codes and scales it computes again if these are other tensors
 than before, or were written to; from then on the codes stay packed, as offloaders do this at each
-call. A bias is read at each call.
+call. A kernel is also made again if the settings of a convolution are others than before (to make
+pictures that can be tiled, people set ``padding_mode``). A bias is read at each call.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import get_spawning_popen
@@ -32,10 +34,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from msfp_cli.layers.base import Kernel
-from msfp_cli.layers.kernels.geometry import Geometry
+from msfp_cli.layers.kernels.geometry import Geometry, Settings, settings_of
 from msfp_cli.layers.kernels.lookup import look_up
 from msfp_cli.layers.kernels.registry import AUTO, choose_kernel
-from msfp_cli.layers.kernels.simulated import simulate
+from msfp_cli.layers.kernels.simulated import simulate, with_gradients
 from msfp_cli.layers.packed import PackedLayer, Source
 from msfp_cli.layers.routing import Route
 from msfp_cli.layers.scheme import LayerScheme
@@ -43,6 +45,8 @@ from msfp_cli.layers.scheme import LayerScheme
 # A layer of torch that has a weight, of a class that has a row in `KINDS`.
 FloatLayer: TypeAlias = Any
 Self = TypeVar("Self", bound="Quantized")
+# Held while a layer chooses a kernel: threads may share a denoiser whose layers have not run yet.
+_CHOOSING = threading.RLock()
 # Where torch keeps a module's hooks.
 _HOOKS = (
     "_forward_pre_hooks",
@@ -92,6 +96,7 @@ class Quantized(PackedLayer):
         self.slot = 0  # the layer's place in the choices of its route
         self.kernel = None
         self._kernel_source: Source | None = None  # of a kernel that `prepare_` made
+        self._kernel_settings: Settings | None = None  # likewise
         self.kernel_choice = KernelChoice()
         self.register_parameter("bias", getattr(layer, "bias", None))
         _make_code_books(scheme)
@@ -126,31 +131,39 @@ class Quantized(PackedLayer):
         Raises:
             UsageError: there is no such kernel.
         """
-        kernel_class, reason = choose_kernel(self, kernel)
-        self.restore_()
-        self.kernel_choice = KernelChoice(kernel, keep_packed)
-        self.take_kernel_(kernel_class(self, keep_packed=keep_packed))
+        with _CHOOSING:
+            kernel_class, reason = choose_kernel(self, kernel)
+            self.restore_()
+            self.kernel_choice = KernelChoice(kernel, keep_packed)
+            self.take_kernel_(kernel_class(self, keep_packed=keep_packed))
         return reason
 
     def take_kernel_(self, kernel: Kernel) -> None:
-        """Run with a kernel that was made from this layer, until codes or scales are changed."""
+        """Run with a kernel that was made from this layer, until the layer is changed."""
         self.kernel = kernel
         if kernel.holds_weight:
             del self._buffers["weight_codes"]
+        self._kernel_settings = self.settings()
         self._kernel_source = self.source()
 
     def _choose_kernel(self) -> None:
-        """Choose a kernel at the first call, and again if codes or scales were changed since.
+        """Choose a kernel at the first call, and again if the layer was changed since.
 
         Compiled calls take the layer as it is.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._has_kernel():
             return
-        name, keep_packed = self.kernel_choice
-        if self.kernel is None:
-            self.prepare_(name, keep_packed=keep_packed)
-        elif self._kernel_source not in (None, self.source()):
-            self.prepare_(name, keep_packed=True)
+        with _CHOOSING:
+            if not self._has_kernel():  # no other thread has chosen meanwhile
+                name, keep_packed = self.kernel_choice
+                is_new = self.kernel is None or self._kernel_source == self.source()
+                self.prepare_(name, keep_packed=keep_packed or not is_new)
+
+    def _has_kernel(self) -> bool:
+        """Whether there is a kernel, made from the layer as it is now."""
+        if self.kernel is None or self._kernel_settings != self.settings():
+            return False
+        return self._kernel_source in (None, self.source())
 
     def forward(self, input: Tensor) -> Tensor:
         """Transform the input where the scheme says so, round it, run the layer."""
@@ -159,7 +172,13 @@ class Quantized(PackedLayer):
 
     def _run(self, x: Tensor) -> Tensor:
         """Run the layer on a transformed input; the kernel decides how."""
-        return simulate(self, x) if self.kernel is None else self.kernel(self, x)
+        kernel = self.kernel
+        if kernel is None:
+            return simulate(self, x)
+        y = kernel(self, x)
+        if torch.is_grad_enabled() and not y.requires_grad:
+            return with_gradients(self, y, x)
+        return y
 
     def variant(self) -> int | Tensor:
         """Return which variant runs at this timestep; a tensor while the call is compiled."""
@@ -185,6 +204,10 @@ class Quantized(PackedLayer):
         """Return how a convolution slides; None if the layer is not one."""
         geometry_of = KINDS[self.kind].geometry
         return None if geometry_of is None else geometry_of(self)
+
+    def settings(self) -> Settings | None:
+        """Return what `geometry` depends on, which others may set; None if there is no geometry."""
+        return None if KINDS[self.kind].geometry is None else settings_of(self)
 
     # moved, saved, loaded, copied
 

@@ -417,6 +417,62 @@ def test_gradients_are_simulated(other_kernel: str) -> None:
     assert x.grad is not None and torch.equal(x.grad, other.grad) and bool(x.grad.any())
 
 
+@pytest.mark.parametrize("kernel", ["cpu", "reference", "simulated"])
+@pytest.mark.parametrize("make", [linear, conv])
+def test_bias_gets_its_gradient(make: Callable[..., Any], kernel: str) -> None:
+    layer = make(grid=grid_of(INPUTS["ue2m2"]))
+    x = draw(3, 12) if make is linear else draw(2, 4, 9, 6)
+    expected = by_kernel(layer, x, kernel)
+    y = layer(x)
+    assert torch.equal(y, expected)
+    seed = draw(*y.shape, seed=1)
+    y.backward(seed)
+    close(layer.bias.grad, seed.sum(dim=0 if make is linear else (0, 2, 3)))
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_pictures_are_laid_out_for_autograd_as_by_the_float_layer(kernel: str) -> None:
+    layer = conv(grid=grid_of(INPUTS["ue2m2"]))
+    layer.prepare_(kernel)
+    x = draw(2, 4, 9, 6)
+    norm = nn.GroupNorm(4, 8)
+    for bias in (layer.bias, None):
+        layer.bias = bias
+        assert layer(x).is_contiguous()
+        norm(layer(x)).sum().backward()
+    assert norm.bias.grad is not None and norm.bias.grad.any()
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_settings_of_a_convolution_count_at_the_next_call(kernel: str) -> None:
+    layer = conv(grid=grid_of(INPUTS["ue2m2"]), padding=1)
+    x = draw(2, 4, 9, 6)
+    by_kernel(layer, x, kernel)
+    layer.padding_mode = "circular"
+    with torch.no_grad():
+        close(layer(x.roll(2, dims=-1)), layer(x).roll(2, dims=-1).double())
+        layer.padding_mode = "zeros"
+        for padding, stride in (((1, 1), (1, 1)), ((2, 0), (1, 1)), ((2, 0), (2, 1))):
+            layer.padding, layer.stride = padding, stride
+            close(layer(x), in_float64(layer, x))
+            assert layer.kernel.name == kernel
+            assert ("weight_codes" in layer._buffers) == (kernel == "reference")
+
+
+def test_convolution_whose_operator_was_replaced_runs_it() -> None:
+    layer = conv(grid=grid_of(INPUTS["ue2m2"]), padding=1)
+    x = draw(2, 4, 9, 6)
+    by_kernel(layer, x, "cpu")
+
+    def pad_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(F.pad(x, (1, 1, 0, 0), mode="circular"), weight, bias, padding=(1, 0))
+
+    layer._conv_forward = pad_columns
+    with torch.no_grad():
+        close(layer(x.roll(2, dims=-1)), layer(x).roll(2, dims=-1).double())
+    assert "_conv_forward is not torch's" in layer.prepare_("cpu")
+
+
 REFUSED = {
     "the weight is in floating point": lambda: linear(weight=None, grid=grid_of(INPUTS["e2m1"])),
     "the input is in floating point": lambda: linear(),

@@ -18,10 +18,17 @@ window's kind is a few integer operations (derivation: ours).
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+Settings: TypeAlias = tuple[Any, ...]
+Convolution: TypeAlias = Any  # an nn.Conv2d, quantized or not
+
+
+# What a convolution computes; people replace it in a layer, to pad the two sides differently.
+_OPERATOR = "_conv_forward"
 
 
 class Geometry(NamedTuple):
@@ -38,8 +45,11 @@ class Geometry(NamedTuple):
         """Return how a layer slides.
 
         Raises:
-            ValueError: it does not pad with the same number of zeros on both sides.
+            ValueError: it does not pad with the same number of zeros on both sides, or somebody has
+                replaced what it computes.
         """
+        if _OPERATOR in layer.__dict__:
+            raise ValueError(f"{_OPERATOR} is not torch's")
         reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         named = {"valid": (0, 0), "same": (reach[0] // 2, reach[1] // 2)}
         padding = named[layer.padding] if isinstance(layer.padding, str) else layer.padding
@@ -78,6 +88,12 @@ class Geometry(NamedTuple):
     def along(self, dim: int) -> tuple[int, int, int, int]:
         """Return kernel, stride, padding and dilation of one dimension."""
         return self.kernel[dim], self.stride[dim], self.padding[dim], self.dilation[dim]
+
+
+def settings_of(layer: Convolution) -> Settings:
+    """Return what `Geometry.of` reads of a layer and its owner may set between two calls."""
+    slides = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    return (*slides, layer.padding_mode, layer.__dict__.get(_OPERATOR))
 
 
 def _pair(numbers: Sequence[int]) -> tuple[int, int]:

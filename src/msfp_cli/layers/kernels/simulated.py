@@ -23,6 +23,26 @@ def simulate(layer: QuantizedLayer, x: Tensor) -> Tensor:
     return layer.apply_weight(x, layer.float_weight().to(x.dtype))
 
 
+def with_gradients(layer: QuantizedLayer, y: Tensor, x: Tensor) -> Tensor:
+    """Return a kernel's output as autograd needs it, for an input that needs no gradient.
+
+    The bias gets its gradient. The output of a convolution is laid out as the float layer's would
+    be: the backward pass of torch's ``group_norm`` ends the process where an input that needs no
+    gradient has its channels last.
+
+    Arguments:
+        y: the output, without a gradient; its numbers stay as they are.
+        x: the input.
+    """
+    if y.ndim == 4 and x.is_contiguous():
+        y = y.contiguous()
+    bias = layer.kernel_bias
+    if bias is None or not bias.requires_grad:
+        return y
+    zero = (bias - bias.detach()).to(y.dtype)  # with the gradient of the bias
+    return y + zero.view(-1, *[1] * (len(layer.weight_shape) - 2))
+
+
 class Simulated(Kernel):
     """Runs any layer on any device; slower than the float layer, as it rounds before it runs."""
 
