@@ -1,8 +1,10 @@
 """What diffusers' users do to a loaded export: adapters, offload, copies, threads."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -142,6 +144,24 @@ def test_gradients_reach_a_lora(export: Path) -> None:
     assert all(p.grad is not None and p.grad.any() for p in trained)
 
 
+def test_checkpointing_leaves_gradients_as_they_are(export: Path) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        pipe = load(export)
+        add_lora(pipe)
+        unet = pipe.unet.train()
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        generator = torch.Generator().manual_seed(0)
+        sample = torch.randn(1, 4, 16, 16, generator=generator)
+        text = torch.randn(1, 5, 32, generator=generator)
+        loss = sum(unet(sample, timestep, text)[0].square().sum() for timestep in (999, 1))
+        loss.backward()
+        gradients.append([p.grad for n, p in unet.named_parameters() if "lora" in n])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert all(gradient.any() for gradient in gradients[0])
+
+
 @pytest.mark.parametrize("method", ["fuse_lora", "fuse_qkv_projections"])
 def test_fusing_is_refused_before_anything_changes(export: Path, method: str) -> None:
     pipe = load(export)
@@ -161,6 +181,35 @@ def test_saving_with_an_adapter_in_place_is_refused(export: Path, tmp_path: Path
     pipe.unload_lora_weights()
     pipe.save_pretrained(tmp_path / "without")
     assert np.array_equal(draw(load(tmp_path / "without")), draw(pipe))
+
+
+def test_pickling_an_export_is_refused(prompted_chained: Chained, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="leave safe_serialization=False out"):
+        load(prompted_chained.export).save_pretrained(tmp_path, safe_serialization=False)
+
+
+def test_config_may_change_between_loading_and_saving(
+    prompted_chained: Chained, tmp_path: Path
+) -> None:
+    folder = {"subfolder": "unet", "sample_size": 8}
+    unet = UNet2DConditionModel.from_pretrained(prompted_chained.export, **folder)
+    assert unet.config.sample_size == 8
+    unet = copy.deepcopy(unet)
+    unet.register_to_config(sample_size=4)
+    unet.save_pretrained(tmp_path)
+    assert UNet2DConditionModel.from_pretrained(tmp_path).config.sample_size == 4
+
+
+def test_export_is_freed_with_its_last_user(export: Path) -> None:
+    pipe = load(export)
+    draw(pipe)
+    unet = weakref.ref(pipe.unet)
+    gc.disable()
+    try:
+        del pipe
+        assert unet() is None
+    finally:
+        gc.enable()
 
 
 def test_full_precision_is_not_made_of_quantized_weights(prompted_chained: Chained) -> None:
@@ -400,3 +449,29 @@ def test_threads_share_a_denoiser(prompted_tuned: Finetuned) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_threads_may_make_the_first_call_together(prompted_tuned: Finetuned) -> None:
+    sample, text = torch.randn(1, 4, 16, 16), torch.randn(1, 5, 32)
+    timesteps = (999, 1, 500, 250)
+    expected = load(prompted_tuned.export).unet
+    for _ in range(3):
+        unet = load(prompted_tuned.export).unet
+        barrier = threading.Barrier(len(timesteps))
+        outputs = dict[int, Tensor]()
+
+        def call(timestep: int, unet: Pipe, barrier: threading.Barrier, to: dict) -> None:
+            barrier.wait()
+            with torch.no_grad():
+                to[timestep] = unet(sample, timestep, text)[0]
+
+        threads = [
+            threading.Thread(target=call, args=(t, unet, barrier, outputs)) for t in timesteps
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with torch.no_grad():
+            for timestep in timesteps:
+                assert torch.equal(outputs[timestep], expected(sample, timestep, text)[0])

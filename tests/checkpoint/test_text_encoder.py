@@ -1,5 +1,7 @@
 """Text encoders are quantized while transformers loads them, and saved and loaded again."""
 
+import copy
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,20 @@ def test_tied_tables_are_one_and_a_table_tied_to_a_head_stays(tmp_path: Path) ->
     tied = models["Qwen, tied"]
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     assert {"lm_head", "model.embed_tokens"} <= quantized_layers(models["Qwen"]).keys()
+
+
+def test_model_with_a_shared_table_is_freed_and_copied(tmp_path: Path) -> None:
+    MODELS["T5"]().save_pretrained(tmp_path / "full")
+    model = T5EncoderModel.from_pretrained(tmp_path / "full", quantization_config=MSFPConfig())
+    model.save_pretrained(tmp_path / "quantized")
+    for source in (model, T5EncoderModel.from_pretrained(tmp_path / "quantized")):
+        model = copy.deepcopy(source)
+        shared = model.encoder.embed_tokens
+        assert shared.weight.shape == model.shared.weight.shape
+        assert shared._table() is model.shared
+        weak = weakref.ref(model)
+        del model
+        assert weak() is None
 
 
 def test_altered_file_is_refused(tmp_path: Path) -> None:

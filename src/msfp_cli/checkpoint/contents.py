@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from msfp_cli.errors import CheckpointError
-from msfp_cli.files.documents import Json, digest, open_tensors, refuse_altered
+from msfp_cli.files.documents import Json, digest, open_tensors, read_json, refuse_altered
 from msfp_cli.files.seal import REDO, is_checked, is_compared
 from msfp_cli.formats.multipliers import refuse_multipliers, unpack_multipliers
 from msfp_cli.formats.rounding import are_scales
@@ -103,17 +103,24 @@ class Contents:
     def refuse_other_model(self, model: Any) -> None:  # noqa: ANN401 (diffusers is untyped)
         """Compare the header with the config of a model that was just built, on any device.
 
-        A key that the header lacks is of a later diffusers, and has its default.
+        A key that the header lacks is of a later diffusers, and has its default. Whoever loads the
+        model may give another value than the one in its ``config.json``.
         """
         if not is_checked() or MODEL not in self.header:
             return
         expected = self._model_config()
         actual = json.loads(model.to_json_string())
         for key, default in _defaults(type(model)).items():
-            if key in actual and actual[key] != expected.get(key, default):
+            wanted = expected.get(key, default)
+            if key in actual and wanted not in (actual[key], self._stored(key, default)):
                 raise self._other_model(key)
         if expected["_class_name"] != type(model).__name__:
             raise self._other_model("_class_name")
+
+    def _stored(self, key: str, default: Json) -> Json:
+        """Return a value of the ``config.json`` beside the files; None if there is no such file."""
+        path = self.path.with_name("config.json")
+        return read_json(path, dict, redo=REDO).get(key, default) if path.exists() else None
 
     def _model_config(self) -> dict[str, Json]:
         """Return the model's config that the header has, which names the model's class."""

@@ -254,7 +254,13 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the tensors as files hold them, and for their header the config and the digest."""
+        """Return the tensors as files hold them, and for their header the config and the digest.
+
+        Raises:
+            UsageError: the files are to be pickled, or the denoiser has adapters.
+        """
+        if not safe_serialization:
+            raise UsageError("an export is not pickled; leave safe_serialization=False out")
         tensors = self.as_saved(state_dict)
         return tensors, header_of(tensors, to_text(self.quantization_config), self._model_text)
 
@@ -377,13 +383,24 @@ def _adapt_(denoiser: DiffusersModel) -> None:
 
     ``is_quantized`` forbids to change the type of what is in floating point, which `from_pipe`
     does; our scales keep theirs. A fused layer would be in floating point. No two blocks have the
-    same formats, so that each would be a graph of its own: the denoiser is compiled as a whole.
+    same formats, so that each would be a graph of its own: the denoiser is compiled as a whole, the
+    one repeated block. Its config may change until it is saved, which takes its state.
+
+    Nothing here refers to the denoiser, which so is freed with its last user.
     """
     denoiser.is_quantized = False
-    denoiser.compile_repeated_blocks = denoiser.compile
+    denoiser._repeated_blocks = [type(denoiser).__name__]
+    denoiser.register_state_dict_post_hook(_note_model)
     for method in ("fuse_lora", "fuse_qkv_projections"):
         if hasattr(denoiser, method):
             setattr(denoiser, method, partial(_refuse_fusing, method))
+
+
+def _note_model(denoiser: DiffusersModel, state: object, prefix: str, metadata: object) -> None:
+    """Remember the config of a denoiser whose state is taken."""
+    quantizer = getattr(denoiser, "hf_quantizer", None)
+    if isinstance(quantizer, MSFPQuantizer):
+        quantizer.note_model(denoiser)
 
 
 def _refuse_fusing(method: str, *args: object, **kwargs: object) -> None:

@@ -52,8 +52,16 @@ class SharedTable(nn.Module):
 
     def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__()
-        self._model = (model,)  # in a tuple, so that torch does not take it for a part
+        self._owner = (model,)  # in a tuple, so that torch does not take it for a part
         self._name = name
+
+    def settle_(self) -> None:
+        """Refer to the other table, which is not replaced any more, and no longer to the model.
+
+        A model that its parts refer to is not freed with its last user.
+        """
+        self._owner = (self._table(),)
+        self._name = ""
 
     @property
     def weight(self) -> Tensor:
@@ -63,7 +71,7 @@ class SharedTable(nn.Module):
         return weight
 
     def _table(self) -> nn.Module:
-        return self._model[0].get_submodule(self._name)
+        return self._owner[0].get_submodule(self._name)
 
     def forward(self, input: Tensor) -> Tensor:
         """Look rows up."""
@@ -215,6 +223,9 @@ def mark_text_encoder_(model: TransformersModel, quantizer: MSFPTextQuantizer) -
     model.hf_quantizer = quantizer
     model.config.quantization_config = quantizer.quantization_config
     model.is_quantized = False  # that would forbid to change the type of what is in floating point
+    for module in model.modules():
+        if isinstance(module, SharedTable):
+            module.settle_()
 
 
 def _ties(model: TransformersModel) -> dict[str, str]:

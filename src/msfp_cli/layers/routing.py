@@ -11,9 +11,10 @@ while its denoiser is not running raises.
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from msfp_cli.layers.clock import Clock
 TABLE_SIZE = 1001  # timesteps 0..1000
 ROUTER = "msfp_router"  # the name of the table among a denoiser's modules
 
+Argument: TypeAlias = Any  # what a block of a denoiser takes and returns
 T = TypeVar("T")
 
 
@@ -40,6 +42,32 @@ class Route(Generic[T]):
     def close(self) -> None:
         """Let go of this thread's choices."""
         self._by_thread.pop(_thread(), None)
+
+    def during(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function with this call's choices, for a time when the call is over."""
+        choices = self._choices()
+        return function if choices is None else partial(self._run, choices, function)
+
+    def _run(
+        self,
+        choices: Sequence[T] | Tensor,
+        function: Callable[..., Any],
+        *args: Argument,
+    ) -> Argument:
+        with self._held(choices):
+            return function(*args)
+
+    @contextmanager
+    def _held(self, choices: Sequence[T] | Tensor) -> Iterator[None]:
+        """Hold choices while the context is open, and what was held before after it."""
+        before = self._by_thread.get(_thread())
+        self.open(choices)
+        try:
+            yield
+        finally:
+            self.close()
+            if before is not None:
+                self.open(before)
 
     def _choices(self) -> Sequence[T] | Tensor | None:
         """Return this thread's choices, or the only ones that there are.
@@ -110,6 +138,33 @@ class _Row(Sequence[int]):
         return self._row[slot]
 
 
+class _Recomputation:
+    """A denoiser's function for gradient checkpointing, with the choices of the call.
+
+    The backward pass computes blocks again when the denoiser's call is over, and maybe after other
+    calls at other timesteps.
+
+    Arguments:
+        checkpoint: takes a block and its arguments.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], route: Route[Any]) -> None:
+        self._checkpoint = checkpoint
+        self._route = route
+
+    def __call__(self, block: Callable[..., Any], *args: Argument) -> Argument:
+        """Run a block, and remember the choices for when it is run again."""
+        return self._checkpoint(self._route.during(block), *args)
+
+    @classmethod
+    def prepare_(cls, denoiser: nn.Module, route: Route[Any]) -> None:
+        """Let every block of a denoiser that is checkpointed remember."""
+        for module in denoiser.modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if function is not None and not isinstance(function, cls):
+                vars(module)["_gradient_checkpointing_func"] = cls(function, route)
+
+
 class RouterTable(nn.Module):
     """The router of an exported denoiser: a table and the hooks that read it.
 
@@ -166,6 +221,8 @@ class RouterTable(nn.Module):
             self.route.open(self.compiled_choices(timestep))
         else:
             self.route.open(_Row(self, self.clock.read(timestep)))
+            if torch.is_grad_enabled():
+                _Recomputation.prepare_(module, self.route)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
         self.route.close()
