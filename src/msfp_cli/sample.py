@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from msfp_cli.checkpoint.pipeline import MSFPPipeline, read_configs
+from msfp_cli.checkpoint.pipeline import MSFPPipeline, read_denoisers
 from msfp_cli.files.directories import refuse_existing, replace_directory
 from msfp_cli.pipelines.conditions import conditioning_of, expand_conditions
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
@@ -88,7 +88,7 @@ def sample_run(
     """
     defaults = {} if export else run.sampling()
     export = export or run.latest_export()
-    config = next(iter(read_configs(export).values()))
+    config = next(iter(read_denoisers(export).values()))
     with nullcontext(directory) if directory else run.new_samples() as place:
         refuse_existing(place, overwrite=overwrite)
         sampling = sampling.or_else({**config.sampling, **defaults})

@@ -10,7 +10,9 @@ from diffusers import DiffusionPipeline
 from conftest import QUICK, Invoke, only_error
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.errors import UsageError
+from msfp_cli.evaluation.provenance import provenance_of
 from msfp_cli.layers.replace import quantized_layers
+from msfp_cli.run import Run
 from tiny_pipelines import CALL_ARGUMENTS
 
 NAME = "FluxPipeline"
@@ -38,6 +40,29 @@ def test_a_text_encoder_is_exported_with_its_bits_and_loads_as_it_was(
     again = DiffusionPipeline.from_pretrained(tmp_path / "again")
     assert torch.equal(draw(again), draw(pipe))
     assert msfp("status").stdout.count("text_encoder") >= 2
+
+
+def test_kernels_are_named_for_the_denoiser_alone(
+    msfp: Invoke, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("MSFP_CACHE", str(tmp_path / "cache"))
+    also = ("--also", "text_encoder", "--guidance-scale", 2.5)
+    assert msfp("calibrate", tiny("StableDiffusionPipeline"), *SIZES, *also).exit_code == 0
+    exported = msfp("export", "--engine", "openvino")
+    assert exported.exit_code == 0, exported.stderr
+    for kernel in ("cpu", "openvino"):
+        drawn = msfp("sample", "--prompt", "a cat", "--kernel", kernel)
+        assert drawn.exit_code == 0, drawn.stderr
+    # Settings of the sampler are the denoiser's, and the run knows its export.
+    here = msfp("sample", "--prompt", "a cat", "--out", "here")
+    elsewhere = msfp(
+        "sample", "msfp-run/export", "--prompt", "a cat", "--run", "other", "--out", "elsewhere"
+    )
+    assert (here.exit_code, elsewhere.exit_code) == (0, 0), elsewhere.stderr
+    assert Path("here/sheet.png").read_bytes() == Path("elsewhere/sheet.png").read_bytes()
+    run = Run(Path("msfp-run"))
+    assert provenance_of(run, run.export).calibration is not None
 
 
 def test_a_component_that_is_no_text_encoder_is_refused(

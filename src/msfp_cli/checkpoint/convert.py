@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from msfp_cli.checkpoint.engine import FOLDER, attach_engine_
-from msfp_cli.checkpoint.pipeline import read_configs, times_of
+from msfp_cli.checkpoint.pipeline import read_denoisers, times_of
 from msfp_cli.pipelines.conditions import conditions_for
 from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 from msfp_cli.pipelines.sampling import Sampling, call_pipeline
@@ -22,11 +22,10 @@ def convert_export(directory: Path, engine: str, *, progress: Progress = SILENT)
         UsageError: the engine is not installed, or cannot take what the pipeline passes.
     """
     source = ModelSource(model=str(directory))
-    configs = read_configs(directory)
+    denoisers = read_denoisers(directory)
     pipe = load_pipeline(source, "cpu")
-    times = times_of(configs)
+    times = times_of(denoisers)
     attach_engine_(pipe, times, engine, directory, progress, place=directory / FOLDER)
-    for config in configs.values():
-        sampling = Sampling(num_inference_steps=1).or_else(config.sampling)
-        call_pipeline(pipe, conditions_for(pipe, source, None, 1), sampling)
-        break
+    first = next(iter(denoisers.values()))
+    sampling = Sampling(num_inference_steps=1).or_else(first.sampling)
+    call_pipeline(pipe, conditions_for(pipe, source, None, 1), sampling)

@@ -19,31 +19,46 @@ from msfp_cli.progress import SILENT, Progress
 
 
 def read_configs(directory: Path) -> dict[str, MSFPConfig]:
-    """Return the quantization config of every denoiser in an exported directory, by component.
+    """Return the quantization config of every quantized component of an export, by its name.
 
     Raises:
         ModelError: the directory is no pipeline, or none of its components was exported by msfp.
         CheckpointError: a config is damaged or newer than this msfp.
     """
+    return {name: config for name, (config, _) in _read_components(directory).items()}
+
+
+def read_denoisers(directory: Path) -> dict[str, MSFPConfig]:
+    """Return those of the denoisers alone: text encoders may be quantized beside them.
+
+    Raises:
+        ModelError, CheckpointError: see `read_configs`.
+    """
+    components = _read_components(directory)
+    return {name: config for name, (config, denoises) in components.items() if denoises}
+
+
+def _read_components(directory: Path) -> dict[str, tuple[MSFPConfig, bool]]:
+    """Return the config of every quantized component, and whether it is a denoiser."""
     if not (directory / "model_index.json").exists():
         _refuse_lost_files(directory)
         raise ModelError(
             f"{directory} is not an exported pipeline: it has no model_index.json; "
             "`msfp export` makes one"
         )
-    configs = {}
+    components = {}
     for path in sorted(directory.glob("*/config.json")):
-        config = read_json(path, _quantization_config, redo=REDO)
+        config, denoises = read_json(path, _quantization_config, redo=REDO)
         if config is not None:
-            configs[path.parent.name] = MSFPConfig.from_dict(config)
+            components[path.parent.name] = MSFPConfig.from_dict(config), denoises
             _refuse_truncated(path.parent)
-    if not configs:
+    if not components:
         _refuse_lost_files(directory)
         raise ModelError(
             f"{directory} is a pipeline, but msfp did not export it; "
             "run `msfp calibrate` and `msfp export`"
         )
-    return configs
+    return components
 
 
 def times_of(configs: Mapping[str, MSFPConfig]) -> dict[str, str]:
@@ -58,10 +73,14 @@ def _refuse_lost_files(directory: Path) -> None:
         require_file(directory / name, redo=REDO)
 
 
-def _quantization_config(document: Json) -> dict[str, Any] | None:
-    """Return our part of a component's config, None if the component is not quantized by msfp."""
+def _quantization_config(document: Json) -> tuple[dict[str, Any] | None, bool]:
+    """Return our part of a component's config, and whether the component is a denoiser.
+
+    There is no such part if the component is not quantized by msfp. Denoisers are models of
+    diffusers, whose configs name a class; text encoders are models of transformers.
+    """
     config = document.get("quantization_config") or {}
-    return config if config.get("quant_method") == METHOD else None
+    return config if config.get("quant_method") == METHOD else None, "_class_name" in document
 
 
 def _refuse_truncated(directory: Path) -> None:
@@ -133,8 +152,9 @@ class MSFPPipeline:
             dtype: of everything that is not quantized; None chooses float32 on a CPU and bfloat16
                 elsewhere.
             device: where to put it; None takes an accelerator if there is one.
-            kernel: how to run its layers, a name in `kernels.KERNELS`; ``auto`` takes the fastest
-                that can. ``openvino`` and ``openvino:DEVICE`` run the denoiser as a whole.
+            kernel: how to run the layers of its denoiser, a name in `registry.KERNELS`; ``auto``
+                takes the fastest that can. ``openvino`` and ``openvino:DEVICE`` run the denoiser as
+                a whole. Text encoders choose for themselves.
             keep_packed: keep weights in 4 bits in memory, too: half the memory, and slower.
             check: whether to refuse files that were changed since msfp wrote them, see `seal`.
             progress: shows the conversion for an engine, at the first call.
@@ -147,13 +167,16 @@ class MSFPPipeline:
         directory = Path(directory)
         device = device_of(kernel, device)
         configs = read_configs(directory)
+        denoisers = read_denoisers(directory)
         name = None if dtype is None else str(dtype).removeprefix("torch.")
         with checked(directory, redo=REDO) if check else unchecked():
             pipe = load_pipeline(ModelSource(model=str(directory), dtype=name), device)
             if is_engine(kernel):
-                attach_engine_(pipe, times_of(configs), kernel, directory, progress)
-            else:
-                for component in configs:
+                attach_engine_(pipe, times_of(denoisers), kernel, directory, progress)
+            for component in configs:
+                if component not in denoisers:
+                    prepare_(getattr(pipe, component), keep_packed=keep_packed)
+                elif not is_engine(kernel):
                     prepare_(getattr(pipe, component), kernel, keep_packed=keep_packed)
         return _with_methods_(pipe, configs)
 

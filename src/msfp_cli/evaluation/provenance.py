@@ -15,7 +15,7 @@ from torch import Tensor
 
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.contents import exported_tensors
-from msfp_cli.checkpoint.pipeline import read_configs
+from msfp_cli.checkpoint.pipeline import read_denoisers
 from msfp_cli.checkpoint.quantizer import MSFPConfig
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.layers.scheme import LayerScheme
@@ -63,7 +63,7 @@ def provenance_of(run: Run, export: Path) -> Provenance:
     Raises:
         ModelError: the directory is not an export.
     """
-    configs = read_configs(export)
+    configs = read_denoisers(export)
     first = next(iter(configs.values()))
     calibration = _calibration_of(run, export, configs)
     return Provenance(
@@ -84,7 +84,7 @@ def _calibration_of(
     as they are, and, where it is not fine-tuned, the same codes.
 
     Arguments:
-        configs: of the export's quantized components.
+        configs: of the export's denoisers.
     """
     if not run.calibration.exists():
         return None
