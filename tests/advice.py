@@ -366,6 +366,8 @@ ELSEWHERE = {
     "so there is nothing to train; run `msfp export`": "tests/finetuning/test_finetune.py",
     "is not the recording that the calibration was made from": "tests/finetuning/test_finetune.py",
     "is of another model than": "tests/finetuning/test_finetune.py",
+    "was changed since it was calibrated": "tests/finetuning/test_finetune.py",
+    "is of an earlier calibration": "tests/test_status.py",
     "holds no call of": "tests/finetuning/test_batches.py",
     "leave --prompts out": "tests/pipelines/test_sampling.py",
     "give --prompt or --prompts FILE": "tests/test_sample.py",

@@ -98,6 +98,21 @@ def test_export_older_than_the_fine_tuning_is_to_be_replaced(tuned_run: Run) -> 
     assert next_command(tuned_run) == f"msfp export --overwrite --run {tuned_run.directory}"
 
 
+def test_export_of_an_earlier_calibration_is_to_be_replaced(
+    tuned_run: Run, tiny_chained: Chained, copied: Callable[..., Path]
+) -> None:
+    for run, following in (
+        (tuned_run, "msfp export --overwrite"),
+        (Run(copied(tiny_chained.run.directory, "calibrated")), "msfp finetune"),
+    ):
+        assert next_command(run).startswith("msfp sample")
+        assert run.say_outdated() == ""
+        exported = run.latest_export().stat().st_mtime
+        os.utime(run.calibration / "calibration.json", (exported + 1, exported + 1))
+        assert next_command(run) == f"{following} --run {run.directory}"
+        assert run.say_outdated().startswith(f"{run.export} is of an earlier calibration")
+
+
 def test_after_the_export_come_pictures_then_figures_then_the_page(tuned_run: Run) -> None:
     option, when = f" --run {tuned_run.directory}", tuned_run.latest_export().stat().st_mtime
     figures, page = tuned_run.evaluation / "evaluation.json", tuned_run.report / "report.html"

@@ -178,6 +178,18 @@ class Run:
         is_there = [any((place / name).exists() for name in names) for place in places]
         return next(compress(places, is_there), None)
 
+    def is_outdated(self, export: Path) -> bool:
+        """Whether the run was calibrated after an export was written."""
+        document = self.calibration / "calibration.json"
+        return document.exists() and document.stat().st_mtime > export.stat().st_mtime
+
+    def say_outdated(self) -> str:
+        """Say that the latest export is of an earlier calibration; empty if it is not."""
+        export = self.find_export()
+        if export is None or not self.is_outdated(export):
+            return ""
+        return f"{export} is of an earlier calibration; `msfp export --overwrite` writes it again"
+
     def latest_export(self) -> Path:
         """Return the latest export.
 

@@ -115,6 +115,10 @@ class _Contents:
         assert self.calibration is not None
         return self.finetunings.keys() != set(self.calibration.tunable())
 
+    def is_exported(self) -> bool:
+        """Whether there is an export, made after the latest calibration."""
+        return self.export is not None and not self.run.is_outdated(self.export)
+
     def has_newer_training(self) -> bool:
         """Whether fine-tuning went on after the latest export."""
         files = (self.run.directory / "finetune").glob("*.safetensors")
@@ -130,9 +134,9 @@ _STEPS: tuple[tuple[str, Callable[[_Contents], bool]], ...] = (
     ("msfp calibrate", lambda run: run.calibration is None),
     ("msfp finetune --restart", lambda run: bool(run.conflict)),
     ("msfp finetune", lambda run: run.is_training()),
-    ("msfp finetune", lambda run: run.export is None and run.lacks_training()),
+    ("msfp finetune", lambda run: not run.is_exported() and run.lacks_training()),
     ("msfp export", lambda run: run.export is None),
-    ("msfp export --overwrite", lambda run: run.has_newer_training()),
+    ("msfp export --overwrite", lambda run: not run.is_exported() or run.has_newer_training()),
     ("msfp sample", lambda run: run.is_unseen()),
     ("msfp evaluate", lambda run: run.figures is None),
     ("msfp evaluate --overwrite", lambda run: _is_newer(run.export, run.figures)),

@@ -147,3 +147,5 @@ def test_rules_that_match_no_layer_are_told() -> None:
 def test_rules_that_leave_nothing_to_quantize_are_refused() -> None:
     with pytest.raises(UsageError, match="leaves every layer in floating point"):
         CalibrateRecipe(keep=("*:none",)).idle_rules(["conv_in", "mid.0"])
+    by_role = CalibrateRecipe(keep=("*:none", "@first:8"))
+    assert by_role.idle_rules(["conv_in", "mid.0"]) == []

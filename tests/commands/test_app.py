@@ -61,6 +61,7 @@ def stage(
 
     def prepare(command: str, run: str = "msfp-run", chained: Chained = prompted_chained) -> Path:
         Path("prompts.txt").write_text("a red dress\na blue bag\n")
+        Path("labels.txt").write_text("1\n5000\n")
         if command in ("quantize", "calibrate", "demo"):
             return Path(run)
         if command == "inspect":
@@ -427,6 +428,12 @@ _EXPORTED, _CALIBRATED = "sample", "export"
             None,
             "calibrate {classes} --prompts prompts.txt",
             "'a red dress' is not a class label of this pipeline",
+            2,
+        ),
+        (
+            None,
+            "calibrate {classes} --prompts labels.txt",
+            "class label 5000 is too large: this pipeline has ",
             2,
         ),
         (None, "export", "no run directory msfp-run here; `msfp calibrate` makes one", 1),

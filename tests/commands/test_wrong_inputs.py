@@ -87,6 +87,10 @@ def wrong(
         ("calibrate {model} --guidance-scale nan", 2, "--guidance-scale must be at least -1000"),
         ("calibrate {model} --guidance-scale inf", 2, "--guidance-scale must be at least -1000"),
         ("sample --run {run} --prompt cat --guidance-scale nan", 2, "--guidance-scale must be"),
+        ("export --run {run} --overwrite --max-shard-size abc", 2, "'abc' is not a size"),
+        ("quantize {model} --out x --max-shard-size 5XB", 2, "'5XB' is not a size"),
+        ("export --reseal {run}/export --overwrite", 2, "leave the other options out"),
+        ("export --reseal {run}/export --engine foo", 2, "leave the other options out"),
         ("evaluate --run {run} --guidance-scale=-inf", 2, "--guidance-scale must be at least"),
     ],
 )

@@ -31,7 +31,7 @@ from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import export_, load_calibrated
 from msfp_cli.errors import RunError, UsageError
 from msfp_cli.evaluation.cost import Cost
-from msfp_cli.evaluation.evaluate import evaluate_run
+from msfp_cli.evaluation.evaluate import _like, evaluate_run
 from msfp_cli.evaluation.features.extractors import load_extractor
 from msfp_cli.evaluation.features.fashion import agreement, load_classifier
 from msfp_cli.evaluation.features.reference import (
@@ -914,6 +914,7 @@ def test_wrong_full_precision_model_is_named(
         ("--reference photos", "reference"),
         ("--clip openai/clip", "clip"),
         ("--compare signed", "models"),
+        ("--kernel reference", "kernel"),
         ("--no-layers", "layers"),
         ("--cost", "cost"),
     ],
@@ -943,6 +944,33 @@ def test_other_settings_are_refused_by_name(
     assert message.startswith("msfp-run/evaluation holds an evaluation with other settings (")
     assert f"'{field}' differs" in message and message.endswith("use --overwrite")
     assert files_of(here) == before
+
+
+def test_settings_that_an_evaluation_was_begun_with_cannot_be_left_out(
+    here: Path, msfp: Invoke
+) -> None:
+    begun = msfp("evaluate", *ALONE, "--kernel", "reference")
+    assert begun.exit_code == 0, begun.stderr
+    before = files_of(here)
+    assert "('kernel' differs)" in only_line(msfp("evaluate", *ALONE), 1)
+    assert files_of(here) == before
+
+
+def test_export_of_an_evaluation_is_found_from_anywhere(
+    here: Path, msfp: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = msfp("evaluate", *ALONE, "--out", "figures")
+    assert done.exit_code == 0, done.stderr
+    (here.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(here.parent / "elsewhere")
+    assert Evaluation.load(here.parent / "figures").export == here / "export"
+
+
+def test_model_to_compare_with_has_the_class_and_type_of_the_calibrated_one() -> None:
+    source = ModelSource(model="a", dtype="bfloat16", pipeline="B", revision="c")
+    assert _like(ModelSource(model="d"), source) == replace(source, model="d", revision=None)
+    own = ModelSource(model="d", dtype="float32", pipeline="E")
+    assert _like(own, source) == own
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from conftest import Chained, Finetuned
+from conftest import CLEAR_GAIN, Chained, Finetuned, train
 from msfp_cli.calibration.result import Calibration
+from msfp_cli.checkpoint.export import export_run
 from msfp_cli.evaluation.provenance import provenance_of
 from msfp_cli.run import Run
 
@@ -14,6 +15,18 @@ def test_fine_tuned_export_came_from_calibration_and_fine_tuning(tiny_tuned: Fin
     provenance = provenance_of(tiny_tuned.run, tiny_tuned.export)
     assert provenance.calibration is not None
     assert provenance.calibration.identity() == tiny_tuned.calibration.identity()
+    assert provenance.is_tuned and provenance.finetunings.keys() == {"unet"}
+
+
+def test_fine_tuned_export_whose_grids_have_not_moved_says_so(
+    tiny_tuned: Finetuned, copied: Callable[..., Path]
+) -> None:
+    run = Run(copied(tiny_tuned.run.directory))
+    recipe = replace(CLEAR_GAIN, input_learning_rate=0.0, hub_size=1)
+    assert train(run, recipe, restart=True).best.step > 0
+    export_run(run, overwrite=True)
+    provenance = provenance_of(run, run.export)
+    assert provenance.tables["unet"] == tiny_tuned.calibration.table("unet")
     assert provenance.is_tuned and provenance.finetunings.keys() == {"unet"}
 
 

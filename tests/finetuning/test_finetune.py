@@ -306,6 +306,7 @@ def test_model_of_another_kind_is_refused(
     shutil.rmtree(model)
     shutil.copytree(tiny("DDIMPipeline"), model)
     assert "is of another model than" in only_line(msfp("finetune", *OPTIONS), 1)
+    assert "its transformer is another one" in only_line(msfp("export"), 1)
 
 
 def test_calibration_without_quantized_weights_has_nothing_to_train(

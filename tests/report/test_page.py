@@ -154,6 +154,10 @@ def test_plots_are_drawn_for_what_there_is(tmp_path: Path) -> None:
     for path in paths:
         with Image.open(path) as plot:
             assert len(set(plot.convert("L").tobytes())) > 10, f"{path.name} is blank"
+    weights_only = document()
+    for layer_ in weights_only["components"]["unet"]["layers"]:
+        layer_["signed"] = None
+    assert len(draw_plots(weights_only, tmp_path)) == len(paths)
     few = document() | {"costs": []}
     few["components"]["unet"] |= {
         "router": None,

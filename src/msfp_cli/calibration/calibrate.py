@@ -24,10 +24,11 @@ from msfp_cli.calibration.denoiser_search import (
     search_denoiser,
 )
 from msfp_cli.calibration.estimate import check_layers, estimate
-from msfp_cli.calibration.quantize import quantize_
+from msfp_cli.calibration.quantize import print_of, quantize_, refuse_changed
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration, LayerChoice
 from msfp_cli.files.directories import refuse_existing
+from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, choose_device, load_pipeline
 from msfp_cli.processes import ALONE, Processes, meeting
 from msfp_cli.progress import SILENT, Progress
@@ -76,6 +77,7 @@ def _calibrate_checked(
     """Calibrate a pipeline that was checked, which reads all of its weights."""
     denoisers = {name: pipe.components[name] for name in recording.clocks() or {}}
     record = RecordRecipe.from_json(recording.recipe["record"])
+    prints = {component: print_of(denoiser) for component, denoiser in denoisers.items()}
     results = {}
     lifts = {}
     for component in denoisers:
@@ -96,6 +98,7 @@ def _calibrate_checked(
         input_lifts=lifts,
         unused={name: rest.unused for name, rest in rests.items()},
         others={name: rest.others for name, rest in rests.items()},
+        fingerprints={component: prints[component] for component in results},
     )
     if recipe.rounding == "compensated" and recipe.weights is not None:
         calibration = _compensated(calibration, denoisers, recording, processes, work, max_memory)
@@ -211,6 +214,9 @@ def load_signed(run: Run, calibration: Calibration, place: Path, device: str | N
         run: has the recordings to search on.
         calibration: gives the bits.
         place: where its calibration is kept.
+
+    Raises:
+        RunError: the model was changed since it was calibrated.
     """
     recipe = replace(
         calibration.recipe,
@@ -223,6 +229,7 @@ def load_signed(run: Run, calibration: Calibration, place: Path, device: str | N
         rotate="none",
     )
     pipe = load_pipeline(calibration.source, device)
+    refuse_changed(find_denoisers(pipe), calibration)
     signed = Calibration.load(place) if place.exists() else None
     if signed is None or (signed.recipe, signed.record) != (recipe, calibration.record):
         recordings = Recording(run.recording), Recording(run.held_out)

@@ -1,16 +1,41 @@
 """Quantize a float denoiser as a calibration says."""
 
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from msfp_cli.calibration.result import Calibration
+from msfp_cli.errors import RunError
 from msfp_cli.formats.compensation import move_into_cells
 from msfp_cli.formats.multipliers import step_sizes
 from msfp_cli.formats.packing import unpack_integers
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.replace import find_layers, store_layers_, store_variants_
+from msfp_cli.pipelines.denoiser import fingerprint
+
+
+def print_of(denoiser: nn.Module) -> str:
+    """Return the fingerprint of a float denoiser, whichever type it was loaded in."""
+    return fingerprint(denoiser, torch.bfloat16)
+
+
+def refuse_changed(denoisers: Mapping[str, nn.Module], calibration: Calibration) -> None:
+    """Refuse float denoisers that are not those that were calibrated.
+
+    Calibrations of earlier versions do not say which those were.
+
+    Raises:
+        RunError: one has other parameters, or is missing.
+    """
+    for component, expected in (calibration.fingerprints or {}).items():
+        denoiser = denoisers.get(component)
+        if denoiser is None or print_of(denoiser) != expected:
+            raise RunError(
+                f"{calibration.source.model} was changed since it was calibrated: its {component} "
+                "is another one; run the same `msfp calibrate` again, with --overwrite"
+            )
 
 
 def moved_weight(calibration: Calibration, component: str, name: str, weight: Tensor) -> Tensor:

@@ -258,12 +258,15 @@ class CalibrateRecipe(Recipe):
         Raises:
             UsageError: the rules leave no layer to quantize.
         """
-        if self.keep and all(self.kept_bits(name) == (True, None) for name in names):
+        rules = {text: KeepRule.parse(text) for text in self.keep}
+        # Which layers have a role is known when a call was recorded.
+        is_open = any(rule.is_of_role and rule.bits is not None for rule in rules.values())
+        is_kept = bool(self.keep) and not is_open
+        if is_kept and all(self.kept_bits(name) == (True, None) for name in names):
             raise UsageError(
                 f"--keep {self.keep[-1]!r} leaves every layer in floating point, so nothing would "
                 "be quantized; give a pattern that matches fewer"
             )
-        rules = {text: KeepRule.parse(text) for text in self.keep}
         return [
             text
             for text, rule in rules.items()

@@ -195,6 +195,7 @@ class Calibration:
         others: parameters that are not the weight of one of `layers`, by component, as
             `denoiser_search.Rest` has them; empty in files of earlier versions.
         clocks: what reads the timestep of a call, by component; None in files of earlier versions.
+        fingerprints: of the float denoisers, see `print_of`; None in files of earlier versions.
         options: of the command, those that differ from their defaults, as words; None in files
             of earlier versions. They are no part of an export.
     """
@@ -211,6 +212,7 @@ class Calibration:
     unused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     others: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     clocks: Mapping[str, Clock] | None = None
+    fingerprints: Mapping[str, str] | None = None
     options: list[str] | None = None
 
     def clock(self, component: str) -> Clock:
@@ -328,6 +330,7 @@ class Calibration:
             "source": self.source.to_json(),
             "record": self.record.to_json(),
             "recipe": self.recipe.to_json(),
+            "fingerprints": None if self.fingerprints is None else dict(self.fingerprints),
             "options": self.options,
             "input_lifts": {name: asdict(lift) for name, lift in self.input_lifts.items()},
             "held_out_error": dict(self.held_out_error),

@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from msfp_cli.calibration.quantize import quantize_
+from msfp_cli.calibration.quantize import quantize_, refuse_changed
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.in_memory import quantize_ as quantize_weights_
 from msfp_cli.checkpoint.quantizer import (
@@ -75,10 +75,12 @@ def load_calibrated(
         tuned: fine-tunings by component; a component without one is as calibrated.
 
     Raises:
-        RunError: a fine-tuning began with another calibration.
+        RunError: a fine-tuning began with another calibration, or the model was changed since it
+            was calibrated.
     """
     pipe = load_pipeline(calibration.source, device)
     denoisers = find_denoisers(pipe)
+    refuse_changed(denoisers, calibration)
     for component in calibration.layers:
         denoiser, learned = denoisers[component], (tuned or {}).get(component)
         if learned is None:
@@ -92,6 +94,7 @@ def load_calibrated(
             **clock_settings(calibration.clock(component)),
             source=calibration.source.to_json(),
             sampling=calibration.record.arguments(),
+            is_tuned=learned is not None and learned.best.step > 0,
             tool_version=__version__,
         )
         mark_quantized_(denoiser, config)
@@ -108,21 +111,22 @@ def export_(
     tuned: Mapping[str, FinetuneState] | None = None,
     device: str | None = None,
     overwrite: bool = False,
-    max_shard_size: str = MAX_SHARD_SIZE,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
     remember: Callable[[Path], None] = lambda directory: None,
     complete: Callable[[Path], None] = lambda directory: None,
 ) -> ExportReport:
     """Quantize the calibrated model, fine-tuned or not, and write it.
 
     Arguments:
-        max_shard_size: of a file of weights, such as ``2GB``; a larger component has several.
+        max_shard_size: of a file of weights, bytes or a text such as ``2GB``; a larger component
+            has several.
         remember: called with the directory as the last thing before the export gets its name, so
             that whoever notes where it is never misses one.
         complete: adds to the written directory, which does not have its name yet.
 
     Raises:
-        RunError: the directory exists and `overwrite` is not set, or a fine-tuning began with
-            another calibration.
+        RunError: the directory exists and `overwrite` is not set, or as said by
+            `load_calibrated`.
     """
     pipe = load_calibrated(calibration, device, tuned)
     denoisers = find_denoisers(pipe)
@@ -159,7 +163,7 @@ def export_run(
     with_finetuning: bool = True,
     device: str | None = None,
     overwrite: bool = False,
-    max_shard_size: str = MAX_SHARD_SIZE,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
     complete: Callable[[Path], None] = lambda directory: None,
 ) -> ExportReport:
     """Export what a run calibrated and fine-tuned, and note in the run where the export is.
@@ -170,8 +174,8 @@ def export_run(
         complete: see `export_`.
 
     Raises:
-        RunError: there is no calibration, the fine-tuning began with another one, or the directory
-            exists and `overwrite` is not set.
+        RunError: there is no calibration, the directory exists and `overwrite` is not set, or as
+            said by `load_calibrated`.
     """
     run.require()
     directory = directory or run.export
@@ -202,7 +206,7 @@ def save_pipeline(
     directory: Path,
     *,
     overwrite: bool = False,
-    max_shard_size: str = MAX_SHARD_SIZE,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
 ) -> None:
     """Write a pipeline with stock ``save_pretrained``, byte for byte the same each time.
 
@@ -213,7 +217,7 @@ def save_pipeline(
         _write(pipe, temporary, max_shard_size)
 
 
-def _write(pipe: Pipeline, directory: Path, max_shard_size: str) -> None:
+def _write(pipe: Pipeline, directory: Path, max_shard_size: str | int) -> None:
     write = DiffusionPipeline.save_pretrained  # without what we add to it
     write(pipe, directory, safe_serialization=True, max_shard_size=max_shard_size)
     tidy_(directory)

@@ -65,6 +65,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
             router's table; where no unit does, `clock` says how.
         clock: the JSON of `Clock`.
         source: model, revision, variant and dtype that were quantized.
+        is_tuned: whether fine-tuning has changed the layers; earlier versions do not say.
         sampling: steps and guidance that it was calibrated with, defaults for `msfp sample`.
         tool_version: version of msfp that wrote it.
         schema_version: version of this layout.
@@ -80,6 +81,7 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
     clock: dict[str, Any] | None = None
     source: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
+    is_tuned: bool = False
     tool_version: str = ""
     schema_version: int = SCHEMA_VERSION
     quant_method: Any = _Method.MSFP
@@ -150,7 +152,9 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
             "timestep_unit": self.timestep_unit,
             "layers": self.layers,
         }
-        return values if self.clock is None else {**values, "clock": self.clock}
+        if self.clock is not None:
+            values["clock"] = self.clock
+        return {**values, "is_tuned": True} if self.is_tuned else values
 
 
 class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is untyped

@@ -74,6 +74,8 @@ def evaluate(
     from msfp_cli.pipelines.loading import resolve_model
 
     console.quiet_libraries()
+    if export is None and is_main() and (line := run.say_outdated()):
+        console.note(f"note: {line}")
     evaluation = evaluate_run(
         run,
         export or run.latest_export(),

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from msfp_cli.commands import console
+from msfp_cli.errors import UsageError
+from msfp_cli.memory import read_size
 from msfp_cli.options import (
     DEFAULT_RUN,
     DeviceOption,
@@ -70,6 +72,10 @@ def export(
     json_: JsonOption = False,
 ) -> None:
     """Write the calibrated and fine-tuned pipeline."""
+    shard_size = read_size(max_shard_size)
+    if reseal is not None and (out or engine or calibrated or overwrite):
+        raise UsageError("--reseal writes nothing but the seal of DIR; leave the other options out")
+
     from msfp_cli.checkpoint.export import export_run
     from msfp_cli.status import next_command
 
@@ -86,7 +92,7 @@ def export(
         with_finetuning=not calibrated,
         device=device,
         overwrite=overwrite,
-        max_shard_size=max_shard_size,
+        max_shard_size=shard_size,
         complete=_converter(engine),
     )
     _show(report)

@@ -87,6 +87,8 @@ def sample(
     from msfp_cli.sample import sample_run
 
     console.quiet_libraries()
+    if export is None and (line := run.say_outdated()):
+        console.note(f"note: {line}")
     samples = sample_run(
         run,
         [*(prompt or ()), *(read_prompts(prompts) if prompts else ())],

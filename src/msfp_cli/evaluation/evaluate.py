@@ -12,6 +12,7 @@ of an evaluation directory::
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def evaluate_run(
     All that can be wrong is refused before the first picture is drawn.
 
     Arguments:
-        against: the full-precision model; None takes the one that the export names.
+        against: the full-precision model; None takes the one that the export names. Class and type
+            of it are by default those that the export was made with.
         directory: where to work; None for the run's own.
 
     Raises:
@@ -84,7 +86,7 @@ def _evaluate(
     words = recipe.words() + ([] if against is None else ["--against", against.model])
     recipe = with_prompts(recipe)
     origin = provenance_of(run, export)
-    source = against or origin.source
+    source = origin.source if against is None else _like(against, origin.source)
     models = models_to_evaluate(origin, export, recipe, source, work=place, device=device)
     full = models[0].load()
     plan = EvaluationPlan(
@@ -98,8 +100,8 @@ def _evaluate(
         processes=processes,
     )
     settings = plan.settings([model.key for model in models])
-    if place == run.evaluation:  # a run can move with all that is in it
-        settings["export"] = run.name_of(export)
+    # A run can move with all that is in it.
+    settings["export"] = run.name_of(export) if place == run.evaluation else str(export.resolve())
     refuse_other_settings(place, settings, overwrite=overwrite)
     refuse_other_model(full, models[-1].load())
     _begin(plan, settings, overwrite=overwrite)
@@ -115,6 +117,12 @@ def _evaluate(
     if plan.processes.is_first:
         evaluation.save()
     return evaluation
+
+
+def _like(against: ModelSource, source: ModelSource) -> ModelSource:
+    """Return a model with the class and the type of another one, where it does not say its own."""
+    pipeline, dtype = against.pipeline or source.pipeline, against.dtype or source.dtype
+    return replace(against, pipeline=pipeline, dtype=dtype)
 
 
 def _begin(plan: EvaluationPlan, settings: dict[str, Any], *, overwrite: bool) -> None:

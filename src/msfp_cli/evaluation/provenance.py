@@ -33,6 +33,7 @@ class Provenance:
         sampling: the settings of the sampler that it was calibrated with, by name.
         tables: each denoiser's layers as exported.
         calibration: the one that the export came from; None if it is not the run's.
+        is_marked: whether the export says that it is fine-tuned; those of earlier versions do not.
     """
 
     run: Run
@@ -40,12 +41,15 @@ class Provenance:
     sampling: Mapping[str, Any]
     tables: dict[str, dict[str, LayerScheme]]
     calibration: Calibration | None
+    is_marked: bool
 
     @property
     def is_tuned(self) -> bool:
-        """Whether the export has different grids than the calibration that it came from."""
+        """Whether fine-tuning has changed the calibration that the export came from."""
         calibration = self.calibration
-        return calibration is not None and any(
+        if calibration is None:
+            return False
+        return self.is_marked or any(
             table != calibration.table(component) for component, table in self.tables.items()
         )
 
@@ -72,6 +76,7 @@ def provenance_of(run: Run, export: Path) -> Provenance:
         sampling={**first.sampling, **(run.sampling() if calibration else {})},
         tables={component: config.table() for component, config in configs.items()},
         calibration=calibration,
+        is_marked=any(config.is_tuned for config in configs.values()),
     )
 
 
@@ -109,7 +114,7 @@ def _has_weights_of(
     scales = {name: s for name, s in calibration.scales[component].items() if name in formats}
     if not _equal(exported_tensors(directory, "weight_scale"), scales):
         return False
-    if config.table() != calibrated:  # fine-tuned: its codes are its own
+    if config.is_tuned or config.table() != calibrated:  # its codes are its own
         return True
     codes = exported_tensors(directory, "weight_codes")
     expected = calibration.codes.get(component, {})

@@ -34,8 +34,8 @@ def refuse_other_settings(place: Path, settings: dict[str, Any], *, overwrite: b
     refuse_foreign(place)
     if overwrite or not (place / _SETTINGS).exists():
         return
-    begun_with = _flat(read_document(place / _SETTINGS, dict))
-    differing = [key for key, value in _flat(settings).items() if begun_with.get(key) != value]
+    begun, asked = _flat(read_document(place / _SETTINGS, dict)), _flat(settings)
+    differing = [key for key in {**asked, **begun} if begun.get(key) != asked.get(key)]
     if not any((place / "measured").glob("*.json")):
         differing = [key for key in differing if key not in _OF_MEASUREMENTS]
     if differing:

@@ -172,12 +172,25 @@ def arguments_of(pipe: Pipeline, conditions: Sequence[str | None]) -> dict[str, 
 
 
 def _class_label(pipe: Pipeline, text: str) -> int:
-    """Read a class label: its number, or its name where the pipeline knows names."""
-    if text.strip().isdigit():
-        return int(text)
+    """Read a class label: its number, or its name where the pipeline knows names.
+
+    Raises:
+        UsageError: it is neither, or larger than the labels that the denoiser knows.
+    """
+    if text.strip().isdecimal():
+        return _require_class(pipe, int(text))
     labels = getattr(pipe, "labels", None) or {}
     if text not in labels:
         raise UsageError(
             f"{text!r} is not a class label of this pipeline; give a number or one of its names"
         )
     return int(labels[text])
+
+
+def _require_class(pipe: Pipeline, label: int) -> int:
+    count = _num_classes(pipe)
+    if label >= count:
+        raise UsageError(
+            f"class label {label} is too large: this pipeline has {count} classes, 0 to {count - 1}"
+        )
+    return label

@@ -195,18 +195,22 @@ def _may_denoise(component: object) -> bool:
 _SAMPLES = 256  # elements of each parameter that a fingerprint reads
 
 
-def fingerprint(denoiser: nn.Module) -> str:
+def fingerprint(denoiser: nn.Module, dtype: torch.dtype | None = None) -> str:
     """Return a digest that tells a float denoiser from other models and from other trainings.
 
     It reads evenly spaced elements of each parameter, so it takes no time on large models; it does
     not prove that every element is as it was.
+
+    Arguments:
+        dtype: that elements are rounded to, so that the type that the model was loaded in does not
+            matter; None takes them as they are.
     """
     sampled = {}
     for name, parameter in denoiser.named_parameters():
         with weight_in_memory(denoiser.get_submodule(name.rpartition(".")[0])):
             flat = parameter.detach().reshape(-1)
             stride = max(1, flat.numel() // _SAMPLES)
-            sampled[f"{name} {tuple(parameter.shape)}"] = flat[::stride].cpu().clone()
+            sampled[f"{name} {tuple(parameter.shape)}"] = flat[::stride].to(dtype).cpu().clone()
     return digest(sampled)
 
 

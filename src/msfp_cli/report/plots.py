@@ -90,8 +90,11 @@ def _layers(axis: Axes, layers: list[dict[str, Any]]) -> None:
     for colour, signed, title in (
         (_COLOURS[1], True, "signed input"),
         (_COLOURS[0], False, "unsigned input"),
+        (_GREY, None, "input in floating point"),
     ):
         places = [i for i, layer in enumerate(layers) if layer["signed"] is signed]
+        if not places:
+            continue
         axis.scatter(
             places, [layers[i]["output_error"] for i in places], s=14, color=colour, label=title
         )
@@ -100,7 +103,7 @@ def _layers(axis: Axes, layers: list[dict[str, Any]]) -> None:
     axis.set_ylabel("relative squared error of its output")
     axis.grid(axis="y", color="#dddddd")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
 
 
 def _router(axis: Axes, router: dict[str, Any]) -> None:

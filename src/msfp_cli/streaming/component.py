@@ -97,5 +97,5 @@ class DenoiserJob(ComponentJob):
         """Write the quantized denoiser, whose parts are all there."""
         model = self._empty()
         mark_quantized_(model, weight_only_config(Parts(self.work).fill_(model), self.origin))
-        model.save_pretrained(directory, max_shard_size=self.recipe.max_shard_size)
+        model.save_pretrained(directory, max_shard_size=self.recipe.shard_bytes())
         tidy_(directory)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.formats.float_format import MAX_BITS, MIN_BITS
+from msfp_cli.memory import read_size
 from msfp_cli.recipe import Recipe, option
 
 
@@ -31,6 +32,15 @@ class QuantizeRecipe(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.rules()
+        self.shard_bytes()
+
+    def shard_bytes(self) -> int:
+        """Return the bytes of a file of weights, at most.
+
+        Raises:
+            UsageError: `max_shard_size` is not a size.
+        """
+        return read_size(self.max_shard_size)
 
     def rules(self) -> CalibrateRecipe:
         """Return which layers get how many bits, in the terms of a calibration."""

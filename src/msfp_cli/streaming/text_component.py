@@ -47,7 +47,7 @@ class TextEncoderJob(ComponentJob):
         )
         refuse_random_tensors(str(self.source), report)
         temporary = temporary_of(self._whole)
-        model.save_pretrained(temporary, max_shard_size=self.recipe.max_shard_size)
+        model.save_pretrained(temporary, max_shard_size=self.recipe.shard_bytes())
         tidy_(temporary)
         os.replace(temporary, self._whole)
 
