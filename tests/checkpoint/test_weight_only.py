@@ -9,8 +9,9 @@ from diffusers import AutoModel, DiffusionPipeline, PipelineQuantizationConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from conftest import Chained
 from msfp_cli import MSFPConfig, quantize_
-from msfp_cli.errors import CheckpointError, UsageError
+from msfp_cli.errors import CheckpointError, RunError, UsageError
 from msfp_cli.formats.rounding import Grid, dequantize, per_channel
 from msfp_cli.layers.replace import find_layers, quantized_layers
 from tiny_pipelines import CALL_ARGUMENTS
@@ -148,3 +149,31 @@ def test_module_of_torch_is_quantized_and_twice_is_refused() -> None:
     assert quantized_layers(module).keys() == {"2"}
     with pytest.raises(UsageError, match="quantized already"):
         quantize_(module, MSFPConfig())
+    with pytest.raises(UsageError):
+        quantize_(nn.Linear(8, 8), MSFPConfig())  # which could not be replaced in itself
+
+
+def test_calibrated_model_in_memory_is_saved_and_loaded_again(
+    tiny_chained: Chained, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    calibration = tiny_chained.calibration
+    pipe = DiffusionPipeline.from_pretrained(tiny("DDIMPipeline"))
+    with pytest.raises(UsageError, match="no component 'transformer'; give one of 'unet'"):
+        quantize_(pipe.unet, calibration, "transformer")
+    assert quantize_(pipe.unet, calibration, "unet") is pipe.unet
+    with pytest.raises(UsageError, match="quantized already"):
+        quantize_(pipe.unet, calibration, "unet")
+    pipe.save_pretrained(tmp_path)
+    expected = DiffusionPipeline.from_pretrained(tiny_chained.export).unet.state_dict()
+    state = DiffusionPipeline.from_pretrained(tmp_path).unet.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in state.items())
+
+
+def test_model_of_other_weights_than_the_calibrated_is_refused(
+    tiny_chained: Chained, tiny: Callable[[str], Path]
+) -> None:
+    unet = DiffusionPipeline.from_pretrained(tiny("DDIMPipeline")).unet
+    unet.conv_in.weight.data += 1
+    with pytest.raises(RunError, match="its unet is another one"):
+        quantize_(unet, tiny_chained.calibration, "unet")

@@ -91,6 +91,19 @@ def uninterrupted(
     return train(Run(directory))
 
 
+def test_first_measurement_is_of_the_calibrated_model_whatever_the_beginning(
+    fresh_run: FreshRun,
+) -> None:
+    run = fresh_run()
+    recipe = replace(FEW_UPDATES, steps=1, learning_rate=1e-6, init="svd")
+    tuned = train(run, recipe)
+    (error,) = Calibration.load(run.calibration).held_out_error.values()
+    assert tuned.history[0].error == pytest.approx(error, rel=1e-3)
+    best = tuned.tensors_of("best" if tuned.best.step == 0 else "now")
+    updates = [tensor for name, tensor in best.items() if ".lora_b." in name]
+    assert any(tensor.any() for tensor in updates) == (tuned.best.step > 0)
+
+
 def test_every_kind_of_state_is_kept(uninterrupted: FinetuneState) -> None:
     names = uninterrupted.tensors_of("now").keys()
     for part in (

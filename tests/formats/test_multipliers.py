@@ -92,6 +92,18 @@ def test_rows_of_one_group_and_formats_without_a_choice_are_left_alone() -> None
     assert search_groups(weight, (FloatFormat.parse("e1m6"),), 8) is None
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-41, 1e-35])
+def test_rows_that_are_nearly_zero_have_steps_that_can_be_multiplied(size: float) -> None:
+    weight = grouped_weight(2, 64)
+    weight[1] *= size
+    found = search_groups(weight, FORMATS, 32)
+    rows = search_rows(weight, FORMATS, SearchSpace()).winner
+    assert found is not None
+    tiny = torch.finfo(torch.float32).tiny
+    for scale in (found.scale, rows.max_value / rows.format.largest):
+        assert bool((scale > 2**8 * tiny).all())
+
+
 def test_rows_of_zeros_have_positive_steps() -> None:
     found = search_groups(torch.zeros(2, 64), FORMATS, 32)
     assert found is not None

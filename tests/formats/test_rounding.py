@@ -17,6 +17,13 @@ from msfp_cli.formats.rounding import (
 )
 
 
+def test_signed_grids_have_no_zero_point() -> None:
+    fmt = FloatFormat.parse("e2m1")
+    for scale in (0.5, torch.ones(3)):
+        with pytest.raises(ValueError, match=r"e2m1 has a sign, so no zero point of 0\.3"):
+            Grid(fmt, scale, 0.3)
+
+
 def valid_formats() -> list[FloatFormat]:
     found = []
     for exponent_bits, mantissa_bits, signed in product(range(9), range(9), (True, False)):

@@ -1,16 +1,20 @@
 """A pipeline whose weights stay in its files: the same pictures, in hardly any memory."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from msfp_cli.errors import ModelError
 from msfp_cli.layers.replace import find_layers
 from msfp_cli.pipelines.denoiser import find_denoisers, fingerprint
 from msfp_cli.pipelines.loading import ModelSource, load_pipeline
+from msfp_cli.streaming.quantize import quantize_pipeline
+from msfp_cli.streaming.recipe import QuantizeRecipe
 from tiny_pipelines import CALL_ARGUMENTS
 
 NAMES = (
@@ -47,6 +51,42 @@ def test_pictures_and_fingerprints_are_those_of_the_whole_model(
         assert fingerprint(getattr(streamed, component)) == fingerprint(denoiser)
     assert torch.equal(draw(streamed, name), draw(whole, name))
     assert in_memory(streamed) * 20 < in_memory(whole)
+
+
+def test_files_that_stock_loading_does_not_take_are_left_alone(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny("DDIMPipeline"), tmp_path / "model"))
+    tensors = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    doubled = {name: 2 * tensor for name, tensor in tensors.items()}
+    for name in ("diffusion_pytorch_model_ema", "pytorch_lora_weights"):
+        save_file(doubled, model / "unet" / f"{name}.safetensors")
+    (model / "unet_onnx").mkdir()
+    (model / "unet_onnx" / "config.json").write_text("{}")
+    source = ModelSource(model=str(model))
+    streamed = load_pipeline(source, "cpu", streamed=True)
+    assert torch.equal(
+        draw(streamed, "DDIMPipeline"), draw(load_pipeline(source, "cpu"), "DDIMPipeline")
+    )
+    quantize_pipeline(source, tmp_path / "with", QuantizeRecipe())
+    plain = ModelSource(model=str(tiny("DDIMPipeline")))
+    quantize_pipeline(plain, tmp_path / "without", QuantizeRecipe())
+    place = Path("unet") / "diffusion_pytorch_model.safetensors"
+    one, other = load_file(tmp_path / "with" / place), load_file(tmp_path / "without" / place)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_text_encoders_have_the_types_of_stock_loading(
+    dtype: torch.dtype, tiny: Callable[[str], Path]
+) -> None:
+    source = ModelSource(model=str(tiny("StableDiffusion3Pipeline")), dtype=str(dtype)[6:])
+    whole, streamed = load_pipeline(source, "cpu"), load_pipeline(source, "cpu", streamed=True)
+    types = {key: each.dtype for key, each in whole.text_encoder_3.named_parameters()}
+    others = {key: each.dtype for key, each in streamed.text_encoder_3.named_parameters()}
+    both = types.keys() & others.keys()  # a table that two parts share may have two names
+    assert len(both) > 10 and all(types[key] == others[key] for key in both)
+    assert len(set(types.values())) == (2 if dtype == torch.float16 else 1)
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline"])

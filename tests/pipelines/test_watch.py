@@ -1,6 +1,5 @@
 import copy
 import inspect
-import operator
 from typing import Any
 
 import pytest
@@ -35,17 +34,35 @@ def test_sees_positional_and_keyword_arguments_by_name(num_positional: int) -> N
     assert call.component == "unet" and call.timestep == 7.0
     assert call.arguments.keys() == arguments.keys()
     for name in ("sample", "timestep", "encoder_hidden_states"):
-        assert call.arguments[name] is arguments[name]
-    assert call.arguments["added"]["text"] is arguments["added"]["text"]
-    assert all(map(operator.is_, call.arguments["residuals"], arguments["residuals"]))
-    assert call.output is output[0]
+        assert torch.equal(call.arguments[name], arguments[name])
+    assert torch.equal(call.arguments["added"]["text"], arguments["added"]["text"])
+    assert all(map(torch.equal, call.arguments["residuals"], arguments["residuals"]))
+    assert torch.equal(call.output, output[0])
 
 
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_how_the_output_was_wrapped_is_not_recorded(return_dict: bool) -> None:
     output, call = watched(Denoiser(), draw(1), 3.0, return_dict=return_dict)
     assert call.arguments.keys() == {"sample", "timestep"}
-    assert call.output is output[0]
+    assert torch.equal(call.output, output[0])
+
+
+def test_calls_are_kept_as_they_were_though_tensors_are_written_to() -> None:
+    """As by a pipeline that writes the next sample into the tensor that it passed."""
+    denoiser, calls, expected = Denoiser(), list[DenoiserCall](), []
+    sample, text = draw(1), draw(2)
+    with watch_calls({"unet": denoiser}, calls.append), torch.no_grad():
+        for timestep in (3.0, 2.0, 1.0):
+            expected.append(sample.clone())
+            output = denoiser(sample, timestep, text)[0]
+            sample[:] = output
+            output.zero_()
+    for call, before in zip(calls, expected, strict=True):
+        assert torch.equal(call.arguments["sample"], before)
+        assert torch.equal(replay(denoiser, call), call.output)
+    assert calls[0].output.any()
+    texts = [call.arguments["encoder_hidden_states"] for call in calls]
+    assert all(each is texts[0] for each in texts)  # nobody has written to it
 
 
 @pytest.mark.parametrize(
@@ -205,7 +222,7 @@ def test_arguments_are_those_before_the_call_and_replay_leaves_them_whole() -> N
     (output,), call = watched(Emptying(), draw(1), 1.0, list(residuals))
     for _ in range(2):
         assert torch.equal(replay(Emptying(), call), output)
-    assert all(map(operator.is_, call.arguments["residuals"], residuals))
+    assert all(map(torch.equal, call.arguments["residuals"], residuals))
     assert len(call.arguments["residuals"]) == 2
 
 

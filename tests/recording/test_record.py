@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderKLWan,
     DDIMPipeline,
+    DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     WanPipeline,
@@ -22,10 +23,11 @@ from conftest import Invoke, record_few
 from msfp_cli.errors import CalibrationError, ModelError, RunError
 from msfp_cli.pipelines.denoiser import replay
 from msfp_cli.pipelines.loading import ModelSource, default_prompts, load_pipeline
+from msfp_cli.pipelines.pictures import digest_of_pictures
 from msfp_cli.processes import LEFT_ALONE, meeting
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
 from msfp_cli.recording.record import record_both, record_calls, record_recipes
-from msfp_cli.recording.result import Recording
+from msfp_cli.recording.result import Recording, is_same
 from msfp_cli.run import Run
 from together import run_together
 
@@ -270,6 +272,39 @@ def test_recording_of_other_settings_is_not_mixed_in(
     with pytest.raises(RunError, match="recorded with other settings; use --overwrite"):
         record_calls(tiny_pipe, tiny_source, replace(THREE_BATCHES, seed=4), tmp_path / "recording")
     assert shards_of(tmp_path / "recording") == before
+
+
+def test_recording_of_another_scheduler_or_other_pictures_is_not_reused(
+    tiny_pipe: DiffusionPipeline, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    run, options = Run(tmp_path / "run"), RecordOptions(num_images=2, num_inference_steps=2)
+    recording, _ = record_both(tiny_pipe, run, tiny_source, options)
+    before = recording.recipe
+    tiny_pipe.scheduler = DDIMScheduler.from_config(
+        tiny_pipe.scheduler.config, prediction_type="v_prediction"
+    )
+    with pytest.raises(RunError, match="recorded with other settings"):
+        record_both(tiny_pipe, run, tiny_source, options)
+    recording, _ = record_both(tiny_pipe, run, tiny_source, options, overwrite=True)
+    changed = {key for key in before if recording.recipe[key] != before[key]}
+    assert changed == {"schedulers"}
+
+
+def test_recordings_of_earlier_versions_noted_less() -> None:
+    settings = {"source": 1, "schedulers": {"scheduler": {"class": "DDIMScheduler"}}}
+    assert is_same({"source": 1}, settings) and is_same(settings, settings)
+    assert not is_same({"source": 2}, settings)
+    assert not is_same({**settings, "pictures": "digest"}, settings)
+
+
+def test_digest_of_pictures_is_that_of_names_and_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"a")
+    first = digest_of_pictures(tmp_path)
+    (tmp_path / "notes.txt").write_bytes(b"b")
+    assert digest_of_pictures(tmp_path) == first
+    for name, content in (("a-mask.png", b"m"), ("a.png", b"c")):
+        (tmp_path / name).write_bytes(content)
+        assert digest_of_pictures(tmp_path) != first
 
 
 def test_overwriting_keeps_a_matching_recording_and_replaces_any_other(

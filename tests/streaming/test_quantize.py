@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -207,6 +208,27 @@ def test_command_says_no_speed_where_a_killed_one_has_encoded_everything(
     report = json.loads(result.stdout)
     assert (report["num_parameters"], report["components"].keys()) == (0, {"unet"})
     assert "a second" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("FluxPipeline", " --prompt 'a red dress'"),
+        ("DiTPipeline", " --prompt 1"),
+        ("DDIMPipeline", ""),
+    ],
+)
+def test_command_that_is_next_works(
+    name: str, option: str, tiny: Callable[[str], Path], msfp: Invoke
+) -> None:
+    done = msfp("quantize", tiny(name), "--out", "q")
+    *_, line = done.stderr.splitlines()
+    assert line == f"next: msfp sample q{option}"
+    options = (
+        ("--steps", 1, "--height", 32, "--width", 32) if name == "FluxPipeline" else ("--steps", 2)
+    )
+    drawn = msfp(*shlex.split(line)[2:], *options)
+    assert drawn.exit_code == 0, drawn.stderr
 
 
 def test_text_encoders_are_quantized_if_asked_for(

@@ -24,7 +24,7 @@ from msfp_cli.calibration.denoiser_search import (
     search_denoiser,
 )
 from msfp_cli.calibration.estimate import check_layers, estimate
-from msfp_cli.calibration.quantize import print_of, quantize_, refuse_changed
+from msfp_cli.calibration.quantize import print_of, quantize_, refuse_other_weights
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration, LayerChoice
 from msfp_cli.files.directories import refuse_existing
@@ -229,7 +229,7 @@ def load_signed(run: Run, calibration: Calibration, place: Path, device: str | N
         rotate="none",
     )
     pipe = load_pipeline(calibration.source, device)
-    refuse_changed(find_denoisers(pipe), calibration)
+    refuse_other_weights(find_denoisers(pipe), calibration)
     signed = Calibration.load(place) if place.exists() else None
     if signed is None or (signed.recipe, signed.record) != (recipe, calibration.record):
         recordings = Recording(run.recording), Recording(run.held_out)

@@ -21,7 +21,7 @@ def print_of(denoiser: nn.Module) -> str:
     return fingerprint(denoiser, torch.bfloat16)
 
 
-def refuse_changed(denoisers: Mapping[str, nn.Module], calibration: Calibration) -> None:
+def refuse_other_weights(denoisers: Mapping[str, nn.Module], calibration: Calibration) -> None:
     """Refuse float denoisers that are not those that were calibrated.
 
     Calibrations of earlier versions do not say which those were.

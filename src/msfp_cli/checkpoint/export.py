@@ -11,15 +11,11 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from msfp_cli.calibration.quantize import quantize_, refuse_changed
+from msfp_cli.calibration.quantize import quantize_, refuse_other_weights
 from msfp_cli.calibration.result import Calibration
-from msfp_cli.checkpoint.in_memory import quantize_ as quantize_weights_
+from msfp_cli.checkpoint.in_memory import mark_calibrated_, quantize_text_encoders_
 from msfp_cli.checkpoint.quantizer import (
-    MSFPConfig,
     bytes_of_members,
-    clock_settings,
-    mark_quantized_,
-    schema_of,
 )
 from msfp_cli.files.directories import refuse_existing, replace_directory
 from msfp_cli.finetuning.quantize import quantize_tuned_
@@ -28,7 +24,6 @@ from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import Pipeline, load_pipeline
 from msfp_cli.run import Run, locked
-from msfp_cli.version import __version__
 
 MAX_SHARD_SIZE = "10GB"  # of a file of weights, which is diffusers' own default
 
@@ -80,27 +75,16 @@ def load_calibrated(
     """
     pipe = load_pipeline(calibration.source, device)
     denoisers = find_denoisers(pipe)
-    refuse_changed(denoisers, calibration)
+    refuse_other_weights(denoisers, calibration)
     for component in calibration.layers:
         denoiser, learned = denoisers[component], (tuned or {}).get(component)
         if learned is None:
             quantize_(denoiser, calibration, component)
         else:
             quantize_tuned_(denoiser, calibration, component, learned)
-        layers = quantized_layers(denoiser)
-        config = MSFPConfig(
-            layers={name: layer.scheme.to_json() for name, layer in layers.items()},
-            schema_version=schema_of(layer.scheme for layer in layers.values()),
-            **clock_settings(calibration.clock(component)),
-            source=calibration.source.to_json(),
-            sampling=calibration.record.arguments(),
-            is_tuned=learned is not None and learned.best.step > 0,
-            tool_version=__version__,
-        )
-        mark_quantized_(denoiser, config)
-    for name, bits in calibration.recipe.text_encoders().items():
-        origin = calibration.source.to_json()
-        quantize_weights_(pipe.components[name], MSFPConfig(weights=bits, source=origin))
+        is_tuned = learned is not None and learned.best.step > 0
+        mark_calibrated_(denoiser, calibration, component, is_tuned=is_tuned)
+    quantize_text_encoders_(pipe, calibration)
     return pipe
 
 

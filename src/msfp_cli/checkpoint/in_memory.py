@@ -8,10 +8,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from msfp_cli.calibration.quantize import quantize_ as quantize_as_calibrated_
+from msfp_cli.calibration.quantize import refuse_other_weights
 from msfp_cli.calibration.result import Calibration
-from msfp_cli.checkpoint.quantizer import MSFPConfig, mark_quantized_, weight_only_config
+from msfp_cli.checkpoint.quantizer import (
+    MSFPConfig,
+    clock_settings,
+    mark_quantized_,
+    schema_of,
+    weight_only_config,
+)
 from msfp_cli.checkpoint.text_encoder import MSFPTextQuantizer, mark_text_encoder_, text_encoder
+from msfp_cli.errors import UsageError
+from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.pipelines.denoiser import refuse_changed
+from msfp_cli.pipelines.loading import Pipeline
+from msfp_cli.version import __version__
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,13 +39,20 @@ def quantize_(module: M, how: "MSFPConfig | Calibration", component: str = "") -
         component: the pipeline's name for the module, which a calibration needs.
 
     Raises:
-        UsageError: the module is quantized already, has adapters, or no layer to quantize.
+        UsageError: the module is quantized already, has adapters, or no layer to quantize; or the
+            calibration has no such component.
+        RunError: the module is not the one that was calibrated.
         CheckpointError: a weight is not finite.
     """
-    if isinstance(how, Calibration):
-        quantize_as_calibrated_(module, how, component)
-        return module
     refuse_changed(type(module).__name__, module)
+    if isinstance(how, Calibration):
+        if quantized_layers(module):
+            raise UsageError(f"{type(module).__name__} is quantized already; load it again")
+        _require_component(how, component)
+        refuse_other_weights({component: module}, how)
+        quantize_as_calibrated_(module, how, component)
+        mark_calibrated_(module, how, component)
+        return module
     if isinstance(module, PreTrainedModel):
         encoder = text_encoder(module, how)
     else:
@@ -47,3 +65,37 @@ def quantize_(module: M, how: "MSFPConfig | Calibration", component: str = "") -
     elif isinstance(module, ModelMixin):
         mark_quantized_(module, config)
     return module
+
+
+def _require_component(calibration: Calibration, component: str) -> None:
+    if component not in calibration.layers:
+        names = ", ".join(map(repr, calibration.layers))
+        raise UsageError(f"the calibration has no component {component!r}; give one of {names}")
+
+
+def mark_calibrated_(
+    denoiser: nn.Module, calibration: Calibration, component: str, *, is_tuned: bool = False
+) -> None:
+    """Mark a denoiser that was quantized as a calibration says, so that it can be saved.
+
+    Arguments:
+        is_tuned: whether fine-tuning has changed it since.
+    """
+    layers = quantized_layers(denoiser)
+    config = MSFPConfig(
+        layers={name: layer.scheme.to_json() for name, layer in layers.items()},
+        schema_version=schema_of(layer.scheme for layer in layers.values()),
+        **clock_settings(calibration.clock(component)),
+        source=calibration.source.to_json(),
+        sampling=calibration.record.arguments(),
+        is_tuned=is_tuned,
+        tool_version=__version__,
+    )
+    mark_quantized_(denoiser, config)
+
+
+def quantize_text_encoders_(pipe: Pipeline, calibration: Calibration) -> None:
+    """Quantize the weights of the text encoders that a calibration names (`--also`)."""
+    origin = calibration.source.to_json()
+    for name, bits in calibration.recipe.text_encoders().items():
+        quantize_(pipe.components[name], MSFPConfig(weights=bits, source=origin))

@@ -1,5 +1,6 @@
 """`msfp quantize`: quantize the weights of a pipeline at once, without a calibration."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +46,7 @@ def quantize(
     """Quantize the weights of a pipeline."""
     recipe = options.recipe(QuantizeRecipe)
 
+    from msfp_cli.pipelines.conditions import example_option
     from msfp_cli.pipelines.loading import resolve_model
     from msfp_cli.streaming.quantize import quantize_pipeline
 
@@ -70,4 +72,5 @@ def quantize(
             f"{report.speed / 1e6:.1f} million a second"
         )
     console.result(report.directory, report.to_json(), as_json=json_)
-    console.note(f"next: msfp sample {report.directory}")
+    option = example_option(report.pipeline)
+    console.note(f"next: msfp sample {shlex.quote(report.directory)}{option}")

@@ -8,11 +8,13 @@ from pathlib import Path
 from msfp_cli.calibration.calibrate import load_signed
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import load_calibrated
+from msfp_cli.checkpoint.in_memory import quantize_text_encoders_
 from msfp_cli.checkpoint.pipeline import load_export
 from msfp_cli.errors import UsageError
 from msfp_cli.evaluation.provenance import Provenance
 from msfp_cli.evaluation.recipe import STEPS_BEFORE, EvaluateRecipe
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
+from msfp_cli.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ def _steps_before(
         key="signed",
         title="signed FP4",
         source=None,
-        load=partial(load_signed, provenance.run, calibration, work / "signed", device),
+        load=partial(_load_signed, provenance.run, calibration, work / "signed", device),
     )
     calibrated = EvaluatedModel(
         key="calibrated",
@@ -114,3 +116,10 @@ def _steps_before(
         load=partial(load_calibrated, calibration, device),
     )
     return [model for model in (signed, calibrated) if model.key in keys]
+
+
+def _load_signed(run: Run, calibration: Calibration, place: Path, device: str | None) -> Pipeline:
+    """Load the model in signed formats, with the text encoders that the export has."""
+    pipe = load_signed(run, calibration, place, device)
+    quantize_text_encoders_(pipe, calibration)
+    return pipe

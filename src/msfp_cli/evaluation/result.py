@@ -87,8 +87,8 @@ class Measurements:
         sets: sizes of the sets that distances compare, by the other set: ``full`` (pictures by full
             precision), ``reference`` (real pictures).
         denoisers: what is known of each quantized denoiser's error.
-        denoiser_bytes: size of the denoisers: on disk for an export, otherwise with 16 bits per
-            number.
+        denoiser_bytes: size of the denoisers' tensors: as in the files of an export, without their
+            headers, otherwise with 16 bits per number.
         cost: time and memory in a process of its own.
     """
 

@@ -14,6 +14,8 @@ from msfp_cli.files.documents import open_tensors
 _REDO = "download the model again"
 # Weights in any format; what else lies in the folder of a component is a config or a vocabulary.
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|onnx|gguf)(\.index.*\.json)?")
+# What diffusers and transformers load; people keep others beside it, of averaged weights say.
+_STEM = "(diffusion_pytorch_model|model)"
 _SHARD = r"(-\d{5}-of-\d{5})?"
 
 
@@ -29,7 +31,7 @@ class StoredTensor:
 
 
 def weight_files(directory: Path, variant: str | None) -> list[Path]:
-    """Return the safetensors files of a component, the first shard first.
+    """Return the safetensors files that a component is loaded from, the first shard first.
 
     Arguments:
         variant: of the files, such as ``fp16``; a component without it has the files of no variant.
@@ -39,7 +41,7 @@ def weight_files(directory: Path, variant: str | None) -> list[Path]:
     """
     every = sorted(directory.glob("*.safetensors"))
     for infix in ([f"\\.{re.escape(variant)}"] if variant else []) + [""]:
-        pattern = re.compile(rf"[^.]+{infix}{_SHARD}\.safetensors")
+        pattern = re.compile(rf"{_STEM}{infix}{_SHARD}\.safetensors")
         files = [path for path in every if pattern.fullmatch(path.name)]
         shards = [path for path in files if "-of-" in path.name]
         if files:

@@ -106,6 +106,19 @@ class Student(nn.Module):
             choices[position] = choices[position]._replace(input=moved_input(grid, *shift))
         return routed
 
+    @contextmanager
+    def as_calibrated(self) -> Iterator[None]:
+        """Take all updates away while the context is open, where they do not begin at zero."""
+        matrices = [b for layer in self.layers.values() for b in layer.lora_b]
+        before = [b.detach().clone() for b in matrices]
+        for b in matrices:
+            b.data.zero_()
+        try:
+            yield
+        finally:
+            for b, values in zip(matrices, before, strict=True):
+                b.data.copy_(values)
+
     def forward(self, call: DenoiserCall | JoinedCall) -> Tensor:
         """Return the denoiser's output for a recorded call, within `at`."""
         return call_with(self.denoiser, call.arguments, call.output)

@@ -91,7 +91,8 @@ class Trainer:
             TrainingError: the loss is not finite any more; the last good state is kept.
         """
         if not self.history:
-            self._evaluate(progress)
+            with self.student.as_calibrated():
+                self._evaluate(progress)
             self._save()
         with progress.task("Fine-tuning", self.recipe.steps) as advance:
             advance(self.step)

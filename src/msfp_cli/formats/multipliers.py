@@ -18,7 +18,7 @@ from torch import Tensor
 
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.packing import pack, unpack
-from msfp_cli.formats.search import SortedRows
+from msfp_cli.formats.search import NEGLIGIBLE, SortedRows
 
 LARGEST_INTEGER = 127
 _BITS = 4
@@ -92,7 +92,7 @@ def _search_rows(groups: Tensor, fmt: FloatFormat) -> tuple[Tensor, Tensor, Tens
     """
     most = largest_multiplier(fmt)
     largest = groups.amax(dim=(1, 2)).double()
-    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    largest = torch.where(largest > NEGLIGIBLE, largest, torch.ones_like(largest))
     smallest = largest / (fmt.largest * most)
     steps = smallest[:, None] * groups.new_tensor(_STEPS, dtype=torch.float64)  # (rows, steps)
     factors = torch.arange(1, most + 1, dtype=torch.float64, device=groups.device)

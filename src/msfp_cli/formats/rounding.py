@@ -39,6 +39,9 @@ class Grid:
             channel.
         zero_point: the value of code 0, a real number; 0 where the format is signed, as
             `fake_quantize` relies on.
+
+    Raises:
+        ValueError: a number cannot be what it is said to be.
     """
 
     format: FloatFormat
@@ -46,6 +49,8 @@ class Grid:
     zero_point: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.format.signed and isinstance(self.zero_point, float) and self.zero_point:
+            raise ValueError(f"{self.format} has a sign, so no zero point of {self.zero_point:g}")
         if isinstance(self.scale, Tensor):
             return  # which would have to be waited for on a GPU; `are_scales` checks those of files
         # Small numbers first: a cast of large ones to float32 would warn.

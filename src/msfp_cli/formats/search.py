@@ -92,6 +92,11 @@ class SearchResult:
     scores: tuple[FormatScore, ...]
 
 
+# Rows of less, and rows of zeros, are exact enough on every grid: they get one whose steps can be
+# multiplied in float32, as if they reached 1.
+NEGLIGIBLE = 1e-30
+
+
 class SortedRows:
     """Samples sorted row by row with their cumulative sums, ready to score any grid."""
 
@@ -192,8 +197,7 @@ def _best_maximum(
 ) -> tuple[Tensor, Tensor]:
     """Search a maximum per row, without zero point; return errors and maxima, float64 (rows,)."""
     largest = torch.maximum(rows.values[:, -1].abs(), rows.values[:, 0].abs()).double()
-    # A row of zeros is exact on every grid; the 1 keeps its scale positive.
-    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    largest = torch.where(largest > NEGLIGIBLE, largest, torch.ones_like(largest))
     fractions = _fractions(space, largest.device)
     maxima = largest[:, None] * fractions
     step = largest * (fractions[1] - fractions[0])
@@ -221,7 +225,8 @@ def _best_offset_grid(
     max_fractions = _fractions(space, device)
     zeros = low[:, None] * zero_fractions
     zero_step = low.abs() * zero_fractions[1]
-    spread = torch.where(high > low.clamp_max(0), high - low.clamp_max(0), torch.ones_like(high))
+    spread = high - low.clamp_max(0)
+    spread = torch.where(spread > NEGLIGIBLE, spread, torch.ones_like(high))
     maxima = spread[:, None] * max_fractions
     max_step = spread * (max_fractions[1] - max_fractions[0])
     floor = spread[:, None] * space.low / 2

@@ -25,25 +25,23 @@ def prepare_(
         By layer name, the kernel that it got, and why others were passed over.
 
     Raises:
-        UsageError: there is no such kernel, or it refuses every layer.
+        UsageError: there is no such kernel, or it refuses every layer; all stay as they are.
     """
-    chosen: dict[str, tuple[str, str]] = {}
     layers = quantized_layers(denoiser)
-    fresh = [layer for layer in layers.values() if layer.kernel is None]
-    if not keep_packed and any(choose_kernel(layer, kernel)[0].lays_out for layer in fresh):
-        _leave_file_(denoiser)
-    for name, layer in layers.items():
-        reason = layer.prepare_(kernel, keep_packed=keep_packed)
-        assert layer.kernel is not None, "it was prepared"
-        chosen[name] = (layer.kernel.name, reason)
-    if chosen and kernel != AUTO and all(name != kernel for name, _ in chosen.values()):
+    choices = {name: choose_kernel(layer, kernel) for name, layer in layers.items()}
+    if choices and kernel != AUTO and all(kind.name != kernel for kind, _ in choices.values()):
         # Tables have no reason, so a layer that has one is named.
-        name, (_, reason) = max(chosen.items(), key=lambda entry: bool(entry[1][1]))
+        name, (_, reason) = max(choices.items(), key=lambda entry: bool(entry[1][1]))
         raise UsageError(
-            f"kernel {kernel!r} can run none of the {len(chosen)} layers; {name}: {reason}; "
+            f"kernel {kernel!r} can run none of the {len(choices)} layers; {name}: {reason}; "
             f"choose {AUTO!r}"
         )
-    return chosen
+    fresh = [name for name, layer in layers.items() if layer.kernel is None]
+    if not keep_packed and any(choices[name][0].lays_out for name in fresh):
+        _leave_file_(denoiser)
+    for layer in layers.values():
+        layer.prepare_(kernel, keep_packed=keep_packed)
+    return {name: (kind.name, reason) for name, (kind, reason) in choices.items()}
 
 
 def _leave_file_(denoiser: nn.Module) -> None:

@@ -17,9 +17,12 @@ from msfp_cli.layers.weight import answer_for_weights, refuse_part
 
 
 def find_layers(denoiser: nn.Module) -> dict[str, FloatLayer]:
-    """Return every layer that has a kind, by qualified name, in the order of definition."""
+    """Return every layer that has a kind, by qualified name, in the order of definition.
+
+    The module itself has no name, and could not be replaced.
+    """
     modules = denoiser.named_modules()
-    return {name: module for name, module in modules if find_kind(module) is not None}
+    return {name: module for name, module in modules if name and find_kind(module) is not None}
 
 
 def quantized_layers(denoiser: nn.Module) -> dict[str, Quantized]:

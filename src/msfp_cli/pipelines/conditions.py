@@ -20,6 +20,21 @@ def conditioning_of(pipe: Pipeline) -> str:
     return "class_labels" if "class_labels" in parameters and _num_classes(pipe) else "none"
 
 
+def example_option(pipeline: str) -> str:
+    """Return the option of `msfp sample` that a class of pipelines needs, with an example.
+
+    Arguments:
+        pipeline: name of the class; nothing is known of one that is not in diffusers.
+    """
+    import diffusers
+
+    found = getattr(diffusers, pipeline, None)
+    parameters = inspect.signature(found.__call__).parameters if found else {}
+    if "prompt" in parameters:
+        return " --prompt 'a red dress'"
+    return " --prompt 1" if "class_labels" in parameters else ""
+
+
 def _num_classes(pipe: Pipeline) -> int:
     """Return how many classes a denoiser tells apart, 0 if none."""
     if getattr(pipe, "transformer", None) is not None:

@@ -73,7 +73,7 @@ class DenoiserCall:
             component=component,
             timestep=clock.read(arguments[clock.argument]),
             arguments=arguments,
-            output=_first(output),
+            output=_first(output).clone(),  # some pipelines compute in it
             time=clock.argument,
             is_listed=not isinstance(first, Tensor),
         )

@@ -4,6 +4,7 @@ What a pipeline takes is read off its signature: ``image`` or ``control_image``,
 or ``control_mask`` for inpainting. All pictures of a call get one size.
 """
 
+import hashlib
 import inspect
 import random
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from msfp_cli.errors import UsageError
+from msfp_cli.files.seal import SealedFile
 from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.progress import Progress
 
@@ -149,6 +151,20 @@ def say_pictures(pipe: Pipeline, settings: PictureSettings, progress: Progress) 
             f"no --images: pictures made from noise stand in for {' and '.join(names)} of "
             f"{type(pipe).__name__}; give a folder of pictures such as it will be used with"
         )
+
+
+def digest_of_pictures(folder: Path) -> str:
+    """Return a digest of the pictures and masks of a folder, names and bytes.
+
+    Raises:
+        UsageError: it holds no picture, or cannot be read.
+    """
+    picture_files(folder)
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in _ENDINGS:
+            digest.update(f"{path.name} {SealedFile.of(path).sha256}\n".encode())
+    return digest.hexdigest()
 
 
 def picture_files(folder: Path) -> list[Path]:

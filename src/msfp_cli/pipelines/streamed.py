@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from msfp_cli.files.documents import read_json
 from msfp_cli.files.weight_files import StoredTensor, stored_tensors, weight_files
 from msfp_cli.layers.quantized import KINDS
 from msfp_cli.layers.replace import find_layers
@@ -31,7 +32,9 @@ def component_files(directory: Path, variant: str | None) -> dict[str, _Files]:
     Raises:
         ModelError: a component has other files than safetensors.
     """
-    places = [path for path in sorted(directory.iterdir()) if (path / "config.json").exists()]
+    index = read_json(directory / "model_index.json", dict, redo="download the model again")
+    parts = [name for name, entry in sorted(index.items()) if isinstance(entry, list) and entry[0]]
+    places = [directory / name for name in parts if (directory / name / "config.json").exists()]
     files = {place.name: stored_tensors(weight_files(place, variant)) for place in places}
     return {name: {each.name: each for each in tensors} for name, tensors in files.items()}
 
@@ -65,10 +68,24 @@ def stream_components_(
             _stream_(module, files[component], types[component], dtype, device)
 
 
+def _names_in_float32(module: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Return the names of parts that stock loading in `dtype` leaves in float32.
+
+    Models of transformers have two lists, one for float16 alone and one for bfloat16, too.
+    """
+    from transformers import PreTrainedModel
+
+    names = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    if not isinstance(module, PreTrainedModel):
+        return names
+    strict = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    return names | strict if dtype == torch.float16 else strict
+
+
 def _stream_(
     module: nn.Module, files: _Files, stored: torch.dtype, dtype: torch.dtype, device: str
 ) -> None:
-    exact = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    exact = _names_in_float32(module, dtype)
 
     def target(name: str, own: torch.dtype) -> torch.dtype:
         """Return the type of a tensor that stock loading in `dtype` would give."""

@@ -67,7 +67,7 @@ def watch_calls(
             signature = inspect.signature(denoiser.forward)
             clock = clocks.get(component, TRAINING_CLOCK)
             arguments: dict[str, Passed] = {}
-            before = functools.partial(_keep_arguments, signature, arguments)
+            before = functools.partial(_keep_arguments, signature, arguments, _Copies())
             after = functools.partial(_report_call, component, clock, arguments, report)
             handle = denoiser.register_forward_pre_hook(before, with_kwargs=True)
             hooks.callback(handle.remove)
@@ -76,9 +76,37 @@ def watch_calls(
         yield
 
 
+class _Copies:
+    """Copies tensors of calls; one that the call before had, too, is copied once.
+
+    Some pipelines write the next sample into the tensor that they passed.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._now: dict[int, tuple[Tensor, int, Tensor]] = {}
+
+    def of_call(self, arguments: Passed) -> Passed:
+        """Return the arguments of the next call with copies of their tensors."""
+        self._before, self._now = self._now, {}
+        return map_tensors(self._copy, arguments)
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if tensor.is_inference():  # nothing tells whether it was written to
+            return tensor.clone()
+        key = id(tensor)
+        for known in (self._now.get(key), self._before.get(key)):
+            if known is not None and known[0] is tensor and known[1] == tensor._version:
+                self._now[key] = known
+                return known[2]
+        self._now[key] = (tensor, tensor._version, tensor.clone())
+        return self._now[key][2]
+
+
 def _keep_arguments(
     signature: inspect.Signature,
     arguments_: dict[str, Passed],
+    copies: _Copies,
     denoiser: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -86,10 +114,10 @@ def _keep_arguments(
     """Keep the arguments of a call that begins; the last three are those of torch's hooks.
 
     Some denoisers take items out of lists that they are given, or write into caches, so what holds
-    the tensors is copied.
+    the tensors is copied, too.
     """
     arguments_.clear()
-    arguments_.update(map_tensors(lambda tensor: tensor, signature.bind(*args, **kwargs).arguments))
+    arguments_.update(copies.of_call(signature.bind(*args, **kwargs).arguments))
     arguments_.pop("return_dict", None)
 
 

@@ -1,6 +1,7 @@
 """Record the denoiser's calls while the stock pipeline runs."""
 
 import inspect
+import json
 import shutil
 import warnings
 from dataclasses import replace
@@ -21,9 +22,11 @@ from msfp_cli.pipelines.discovery import (
     Clocks,
     learn_clocks,
     refuse_idle,
+    schedulers_of,
     watch_pipeline,
 )
 from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, ModelSource, Pipeline
+from msfp_cli.pipelines.pictures import digest_of_pictures
 from msfp_cli.pipelines.sampling import call_pipeline, refuse_settings, say_conditions
 from msfp_cli.processes import ALONE, Processes
 from msfp_cli.recording.encode import size_bytes
@@ -37,7 +40,7 @@ from msfp_cli.recording.recipe import (
     RecordRecipe,
     recorded_conditions,
 )
-from msfp_cli.recording.result import Factors, Recording
+from msfp_cli.recording.result import Factors, Recording, is_same
 from msfp_cli.run import Run
 
 _HELD_OUT_SEED = 1_000_003  # far from any calibration image's seed
@@ -140,9 +143,30 @@ class _Watcher:
 
 
 def _settings_of(pipe: Pipeline, source: ModelSource, recipe: RecordRecipe) -> dict[str, Any]:
-    """Return the settings that a recording's manifest holds; the fingerprint tells models apart."""
+    """Return the settings that a recording's manifest holds.
+
+    Fingerprints tell models apart. A model's schedulers, and the pictures in a folder, may change
+    without another name.
+    """
     prints = {component: fingerprint(module) for component, module in find_denoisers(pipe).items()}
-    return {"source": source.to_json(), "record": recipe.to_json(), "fingerprint": prints}
+    schedulers = schedulers_of(pipe).items()
+    settings = {
+        "source": source.to_json(),
+        "record": recipe.to_json(),
+        "fingerprint": prints,
+        "schedulers": {name: _scheduler_settings(each) for name, each in schedulers},
+    }
+    if recipe.images is None:
+        return settings
+    return {**settings, "pictures": digest_of_pictures(recipe.images)}
+
+
+def _scheduler_settings(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401 (diffusers is untyped)
+    """Return the class of a scheduler and its config, where it has one, as JSON values."""
+    has_config = hasattr(scheduler, "to_json_string")
+    config: dict[str, Any] = json.loads(scheduler.to_json_string()) if has_config else {}
+    own = {key: value for key, value in config.items() if key[0] != "_"}
+    return {"class": type(scheduler).__name__, **own}
 
 
 def record_calls(
@@ -290,7 +314,7 @@ def record_both(
 def _remove_other(directory: Path, settings: dict[str, Any]) -> None:
     """Delete a recording, unless it is of just these settings."""
     try:
-        if Recording(directory).recipe == settings:
+        if is_same(Recording(directory).recipe, settings):
             return
     except MsfpError:  # damaged in whatever way: it is replaced, which is what --overwrite asks for
         pass

@@ -58,6 +58,11 @@ def _parse_manifest(document: Json) -> tuple[dict[str, Any], int]:
     return recipe, num_shards
 
 
+def is_same(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether a recording was made with these settings; earlier versions noted fewer of them."""
+    return {**settings, **recorded} == settings
+
+
 def _identity(recipe: dict[str, Any], num_shards: int) -> str:
     """Return a digest of what was asked, by which each shard names its recording."""
     text = json.dumps([recipe, num_shards], sort_keys=True)
@@ -108,7 +113,7 @@ class Recording:
         """
         if (directory / _MANIFEST).exists():
             recording = cls(directory)
-            if recording.recipe == recipe and recording.num_shards == num_shards:
+            if is_same(recording.recipe, recipe) and recording.num_shards == num_shards:
                 return recording
             if len(recording.missing_shards()) < recording.num_shards:
                 raise RunError(

@@ -55,9 +55,9 @@ def _summary(provenance: Provenance, evaluation: Evaluation) -> str:
         inputs = [scheme.input for scheme in table.values()]
         signs += [grid.format.signed for grid in inputs if grid is not None]
     count = len(evaluation.settings["record"]["conditions"])
+    inputs_ = f"{signs.count(False)} of {len(signs)} inputs unsigned{_bits_of_inputs(provenance)}"
     return (
-        f"{layers} layers quantized, {signs.count(False)} of {len(signs)} inputs unsigned"
-        f"{_bits_of_inputs(provenance)}; "
+        f"{layers} layers quantized, {inputs_ if signs else 'inputs stay in floating point'}; "
         f"{count} pictures of each model from the same prompts and seeds. Weights on disk: "
         f"{describe_sizes(evaluation.export)}.{_floats(provenance)}"
     )

@@ -36,12 +36,14 @@ class QuantizeReport:
 
     Arguments:
         directory: the quantized pipeline.
+        pipeline: its class.
         components: those that were quantized.
         num_parameters: that were encoded by this process, without those of an earlier one.
         seconds: that it took to encode them.
     """
 
     directory: str
+    pipeline: str
     components: Mapping[str, ComponentSize]
     num_parameters: int
     seconds: float
@@ -97,7 +99,11 @@ def quantize_pipeline(
         sizes = {name: job.size(directory / name) for name, job in jobs.items()}
         delete(work)
     return QuantizeReport(
-        directory=str(directory), components=sizes, num_parameters=count, seconds=seconds
+        directory=str(directory),
+        pipeline=str(index.get("_class_name")),
+        components=sizes,
+        num_parameters=count,
+        seconds=seconds,
     )
 
 

@@ -589,6 +589,11 @@ def test_kernel_that_refuses_every_layer_says_so() -> None:
     ):
         prepare_(net, "cpu")
     assert {name for name, _ in prepare_(net, AUTO).values()} == {"simulated"}
+    able = nn.Sequential(linear(grid=grid_of(INPUTS["ue2m2"])))
+    prepare_(able, "cpu")
+    with pytest.raises(UsageError, match="'cuda' can run none of the 1 layers"):
+        prepare_(able, "cuda")
+    assert able[0].kernel.name == "cpu"
     assert prepare_(nn.Sequential(nn.Linear(2, 2)), "cpu") == {}
 
 

@@ -229,7 +229,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         key="size",
         title="denoiser, MiB (16 bits or packed)",
-        help="Size of the denoisers: of an export on disk, otherwise with 16 bits per number.",
+        help="Size of the denoisers' tensors: of an export as in its files, otherwise with 16 bits "
+        "per number.",
         kind="model",
         better="lower",
         digits=2,
