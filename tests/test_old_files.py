@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import export_run, sort_header_
+from msfp_cli.checkpoint.in_memory import mark_calibrated_
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.files.seal import MARK
@@ -72,9 +73,14 @@ def test_old_calibration_and_fine_tuning_are_exported_to_the_same_bytes(
 ) -> None:
     config = json.loads((run.export / "unet" / "config.json").read_text())
     version = config["quantization_config"]["tool_version"]
-    monkeypatch.setattr("msfp_cli.checkpoint.export.__version__", version)
-    # Today the members of hubs are folded, and the export says so.
-    monkeypatch.setattr("msfp_cli.checkpoint.export.schema_of", lambda schemes: 1)
+    monkeypatch.setattr("msfp_cli.checkpoint.in_memory.__version__", version)
+    # Today an export says whether it is fine-tuned, and the members of hubs are folded, which it
+    # says, too.
+    monkeypatch.setattr(
+        "msfp_cli.checkpoint.export.mark_calibrated_",
+        lambda *arguments, is_tuned: mark_calibrated_(*arguments),
+    )
+    monkeypatch.setattr("msfp_cli.checkpoint.in_memory.schema_of", lambda schemes: 1)
     export_run(run, Path("new"), with_finetuning=with_finetuning, device="cpu")
     _forget_model(Path("new/unet/diffusion_pytorch_model.safetensors"))
     assert digests(Path("new")) == json.loads((OLD / "digests.json").read_text())[name]

@@ -429,7 +429,7 @@ def test_members_are_what_fine_tuning_made_bit_for_bit(tiny_tuned: Finetuned) ->
 def test_exports_of_the_first_layout_load_and_are_saved_as_they_are(
     tiny_tuned: Finetuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("msfp_cli.checkpoint.export.schema_of", lambda schemes: SCHEMA_VERSION)
+    monkeypatch.setattr("msfp_cli.checkpoint.in_memory.schema_of", lambda schemes: SCHEMA_VERSION)
     export_(
         tiny_tuned.calibration, tmp_path / "old", tuned={"unet": tiny_tuned.tuned}, device="cpu"
     )

@@ -28,7 +28,6 @@ from msfp_cli.calibration.quantize import print_of, quantize_, refuse_other_weig
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration, LayerChoice
 from msfp_cli.files.directories import refuse_existing
-from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, choose_device, load_pipeline
 from msfp_cli.processes import ALONE, Processes, meeting
 from msfp_cli.progress import SILENT, Progress
@@ -229,7 +228,7 @@ def load_signed(run: Run, calibration: Calibration, place: Path, device: str | N
         rotate="none",
     )
     pipe = load_pipeline(calibration.source, device)
-    refuse_other_weights(find_denoisers(pipe), calibration)
+    refuse_other_weights(pipe.components, calibration)
     signed = Calibration.load(place) if place.exists() else None
     if signed is None or (signed.recipe, signed.record) != (recipe, calibration.record):
         recordings = Recording(run.recording), Recording(run.held_out)

@@ -21,6 +21,7 @@ from msfp_cli.files.directories import refuse_existing, replace_directory
 from msfp_cli.finetuning.quantize import quantize_tuned_
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.layers.replace import quantized_layers
+from msfp_cli.memory import read_size
 from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import Pipeline, load_pipeline
 from msfp_cli.run import Run, locked
@@ -95,15 +96,14 @@ def export_(
     tuned: Mapping[str, FinetuneState] | None = None,
     device: str | None = None,
     overwrite: bool = False,
-    max_shard_size: str | int = MAX_SHARD_SIZE,
+    max_shard_size: str = MAX_SHARD_SIZE,
     remember: Callable[[Path], None] = lambda directory: None,
     complete: Callable[[Path], None] = lambda directory: None,
 ) -> ExportReport:
     """Quantize the calibrated model, fine-tuned or not, and write it.
 
     Arguments:
-        max_shard_size: of a file of weights, bytes or a text such as ``2GB``; a larger component
-            has several.
+        max_shard_size: of a file of weights, such as ``2GB``; a larger component has several.
         remember: called with the directory as the last thing before the export gets its name, so
             that whoever notes where it is never misses one.
         complete: adds to the written directory, which does not have its name yet.
@@ -147,7 +147,7 @@ def export_run(
     with_finetuning: bool = True,
     device: str | None = None,
     overwrite: bool = False,
-    max_shard_size: str | int = MAX_SHARD_SIZE,
+    max_shard_size: str = MAX_SHARD_SIZE,
     complete: Callable[[Path], None] = lambda directory: None,
 ) -> ExportReport:
     """Export what a run calibrated and fine-tuned, and note in the run where the export is.
@@ -158,9 +158,11 @@ def export_run(
         complete: see `export_`.
 
     Raises:
+        UsageError: `max_shard_size` is not a size.
         RunError: there is no calibration, the directory exists and `overwrite` is not set, or as
             said by `load_calibrated`.
     """
+    read_size(max_shard_size)  # which is refused before a model is loaded
     run.require()
     directory = directory or run.export
     calibration = Calibration.load(run.calibration)
@@ -190,7 +192,7 @@ def save_pipeline(
     directory: Path,
     *,
     overwrite: bool = False,
-    max_shard_size: str | int = MAX_SHARD_SIZE,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
     """Write a pipeline with stock ``save_pretrained``, byte for byte the same each time.
 
@@ -201,9 +203,10 @@ def save_pipeline(
         _write(pipe, temporary, max_shard_size)
 
 
-def _write(pipe: Pipeline, directory: Path, max_shard_size: str | int) -> None:
+def _write(pipe: Pipeline, directory: Path, max_shard_size: str) -> None:
     write = DiffusionPipeline.save_pretrained  # without what we add to it
-    write(pipe, directory, safe_serialization=True, max_shard_size=max_shard_size)
+    size = read_size(str(max_shard_size))
+    write(pipe, directory, safe_serialization=True, max_shard_size=size)
     tidy_(directory)
 
 

@@ -1,6 +1,6 @@
 """Quantize a model that is in memory already."""
 
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from diffusers import ModelMixin
@@ -21,10 +21,10 @@ from msfp_cli.checkpoint.text_encoder import MSFPTextQuantizer, mark_text_encode
 from msfp_cli.errors import UsageError
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.pipelines.denoiser import refuse_changed
-from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.version import __version__
 
 M = TypeVar("M", bound=nn.Module)
+Pipeline: TypeAlias = Any  # of diffusers, which is untyped
 
 
 @torch.no_grad()

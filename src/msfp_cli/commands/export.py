@@ -9,7 +9,6 @@ import typer
 
 from msfp_cli.commands import console
 from msfp_cli.errors import UsageError
-from msfp_cli.memory import read_size
 from msfp_cli.options import (
     DEFAULT_RUN,
     DeviceOption,
@@ -72,7 +71,6 @@ def export(
     json_: JsonOption = False,
 ) -> None:
     """Write the calibrated and fine-tuned pipeline."""
-    shard_size = read_size(max_shard_size)
     if reseal is not None and (out or engine or calibrated or overwrite):
         raise UsageError("--reseal writes nothing but the seal of DIR; leave the other options out")
 
@@ -92,7 +90,7 @@ def export(
         with_finetuning=not calibrated,
         device=device,
         overwrite=overwrite,
-        max_shard_size=shard_size,
+        max_shard_size=max_shard_size,
         complete=_converter(engine),
     )
     _show(report)

@@ -41,7 +41,7 @@ class Provenance:
     sampling: Mapping[str, Any]
     tables: dict[str, dict[str, LayerScheme]]
     calibration: Calibration | None
-    is_marked: bool
+    is_marked: bool = False
 
     @property
     def is_tuned(self) -> bool:

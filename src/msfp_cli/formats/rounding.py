@@ -49,13 +49,16 @@ class Grid:
     zero_point: float = 0.0
 
     def __post_init__(self) -> None:
+        # A GPU would have to be waited for; `are_scales` checks the tensors of files.
+        if not isinstance(self.scale, Tensor):
+            self._refuse_numbers(self.scale)
         if self.format.signed and isinstance(self.zero_point, float) and self.zero_point:
             raise ValueError(f"{self.format} has a sign, so no zero point of {self.zero_point:g}")
-        if isinstance(self.scale, Tensor):
-            return  # which would have to be waited for on a GPU; `are_scales` checks those of files
+
+    def _refuse_numbers(self, scale: float) -> None:
         # Small numbers first: a cast of large ones to float32 would warn.
-        if not 0 < self.scale * self.format.largest < _LARGEST or not np.float32(self.scale) > 0:
-            raise ValueError(f"a scale of {self.scale:g} is not positive and finite in float32")
+        if not 0 < scale * self.format.largest < _LARGEST or not np.float32(scale) > 0:
+            raise ValueError(f"a scale of {scale:g} is not positive and finite in float32")
         if not abs(self.zero_point) < _LARGEST:
             raise ValueError(f"a zero point of {self.zero_point:g} is not finite in float32")
 

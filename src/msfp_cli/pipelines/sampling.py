@@ -140,9 +140,10 @@ def say_conditions(
 
     Raises:
         UsageError: there are pictures, and the pipeline takes none, or they cannot be read; or more
-            steps than it can take; or half of a size.
+            steps than it can take; or half of a size; or a label that it does not have.
     """
     refuse_settings(pipe, sampling)
+    arguments_of(pipe, conditions)  # which refuses a label that only a later call would get
     say_cut_prompts(pipe, conditions, progress)
     say_pictures(pipe, sampling, progress)
 

@@ -1,32 +1,27 @@
 """Record the denoiser's calls while the stock pipeline runs."""
 
 import inspect
-import json
 import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from msfp_cli.errors import CalibrationError, ModelError, MsfpError, RunError
-from msfp_cli.files.atomic import remove
-from msfp_cli.files.directories import refuse_foreign
+from msfp_cli.errors import CalibrationError, ModelError, RunError
 from msfp_cli.pipelines.conditions import conditions_for, prompts_of
-from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers, fingerprint
+from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers
 from msfp_cli.pipelines.denoising_factor import denoising_factors
 from msfp_cli.pipelines.discovery import (
     Argument,
     Clocks,
     learn_clocks,
     refuse_idle,
-    schedulers_of,
     watch_pipeline,
 )
 from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, ModelSource, Pipeline
-from msfp_cli.pipelines.pictures import digest_of_pictures
 from msfp_cli.pipelines.sampling import call_pipeline, refuse_settings, say_conditions
 from msfp_cli.processes import ALONE, Processes
 from msfp_cli.recording.encode import size_bytes
@@ -40,7 +35,8 @@ from msfp_cli.recording.recipe import (
     RecordRecipe,
     recorded_conditions,
 )
-from msfp_cli.recording.result import Factors, Recording, is_same
+from msfp_cli.recording.result import Factors, Recording
+from msfp_cli.recording.settings import remove_other, settings_of
 from msfp_cli.run import Run
 
 _HELD_OUT_SEED = 1_000_003  # far from any calibration image's seed
@@ -142,33 +138,6 @@ class _Watcher:
         return 1 if timesteps is None else len(timesteps)
 
 
-def _settings_of(pipe: Pipeline, source: ModelSource, recipe: RecordRecipe) -> dict[str, Any]:
-    """Return the settings that a recording's manifest holds.
-
-    Fingerprints tell models apart. A model's schedulers, and the pictures in a folder, may change
-    without another name.
-    """
-    prints = {component: fingerprint(module) for component, module in find_denoisers(pipe).items()}
-    schedulers = schedulers_of(pipe).items()
-    settings = {
-        "source": source.to_json(),
-        "record": recipe.to_json(),
-        "fingerprint": prints,
-        "schedulers": {name: _scheduler_settings(each) for name, each in schedulers},
-    }
-    if recipe.images is None:
-        return settings
-    return {**settings, "pictures": digest_of_pictures(recipe.images)}
-
-
-def _scheduler_settings(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401 (diffusers is untyped)
-    """Return the class of a scheduler and its config, where it has one, as JSON values."""
-    has_config = hasattr(scheduler, "to_json_string")
-    config: dict[str, Any] = json.loads(scheduler.to_json_string()) if has_config else {}
-    own = {key: value for key, value in config.items() if key[0] != "_"}
-    return {"class": type(scheduler).__name__, **own}
-
-
 def record_calls(
     pipe: Pipeline,
     source: ModelSource,
@@ -195,7 +164,7 @@ def record_calls(
             `max_bytes` or the free disk.
         CalibrationError: the full-precision model itself gives a NaN or an infinity.
     """
-    settings = _settings_of(pipe, source, recipe)
+    settings = settings_of(pipe, source.to_json(), recipe)
     with processes.first_goes_first():
         recording = Recording.create(directory, settings, recipe.num_shards)
     missing = processes.of_first(recording.missing_shards(), list[int])
@@ -295,7 +264,7 @@ def record_both(
         recipes, (run.recording, run.held_out), ("Recording", "Recording held-out"), strict=True
     ):
         if overwrite and processes.is_first and directory.exists():
-            _remove_other(directory, _settings_of(pipe, source, recipe))
+            remove_other(directory, settings_of(pipe, source.to_json(), recipe))
         recordings.append(
             record_calls(
                 pipe,
@@ -309,14 +278,3 @@ def record_both(
             )
         )
     return recordings[0], recordings[1]
-
-
-def _remove_other(directory: Path, settings: dict[str, Any]) -> None:
-    """Delete a recording, unless it is of just these settings."""
-    try:
-        if is_same(Recording(directory).recipe, settings):
-            return
-    except MsfpError:  # damaged in whatever way: it is replaced, which is what --overwrite asks for
-        pass
-    refuse_foreign(directory)
-    remove(directory)
