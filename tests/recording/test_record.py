@@ -294,6 +294,7 @@ def test_recordings_of_earlier_versions_noted_less() -> None:
     settings = {"source": 1, "schedulers": {"scheduler": {"class": "DDIMScheduler"}}}
     assert is_same({"source": 1}, settings) and is_same(settings, settings)
     assert not is_same({"source": 2}, settings)
+    assert not is_same({}, settings)
     assert not is_same({**settings, "pictures": "digest"}, settings)
 
 

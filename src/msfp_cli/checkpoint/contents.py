@@ -112,7 +112,8 @@ class Contents:
         actual = json.loads(model.to_json_string())
         for key, default in _defaults(type(model)).items():
             wanted = expected.get(key, default)
-            if key in actual and wanted not in (actual[key], self._stored(key, default)):
+            differs = key in actual and actual[key] != wanted
+            if differs and self._stored(key, default) != wanted:
                 raise self._other_model(key)
         if expected["_class_name"] != type(model).__name__:
             raise self._other_model("_class_name")

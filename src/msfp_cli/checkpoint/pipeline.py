@@ -166,8 +166,9 @@ class MSFPPipeline:
         """
         directory = Path(directory)
         device = device_of(kernel, device)
-        configs = read_configs(directory)
-        denoisers = read_denoisers(directory)
+        components = _read_components(directory)
+        configs = {name: config for name, (config, _) in components.items()}
+        denoisers = {name: config for name, (config, denoises) in components.items() if denoises}
         name = None if dtype is None else str(dtype).removeprefix("torch.")
         with checked(directory, redo=REDO) if check else unchecked():
             pipe = load_pipeline(ModelSource(model=str(directory), dtype=name), device)

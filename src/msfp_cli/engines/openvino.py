@@ -28,7 +28,6 @@ from msfp_cli.engines.arguments import Call
 from msfp_cli.engines.traced import Traced
 from msfp_cli.errors import UsageError
 from msfp_cli.files.documents import Json
-from msfp_cli.layers.kernels.geometry import Settings
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.progress import SILENT, Progress
 
@@ -176,7 +175,8 @@ class Engine:
         self._time = time
         self.device = device
         self._weak = weakref.ref(denoiser)
-        self._settings_of_layers = _settings_of_layers(denoiser)
+        layers = quantized_layers(denoiser).items()
+        self._loaded = [(name, layer, layer.settings()) for name, layer in layers]
         self._core = core()
         self._places = places
         self._progress = progress
@@ -234,8 +234,8 @@ class Engine:
         return _wrap(sample) if is_wrapped else (sample,)
 
     def _refuse_changed_layers(self) -> None:
-        for name, settings in _settings_of_layers(self._denoiser).items():
-            if settings != self._settings_of_layers[name]:
+        for name, layer, settings in self._loaded:
+            if layer.settings() != settings:
                 raise UsageError(
                     f"the padding or another setting of {name} was changed, but kernel {NAME!r} "
                     "runs the denoiser as it was loaded; load the pipeline with another kernel"
@@ -304,10 +304,6 @@ class Engine:
             openvino = import_openvino()
             model = openvino.convert_model(traced, example_input=tuple(call.tensors.values()))
             openvino.save_model(model, path, compress_to_fp16=False)
-
-
-def _settings_of_layers(denoiser: Denoiser) -> dict[str, Settings | None]:
-    return {name: layer.settings() for name, layer in quantized_layers(denoiser).items()}
 
 
 def _needs_gradient(value: object) -> bool:

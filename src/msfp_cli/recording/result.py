@@ -42,6 +42,7 @@ T = TypeVar("T")
 Factors: TypeAlias = list[tuple[float, float]] | None
 
 _SCHEMA = 1
+_LATER = ("schedulers", "pictures")  # settings that earlier versions did not note
 _MANIFEST = "recording.json"
 _HEADER = "record"  # of a shard: the key under which its calls lie
 _MAX_SHARDS = 100_000
@@ -59,8 +60,9 @@ def _parse_manifest(document: Json) -> tuple[dict[str, Any], int]:
 
 
 def is_same(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether a recording was made with these settings; earlier versions noted fewer of them."""
-    return {**settings, **recorded} == settings
+    """Whether a recording was made with these settings, but for what earlier versions left out."""
+    left_out = {key: settings[key] for key in _LATER if key in settings}
+    return {**left_out, **recorded} == settings
 
 
 def _identity(recipe: dict[str, Any], num_shards: int) -> str:

@@ -25,8 +25,6 @@ from torch import Tensor, nn
 
 Settings: TypeAlias = tuple[Any, ...]
 Convolution: TypeAlias = Any  # an nn.Conv2d, quantized or not
-
-
 # What a convolution computes; people replace it in a layer, to pad the two sides differently.
 _OPERATOR = "_conv_forward"
 
