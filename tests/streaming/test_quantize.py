@@ -60,6 +60,28 @@ def test_pictures_are_those_of_a_pipeline_that_is_quantized_while_it_loads(
     assert list(wrapper.configs) == [component]
 
 
+def test_tensors_with_names_of_earlier_versions_of_diffusers_are_those_of_today(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(tiny("DDIMPipeline"), old)
+    file = old / "unet" / "diffusion_pytorch_model.safetensors"
+    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    names = {
+        f"mid_block.attentions.0.{now}.{kind}": f"mid_block.attentions.0.{then}.{kind}"
+        for now, then in former.items()
+        for kind in ("weight", "bias")
+    }
+    state = load_file(file)
+    assert names.keys() <= state.keys()
+    save_file({names.get(name, name): value for name, value in state.items()}, file)
+    out = quantize(old, tmp_path / "out")
+    assert torch.equal(
+        draw(out, "DDIMPipeline"),
+        draw(quantize(tiny("DDIMPipeline"), tmp_path / "today"), "DDIMPipeline"),
+    )
+
+
 def test_other_components_are_the_same_files(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     source = tiny("FluxPipeline")
     out = files_of(quantize(source, tmp_path / "out"))

@@ -21,10 +21,16 @@ _SHARD = r"(-\d{5}-of-\d{5})?"
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor in a file: its name, its type as the file has it, its elements, and its bytes."""
+    """A tensor in a file: its type as the file has it, its elements, and its bytes.
+
+    Arguments:
+        name: of the tensor in the model.
+        key: its name in the file, where a file of an earlier version of diffusers has another one.
+    """
 
     file: Path
     name: str
+    key: str
     dtype: str
     count: int
     size: int
@@ -77,7 +83,7 @@ def stored_tensors(files: list[Path]) -> Iterator[StoredTensor]:
                 bits = re.search(r"\d+", part.get_dtype())  # BF16, F8_E4M3, BOOL ...
                 size = count * (int(bits[0]) if bits else 8) // 8
                 yield StoredTensor(
-                    file=path, name=name, dtype=part.get_dtype(), count=count, size=size
+                    file=path, name=name, key=name, dtype=part.get_dtype(), count=count, size=size
                 )
 
 

@@ -108,7 +108,7 @@ def refuse_damaged(directory: Path, variant: str | None, progress: Progress) -> 
 
 def _read(stored: StoredTensor) -> Tensor:
     with open_tensors(stored.file, redo="download the model again") as file:
-        tensor: Tensor = file.get_tensor(stored.name)
+        tensor: Tensor = file.get_tensor(stored.key)
     return tensor
 
 
