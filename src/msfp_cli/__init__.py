@@ -22,7 +22,7 @@ _HOME = {
     "ModelSource": "pipelines.loading",
     "MsfpError": "errors",
     "RecordRecipe": "recording.recipe",
-    "calibrate_": "calibration.calibrate",
+    "calibrate_": "checkpoint.in_memory",
     "dequantize": "formats.rounding",
     "export_": "checkpoint.export",
     "fake_quantize": "formats.rounding",

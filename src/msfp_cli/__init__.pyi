@@ -1,8 +1,8 @@
-from msfp_cli.calibration.calibrate import calibrate_ as calibrate_
 from msfp_cli.calibration.recipe import CalibrateRecipe as CalibrateRecipe
 from msfp_cli.calibration.result import Calibration as Calibration
 from msfp_cli.checkpoint.export import export_ as export_
 from msfp_cli.checkpoint.export import load_calibrated as load_calibrated
+from msfp_cli.checkpoint.in_memory import calibrate_ as calibrate_
 from msfp_cli.checkpoint.in_memory import quantize_ as quantize_
 from msfp_cli.checkpoint.pipeline import MSFPPipeline as MSFPPipeline
 from msfp_cli.checkpoint.quantizer import MSFPConfig as MSFPConfig

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import msfp_cli
 from conftest import FEW_UPDATES, QUICK, Chained, Finetuned, Invoke, files_of, train
 from msfp_cli import __version__
 from msfp_cli.calibration.calibrate import calibrate_
@@ -304,6 +305,17 @@ def test_best_state_is_exported_and_not_the_last(
     reloaded = DiffusionPipeline.from_pretrained(tmp_path / "export").unet
     prepare_(reloaded, "simulated")
     assert held_out_errors(reloaded, run, "unet").relative() == tuned.best.error
+
+
+def test_pipeline_that_was_calibrated_in_memory_is_saved_as_what_it_draws(
+    tiny_pipe: DiffusionPipeline, tiny_recordings: tuple[Recording, Recording], tmp_path: Path
+) -> None:
+    msfp_cli.calibrate_(tiny_pipe, *tiny_recordings, QUICK)
+    drawn = draw(tiny_pipe)
+    tiny_pipe.save_pretrained(tmp_path / "saved")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert quantized_layers(loaded.unet).keys() == quantized_layers(tiny_pipe.unet).keys()
+    assert np.array_equal(draw(loaded), drawn)
 
 
 def test_fine_tuned_export_draws_the_in_memory_pictures(tiny_tuned: Finetuned) -> None:

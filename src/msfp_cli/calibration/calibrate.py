@@ -26,7 +26,8 @@ from msfp_cli.calibration.denoiser_search import (
 from msfp_cli.calibration.estimate import check_layers, estimate
 from msfp_cli.calibration.quantize import print_of, quantize_, refuse_other_weights
 from msfp_cli.calibration.recipe import CalibrateRecipe
-from msfp_cli.calibration.result import Calibration, LayerChoice
+from msfp_cli.calibration.result import Calibration as Calibration  # for callers
+from msfp_cli.calibration.result import LayerChoice as LayerChoice
 from msfp_cli.files.directories import refuse_existing
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, choose_device, load_pipeline
 from msfp_cli.processes import ALONE, Processes, meeting

@@ -1,5 +1,6 @@
 """Quantize a model that is in memory already."""
 
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -7,8 +8,10 @@ from diffusers import ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
+from msfp_cli.calibration.calibrate import calibrate_ as calibrate_denoisers_
 from msfp_cli.calibration.quantize import quantize_ as quantize_as_calibrated_
 from msfp_cli.calibration.quantize import refuse_other_weights
+from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.quantizer import (
     MSFPConfig,
@@ -21,6 +24,8 @@ from msfp_cli.checkpoint.text_encoder import MSFPTextQuantizer, mark_text_encode
 from msfp_cli.errors import UsageError
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.pipelines.denoiser import refuse_changed
+from msfp_cli.processes import ALONE, Processes
+from msfp_cli.recording.result import Recording
 from msfp_cli.version import __version__
 
 M = TypeVar("M", bound=nn.Module)
@@ -71,6 +76,39 @@ def _require_component(calibration: Calibration, component: str) -> None:
     if component not in calibration.layers:
         names = ", ".join(map(repr, calibration.layers))
         raise UsageError(f"the calibration has no component {component!r}; give one of {names}")
+
+
+def calibrate_(
+    pipe: Pipeline,
+    recording: Recording,
+    held_out: Recording,
+    recipe: CalibrateRecipe,
+    *,
+    processes: Processes = ALONE,
+    work: Path | None = None,
+    max_memory: int | None = None,
+) -> Calibration:
+    """Calibrate a pipeline, and leave it quantized: to draw with, or to save as an export.
+
+    Arguments:
+        recording: calls to choose on.
+        held_out: calls to measure on.
+        processes: those that share the work; all of them get the whole result.
+        work: where finished parts of compensation are kept, so that a killed run goes on.
+        max_memory: bytes that this process may take; less takes longer and gives the same result.
+
+    Raises:
+        CalibrationError: an activation holds a NaN or infinity.
+        UsageError: a denoiser is quantized already, has adapters, or has no layer to quantize.
+        ModelError: a weight holds a NaN or infinity.
+    """
+    calibration = calibrate_denoisers_(
+        pipe, recording, held_out, recipe, processes=processes, work=work, max_memory=max_memory
+    )
+    for component in calibration.layers:
+        mark_calibrated_(pipe.components[component], calibration, component)
+    quantize_text_encoders_(pipe, calibration)
+    return calibration
 
 
 def mark_calibrated_(

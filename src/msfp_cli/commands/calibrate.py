@@ -25,7 +25,7 @@ from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.recording.recipe import RecordOptions
 
 if TYPE_CHECKING:
-    from msfp_cli.calibration.result import Calibration, LayerChoice
+    from msfp_cli.calibration.calibrate import Calibration, LayerChoice
 
 HELP = """Choose a floating-point format for every layer of MODEL.
 
