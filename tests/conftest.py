@@ -41,6 +41,7 @@ from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.result import FinetuneReport, FinetuneState
 from msfp_cli.pipelines.denoiser import DenoiserCall, find_denoisers
 from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, load_pipeline
+from msfp_cli.progress import NoProgress
 from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.recording.record import record_both
 from msfp_cli.recording.result import Recording
@@ -87,6 +88,16 @@ CONDITIONS: dict[str, tuple[str | None, ...]] = {
 }
 
 Invoke = Callable[..., Result]
+
+
+class Lines(NoProgress):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def log(self, line: str) -> None:
+        self.lines.append(line)
 
 
 @dataclass(frozen=True)

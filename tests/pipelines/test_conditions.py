@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Chained
+from conftest import Chained, Lines
 from msfp_cli.evaluation.plan import pictures_to_draw
 from msfp_cli.evaluation.provenance import provenance_of
 from msfp_cli.evaluation.recipe import EvaluateRecipe
@@ -11,22 +11,10 @@ from msfp_cli.pipelines.conditions import say_cut_prompts
 from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 from msfp_cli.pipelines.sampling import Sampling
 from msfp_cli.processes import Processes
-from msfp_cli.progress import NoProgress
 from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.recording.record import record_both
 from msfp_cli.run import Run
 from msfp_cli.sample import sample_run
-
-
-class Lines(NoProgress):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def log(self, line: str) -> None:
-        self.lines.append(line)
-
 
 LONG = "a photo of the cat " * 200
 # The limit of the tokenizer that takes most.

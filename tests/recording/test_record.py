@@ -1,6 +1,7 @@
 """Recording: it can be stopped at any time, is bounded, and keeps its two parts apart."""
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -14,17 +15,18 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPAGPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
 
 import tiny_pipelines
-from conftest import Invoke, record_few
+from conftest import Invoke, Lines, record_few
 from msfp_cli.errors import CalibrationError, ModelError, RunError
 from msfp_cli.pipelines.denoiser import replay
 from msfp_cli.pipelines.loading import ModelSource, default_prompts, load_pipeline
 from msfp_cli.pipelines.pictures import digest_of_pictures
-from msfp_cli.processes import LEFT_ALONE, meeting
+from msfp_cli.processes import LEFT_ALONE, Processes, meeting
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
 from msfp_cli.recording.record import record_both, record_calls, record_recipes
 from msfp_cli.recording.result import Recording, is_same
@@ -306,6 +308,23 @@ def test_digest_of_pictures_is_that_of_names_and_bytes(tmp_path: Path) -> None:
     for name, content in (("a-mask.png", b"m"), ("a.png", b"c")):
         (tmp_path / name).write_bytes(content)
         assert digest_of_pictures(tmp_path) != first
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_denoiser_that_does_not_repeat_its_answers_is_said(
+    is_changed: bool, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = ModelSource(model=str(tiny("StableDiffusionPipeline")))
+    pipe = load_pipeline(source, "cpu")
+    if is_changed:  # by the attention of perturbed-attention guidance
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its class is going to move
+            pipe = StableDiffusionPAGPipeline(**pipe.components)
+    options = RecordOptions(num_images=1, num_inference_steps=2, batch_size=1)
+    said = Lines()
+    record_both(pipe, Run(tmp_path), source, options, processes=Processes(progress=said))
+    differing = [line for line in said.lines if "answers a recorded call differently" in line]
+    assert len(differing) == is_changed
 
 
 def test_overwriting_keeps_a_matching_recording_and_replaces_any_other(

@@ -24,6 +24,7 @@ from msfp_cli.pipelines.discovery import (
 from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, ModelSource, Pipeline
 from msfp_cli.pipelines.sampling import call_pipeline, refuse_settings, say_conditions
 from msfp_cli.processes import ALONE, Processes
+from msfp_cli.recording.compare import output_error, spread_calls
 from msfp_cli.recording.encode import size_bytes
 from msfp_cli.recording.recipe import (
     DEFAULT_MAX_BYTES,
@@ -40,6 +41,9 @@ from msfp_cli.recording.settings import remove_other, settings_of
 from msfp_cli.run import Run
 
 _HELD_OUT_SEED = 1_000_003  # far from any calibration image's seed
+# Relative error of a repeated call above which it is another function that is called: half
+# precision with other rows in the batch is below 0.0001.
+_REPEATED = 1e-3
 
 
 class _Watcher:
@@ -254,7 +258,8 @@ def record_both(
     """Record the calibration calls and the held-out calls.
 
     Recordings that the run has with the same settings are reused, and completed if they were
-    interrupted; with `overwrite`, others are replaced.
+    interrupted; with `overwrite`, others are replaced. A denoiser that does not repeat what it
+    answered is said.
     """
     recordings = list[Recording]()
     recipes = record_recipes(pipe, source, options)
@@ -277,4 +282,19 @@ def record_both(
                 description=title,
             )
         )
+    _say_changed(pipe, recordings[1], processes)
     return recordings[0], recordings[1]
+
+
+def _say_changed(pipe: Pipeline, recording: Recording, processes: Processes) -> None:
+    """Say, in the first process, which denoisers answer a recorded call differently alone."""
+    for component in (recording.clocks() or {}) if processes.is_first else ():
+        calls = spread_calls(recording, component, 1)
+        error = output_error(pipe.components[component], calls).relative()
+        if error > _REPEATED:
+            processes.progress.log(
+                f"{component} answers a recorded call differently when it is called again "
+                f"(relative error {error:.2g}), and all errors below hold that, too: "
+                f"{type(pipe).__name__} changes it while it draws; calibrate with another "
+                "--pipeline"
+            )
