@@ -16,7 +16,7 @@ With --variants the last rung is trained again with one setting changed at a tim
 is worth.
 
 Everything that was measured is kept in --work, so the script resumes, and adds only what is
-missing.
+missing; with another number of tests, what was trained is tested again.
 """
 
 import argparse
@@ -129,7 +129,7 @@ def test_set(arguments: argparse.Namespace) -> TestSet:
     """Return what all models are tested on."""
     return TestSet(
         source=source_of(arguments),
-        directory=arguments.work / "tests",
+        directory=arguments.work / f"tests-{arguments.num_tests}",
         num_tests=arguments.num_tests,
         steps=arguments.steps,
         extractor=arguments.extractor,
@@ -223,9 +223,15 @@ def test_calibrated(arguments: argparse.Namespace, formats: str) -> None:
 
 def keep_result(arguments: argparse.Namespace, name: str, pipe: Pipeline) -> None:
     """Measure a pipeline and write its result, unless it is there."""
-    result = place_of(arguments) / "results" / f"{name}.json"
+    result = result_of(arguments, name)
     if not result.exists():
         write_text(result, json.dumps(test_set(arguments).measure(pipe)))
+
+
+def result_of(arguments: argparse.Namespace, name: str) -> Path:
+    """Return where the result of a model on these tests is kept."""
+    tests = "-".join([str(arguments.num_tests), *filter(None, [arguments.extractor])])
+    return place_of(arguments) / f"results-{tests}" / f"{name}.json"
 
 
 # The processes and the tables.
@@ -293,8 +299,7 @@ def variants(arguments: argparse.Namespace) -> str:
 
 def row(arguments: argparse.Namespace, names: Sequence[str]) -> str:
     """Return the figures of some results: their mean and, of several, the standard deviation."""
-    results = place_of(arguments) / "results"
-    figures = [json.loads((results / f"{name}.json").read_text()) for name in names]
+    figures = [json.loads(result_of(arguments, name).read_text()) for name in names]
     cells = []
     for key, (_, digits) in columns_of(arguments).items():
         values = [result[key] for result in figures]

@@ -126,7 +126,6 @@ def test_ablation_climbs_a_rung(tiny: Callable[[str], Path], tmp_path: Path) -> 
     options += ("--preset", "paper", "--markdown", tmp_path / "page", "--extractor", "fashion")
     few = run_script("benchmarks/ablation.py", *options, *sizes, "--num-tests", 1, code=1)
     assert "fashion needs --num-tests 128" in few
-    shutil.rmtree(tmp_path / "tests")
     lines = run_script("benchmarks/ablation.py", *options, *sizes, "--num-tests", 128)
     (run,) = (tmp_path / "W4A4-paper" / "jobs").iterdir()
     calibration = Calibration.load(Run(run).calibration)
