@@ -138,10 +138,10 @@ def _layer_outputs(
 
 
 _ROWS = 4  # of each call: enough to rank layers, and a quarter of the time of a default batch
-# A call of a large denoiser takes seconds, and is repeated for each layer. One call of two rows
+# A call of a large denoiser takes seconds, and is repeated for each layer. One call of one row
 # ranks layers nearly as more do (docs/lab/calibration.md).
 _LARGE_CALLS = 1
-_LARGE_ROWS = 2
+_LARGE_ROWS = 1
 
 
 def calls_and_rows(num_weights: int, count: int) -> tuple[int, int]:
