@@ -14,6 +14,10 @@ from msfp_cli.evaluation.cost import CallTime
 from msfp_cli.finetuning.lora import tuned_names
 from msfp_cli.finetuning.quantize import member_table
 from msfp_cli.finetuning.result import FinetuneState
+from msfp_cli.layers import measured
+from msfp_cli.layers.kernels import registry
+from msfp_cli.layers.kernels.cpu import Cpu
+from msfp_cli.layers.kernels.simulated import Simulated
 from msfp_cli.layers.routing import table_index
 
 Copied = Callable[..., Path]
@@ -132,6 +136,28 @@ def test_kernels_are_shown_where_full_precision_is_gone_or_large(
     monkeypatch.setattr("msfp_cli.commands.inspect._MOST_WEIGHTS", 100)
     result = msfp("inspect", "--kernels", "--device", "cpu")
     assert "not timed: full precision may not fit into memory" in result.stderr
+
+
+def test_kernels_that_are_measured_are_shown_with_their_times(
+    tiny_tuned: Finetuned,
+    copied: Copied,
+    msfp: Invoke,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    copied(tiny_tuned.run.directory, "msfp-run")
+    monkeypatch.setenv("MSFP_CACHE", str(tmp_path / "cache"))
+    # As if this were a GPU with a kernel that does what `cpu` does.
+    monkeypatch.setattr(measured.Measured, "device", "cpu")
+    monkeypatch.setattr(measured, "RIVALS", (Cpu,))
+    monkeypatch.setattr(registry, "_IN_TURN", (measured.Measured, Simulated))
+    result = msfp("inspect", "--kernels", "--device", "cpu", "--json")
+    layers = json.loads(result.stdout)["unet"].values()
+    times = re.compile(r"cpu [\d.e-]+ ms, simulated [\d.e-]+ ms, not rounded [\d.e-]+ ms")
+    tried = [each for each in layers if times.fullmatch(each["why"])]
+    assert len(tried) > len(layers) / 2
+    assert {each["kernel"] for each in tried} <= {"cpu", "simulated"}
+    assert not [each for each in layers if each["kernel"] == registry.MEASURED]
 
 
 def test_kernels_of_no_layer_are_one_clear_line(

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from msfp_cli.checkpoint.quantizer import METHOD, MSFPConfig
 from msfp_cli.errors import ModelError
 from msfp_cli.files.documents import Json, open_tensors, read_json, require_file
 from msfp_cli.files.seal import REDO, Seal, checked, unchecked
-from msfp_cli.layers.prepare import AUTO, prepare_
+from msfp_cli.layers.prepare import AUTO, MEASURED, kernels_in, prepare_
 from msfp_cli.layers.replace import quantized_layers, select_layers
+from msfp_cli.pipelines.denoiser import DenoiserCall, replay
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
 from msfp_cli.progress import SILENT, Progress
 
@@ -91,12 +93,17 @@ def _refuse_truncated(directory: Path) -> None:
 
 
 def kernels_of(
-    export: Path, pattern: str | None = None, *, device: str | None = None
+    export: Path,
+    pattern: str | None = None,
+    *,
+    device: str | None = None,
+    calls: Mapping[str, DenoiserCall] = MappingProxyType({}),
 ) -> dict[str, dict[str, tuple[str, str]]]:
     """Return how each layer of an export runs on this machine.
 
     Arguments:
         pattern: of layers; None takes all.
+        calls: by component, to be made where kernels are measured when they first run.
 
     Returns:
         By component and layer: the kernel's name, and why others were passed over.
@@ -107,7 +114,11 @@ def kernels_of(
     pipe = MSFPPipeline.from_pretrained(export, device=device)
     kernels = {}
     for component in pipe.configs:
-        choices = prepare_(getattr(pipe, component))
+        denoiser = getattr(pipe, component)
+        choices = prepare_(denoiser)
+        if component in calls and any(kernel == MEASURED for kernel, _ in choices.values()):
+            replay(denoiser, calls[component])
+            choices |= {name: each for name, each in kernels_in(denoiser).items() if each[1]}
         kernels[component] = {name: choices[name] for name in select_layers(choices, pattern)}
     return kernels
 

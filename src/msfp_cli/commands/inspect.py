@@ -3,7 +3,7 @@
 from collections import Counter
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -29,6 +29,8 @@ Examples:
     msfp inspect --kernels
 """
 _DEPTH = 2  # parts of a layer's name that make a row of the map
+# The full-precision model and a call of each of its denoisers, by component, or why there is none.
+_Recorded: TypeAlias = tuple[Any, dict[str, Any]] | str
 _MOST_WEIGHTS = 2_000_000_000  # of denoisers that are loaded in full precision to be timed
 
 
@@ -84,7 +86,9 @@ def _inspect_kernels(
 
     console.quiet_libraries()
     export = run.latest_export()
-    kernels = kernels_of(export, pattern, device=device)
+    recorded = _recorded_calls(run, export)
+    calls = {} if isinstance(recorded, str) else recorded[1]
+    kernels = kernels_of(export, pattern, device=device, calls=calls)
     data = {}
     for component, layers in kernels.items():
         _show_kernels(component, layers, one_by_one=pattern is not None)
@@ -92,29 +96,40 @@ def _inspect_kernels(
             name: {"kernel": kernel, "why": reason} for name, (kernel, reason) in layers.items()
         }
     if pattern is None:
-        _show_times(run, export, device)
+        _show_times(recorded, export, device)
     console.result(str(export), data, as_json=as_json)
 
 
-def _show_times(run: RunOption, export: Path, device: str | None) -> None:
-    """Print how long a recorded call takes, as exported and in full precision."""
-    from msfp_cli.evaluation.cost import slowness, time_calls
+def _recorded_calls(run: RunOption, export: Path) -> _Recorded:
+    """Return full precision and a recorded call of each of its denoisers, or why there is none."""
     from msfp_cli.evaluation.provenance import provenance_of
     from msfp_cli.recording.result import Recording
 
     try:
         origin = provenance_of(run, export)
         if origin.calibration is None or not run.held_out.exists():
-            return console.note("not timed: the run has no recorded calls of this export")
+            return "the run has no recorded calls of this export"
         tables = origin.calibration.layers.values()
         choices = chain.from_iterable(table.values() for table in tables)
         if sum(choice.num_weights for choice in choices) > _MOST_WEIGHTS:
-            return console.note("not timed: full precision may not fit into memory")
+            return "full precision may not fit into memory"
         recording = Recording(run.held_out)
         ran = [name for name in origin.tables if recording.num_calls(name)]
-        calls = {name: next(iter(recording.calls(name))) for name in ran}
-        times = time_calls(origin.source, str(export), calls, device, console.ConsoleProgress())
-    except MsfpError as error:  # the model or the recording may be gone; the kernels were shown
+        return origin.source, {name: next(iter(recording.calls(name))) for name in ran}
+    except MsfpError as error:  # the model or the recording may be gone; kernels can be shown
+        return str(error)
+
+
+def _show_times(recorded: _Recorded, export: Path, device: str | None) -> None:
+    """Print how long a recorded call takes, as exported and in full precision."""
+    from msfp_cli.evaluation.cost import slowness, time_calls
+
+    if isinstance(recorded, str):
+        return console.note(f"not timed: {recorded}")
+    source, calls = recorded
+    try:
+        times = time_calls(source, str(export), calls, device, console.ConsoleProgress())
+    except MsfpError as error:  # the model may be gone; the kernels were shown
         return console.note(f"not timed: {error}")
     for name, each in times.items():
         console.note(

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from msfp_cli.errors import MsfpError
+from msfp_cli.files import directories
 from msfp_cli.files.atomic import remove
-from msfp_cli.files.directories import replace_directory
 from msfp_cli.files.documents import Json
 from msfp_cli.files.seal import MARK, Seal
 
@@ -26,9 +26,8 @@ _SCHEMA = 1  # of what is traced; a change makes older conversions useless
 
 
 def cache_directory() -> Path:
-    """Return where conversions are that no export has, in ``$MSFP_CACHE`` or ``~/.cache/msfp``."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("MSFP_CACHE") or f"{home}/msfp").expanduser() / FOLDER
+    """Return where conversions are that no export has."""
+    return directories.cache_directory() / FOLDER
 
 
 def key_of(content: str, call: Json) -> str:
@@ -72,7 +71,7 @@ def write(place: Path, key: str, save: Callable[[Path], None]) -> Path:
     Raises:
         RunError: another process is writing it.
     """
-    with replace_directory(place / key, overwrite=True) as temporary:
+    with directories.replace_directory(place / key, overwrite=True) as temporary:
         save(temporary / _MODEL)
     kept = sorted(place.glob("[0-9a-f]*"), key=lambda path: path.stat().st_mtime)
     for old in kept[:-_MOST]:

@@ -45,6 +45,12 @@ _UNMARKED = (
 )
 
 
+def cache_directory() -> Path:
+    """Return where what can be made again is kept: ``$MSFP_CACHE``, or ``~/.cache/msfp``."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("MSFP_CACHE") or f"{home}/msfp").expanduser()
+
+
 def refuse_foreign(directory: Path) -> None:
     """Refuse to replace what msfp did not write; an empty directory may be replaced.
 

@@ -21,6 +21,7 @@ class QuantizedLayer(nn.Module, ABC):
     weight_shape: torch.Size
     weight_dtype: torch.dtype  # of the model: what a float weight would have
     bias: Any  # nn.Parameter or None, which torch declares differently in its layers
+    kernel: "Kernel | None"
 
     @property
     @abstractmethod
@@ -41,6 +42,10 @@ class QuantizedLayer(nn.Module, ABC):
     @abstractmethod
     def integers(self, member: int | Tensor = 0) -> Tensor:
         """Return the integers of a member's weight, int8, shape of the float weight."""
+
+    @abstractmethod
+    def take_kernel_(self, kernel: "Kernel") -> None:
+        """Run with a kernel that was made from this layer, until the layer is changed."""
 
     @abstractmethod
     def variant(self) -> int | Tensor:
@@ -108,7 +113,8 @@ class Kernel(ABC):
     - ``device``: the only type of device that it runs on, if there is one;
     - ``lays_out``: whether it brings the weight into a form of its own, unless that is kept packed;
     - ``holds_weight``: whether this one holds the weight in such a form, so that the layer's codes
-      can go.
+      can go;
+    - ``measured``: what this one and others took, where it was chosen by that.
     """
 
     name: ClassVar[str]
@@ -116,6 +122,7 @@ class Kernel(ABC):
     device: ClassVar[str | None] = None
     lays_out: ClassVar[bool] = False
     holds_weight = False
+    measured = ""
 
     @staticmethod
     @abstractmethod

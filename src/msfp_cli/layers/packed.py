@@ -30,8 +30,6 @@ Source: TypeAlias = tuple[tuple[int, int, torch.device], ...]
 class PackedLayer(QuantizedLayer):
     """A quantized layer that knows its weight, but not yet how it is made, run, moved and saved."""
 
-    kernel: Kernel | None
-
     def _make_room(self, hub: int, bits: int, device: torch.device) -> None:
         """Make buffers for the codes of every member and for their common scales."""
         size = packed_size(self.weight_shape.numel(), bits)

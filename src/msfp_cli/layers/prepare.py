@@ -4,6 +4,7 @@ from torch import nn
 
 from msfp_cli.errors import UsageError
 from msfp_cli.layers.kernels.registry import AUTO as AUTO  # for callers of `prepare_`
+from msfp_cli.layers.kernels.registry import MEASURED as MEASURED  # likewise
 from msfp_cli.layers.kernels.registry import choose_kernel
 from msfp_cli.layers.replace import quantized_layers
 
@@ -15,7 +16,7 @@ def prepare_(
 
     A layer does so by itself when it first runs. Call this to choose otherwise, to have it done
     before the first call, or before ``torch.compile``, which takes the layers as they are:
-    unprepared ones are simulated.
+    unprepared ones are simulated. On a GPU ``auto`` measures at the first call, so make one first.
 
     Arguments:
         kernel: a name in `registry.KERNELS`, or ``auto``; a layer that it refuses is simulated.
@@ -42,6 +43,16 @@ def prepare_(
     for layer in layers.values():
         layer.prepare_(kernel, keep_packed=keep_packed)
     return {name: (kind.name, reason) for name, (kind, reason) in choices.items()}
+
+
+def kernels_in(denoiser: nn.Module) -> dict[str, tuple[str, str]]:
+    """Return the kernel of every layer that has one, and what it and others took if they ran."""
+    layers = quantized_layers(denoiser).items()
+    return {
+        name: (layer.kernel.name, layer.kernel.measured)
+        for name, layer in layers
+        if layer.kernel is not None
+    }
 
 
 def _leave_file_(denoiser: nn.Module) -> None:

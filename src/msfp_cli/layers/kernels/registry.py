@@ -4,35 +4,41 @@ A kernel is made from a layer once, on the device where the layer is, and then c
 and its input. `simulated` computes in floating point, with any layer on any device, and is what
 gradients take. `reference` defines what a layer is in integers (see `arithmetic`), and `cpu` has
 its bits; both are there to be compared with. Kernels say why they refuse a layer, and the first
-that does not refuse gets it; those for another type of device are not asked. Tables have a kernel
-of their own, `lookup`.
+that does not refuse gets it; those for another type of device are not asked. On a GPU that is
+`measured`, which lets the kernels there compete when the layer first runs. Tables have a kernel of
+their own, `lookup`.
 """
+
+import os
 
 from msfp_cli.errors import UsageError
 from msfp_cli.layers.base import Kernel, QuantizedLayer
 from msfp_cli.layers.kernels.cpu import Cpu
-from msfp_cli.layers.kernels.cuda import Cuda
 from msfp_cli.layers.kernels.cuda_fp8 import CudaFp8
 from msfp_cli.layers.kernels.lookup import Lookup
 from msfp_cli.layers.kernels.reference import Reference
 from msfp_cli.layers.kernels.simulated import Simulated
+from msfp_cli.layers.measured import RIVALS, Measured
 
 AUTO = "auto"
-_IN_TURN: tuple[type[Kernel], ...] = (Cpu, Simulated)
-# `Cuda` moves up once benchmarks/gpu.py has run on a GPU.
-_ON_REQUEST: tuple[type[Kernel], ...] = (Cuda, CudaFp8, Reference)
-KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in _ON_REQUEST + _IN_TURN}
+MEASURED = Measured.name  # what `choose_kernel` answers where a first call is to tell
+_OVERRIDE = "MSFP_KERNEL"  # takes the place of ``auto``, for programs that others wrote
+_IN_TURN: tuple[type[Kernel], ...] = (Cpu, Measured, Simulated)
+_NAMED: tuple[type[Kernel], ...] = (*RIVALS, CudaFp8, Reference, Cpu, Simulated)
+KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in _NAMED}
 
 
 def choose_kernel(layer: QuantizedLayer, name: str = AUTO) -> tuple[type[Kernel], str]:
     """Return the kernel that runs a layer, and why.
 
     Arguments:
-        name: a name in `KERNELS`, or ``auto`` for the first that does not refuse.
+        name: a name in `KERNELS`, or ``auto``: what the environment variable ``MSFP_KERNEL`` names,
+            else the first that does not refuse.
 
     Raises:
         UsageError: there is no such kernel.
     """
+    name = (os.environ.get(_OVERRIDE) or AUTO) if name == AUTO else name
     if name != AUTO and name not in KERNELS:
         names = ", ".join((AUTO, *KERNELS))
         raise UsageError(
