@@ -1,5 +1,6 @@
 """The denoising factor: closed forms, agreement of samplers, and what `scheduler.step` does."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,9 +9,11 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    LCMScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -139,6 +142,49 @@ def test_eulers_factor_is_its_step_rescaled_to_unit_variance() -> None:
     assert float(naive[0]) > 3 * float(
         factors[0]
     )  # the trap: read naively, the first step looks enormous
+
+
+def stepped_alone(scheduler: Any) -> torch.Tensor:  # noqa: ANN401
+    """Probe the scheduler's own step at each of its timesteps, as if it were the first one."""
+    steps = []
+    for index, timestep in enumerate(scheduler.timesteps):
+        twin = prepared(type(scheduler), len(scheduler.timesteps), **scheduler.config)
+        twin.is_scale_input_called = True
+        twin.step = partial(_step_at, twin.step, twin, index)
+        steps.append(step_coefficient(twin, timestep))
+    return torch.tensor(steps)
+
+
+def _step_at(step: Any, scheduler: Any, index: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    scheduler._step_index = index
+    return step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_ancestral_samplers_have_the_factor_of_their_own_step(prediction_type: str) -> None:
+    settings = {**TRAILING, "prediction_type": prediction_type}
+    scheduler = prepared(EulerAncestralDiscreteScheduler, 12, **settings)
+    rescaled = stepped_alone(scheduler) / (1 + scheduler.sigmas[1:].square()).sqrt()
+    factors = denoising_factors(scheduler)[1].float()
+    torch.testing.assert_close(factors, rescaled, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (DPMSolverMultistepScheduler, {"solver_order": 1, "algorithm_type": "sde-dpmsolver++"}),
+        (LCMScheduler, {}),
+    ],
+)
+def test_samplers_that_draw_noise_have_the_factor_of_their_own_step(
+    kind: Any,  # noqa: ANN401
+    settings: dict[str, Any],
+    prediction_type: str,
+) -> None:
+    scheduler = prepared(kind, 12, **BETAS, **settings, prediction_type=prediction_type)
+    factors = denoising_factors(scheduler)[1].float()
+    torch.testing.assert_close(factors, stepped_alone(scheduler), rtol=1e-3, atol=1e-5)
 
 
 def test_flow_matching_is_the_step_in_sigma() -> None:

@@ -31,7 +31,8 @@ def denoising_factors(scheduler: Scheduler, *, eta: float | None = None) -> tupl
 
     Arguments:
         scheduler: a diffusers scheduler after ``set_timesteps``.
-        eta: share of fresh noise; None takes 1 for ancestral samplers (DDPM) and 0 for all others.
+        eta: share of fresh noise; None takes the scheduler's own: 1 for DDPM, ancestral samplers
+            and solvers of the stochastic equation, all noise anew for LCM, and 0 for all others.
 
     Returns:
         Two float64 tensors ``(timesteps,)``: each distinct timestep from noisy to clean, and its
@@ -57,10 +58,7 @@ def denoising_factors(scheduler: Scheduler, *, eta: float | None = None) -> tupl
         getattr(scheduler, "final_alpha_cumprod", 1.0), dtype=torch.float64
     ).reshape(1)
     following = torch.cat([now[1:], final])
-    if eta is None:
-        eta = 1.0 if type(scheduler).__name__.startswith("DDPM") else 0.0
-    noise = eta**2 * (1 - following) / (1 - now) * (1 - now / following)
-    direct = (1 - following - noise).clamp_min(0).sqrt()
+    direct = (1 - following - _fresh_noise(scheduler, eta, now, following)).clamp_min(0).sqrt()
     factors = (direct - (following * (1 - now) / now).sqrt()).abs()
     return timesteps, factors * _epsilon_per_output(str(scheduler.config.prediction_type), now)
 
@@ -103,6 +101,18 @@ def _is_flow_matching(scheduler: Scheduler) -> bool:
         or bool(config.get("use_flow_sigmas"))
         or config.get("prediction_type") == "flow_prediction"
     )
+
+
+def _fresh_noise(scheduler: Scheduler, eta: float | None, now: Tensor, following: Tensor) -> Tensor:
+    """Return the power of the noise that the sampler draws at each step, ``v``."""
+    name = type(scheduler).__name__
+    if eta is None and name.startswith("LCM"):
+        return 1 - following
+    if eta is None:
+        is_of_sde = str(scheduler.config.get("algorithm_type")).startswith("sde")
+        is_ancestral = name.startswith("DDPM") or "Ancestral" in name or "SDE" in name
+        eta = 1.0 if is_of_sde or is_ancestral else 0.0
+    return eta**2 * (1 - following) / (1 - now) * (1 - now / following)
 
 
 def _signal_power(table: Tensor, timesteps: Tensor) -> Tensor:
