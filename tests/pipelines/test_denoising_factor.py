@@ -77,6 +77,16 @@ def test_ddim_equals_its_own_step(eta: float, prediction_type: str) -> None:
     torch.testing.assert_close(factors.float(), torch.tensor(stepped), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_step_from_pure_noise_has_the_factor_of_ddims_own_step(prediction_type: str) -> None:
+    settings = {**TRAILING, "rescale_betas_zero_snr": True, "prediction_type": prediction_type}
+    scheduler = prepared(DDIMScheduler, **settings, clip_sample=False)
+    assert scheduler.alphas_cumprod[-1] == 0
+    _, factors = denoising_factors(scheduler)
+    stepped = [step_coefficient(scheduler, t) for t in scheduler.timesteps]
+    torch.testing.assert_close(factors.float(), torch.tensor(stepped), rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_ddim_equals_the_closed_form(eta: float) -> None:
     scheduler = prepared(DDIMScheduler, **TRAILING)

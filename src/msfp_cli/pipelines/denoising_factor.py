@@ -5,10 +5,11 @@ coefficient (denoising factor of Zhao et al. 2025, arXiv:2505.21591). With ``aba
 signal power at the timestep t, ``s`` the next timestep of the sampler, and eta the share of fresh
 noise (0: DDIM's ordinary differential equation, 1: DDPM),
 
-    gamma_t = | sqrt(1 - abar_s - v) - sqrt(abar_s (1 - abar_t) / abar_t) | * | d eps / d output |
+    gamma_t = | sqrt(1 - abar_s - v) * | d eps / d output | - sqrt(abar_s) * | d x0 / d output | |
     v       = eta^2 (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)
     d eps / d output = 1 (epsilon), sqrt(abar_t) (v-prediction), sqrt(abar_t / (1 - abar_t))
     (sample)
+    d x0 / d output  = sqrt((1 - abar_t) / abar_t), sqrt(1 - abar_t), 1
 
 and for flow matching ``gamma_t = |sigma_s - sigma_t|``. On the same timesteps the number is the
 same for DDIM, Euler, DPM-Solver and PNDM: they integrate one equation in different coordinates
@@ -59,8 +60,8 @@ def denoising_factors(scheduler: Scheduler, *, eta: float | None = None) -> tupl
     ).reshape(1)
     following = torch.cat([now[1:], final])
     direct = (1 - following - _fresh_noise(scheduler, eta, now, following)).clamp_min(0).sqrt()
-    factors = (direct - (following * (1 - now) / now).sqrt()).abs()
-    return timesteps, factors * _epsilon_per_output(str(scheduler.config.prediction_type), now)
+    noise, sample = _parts_per_output(str(scheduler.config.prediction_type), now)
+    return timesteps, (direct * noise - following.sqrt() * sample).abs()
 
 
 def factors_at(timesteps: Sequence[float], known: Sequence[tuple[float, float]]) -> Tensor:
@@ -116,22 +117,26 @@ def _fresh_noise(scheduler: Scheduler, eta: float | None, now: Tensor, following
 
 
 def _signal_power(table: Tensor, timesteps: Tensor) -> Tensor:
-    """Look up ``abar`` at timesteps; between entries sigma is linear, as in Euler's scheduler."""
+    """Look up ``abar`` at timesteps; between entries sigma is linear, as in Euler's scheduler.
+
+    It is 0 where nothing but noise is left, at an infinite sigma.
+    """
     sigmas = ((1 - table.double()) / table.double()).sqrt().cpu()
     low = timesteps.floor().long().clamp(0, len(table) - 1)
     high = (low + 1).clamp_max(len(table) - 1)
-    sigma = torch.lerp(sigmas[low], sigmas[high], timesteps - low)
+    between = torch.lerp(sigmas[low], sigmas[high], timesteps - low)
+    sigma = torch.where(timesteps == low, sigmas[low], between)
     return 1 / (1 + sigma.square())
 
 
-def _epsilon_per_output(prediction_type: str, power: Tensor) -> Tensor:
-    """Return ``|d eps / d output|`` at signal powers ``abar``."""
+def _parts_per_output(prediction_type: str, power: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``|d eps / d output|`` and ``|d x0 / d output|`` at signal powers ``abar``."""
     if prediction_type == "epsilon":
-        return torch.ones_like(power)
+        return torch.ones_like(power), ((1 - power) / power).sqrt()
     if prediction_type == "v_prediction":
-        return power.sqrt()
+        return power.sqrt(), (1 - power).sqrt()
     if prediction_type == "sample":
-        return (power / (1 - power)).sqrt()
+        return (power / (1 - power)).sqrt(), torch.ones_like(power)
     raise ModelError(
         f"no denoising factor is known for prediction type {prediction_type!r}; use --loss plain"
     )
