@@ -183,11 +183,12 @@ def test_ancestral_samplers_have_the_factor_of_their_own_step(prediction_type: s
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
+        (DPMSolverMultistepScheduler, {"solver_order": 1, "final_sigmas_type": "sigma_min"}),
         (DPMSolverMultistepScheduler, {"solver_order": 1, "algorithm_type": "sde-dpmsolver++"}),
         (LCMScheduler, {}),
     ],
 )
-def test_samplers_that_draw_noise_have_the_factor_of_their_own_step(
+def test_samplers_that_draw_noise_or_end_above_zero_have_the_factor_of_their_own_step(
     kind: Any,  # noqa: ANN401
     settings: dict[str, Any],
     prediction_type: str,

@@ -55,10 +55,7 @@ def denoising_factors(scheduler: Scheduler, *, eta: float | None = None) -> tupl
             f"no denoising factor is known for {type(scheduler).__name__}; use --loss plain"
         )
     now = _signal_power(table, timesteps)
-    final = torch.as_tensor(
-        getattr(scheduler, "final_alpha_cumprod", 1.0), dtype=torch.float64
-    ).reshape(1)
-    following = torch.cat([now[1:], final])
+    following = torch.cat([now[1:], _final_power(scheduler)])
     direct = (1 - following - _fresh_noise(scheduler, eta, now, following)).clamp_min(0).sqrt()
     noise, sample = _parts_per_output(str(scheduler.config.prediction_type), now)
     return timesteps, (direct * noise - following.sqrt() * sample).abs()
@@ -102,6 +99,16 @@ def _is_flow_matching(scheduler: Scheduler) -> bool:
         or bool(config.get("use_flow_sigmas"))
         or config.get("prediction_type") == "flow_prediction"
     )
+
+
+def _final_power(scheduler: Scheduler) -> Tensor:
+    """Return the signal power after the last step, ``(1,)``: 1 unless the schedule ends before."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None:
+        power = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0))
+    else:
+        power = 1 / (1 + sigmas[-1].double().square())
+    return power.double().cpu().reshape(1)
 
 
 def _fresh_noise(scheduler: Scheduler, eta: float | None, now: Tensor, following: Tensor) -> Tensor:
