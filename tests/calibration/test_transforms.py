@@ -23,14 +23,18 @@ from msfp_cli.calibration.observe import LayerObservation
 from msfp_cli.calibration.quantize import move_weights_
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
+from msfp_cli.calibration.sensitivity import quantize_input
 from msfp_cli.checkpoint.export import export_run, load_calibrated
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
 from msfp_cli.errors import CheckpointError, UsageError
 from msfp_cli.finetuning.student import Student
+from msfp_cli.formats.float_format import FloatFormat
+from msfp_cli.formats.rounding import Grid
 from msfp_cli.formats.transform import InputTransform
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.quantized import Quantized
 from msfp_cli.layers.replace import find_layers, quantized_layers
+from msfp_cli.layers.scheme import LayerScheme
 from msfp_cli.pipelines.denoiser import DenoiserCall, replay
 from msfp_cli.pipelines.loading import load_pipeline
 from msfp_cli.recording.result import Recording
@@ -143,6 +147,15 @@ def outliers(x: Tensor) -> Tensor:
 
 def spread(x: Tensor) -> Tensor:
     return x * torch.logspace(-1, 1, len(x))[:, None]
+
+
+def test_input_of_float16_does_not_overflow_while_a_layer_is_quantized_alone() -> None:
+    fmt = FloatFormat.parse("e2m1")
+    transform = InputTransform(rotation=64, token_scales=True)
+    scheme = LayerScheme(weight=fmt, input=Grid(fmt, 1 / 12), transform=transform)
+    x = torch.full((2, 64), 3e4).half()
+    (rounded,), _ = quantize_input(scheme, nn.Linear(64, 4), (x,), {})
+    torch.testing.assert_close(rounded, x)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,16 @@ def test_scaled_tokens_have_a_size_of_one(dtype: torch.dtype) -> None:
     torch.testing.assert_close(token_sizes(scaled), torch.ones(3, 1), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("rotation", BLOCKS)
+def test_scaled_tokens_do_not_overflow_float16_when_they_are_rotated(rotation: int) -> None:
+    transform = InputTransform(rotation=rotation, token_scales=True)
+    x = torch.full((2, 128), 3e4).half()
+    weight = draw(7, 128, seed=1)
+    y = transform.around(lambda rows: F.linear(rows.float(), transform.rotate(weight)), x, None)
+    torch.testing.assert_close(y, F.linear(x.float(), weight).half(), rtol=1e-2, atol=0)
+    assert transform.views(x).isfinite().all()
+
+
 @pytest.mark.parametrize("transform", EVERY[1:], ids=repr)
 def test_error_of_views_is_that_of_the_input(transform: InputTransform) -> None:
     """The views of all elements give the error that rounding the whole input makes."""

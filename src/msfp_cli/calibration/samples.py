@@ -189,7 +189,7 @@ class LayerSamples:
         grid = grid or self.scheme.input
         if grid is None:
             return exact, exact
-        rounded = transform.rounded(x, grid).float()
+        rounded = transform.rounded(x.float(), grid)
         return exact, rows_at(self.layer, rounded, output, positions)
 
 

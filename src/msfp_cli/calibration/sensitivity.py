@@ -87,5 +87,5 @@ def quantize_input(
     """Quantize the one argument of a layer; a forward pre-hook of torch."""
     given = (*args, *kwargs.values())
     assert scheme.input is not None, "this layer's input is in floating point"
-    rounded = scheme.transform.rounded(given[0], scheme.input)
-    return (scheme.transform.rotate(rounded),), {}
+    rounded = scheme.transform.rounded(given[0].float(), scheme.input)
+    return (scheme.transform.rotate(rounded).to(given[0].dtype),), {}

@@ -132,9 +132,9 @@ class InputTransform:
             The transformed input, type and shape of `x`; sizes as `token_sizes` has them, None if
             tokens are not divided by theirs.
         """
-        rotated = self.rotate(x)
         if not self.token_scales:
-            return rotated, None
+            return self.rotate(x), None
+        rotated = self.rotate(x.float())  # float16 may not hold it before it is divided
         sizes = token_sizes(rotated)
         return (rotated / sizes).to(x.dtype), sizes
 
@@ -172,7 +172,7 @@ class InputTransform:
         Returns:
             float32 ``(4, *x.shape)``.
         """
-        rotated = self.rotate(x)
+        rotated = self.rotate(x.float())
         pairs = [(each.float(), token_sizes(each).expand(x.shape)) for each in (x, rotated)]
         return torch.stack(list(chain.from_iterable(pairs)))
 
