@@ -105,6 +105,17 @@ def check(layer: Any, x: Tensor, path: str, kind: type[Cuda | CudaFp8] = Cuda) -
 
 
 @every_path
+@pytest.mark.parametrize(("make", "shape"), [(linear, (3, 6)), (linear, ()), (conv, (1, 3, 5, 5))])
+def test_input_of_another_shape_is_refused(
+    make: Callable[..., Any], shape: tuple[int, ...], path: str
+) -> None:
+    """It has fewer channels than the layer, which the product would fill up with zeros."""
+    layer = prepare(make(grid=grid_of(INPUTS["ue2m2"])), path)
+    with pytest.raises(RuntimeError, match=r"shape|1D|channels"):
+        run(layer, torch.ones(shape))
+
+
+@every_path
 @pytest.mark.parametrize("weight", ["e1m2", "e2m1", "e3m0", "e1m6", "e2m3"])
 @pytest.mark.parametrize("fmt", list(INPUTS))
 def test_linear_equals_the_formula_for_all_formats(fmt: str, weight: str, path: str) -> None:

@@ -253,6 +253,30 @@ def test_convolution_takes_what_the_float_layer_takes(shape: tuple[int, ...]) ->
     agree(conv(grid=grid_of(INPUTS["ue2m2"]), padding=1), draw(*shape))
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (layer_of(nn.Linear, 12, 5, grid=grid_of(INPUTS["ue2m2"])), (3, 6)),
+        (layer_of(nn.Linear, 12, 5, grid=grid_of(INPUTS["ue2m2"])), ()),
+        (conv(grid=grid_of(INPUTS["ue2m2"])), (1, 3, 5, 5)),
+        (conv(grid=grid_of(INPUTS["ue2m2"])), (1, 4, 5, 1)),
+    ],
+    ids=["inputs", "number", "channels", "size"],
+)
+@torch.no_grad()
+def test_cpu_refuses_an_input_of_another_shape_in_torchs_words(
+    layer: Any,  # noqa: ANN401
+    shape: tuple[int, ...],
+) -> None:
+    told = []
+    for kernel in ("simulated", "cpu"):
+        layer.prepare_(kernel)
+        with pytest.raises(RuntimeError) as caught:
+            layer(torch.ones(shape))
+        told.append(str(caught.value))
+    assert told[0] == told[1]
+
+
 @pytest.mark.parametrize("fmt", ["e2m1", "ue2m2", "e2m5", "ue4m0"])
 @pytest.mark.parametrize("kernel", ["reference", "simulated"])
 def test_nan_shows(kernel: str, fmt: str) -> None:

@@ -65,11 +65,14 @@ class Cpu(Kernel):
     def __call__(self, layer: QuantizedLayer, x: Tensor) -> Tensor:
         """Run the layer.
 
-        A shape that oneDNN does not take goes to the reference, what needs gradients is simulated.
+        A shape that oneDNN does not take goes to the reference, which refuses what no layer
+        takes as torch does. What needs gradients is simulated.
         """
         if torch.is_grad_enabled() and x.requires_grad:
             return simulate(layer, x)
-        if not is_taken(x, self.arithmetic.geometry):
+        geometry = self.arithmetic.geometry
+        groups = 1 if geometry is None else geometry.groups
+        if not is_taken(x, geometry, layer.weight_shape[1] * groups):
             return run_reference(layer, x, self.arithmetic)
         variant = layer.variant()
         grids = input_grids(layer, variant)

@@ -103,17 +103,22 @@ class Cuda(Kernel):
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1) if self.is_linear else y
 
     def simulates(self, x: Tensor) -> bool:
-        """Whether an input needs gradients, is empty, or goes beyond 2^31 elements."""
+        """Whether an input needs gradients, is empty, or goes beyond 2^31 elements.
+
+        An input of another shape than the layer takes is simulated, too, which refuses it.
+        """
         if torch.is_grad_enabled() and x.requires_grad:
             return True
         return not (self._fits_rows(x) if self.is_linear else self._fits_picture(x))
 
     def _fits_rows(self, x: Tensor) -> bool:
+        if x.ndim == 0 or x.shape[-1] != self.shape[1]:
+            return False
         output = x.numel() // x.shape[-1] * self.shape[0] if x.numel() else 0
         return 0 < x.numel() and max(x.numel(), output) <= _INT32
 
     def _fits_picture(self, x: Tensor) -> bool:
-        if x.ndim != 4 or x.numel() == 0:
+        if x.ndim != 4 or x.numel() == 0 or x.shape[1] != self.shape[1] * self.geometry.groups:
             return False
         rows, columns = self.geometry.output_size(x.shape[2], x.shape[3])
         output = x.shape[0] * self.shape[0] * rows * columns

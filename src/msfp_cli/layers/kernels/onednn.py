@@ -16,16 +16,22 @@ from msfp_cli.layers.kernels.arithmetic import BYTE
 from msfp_cli.layers.kernels.geometry import Geometry, frame_of, subtract_frame_
 
 
-def is_taken(x: Tensor, geometry: Geometry | None) -> bool:
-    """Whether oneDNN takes an input of this shape.
+def is_taken(x: Tensor, geometry: Geometry | None, channels: int) -> bool:
+    """Whether oneDNN takes an input of this shape; of one that no layer takes it says little.
+
+    Arguments:
+        channels: of the inputs that the layer takes.
 
     Its AMX convolution reads outside of the input where a window sees nothing but padding, and
     wrong rows where the output is one pixel wide and the stride is not 1 (oneDNN of torch 2.13;
     7,800 random shapes without these are exact).
     """
     if x.numel() == 0 or geometry is None:
-        return x.numel() > 0
-    if x.ndim != 4 or (geometry.stride[1] > 1 and geometry.output_size(*x.shape[2:])[1] == 1):
+        return x.numel() > 0 and x.ndim > 0 and x.shape[-1] == channels
+    if x.ndim != 4 or x.shape[1] != channels:
+        return False
+    rows, columns = geometry.output_size(*x.shape[2:])
+    if min(rows, columns) < 1 or (geometry.stride[1] > 1 and columns == 1):
         return False
     sides = zip(x.shape[2:], geometry.kernel, geometry.padding, geometry.dilation, strict=True)
     return all(
