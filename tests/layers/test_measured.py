@@ -271,6 +271,18 @@ def test_call_that_says_nothing_is_simulated_and_the_next_one_chooses(why: str, 
     assert layer.kernel.name == "fast"
 
 
+def test_input_that_no_layer_takes_is_refused_by_torch_and_the_next_one_chooses(gpu: Gpu) -> None:
+    gpu.has(Fast, fast=1.0)
+    layer = linear()
+    layer.prepare_()
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            layer(rows(3, 7))
+        assert layer.kernel.name == MEASURED
+        layer(rows(3, 12))
+    assert layer.kernel.name == "fast"
+
+
 def test_threads_that_call_first_together_get_one_kernel(gpu: Gpu) -> None:
     gpu.has(Fast, fast=1.0)
     layer = linear()

@@ -67,7 +67,10 @@ class Measured(Kernel):
             return simulate(layer, x)
         with _TRYING:
             if layer.kernel is self:  # no other thread was here first
-                layer.take_kernel_(fastest(layer, x, keep_packed=self.keep_packed))
+                found = fastest(layer, x, keep_packed=self.keep_packed)
+                if found is None:  # what is wrong with the input is said here
+                    return simulate(layer, x)
+                layer.take_kernel_(found)
             kernel = layer.kernel
         return simulate(layer, x) if kernel is None else kernel(layer, x)
 
@@ -82,8 +85,8 @@ def _can_be_tried(layer: QuantizedLayer, x: Tensor) -> bool:
 
 
 @torch.no_grad()
-def fastest(layer: QuantizedLayer, x: Tensor, *, keep_packed: bool) -> Kernel:
-    """Return the fastest exact kernel for a layer, prepared.
+def fastest(layer: QuantizedLayer, x: Tensor, *, keep_packed: bool) -> Kernel | None:
+    """Return the fastest exact kernel for a layer, prepared; None if not even simulating works.
 
     Arguments:
         x: an input of the layer, with rows, and numbers that are finite.
@@ -106,8 +109,8 @@ def fastest(layer: QuantizedLayer, x: Tensor, *, keep_packed: bool) -> Kernel:
                 times[kind.name] = seconds_of(partial(kernel, layer, x))
                 kernels[kind.name] = kernel
             failed.remove(kind)
-    if Simulated in failed:  # the memory is full, say, and what is known of the others is little
-        return Simulated(layer, keep_packed=keep_packed)
+    if Simulated in failed:
+        return None
     best = kernels[min(times, key=times.__getitem__)]
     times[FLOAT] = seconds_of(partial(layer.apply_weight, x, layer.weight.to(x.dtype)))
     winner = winners.Winner(best.name, times)
