@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from conftest import Invoke
+from msfp_cli.checkpoint.engine import device_of
 from msfp_cli.errors import ModelError, UsageError
 from msfp_cli.pipelines.loading import (
     BUILT_IN,
@@ -210,6 +211,15 @@ def test_type_follows_from_the_device_unless_given(tiny_source: ModelSource) -> 
     assert choose_dtype("float16", "cpu") == torch.float16
     pipe = load_pipeline(ModelSource(model=tiny_source.model, dtype="bfloat16"), "cpu")
     assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("device", ["cpu:0", torch.device("cpu"), torch.device("cpu", 0)])
+def test_the_cpu_is_the_cpu_however_it_is_named(
+    tiny_source: ModelSource, device: str | torch.device
+) -> None:
+    assert choose_device(device) == "cpu"
+    assert device_of("openvino", device) == "cpu"
+    assert load_pipeline(tiny_source, device).unet.dtype == torch.float32
 
 
 def test_unknown_dtype_lists_the_known() -> None:

@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from msfp_cli.engines.conversions import FOLDER
 from msfp_cli.engines.openvino import NAME, attach_, engine_of, import_openvino, refuse_offloading_
 from msfp_cli.errors import UsageError
@@ -30,7 +32,7 @@ def require_engine(name: str) -> None:
     import_openvino()
 
 
-def device_of(kernel: str, device: str | None) -> str | None:
+def device_of(kernel: str, device: str | torch.device | None) -> str | torch.device | None:
     """Return where torch has the pipeline: on the CPU, if an engine runs its denoiser.
 
     Raises:
@@ -38,10 +40,10 @@ def device_of(kernel: str, device: str | None) -> str | None:
     """
     if not is_engine(kernel):
         return device
-    if device not in (None, "cpu"):
+    if device is not None and str(device).partition(":")[0] != "cpu":
         raise UsageError(
-            f"kernel {kernel!r} takes its tensors from the CPU, not from device {device!r}; leave "
-            f"the device out, or name one of OpenVINO's as in {NAME}:GPU"
+            f"kernel {kernel!r} takes its tensors from the CPU, not from device {str(device)!r}; "
+            f"leave the device out, or name one of OpenVINO's as in {NAME}:GPU"
         )
     return "cpu"
 

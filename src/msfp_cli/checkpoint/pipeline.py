@@ -151,7 +151,7 @@ class MSFPPipeline:
         directory: str | Path,
         *,
         dtype: torch.dtype | None = None,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         kernel: str = AUTO,
         keep_packed: bool = False,
         check: bool = True,

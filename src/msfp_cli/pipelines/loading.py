@@ -101,8 +101,10 @@ def default_prompts(model: str) -> tuple[str, ...]:
     return tuple((files("msfp_cli") / "data" / name).read_text("utf-8").splitlines())
 
 
-def choose_device(device: str | None) -> str:
+def choose_device(device: "str | torch.device | None") -> str:
     """Return the device asked for, else an accelerator if there is one.
+
+    The CPU has one name, ``cpu``, whatever number it was given.
 
     Raises:
         ModelError: the device is not there.
@@ -120,9 +122,9 @@ def choose_device(device: str | None) -> str:
         is_unknown = "device type at start" in str(error)
         reason = "torch knows no such device" if is_unknown else str(error).splitlines()[0]
         raise ModelError(
-            f"device {device!r} cannot be used here ({reason}); try --device cpu"
+            f"device {str(device)!r} cannot be used here ({reason}); try --device cpu"
         ) from None
-    return device
+    return "cpu" if torch.device(device).type == "cpu" else str(device)
 
 
 def choose_dtype(dtype: str | None, device: str) -> "torch.dtype":
@@ -176,7 +178,7 @@ def fetch_pipeline(source: ModelSource) -> Path:
 
 
 def load_pipeline(
-    source: ModelSource, device: str | None = None, *, streamed: bool = False
+    source: ModelSource, device: "str | torch.device | None" = None, *, streamed: bool = False
 ) -> Pipeline:
     """Load a stock pipeline, all components in one type, ready to be called.
 
