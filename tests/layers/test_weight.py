@@ -134,3 +134,21 @@ def test_hooks_of_a_float_layer_stay_and_can_be_removed() -> None:
 def test_layers_are_called_by_keyword_as_torchs_are() -> None:
     net, x = quantized(), torch.randn(2, 6)
     assert torch.equal(net[0](input=x), net[0](x))
+
+
+def test_state_is_copied_and_joined_as_a_plain_dictionary() -> None:
+    state = quantized().state_dict()
+    for other in (state.copy(), copy.copy(state), state | {}, {} | state, type(state)()):
+        assert other.keys() in (state.keys(), set())
+        with pytest.raises(KeyError):
+            other["0.weight"]
+    assert (state | {"new": torch.zeros(1)}).keys() == {*state.keys(), "new"}
+    assert state["0.weight"].shape == (5, 6)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_model_is_traced() -> None:
+    net, x = nn.Sequential(nn.Linear(6, 5)), torch.randn(3, 6)
+    store_layers_(net, {"0": SCHEME}, {"0": torch.full((5,), 0.1)})
+    assert torch.equal(torch.jit.trace(net, x, check_trace=False)(x), net(x))

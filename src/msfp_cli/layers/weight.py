@@ -7,7 +7,7 @@ own, so a change of it would be lost; it refuses one.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -92,18 +92,22 @@ class WeightyState(OrderedDict[str, Tensor]):
 
     Arguments:
         state: what the module holds.
-        module: whose layers' weights are asked for.
+        module: whose layers' weights are asked for. None in what ``copy``, ``|`` and torch's
+            tracer make of a state: they call its type as that of a plain dictionary.
     """
 
-    def __init__(self, state: dict[str, Tensor], module: nn.Module) -> None:
-        super().__init__(state)
+    def __init__(
+        self, state: Mapping[str, Tensor] | None = None, module: nn.Module | None = None
+    ) -> None:
+        super().__init__(state or {})
         self._metadata = getattr(state, "_metadata", None)
         self._module = module
 
     def __missing__(self, name: str) -> Tensor:
         layer, _, parameter = name.rpartition(".")
         scales = (f"{layer}.weight_scale", f"{layer}.base_layer.weight_scale")  # PEFT wraps layers
-        if parameter != "weight" or not any(scale in self for scale in scales):
+        has_codes = parameter == "weight" and any(scale in self for scale in scales)
+        if self._module is None or not has_codes:
             raise KeyError(name)
         weight = self._module.get_submodule(layer).weight
         assert isinstance(weight, Tensor), "it has a scale"
