@@ -1,7 +1,9 @@
 """Models are quantized while they load, and saved and loaded as any export."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import Chained
-from msfp_cli import MSFPConfig, quantize_
+from msfp_cli import MSFPConfig, prepare_, quantize_
 from msfp_cli.errors import CheckpointError, RunError, UsageError
 from msfp_cli.formats.rounding import Grid, dequantize, per_channel
 from msfp_cli.layers.replace import find_layers, quantized_layers
@@ -151,6 +153,17 @@ def test_module_of_torch_is_quantized_and_twice_is_refused() -> None:
         quantize_(module, MSFPConfig())
     with pytest.raises(UsageError):
         quantize_(nn.Linear(8, 8), MSFPConfig())  # which could not be replaced in itself
+
+
+@pytest.mark.parametrize("act", [prepare_, partial(quantize_, how=MSFPConfig())])
+def test_pipeline_in_the_place_of_a_network_is_refused(
+    tiny: Callable[[str], Path], act: Callable[[Any], object]
+) -> None:
+    pipe = DiffusionPipeline.from_pretrained(tiny("DDIMPipeline"))
+    with pytest.raises(UsageError, match=r"DDIMPipeline is not a network; .* pipe\.unet$"):
+        act(pipe)
+    with pytest.raises(UsageError, match=r"dict is not a network; .* pipe\.transformer$"):
+        act({})
 
 
 def test_calibrated_model_in_memory_is_saved_and_loaded_again(

@@ -22,7 +22,7 @@ from msfp_cli.checkpoint.quantizer import (
 )
 from msfp_cli.checkpoint.text_encoder import MSFPTextQuantizer, mark_text_encoder_, text_encoder
 from msfp_cli.errors import UsageError
-from msfp_cli.layers.replace import quantized_layers
+from msfp_cli.layers.replace import quantized_layers, require_network
 from msfp_cli.pipelines.denoiser import refuse_changed
 from msfp_cli.processes import ALONE, Processes
 from msfp_cli.recording.result import Recording
@@ -45,10 +45,11 @@ def quantize_(module: M, how: "MSFPConfig | Calibration", component: str = "") -
 
     Raises:
         UsageError: the module is quantized already, has adapters, or no layer to quantize; or the
-            calibration has no such component.
+            calibration has no such component; or a whole pipeline was given.
         RunError: the module is not the one that was calibrated.
         CheckpointError: a weight is not finite.
     """
+    require_network(module)
     refuse_changed(type(module).__name__, module)
     if isinstance(how, Calibration):
         if quantized_layers(module):

@@ -6,7 +6,7 @@ from msfp_cli.errors import UsageError
 from msfp_cli.layers.kernels.registry import AUTO as AUTO  # for callers of `prepare_`
 from msfp_cli.layers.kernels.registry import MEASURED as MEASURED  # likewise
 from msfp_cli.layers.kernels.registry import choose_kernel
-from msfp_cli.layers.replace import quantized_layers
+from msfp_cli.layers.replace import quantized_layers, require_network
 
 
 def prepare_(
@@ -26,8 +26,10 @@ def prepare_(
         By layer name, the kernel that it got, and why others were passed over.
 
     Raises:
-        UsageError: there is no such kernel, or it refuses every layer; all stay as they are.
+        UsageError: there is no such kernel, or it refuses every layer; all stay as they are. Or a
+            whole pipeline was given.
     """
+    require_network(denoiser)
     layers = quantized_layers(denoiser)
     choices = {name: choose_kernel(layer, kernel) for name, layer in layers.items()}
     if choices and kernel != AUTO and all(kind.name != kernel for kind, _ in choices.values()):

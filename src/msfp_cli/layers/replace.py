@@ -31,6 +31,22 @@ def quantized_layers(denoiser: nn.Module) -> dict[str, Quantized]:
     return {name: module for name, module in modules if isinstance(module, Quantized)}
 
 
+def require_network(network: object) -> None:
+    """Refuse what has no layers, such as a pipeline in the place of one of its components.
+
+    Raises:
+        UsageError: it is no module of torch.
+    """
+    if isinstance(network, nn.Module):
+        return
+    parts: dict[str, object] = getattr(network, "components", {})
+    names = [f"pipe.{name}" for name, part in parts.items() if isinstance(part, nn.Module)]
+    raise UsageError(
+        f"{type(network).__name__} is not a network; give one, such as "
+        f"{', '.join(names) or 'pipe.unet or pipe.transformer'}"
+    )
+
+
 def select_layers(names: Iterable[str], pattern: str | None) -> list[str]:
     """Return the names that match a shell pattern; None selects all.
 
