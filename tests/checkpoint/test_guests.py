@@ -369,6 +369,15 @@ def test_denoiser_is_sent_to_another_process(export: Path, is_called: bool) -> N
     assert np.array_equal(draw(pipe), before)
 
 
+def test_our_pipeline_is_sent_to_another_process(export: Path) -> None:
+    pipe = MSFPPipeline.from_pretrained(export)
+    before = draw(pipe)
+    for sent in (pickle.loads(ForkingPickler.dumps(pipe)), copy.deepcopy(pipe)):
+        assert isinstance(sent, MSFPPipeline) and sent.unet is not pipe.unet
+        assert np.array_equal(draw(sent), before)
+        assert sent.describe() == pipe.describe()
+
+
 def adapter_file(export: Path, place: Path, seed: int) -> np.ndarray:
     """Save a LoRA, and return what the pipeline draws with it."""
     pipe = load(export)

@@ -211,6 +211,11 @@ class MSFPPipeline:
 
         save_pipeline(self, Path(directory), overwrite=overwrite, **options)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what a copy needs: pickle cannot find a class that is made of the stock one."""
+        stock = type(self).__mro__[type(self).__mro__.index(MSFPPipeline) + 1]
+        return _new_with_methods, (stock,), vars(self)
+
     def describe(self) -> str:
         """Return what was quantized, from what, and how, as a few lines of text."""
         lines = []
@@ -241,12 +246,22 @@ class MSFPPipeline:
 
 
 def _with_methods_(pipe: Pipeline, configs: dict[str, MSFPConfig]) -> Pipeline:
-    """Give a stock pipeline the methods of `MSFPPipeline`: its class gets a subclass of that name.
+    """Give a stock pipeline the methods of `MSFPPipeline`."""
+    pipe.__class__ = _class_with_methods(type(pipe))
+    pipe.configs = configs
+    return pipe
+
+
+def _class_with_methods(stock: type) -> type:
+    """Return a subclass of a stock pipeline that has the methods of `MSFPPipeline`, and its name.
 
     diffusers writes the name of the class, and finds related pipelines by it.
     """
-    stock = type(pipe)
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
-    pipe.__class__ = type(stock.__name__, (MSFPPipeline, stock), names)
-    pipe.configs = configs
-    return pipe
+    return type(stock.__name__, (MSFPPipeline, stock), names)
+
+
+def _new_with_methods(stock: type) -> Pipeline:
+    """Return a pipeline without components, for a copy in this process or in another one."""
+    made = _class_with_methods(stock)
+    return made.__new__(made)
