@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import pickle
 import threading
 import weakref
@@ -32,7 +33,7 @@ from guests import (
     unet_ip_adapter,
 )
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
-from msfp_cli.errors import UsageError
+from msfp_cli.errors import CheckpointError, UsageError
 from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
 from msfp_cli.layers.replace import quantized_layers
 
@@ -198,6 +199,21 @@ def test_config_may_change_between_loading_and_saving(
     unet.register_to_config(sample_size=4)
     unet.save_pretrained(tmp_path)
     assert UNet2DConditionModel.from_pretrained(tmp_path).config.sample_size == 4
+
+
+def test_new_network_of_its_config_is_loaded_without_our_part_of_it(
+    prompted_chained: Chained, tmp_path: Path
+) -> None:
+    export = prompted_chained.export
+    new = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(export / "unet"))
+    new.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="take quantization_config out of its config.json$"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert again.state_dict().keys() == new.state_dict().keys()
 
 
 def test_export_is_freed_with_its_last_user(export: Path) -> None:

@@ -73,7 +73,9 @@ class Contents:
                 tensors |= {name: file.get_tensor(name) for name in sorted(file.keys())}
         if DIGEST not in header:
             raise CheckpointError(
-                f"{paths[0] if paths else 'the checkpoint'} has no msfp digest; export it again"
+                f"{paths[0] if paths else 'the checkpoint'} has no msfp digest; export it again, "
+                "or, if its weights are in full precision, take quantization_config out of its "
+                "config.json"
             )
         if is_checked() and not all(map(is_compared, paths)):
             refuse_altered(paths[0], tensors, header[DIGEST], redo=REDO)
