@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import Chained
-from msfp_cli import MSFPConfig, prepare_, quantize_
+from msfp_cli import CalibrateRecipe, MSFPConfig, prepare_, quantize_
 from msfp_cli.errors import CheckpointError, RunError, UsageError
 from msfp_cli.formats.rounding import Grid, dequantize, per_channel
 from msfp_cli.layers.replace import find_layers, quantized_layers
@@ -164,6 +164,42 @@ def test_pipeline_in_the_place_of_a_network_is_refused(
         act(pipe)
     with pytest.raises(UsageError, match=r"dict is not a network; .* pipe\.transformer$"):
         act({})
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (MSFPConfig(weights="4"), r"MSFPConfig\(weights='4'\) has no number of bits; give one"),
+        (MSFPConfig(weights=4.0), r"MSFPConfig\(weights=4.0\) has no number of bits; give one"),
+        (MSFPConfig(weights=None), r"MSFPConfig\(weights=None\) has no number of bits; give one"),
+        (MSFPConfig(weights=1), "must be at least 2, got 1"),
+        (MSFPConfig(keep="*attn*:8"), r"MSFPConfig\(keep='\*attn\*:8'\) is no list of rules; give"),
+        (MSFPConfig(keep=None), r"MSFPConfig\(keep=None\) is no list of rules; give"),
+        (MSFPConfig(keep=[4]), r"MSFPConfig\(keep=\[4\]\) is no list of rules; give"),
+        ({"weights": 4}, r"a dict does not say how to quantize; give MSFPConfig\(weights=4\)"),
+        (CalibrateRecipe(), "a CalibrateRecipe does not say how to quantize; give MSFPConfig"),
+    ],
+    ids=range(9),
+)
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_wrong_way_to_quantize_is_one_helpful_line(
+    how: object, message: str, part: str, tiny: Callable[[str], Path]
+) -> None:
+    model = AutoModel.from_pretrained(str(tiny("StableDiffusionPipeline")), subfolder=part)
+    with pytest.raises(UsageError, match=message):
+        quantize_(model, how)
+    assert not quantized_layers(model)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_rule_that_matches_no_layer_is_warned_of(part: str, tiny: Callable[[str], Path]) -> None:
+    keep = ["*nowhere*:8", "*fc1*:8", "*attn1*:8"]
+    place = {"subfolder": part, "quantization_config": MSFPConfig(keep=keep)}
+    with pytest.warns(UserWarning, match="keep matches no layer of") as said:
+        model = AutoModel.from_pretrained(str(tiny("StableDiffusionPipeline")), **place)
+    assert quantized_layers(model)
+    idle = {"unet": ["*nowhere*:8", "*fc1*:8"], "text_encoder": ["*nowhere*:8", "*attn1*:8"]}[part]
+    assert [str(each.message).split(": ")[1] for each in said] == list(map(repr, idle))
 
 
 def test_calibrated_model_in_memory_is_saved_and_loaded_again(

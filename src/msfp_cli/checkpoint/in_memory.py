@@ -45,11 +45,17 @@ def quantize_(module: M, how: "MSFPConfig | Calibration", component: str = "") -
 
     Raises:
         UsageError: the module is quantized already, has adapters, or no layer to quantize; or the
-            calibration has no such component; or a whole pipeline was given.
+            calibration has no such component; or a whole pipeline was given,
+            or `how` is something else, or has a value of a wrong type.
         RunError: the module is not the one that was calibrated.
         CheckpointError: a weight is not finite.
     """
     require_network(module)
+    if not isinstance(how, MSFPConfig | Calibration):
+        raise UsageError(
+            f"a {type(how).__name__} does not say how to quantize; "
+            "give MSFPConfig(weights=4), or a Calibration"
+        )
     refuse_changed(type(module).__name__, module)
     if isinstance(how, Calibration):
         if quantized_layers(module):

@@ -12,6 +12,7 @@ method ``msfp`` and refuses by itself.
 """
 
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -41,6 +42,7 @@ SCHEMA_VERSION = 1
 FOLDED_SCHEMA = 2  # layers have several variants, whose members are folded (`hubs`), or groups
 NEWEST_SCHEMA = 3  # inputs of layers are transformed before they are rounded
 METHOD = "msfp"
+IDLE_RULE = "a rule of MSFPConfig's keep matches no layer of"  # how this warning begins
 
 
 class _Method(str, Enum):
@@ -114,8 +116,32 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
         return (config, kwargs) if return_unused_kwargs else config
 
     def encoder(self, model: nn.Module) -> WeightEncoder:
-        """Return what quantizes the weights of a model, one after another."""
-        return WeightEncoder.of_bits(model, self.weights, tuple(self.keep))
+        """Return what quantizes the weights of a model, one after another.
+
+        Raises:
+            UsageError: see `refuse_mistyped`, and `WeightEncoder`.
+        """
+        self.refuse_mistyped()
+        encoder = WeightEncoder.of_bits(model, self.weights, tuple(self.keep))
+        warn_of_idle_rules(encoder, model, self.keep)
+        return encoder
+
+    def refuse_mistyped(self) -> None:
+        """Refuse bits that are no whole number, and rules that are not several texts.
+
+        Raises:
+            UsageError: the message shows the value, and what is expected.
+        """
+        if not isinstance(self.weights, int) or isinstance(self.weights, bool):
+            raise UsageError(
+                f"MSFPConfig(weights={self.weights!r}) has no number of bits; give one such as 4"
+            )
+        is_list = isinstance(self.keep, Sequence) and not isinstance(self.keep, str)
+        if not is_list or not all(isinstance(rule, str) for rule in self.keep):
+            raise UsageError(
+                f"MSFPConfig(keep={self.keep!r}) is no list of rules; give one such as "
+                "['*attn*:8', 'proj_in:none']"
+            )
 
     def read_clock(self) -> Clock:
         """Return what reads the timestep of a call.
@@ -303,6 +329,13 @@ class MSFPQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffusers is u
     def is_compileable(self) -> bool:
         """Whether ``torch.compile`` may be used."""
         return True
+
+
+def warn_of_idle_rules(encoder: WeightEncoder, model: nn.Module, keep: Sequence[str]) -> None:
+    """Warn of those rules that match no layer: of another model, or misspelt."""
+    for rule in encoder.idle_rules():
+        if rule in keep:
+            warnings.warn(f"{IDLE_RULE} {type(model).__name__}: {rule!r}", stacklevel=2)
 
 
 def refuse_disk(device_map: object, instead: str) -> None:

@@ -25,6 +25,7 @@ from msfp_cli.checkpoint.quantizer import (
     no_float_weights,
     refuse_disk,
     to_text,
+    warn_of_idle_rules,
     weight_only_config,
 )
 from msfp_cli.checkpoint.weight_only import WeightEncoder
@@ -199,7 +200,12 @@ class _Encode(ConversionOps):  # type: ignore[misc]  # transformers is untyped
 
 
 def text_encoder(model: TransformersModel, config: MSFPConfig) -> WeightEncoder:
-    """Return what quantizes a text encoder in floating point, whose tied tables become one."""
+    """Return what quantizes a text encoder in floating point, whose tied tables become one.
+
+    Raises:
+        UsageError: see `MSFPConfig.encoder`.
+    """
+    config.refuse_mistyped()
     layers = find_layers(model)
     tied = {one: other for one, other in _ties(model).items() if {one, other} <= layers.keys()}
     tables = {
@@ -215,7 +221,9 @@ def text_encoder(model: TransformersModel, config: MSFPConfig) -> WeightEncoder:
         *config.keep,
         *(f"{name}:none" for name in sorted(others)),
     )
-    return replace(config, keep=rules).encoder(model)
+    encoder = WeightEncoder.of_bits(model, config.weights, rules)
+    warn_of_idle_rules(encoder, model, config.keep)
+    return encoder
 
 
 def mark_text_encoder_(model: TransformersModel, quantizer: MSFPTextQuantizer) -> None:

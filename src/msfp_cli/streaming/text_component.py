@@ -1,10 +1,11 @@
 """One text encoder of a pipeline on its way to a quantized one, read as transformers reads it."""
 
 import os
+import warnings
 from pathlib import Path
 
 from msfp_cli.checkpoint.export import tidy_
-from msfp_cli.checkpoint.quantizer import MSFPConfig
+from msfp_cli.checkpoint.quantizer import IDLE_RULE, MSFPConfig
 from msfp_cli.files.atomic import temporary_of
 from msfp_cli.files.weight_files import stored_tensors, weight_files
 from msfp_cli.pipelines.bounds import refuse_random_tensors
@@ -38,13 +39,15 @@ class TextEncoderJob(ComponentJob):
 
     def _write_whole(self) -> None:
         config = MSFPConfig(weights=self.recipe.weights, keep=self.recipe.keep, source=self.origin)
-        model, report = self.model_class.from_pretrained(
-            self.source,
-            variant=self.variant,
-            dtype="auto",
-            quantization_config=config,
-            output_loading_info=True,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", IDLE_RULE)  # it may be of another component
+            model, report = self.model_class.from_pretrained(
+                self.source,
+                variant=self.variant,
+                dtype="auto",
+                quantization_config=config,
+                output_loading_info=True,
+            )
         refuse_random_tensors(str(self.source), report)
         temporary = temporary_of(self._whole)
         model.save_pretrained(temporary, max_shard_size=self.recipe.shard_bytes())
