@@ -24,7 +24,9 @@ import msfp_cli
 from conftest import Chained, Finetuned, Invoke
 from msfp_cli.checkpoint import contents
 from msfp_cli.checkpoint.contents import Contents
+from msfp_cli.checkpoint.in_memory import quantize_
 from msfp_cli.checkpoint.pipeline import MSFPPipeline, read_configs
+from msfp_cli.checkpoint.quantizer import MSFPConfig
 from msfp_cli.checkpoint.reseal import reseal
 from msfp_cli.errors import CheckpointError, ModelError, MsfpError, RunError, UsageError
 from msfp_cli.files.directories import refuse_foreign
@@ -300,6 +302,14 @@ def test_description_names_the_source_and_the_formats(
     assert {str(p.weight) for p in table} <= set(line.replace(";", "").split())
     assert {str(p.input.format) for p in table} <= set(line.replace(",", "").split())
     assert f", {unsigned} of them unsigned; run by cpu (" in line
+
+
+def test_description_of_weights_alone_says_so(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(tiny("DDIMPipeline"))
+    quantize_(pipe.unet, MSFPConfig())
+    pipe.save_pretrained(tmp_path)
+    described = MSFPPipeline.from_pretrained(tmp_path).describe()
+    assert "; inputs in floating point; run by " in described
 
 
 @pytest.mark.parametrize(

@@ -224,11 +224,12 @@ class MSFPPipeline:
             weights = sorted({str(p.weight) for p in table if p.weight})
             inputs = sorted({str(p.input.format) for p in table if p.input})
             unsigned = sum(p.input is not None and not p.input.format.signed for p in table)
+            formats = f"{' '.join(inputs)}, {unsigned} of them unsigned"
             model = config.source.get("model", "unknown")
             lines.append(
                 f"{component}: {len(table)} quantized layers of {model}; "
                 f"weights {' '.join(weights)}; "
-                f"inputs {' '.join(inputs)}, {unsigned} of them unsigned; "
+                f"inputs {formats if inputs else 'in floating point'}; "
                 f"run by {self._kernels(component)}"
             )
         return "\n".join(lines)
