@@ -71,6 +71,14 @@ def test_fusing_is_refused_before_anything_changes(quantized: Path) -> None:
     assert torch.equal(latents(pipe), before)
 
 
+def test_new_tokens_are_refused_with_what_they_need(quantized: Path) -> None:
+    pipe = load(quantized)
+    before = latents(pipe)
+    with pytest.raises(UsageError, match="need the text encoder in full precision"):
+        pipe.text_encoder.resize_token_embeddings(1000)
+    assert torch.equal(latents(pipe), before)
+
+
 @pytest.mark.parametrize(
     ("kind", "place"), [("leaf_level", "disk"), ("block_level", "memory")], ids=str
 )

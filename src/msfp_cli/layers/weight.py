@@ -150,5 +150,6 @@ def _elements(value: Any) -> Any:  # noqa: ANN401 (an argument of an operator)
 def _refusal() -> UsageError:
     return UsageError(
         "a quantized weight cannot be changed in place; keep a LoRA as an adapter, or fuse it into "
-        "the full-precision pipeline and run `msfp calibrate` on that"
+        "the full-precision pipeline and run `msfp calibrate` on that; new tokens (textual "
+        "inversion) need the text encoder in full precision"
     )
