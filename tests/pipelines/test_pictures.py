@@ -24,6 +24,7 @@ from msfp_cli.pipelines.pictures import (
 from msfp_cli.pipelines.sampling import Sampling, call_pipeline
 from pipelines.test_conditions import Lines
 
+ORIENTATION = 0x0112  # the tag of a picture's file that says how to turn it
 TAKEN = {
     "StableDiffusionPipeline": [],
     "StableDiffusionImg2ImgPipeline": ["image"],
@@ -136,6 +137,36 @@ def test_picture_that_cannot_be_read_is_named(tiny: Callable[[str], Path], tmp_p
     )
     with pytest.raises(UsageError, match=r"cannot read the picture .*a\.png"):
         pictures_of(load_pipeline(source, "cpu"), Sampling(images=tmp_path), 0, 1)
+
+
+def test_photo_of_an_upright_camera_is_turned_as_viewers_turn_it(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    seen = Image.new("RGB", (32, 48), "blue")
+    seen.paste("red", (0, 0, 32, 24))  # the upper half
+    tags = Image.Exif()
+    tags[ORIENTATION] = 6  # to be turned clockwise
+    seen.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=tags)
+    mask = Image.new("L", seen.size)
+    mask.paste(255, (0, 0, 32, 24))
+    mask.save(tmp_path / "a-mask.png")
+    source = ModelSource(
+        model=str(tiny("StableDiffusionPipeline")), pipeline="StableDiffusionInpaintPipeline"
+    )
+    given = pictures_of(load_pipeline(source, "cpu"), Sampling(images=tmp_path), 0, 1)
+    assert np.array_equal(np.asarray(given["image"][0]), np.asarray(seen))
+    assert np.array_equal(np.asarray(given["mask_image"][0]), np.asarray(mask))
+
+
+def test_grey_of_16_bits_has_its_shades(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    shades = np.linspace(0, 65535, 32 * 32).reshape(32, 32)
+    Image.fromarray(shades.astype(np.uint16)).save(tmp_path / "a.png")
+    source = ModelSource(
+        model=str(tiny("StableDiffusionPipeline")), pipeline="StableDiffusionImg2ImgPipeline"
+    )
+    (depth,) = pictures_of(load_pipeline(source, "cpu"), Sampling(images=tmp_path), 0, 1)["image"]
+    assert depth.mode == "RGB"
+    assert np.abs(np.asarray(depth) - shades[..., None] / 257).max() <= 1
 
 
 def enlarging(tiny: Callable[[str], Path]) -> DiffusionPipeline:

@@ -254,12 +254,33 @@ def _open(path: Path) -> "Image":
     Raises:
         UsageError: it cannot be read.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+        return as_seen(Image.open(path))
+    except Exception as error:  # Pillow's decoders have many kinds for damaged files
         raise UsageError(f"cannot read the picture {path}: {error}") from None
+
+
+def as_seen(picture: "Image") -> "Image":
+    """Return a picture as viewers show it, in RGB of 8 bits.
+
+    A camera that was held upright writes a picture on its side, and beside it how to turn it.
+    Pillow turns nothing by itself, and takes all but the darkest of 16 bits for white.
+    """
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(picture)
+    return (_in_8_bits(upright) if upright.mode.startswith("I") else upright).convert("RGB")
+
+
+def _in_8_bits(picture: "Image") -> "Image":
+    """Return a picture of 16 bits of grey, as depth is often stored, in 8."""
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(picture).astype(np.float64) * (255 / 65535)
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
 def _fit(picture: "Image", size: tuple[int, int]) -> "Image":

@@ -61,7 +61,11 @@ def test_pictures_of_every_kind_become_colours(tmp_path: Path) -> None:
     for i, picture in enumerate(kinds):
         picture.save(tmp_path / f"{i}.png")
     grey.save(tmp_path / "4.bmp")
-    expected = features_of(np.repeat(draw(*SIZE)[None, :, :, None], 3, axis=3)).expand(5, -1)
+    Image.fromarray(draw(*SIZE).astype(np.uint16) * 257).save(tmp_path / "5.png")
+    tags = Image.Exif()
+    tags[0x0112] = 3  # it is upside down
+    grey.rotate(180).save(tmp_path / "6.png", exif=tags)
+    expected = features_of(np.repeat(draw(*SIZE)[None, :, :, None], 3, axis=3)).expand(7, -1)
     torch.testing.assert_close(
         load_reference(tmp_path, PIXELS, SIZE).features, expected, rtol=0, atol=1e-7
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from msfp_cli.errors import UsageError
 from msfp_cli.evaluation.features.extractors import Extractor
+from msfp_cli.pipelines.pictures import as_seen
 
 BUILT_IN_REFERENCE = "Fashion-MNIST test pictures, tinted"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -96,7 +97,7 @@ def _from_directory(place: Path) -> Tensor:
     for path in paths:
         try:
             with Image.open(path) as picture:
-                pictures.append(np.asarray(picture.convert("RGB")))
+                pictures.append(np.asarray(as_seen(picture)))
         except Exception:  # Pillow's decoders have many kinds for damaged files
             raise UsageError(
                 f"{path} is not a readable picture; take it out of the reference"
