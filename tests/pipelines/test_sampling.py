@@ -43,6 +43,24 @@ def test_half_a_size_is_refused(size: dict[str, int], is_refused: bool) -> None:
         refuse_settings(Measuring(), Sampling(**size))
 
 
+@pytest.mark.parametrize(
+    ("name", "steps", "least"),
+    [
+        ("StableDiffusionImg2ImgPipeline", 1, 2),  # torch fails
+        ("StableDiffusionXLImg2ImgPipeline", 3, 4),
+        ("StableDiffusionXLInpaintPipeline", 1, 2),  # the pipeline says so itself
+    ],
+)
+def test_steps_of_which_none_is_left_are_refused(
+    name: str, steps: int, least: int, tiny: Callable[[str], Path]
+) -> None:
+    model = "StableDiffusionXLPipeline" if "XL" in name else "StableDiffusionPipeline"
+    pipe = load_pipeline(ModelSource(model=str(tiny(model)), pipeline=name), "cpu")
+    with pytest.raises(UsageError, match=f"^--steps {steps} leaves .*at least --steps {least}$"):
+        call_pipeline(pipe, ["a cat"], Sampling(num_inference_steps=steps))
+    call_pipeline(pipe, ["a cat"], Sampling(num_inference_steps=least))
+
+
 class Decoder:
     """A network that decodes."""
 

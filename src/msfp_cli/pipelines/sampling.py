@@ -6,6 +6,7 @@ batch it was made in.
 """
 
 import inspect
+import math
 import re
 import traceback
 from collections.abc import Mapping, Sequence
@@ -191,10 +192,14 @@ def call_pipeline(
         pipe.set_progress_bar_config(disable=True)
     try:
         result = _run(pipe, arguments)
+    except RuntimeError as error:
+        _refuse_few_steps(pipe, arguments, error)
+        raise
     except (TypeError, AttributeError, ValueError) as error:
         refuse_list(pipe, arguments, error)
         refuse_without_media(pipe, arguments, error)
         _refuse_checked(pipe, error)
+        _refuse_few_steps(pipe, arguments, error)
         if "ScalarType" not in str(error):
             raise
         raise ModelError(
@@ -206,6 +211,25 @@ def call_pipeline(
     from msfp_cli.pipelines.media import one_for_each, works_of
 
     return one_for_each(works_of(result), count)
+
+
+def _refuse_few_steps(pipe: Pipeline, arguments: Mapping[str, Any], error: Exception) -> None:
+    """Refuse in one line a call that failed because no step of its schedule was left.
+
+    Pipelines that start from a picture leave out the first steps: of ``steps``, many take no more
+    than ``int(steps * strength)``.
+
+    Raises:
+        UsageError: there were so few steps.
+    """
+    parameter = inspect.signature(pipe.__call__).parameters.get("strength")
+    strength = None if parameter is None else parameter.default
+    steps = arguments.get("num_inference_steps")
+    if isinstance(strength, float) and strength > 0 and steps and steps * strength < 1:
+        raise UsageError(
+            f"--steps {steps} leaves {type(pipe).__name__} no step: it starts from a picture, and "
+            f"takes {strength:g} of the steps; give at least --steps {math.ceil(1 / strength)}"
+        ) from error
 
 
 def _refuse_checked(pipe: Pipeline, error: Exception) -> None:
