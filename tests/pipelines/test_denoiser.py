@@ -91,6 +91,16 @@ UNET = ["diffusers", "UNet2DModel"]
         ({"unet": UNET, "controlnet": ["diffusers", "ControlNetModel"]}, ["unet"]),
         ({"transformer_2": UNET, "transformer": UNET}, ["transformer", "transformer_2"]),
         ({"super_res_first": UNET, "vqvae": ["diffusers", "VQModel"]}, ["super_res_first"]),
+        ({"prior_prior": UNET, "unet": UNET}, ["unet", "prior_prior"]),  # Kandinsky
+        ({"decoder": UNET, "prior_prior": UNET}, ["prior_prior", "decoder"]),  # Stable Cascade
+        (
+            {"transformer": UNET, "unconditional_transformer": UNET},
+            ["transformer", "unconditional_transformer"],  # Ideogram 4
+        ),
+        (
+            {"prior": UNET, "decoder": UNET, "super_res_first": UNET, "super_res_last": UNET},
+            ["prior", "decoder", "super_res_first", "super_res_last"],  # unCLIP
+        ),
         ({"odd": UNET, "unet": [None, None]}, ["odd"]),
         ({"unet": UNET, "text_encoder_select_layers": [2, 5, 8]}, ["unet"]),
     ],

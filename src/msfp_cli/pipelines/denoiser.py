@@ -23,7 +23,18 @@ from msfp_cli.pipelines.loading import Pipeline
 
 # The names under which most pipelines of diffusers keep their denoisers, for pipelines that are
 # not called.
-_ROLES = ("unet", "transformer", "transformer_2", "transformer_3", "prior", "decoder")
+_ROLES = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "transformer_3",
+    "unconditional_transformer",  # Ideogram 4
+    "prior",
+    "prior_prior",  # of pipelines that join a prior and a decoder: Kandinsky, Stable Cascade
+    "decoder",
+    "super_res_first",  # unCLIP
+    "super_res_last",
+)
 
 Output: TypeAlias = Any  # of a denoiser: a tensor, a tuple, a list, or a class of diffusers
 # Arguments of a denoiser: tensors and plain values, in lists, tuples, dicts and caches.
