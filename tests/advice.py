@@ -332,6 +332,8 @@ ELSEWHERE = {
     "makes one picture a call; give --batch-size 1": "tests/pipelines/test_pictures.py",
     "give more --steps, or save the pipeline without it": "tests/recording/test_record.py",
     "`msfp export` exports the calibration": "tests/finetuning/test_task.py",
+    "give --variant": "tests/pipelines/test_loading.py",
+    "leave --variant out": "tests/pipelines/test_loading.py",
     "give at least --steps": "tests/pipelines/test_sampling.py",
     "give a class such as StableDiffusionImg2ImgPipeline": "tests/pipelines/test_pictures.py",
     "leaves it out": "tests/calibration/test_estimate.py",

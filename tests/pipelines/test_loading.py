@@ -166,6 +166,29 @@ def test_damaged_model_is_named_with_the_reason(
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("shard", ["", "-00001-of-00001"])
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_files_of_a_variant_alone_are_named_with_the_option(
+    component: str, shard: str, tiny: Callable[[str], Path], copied: Callable[..., Path]
+) -> None:
+    model = copied(tiny("StableDiffusionPipeline"))
+    (plain,) = (model / component).glob("*.safetensors")
+    plain.rename(plain.with_name(f"{plain.stem}.fp16{shard}.safetensors"))
+    for streamed in (False, True):
+        with pytest.raises(ModelError, match=f"{component} has .*; give --variant fp16$"):
+            load_pipeline(ModelSource(model=str(model)), "cpu", streamed=streamed)
+    if not shard:  # of which diffusers wants an index
+        load_pipeline(ModelSource(model=str(model), variant="fp16"), "cpu")
+
+
+def test_variant_that_a_directory_lacks_is_refused_with_advice(
+    tiny: Callable[[str], Path],
+) -> None:
+    source = ModelSource(model=str(tiny("DDIMPipeline")), variant="fp8")
+    with pytest.raises(ModelError, match="has no files of the variant 'fp8'; leave --variant out"):
+        load_pipeline(source, "cpu")
+
+
 def test_directory_named_like_a_removed_model_is_the_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

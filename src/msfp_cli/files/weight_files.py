@@ -52,10 +52,19 @@ def weight_files(directory: Path, variant: str | None) -> list[Path]:
         shards = [path for path in files if "-of-" in path.name]
         if files:
             return shards or files  # some models have both, of the same tensors
+    for other in variants_of(directory):
+        raise ModelError(f"{directory} has the files of a variant alone; give --variant {other}")
     raise ModelError(
         f"{directory} has no safetensors files; msfp reads no pickled ones, so load the model once "
         "and write it with `save_pretrained`"
     )
+
+
+def variants_of(directory: Path) -> list[str]:
+    """Return the variants whose safetensors files a component has, such as ``fp16``."""
+    pattern = re.compile(rf"{_STEM}{_SHARD}\.([^.]+?){_SHARD}\.safetensors")
+    found = [pattern.fullmatch(path.name) for path in directory.glob("*.safetensors")]
+    return sorted({match[3] for match in found if match})
 
 
 def component_files(directory: Path, variant: str | None) -> list[Path]:

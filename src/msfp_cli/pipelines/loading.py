@@ -4,6 +4,7 @@ Where it cannot be loaded, one line says why. torch and diffusers are imported o
 """
 
 import contextlib
+import re
 import threading
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from msfp_cli.errors import ModelError, MsfpError, UsageError
 from msfp_cli.files.seal import REDO, checked
+from msfp_cli.files.weight_files import variants_of
 from msfp_cli.pipelines.bounds import (
     no_random_tensors,
     refuse_empty_tensors,
@@ -266,4 +268,27 @@ def _explain(source: ModelSource, error: Exception) -> str:
     if not Path(model).exists() and model.count("/") != 1 and source.model != BUILT_IN:
         return f"{model!r} is neither a directory nor a hub id (owner/name)"
     reason = str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__]
-    return f"cannot load {model}: {reason[0][:300]}"
+    return _explain_variant(source, reason[0]) or f"cannot load {model}: {reason[0][:300]}"
+
+
+def _explain_variant(source: ModelSource, reason: str) -> str | None:
+    """Say which variant to load where only files of another one are there; None: it is not that.
+
+    Arguments:
+        reason: what diffusers or transformers say.
+    """
+    if source.variant is not None and "no such modeling files" in reason:
+        return (
+            f"{source.model} has no files of the variant {source.variant!r}; leave --variant out, "
+            "or give one that it has"
+        )
+    place = re.search(r"no file named .* found in directory (.+?)\.?$", reason)
+    if place is None:
+        return None
+    component = Path(place[1])
+    for variant in variants_of(component):
+        return (
+            f"cannot load {source.model}: its {component.name} has the files of a variant alone; "
+            f"give --variant {variant}"
+        )
+    return None
