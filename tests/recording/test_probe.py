@@ -46,6 +46,22 @@ class Preparing:
         self.unprepared  # noqa: B018
 
 
+class Asserting(Preparing):
+    """A pipeline whose checks have no words."""
+
+    def __call__(self, num_inference_steps: int = 2) -> None:
+        """Fail."""
+        raise AssertionError  # steps
+
+
+def test_failure_without_words_is_told_by_the_line_that_failed(tiny: Callable[[str], Path]) -> None:
+    pipe = load_pipeline(ModelSource(model=str(tiny("DDIMPipeline"))), "cpu")
+    recipe = RecordRecipe(conditions=(None,), num_inference_steps=2)
+    line = r"^Asserting fails .*\(AssertionError: raise AssertionError  # steps\); if"
+    with pytest.raises(UsageError, match=line):
+        probe(Asserting(pipe.unet), recipe)
+
+
 def test_pipeline_that_needs_more_is_refused_in_one_line(tiny: Callable[[str], Path]) -> None:
     pipe = load_pipeline(ModelSource(model=str(tiny("DDIMPipeline"))), "cpu")
     unet = pipe.unet

@@ -1,6 +1,7 @@
 """Call the denoiser once, as a recording would, to know what all of its calls will take."""
 
 import time
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ def probe(pipe: Pipeline, recipe: RecordRecipe) -> CallCost:
     except _StopError:
         pass
     except _FAULTS as error:
-        text = (str(error).splitlines() or [""])[0]
+        text = (str(error).splitlines() or [_line_of(error)])[0]
         raise UsageError(
             f"{type(pipe).__name__} fails when it is called ({type(error).__name__}: {text}); "
             "if the pipeline needs more than prompts, pictures and sizes, calibrate the model "
@@ -89,6 +90,11 @@ def probe(pipe: Pipeline, recipe: RecordRecipe) -> CallCost:
         steps=steps,
         num_bytes=first_bytes + 2 * output_bytes * (steps - 1),
     )
+
+
+def _line_of(error: Exception) -> str:
+    """Return the line of source that failed, for an error without words, as of a bare assert."""
+    return traceback.extract_tb(error.__traceback__)[-1].line or ""
 
 
 @torch.no_grad()
