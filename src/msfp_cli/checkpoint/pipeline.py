@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -248,13 +249,15 @@ class MSFPPipeline:
 
 def _with_methods_(pipe: Pipeline, configs: dict[str, MSFPConfig]) -> Pipeline:
     """Give a stock pipeline the methods of `MSFPPipeline`."""
-    pipe.__class__ = _class_with_methods(type(pipe))
+    stock: Any = type(pipe)
+    pipe.__class__ = _class_with_methods(stock)
     pipe.configs = configs
     return pipe
 
 
+@cache
 def _class_with_methods(stock: type) -> type:
-    """Return a subclass of a stock pipeline that has the methods of `MSFPPipeline`, and its name.
+    """Return the subclass of a stock pipeline that has the methods of `MSFPPipeline`, and its name.
 
     diffusers writes the name of the class, and finds related pipelines by it.
     """
@@ -264,5 +267,5 @@ def _class_with_methods(stock: type) -> type:
 
 def _new_with_methods(stock: type) -> Pipeline:
     """Return a pipeline without components, for a copy in this process or in another one."""
-    made = _class_with_methods(stock)
+    made: Any = _class_with_methods(stock)
     return made.__new__(made)
