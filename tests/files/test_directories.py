@@ -17,7 +17,7 @@ from msfp_cli.files.directories import (
     refuse_foreign,
     replace_directory,
 )
-from msfp_cli.files.seal import MARK
+from msfp_cli.files.seal import MARK, Seal
 
 
 class Stopped(BaseException):
@@ -288,3 +288,14 @@ def test_a_directory_whose_marking_was_killed_is_marked(tmp_path: Path) -> None:
         (tmp_path / "out" / name).write_text("{")
     claim(tmp_path / "out", EVALUATION)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [MARK]
+
+
+@pytest.mark.parametrize("name", [MARK, "sheet.png"])
+def test_what_a_killed_process_was_writing_is_ours(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / "out"
+    directory.mkdir()
+    if name != MARK:
+        (directory / name).write_text("old")
+        (directory / MARK).write_text(Seal.of(directory).to_text())
+    (directory / f".{name}.msfp-tmp").write_text("{")
+    refuse_foreign(directory)

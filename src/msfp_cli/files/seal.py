@@ -103,7 +103,8 @@ class Seal:
     def strangers(self, directory: Path) -> Iterator[str]:
         """Yield the paths of files that msfp did not write."""
         for name in _names(directory):
-            if name not in self.files and not is_named(name, self.patterns):
+            is_ours = "/".join(map(_finished, PurePath(name).parts)) in self.files
+            if not is_ours and not is_named(name, self.patterns):
                 yield name
 
     def refuse_altered(self, directory: Path, names: Iterable[str], *, redo: str) -> None:
@@ -161,10 +162,13 @@ def _finished(name: str) -> str:
 
 
 def _names(directory: Path) -> list[str]:
-    """List the files of a directory and those below, but neither `msfp.json` nor what it hides."""
+    """List the files of a directory and those below, but neither `msfp.json`, nor it unfinished.
+
+    Locks are left out as well.
+    """
     paths = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
     names = sorted(path.relative_to(directory).as_posix() for path in paths)
-    return [name for name in names if name != MARK and not name.endswith(".msfp-lock")]
+    return [name for name in names if _finished(name) != MARK and not name.endswith(".msfp-lock")]
 
 
 def _altered(path: Path, redo: str) -> CheckpointError:
