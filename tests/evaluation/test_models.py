@@ -125,6 +125,18 @@ def test_run_without_its_recording_does_not_know_how_to_make_signed_formats(
         ].load()
 
 
+@pytest.mark.parametrize("name", ["recording", "held-out"])
+def test_signed_formats_are_not_searched_on_calls_of_another_model(
+    name: str, tiny_chained: Chained, other: Chained, copied: Copied
+) -> None:
+    run = Run(copied(tiny_chained.run.directory))
+    shutil.rmtree(run.directory / name)
+    shutil.copytree(other.run.directory / name, run.directory / name)
+    with pytest.raises(RunError, match=f"{name} is not the recording that the calibration was"):
+        models_of(run, run.directory / "export")
+    assert list(models_of(run, run.directory / "export", ())) == ["full", "export"]
+
+
 def test_another_full_precision_model_can_be_given(tiny_chained: Chained, copied: Copied) -> None:
     source = ModelSource(model=str(copied(Path(tiny_chained.calibration.source.model))))
     model = models_of(tiny_chained.run, tiny_chained.export, against=source)["full"]

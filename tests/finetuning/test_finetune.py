@@ -22,6 +22,7 @@ from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.commands import launch
 from msfp_cli.commands.console import stop_on_interrupt
+from msfp_cli.files.documents import write_json
 from msfp_cli.finetuning.load import settings_of, shared_evenly
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.result import FinetuneState
@@ -346,6 +347,19 @@ def test_recording_that_is_not_the_calibrations_is_refused(
     assert "is not the recording that the calibration was made from" in only_line(
         msfp("finetune", *OPTIONS), 1
     )
+
+
+def test_calls_to_measure_on_that_are_another_models_are_refused(
+    fresh_run: FreshRun, msfp: Invoke
+) -> None:
+    run = fresh_run()
+    manifest = run.held_out / "recording.json"
+    document = json.loads(manifest.read_text())
+    del document["sha256"]
+    document["recipe"]["fingerprint"] = {"transformer": "of other weights"}
+    write_json(manifest, document)
+    message = only_line(msfp("finetune", *OPTIONS), 1)
+    assert message.startswith("msfp-run/held-out is not the recording that the calibration was")
 
 
 def test_restart_that_is_refused_leaves_the_state_as_it_is(

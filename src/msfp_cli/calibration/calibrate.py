@@ -35,6 +35,7 @@ from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
 from msfp_cli.recording.record import record_both, record_recipes
 from msfp_cli.recording.result import Recording
+from msfp_cli.recording.settings import refuse_other_recordings
 from msfp_cli.run import Run
 
 
@@ -207,6 +208,18 @@ def calibrate_run(
         return calibration
 
 
+def recordings_of(run: Run, calibration: Calibration) -> tuple[Recording, Recording]:
+    """Return the recordings that a calibration of the run was made from and measured on.
+
+    Raises:
+        RunError: one is missing, incomplete, or another.
+    """
+    recordings = Recording(run.recording), Recording(run.held_out)
+    made_from = calibration.source.to_json(), calibration.record.to_json()
+    refuse_other_recordings(*recordings, *made_from)
+    return recordings
+
+
 def load_signed(run: Run, calibration: Calibration, place: Path, device: str | None) -> Pipeline:
     """Load the model in signed formats, to the nearest, no layer lifted: plain FP4 of these bits.
 
@@ -216,7 +229,7 @@ def load_signed(run: Run, calibration: Calibration, place: Path, device: str | N
         place: where its calibration is kept.
 
     Raises:
-        RunError: the model was changed since it was calibrated.
+        RunError: the model was changed since it was calibrated, or as said by `recordings_of`.
     """
     recipe = replace(
         calibration.recipe,
@@ -232,8 +245,7 @@ def load_signed(run: Run, calibration: Calibration, place: Path, device: str | N
     refuse_other_weights(pipe.components, calibration)
     signed = Calibration.load(place) if place.exists() else None
     if signed is None or (signed.recipe, signed.record) != (recipe, calibration.record):
-        recordings = Recording(run.recording), Recording(run.held_out)
-        calibrate_(pipe, *recordings, recipe).save(place, overwrite=True)
+        calibrate_(pipe, *recordings_of(run, calibration), recipe).save(place, overwrite=True)
         return pipe
     for component in signed.layers:
         quantize_(pipe.components[component], signed, component)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from msfp_cli.calibration.calibrate import load_signed
+from msfp_cli.calibration.calibrate import load_signed, recordings_of
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import load_calibrated
 from msfp_cli.checkpoint.in_memory import quantize_text_encoders_
@@ -102,7 +102,13 @@ def _steps_before(
     work: Path,
     device: str | None,
 ) -> list[EvaluatedModel]:
-    """Return the models on the way to the export, in the order of `STEPS_BEFORE`."""
+    """Return the models on the way to the export, in the order of `STEPS_BEFORE`.
+
+    Raises:
+        RunError: the recordings to search signed formats on are not those of the calibration.
+    """
+    if "signed" in keys and not (work / "signed").exists():
+        recordings_of(provenance.run, calibration)
     signed = EvaluatedModel(
         key="signed",
         title="signed FP4",

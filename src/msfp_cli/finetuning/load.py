@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from msfp_cli.calibration.calibrate import recordings_of
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import RunError
 from msfp_cli.finetuning.recipe import FinetuneRecipe
@@ -42,11 +43,7 @@ def load_material(run: Run, recipe: FinetuneRecipe, *, restart: bool) -> Materia
     """
     run.require()
     calibration = Calibration.load(run.calibration)
-    recording = Recording(run.recording)
-    held_out = Recording(run.held_out)
-    _refuse_incomplete(recording)
-    _refuse_incomplete(held_out)
-    _refuse_different_recording(recording, calibration)
+    recording, held_out = recordings_of(run, calibration)
     states = {} if restart else load_finetunings(run, calibration)
     for state in states.values():
         _refuse_different_recipe(state.recipe, recipe)
@@ -118,24 +115,6 @@ def load_denoisers(material: Material, device: str) -> dict[str, nn.Module]:
                 "run the same `msfp calibrate` again, with --overwrite"
             )
     return denoisers
-
-
-def _refuse_incomplete(recording: Recording) -> None:
-    if missing := recording.missing_shards():
-        raise RunError(
-            f"{recording.directory} lacks {len(missing)} of {recording.num_shards} shards; "
-            "run the same `msfp calibrate` again, with --overwrite, to complete it"
-        )
-
-
-def _refuse_different_recording(recording: Recording, calibration: Calibration) -> None:
-    """Refuse a recording that the calibration was not made from."""
-    made_from = {"source": calibration.source.to_json(), "record": calibration.record.to_json()}
-    if any(recording.recipe.get(key) != value for key, value in made_from.items()):
-        raise RunError(
-            f"{recording.directory} is not the recording that the calibration was made from; "
-            "run the same `msfp calibrate` again, with --overwrite"
-        )
 
 
 def _refuse_different_recipe(saved: FinetuneRecipe, recipe: FinetuneRecipe) -> None:
