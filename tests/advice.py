@@ -370,6 +370,7 @@ ELSEWHERE = {
     "is not the recording that the calibration was made from": "tests/finetuning/test_finetune.py",
     "is of another model than": "tests/finetuning/test_finetune.py",
     "was changed since it was calibrated": "tests/finetuning/test_finetune.py",
+    "measures it as it is": "tests/report/test_report.py",
     "is of an earlier calibration": "tests/test_status.py",
     " --prompt 'a red dress'": "tests/streaming/test_quantize.py",
     " --prompt 1": "tests/streaming/test_quantize.py",

@@ -29,6 +29,7 @@ from conftest import Chained, Finetuned, Invoke, files_of, only_error, only_line
 from msfp_cli import __version__
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import export_, load_calibrated
+from msfp_cli.checkpoint.reseal import reseal
 from msfp_cli.errors import RunError, UsageError
 from msfp_cli.evaluation.cost import Cost
 from msfp_cli.evaluation.evaluate import _like, evaluate_run
@@ -562,6 +563,17 @@ def test_export_that_was_made_again_is_another_model(
     with pytest.raises(RunError, match="of another model; use --overwrite"):
         evaluate_again()
     assert Evaluation.load(before.directory) == before
+
+
+def test_export_whose_scheduler_was_changed_on_purpose_is_another_model(
+    evaluated: Evaluation, tiny_chained: Chained, copied: Copied
+) -> None:
+    place, export = copied(evaluated.directory), copied(tiny_chained.export, "export")
+    config = export / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("0.02", "0.03"))
+    reseal(export)
+    with pytest.raises(RunError, match="of another model; use --overwrite"):
+        evaluate_run(tiny_chained.run, export, THREE, directory=place, device="cpu")
 
 
 # The command line

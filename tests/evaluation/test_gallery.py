@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.evaluation.gallery import Gallery, watch_samples
+from msfp_cli.files.documents import write_json
 from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 from msfp_cli.pipelines.sampling import Sampling, call_pipeline, draw_stills
 from msfp_cli.processes import ALONE, Processes
@@ -81,6 +82,15 @@ def test_interrupted_gallery_goes_on_and_equals_an_uninterrupted_one(
     assert torch.equal(parts.pictures(), whole.pictures()) and torch.equal(
         parts.latents(), whole.latents()
     )
+
+
+def test_gallery_of_an_earlier_version_does_not_know_the_files(tmp_path: Path) -> None:
+    gallery = Gallery.create(tmp_path, THREE, MODEL, "0" * 64)
+    assert gallery.files() == "0" * 64
+    with pytest.raises(RunError, match="of another model"):
+        Gallery.create(tmp_path, THREE, MODEL, "1" * 64)
+    write_json(tmp_path / "gallery.json", {"model": MODEL, "recipe": THREE.to_json()})
+    assert Gallery.create(tmp_path, THREE, MODEL, "1" * 64).files() is None
 
 
 @pytest.mark.parametrize("num_processes", [2, 3, 5])

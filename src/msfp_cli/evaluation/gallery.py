@@ -2,7 +2,7 @@
 
 Layout of a gallery directory::
 
-    gallery.json            the recipe, and which model drew it
+    gallery.json            the recipe, which model drew it, and a digest of that one's files
     00000.safetensors ...   ``latents``, ``pictures`` (uint8, NCHW)
 
 Picture i is drawn with ``seed + i`` whatever the batch, so galleries of two models pair up. A batch
@@ -41,25 +41,39 @@ class Gallery:
     recipe: RecordRecipe
 
     @classmethod
-    def create(cls, directory: Path, recipe: RecordRecipe, model: dict[str, Any]) -> "Gallery":
+    def create(
+        cls,
+        directory: Path,
+        recipe: RecordRecipe,
+        model: dict[str, Any],
+        files: str | None = None,
+    ) -> "Gallery":
         """Begin a gallery, or open the one that was begun with the same recipe and model.
 
         Arguments:
             model: what tells the model from others, as JSON values.
+            files: a digest of all of its files, None if it is not known; galleries of earlier
+                versions do not have it.
 
         Raises:
             RunError: the directory holds pictures of another recipe or model.
         """
-        contents = {"model": model, "recipe": recipe.to_json()}
+        contents = {"model": model, "recipe": recipe.to_json(), "files": files}
         manifest = directory / _MANIFEST
         if not manifest.exists():
             write_json(manifest, contents)
         redo = "use --overwrite to draw the pictures again"
-        if read_json(manifest, dict, redo=redo) != contents:
+        if {"files": files, **read_json(manifest, dict, redo=redo)} != contents:
             raise RunError(
                 f"{directory} holds pictures of other settings or of another model; use --overwrite"
             )
         return cls(directory, recipe)
+
+    def files(self) -> str | None:
+        """Return the digest of the model's files that it was begun with, None if it has none."""
+        manifest = self.directory / _MANIFEST
+        redo = "run the same `msfp evaluate` again, with --overwrite"
+        return read_json(manifest, lambda document: document.get("files"), redo=redo)
 
     def path(self, index: int) -> Path:
         """Return where batch `index` is or will be."""

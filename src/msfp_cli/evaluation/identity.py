@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from msfp_cli.engines.conversions import CONVERSIONS
 from msfp_cli.errors import ModelError
 from msfp_cli.files.documents import digest
+from msfp_cli.files.seal import REDO, Seal, is_named
 from msfp_cli.layers.replace import find_layers, quantized_layers
 from msfp_cli.pipelines.denoiser import find_denoisers, fingerprint
 from msfp_cli.pipelines.loading import Pipeline
@@ -26,6 +29,22 @@ def _identity(denoiser: nn.Module) -> str:
     schemes = {name: layer.scheme.to_json() for name, layer in layers.items()}
     text = json.dumps(schemes, sort_keys=True) + digest(denoiser.state_dict())
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sealed_files(export: Path) -> str | None:
+    """Return a digest of the files of an export, as its seal has them; None if it has no seal.
+
+    It tells exports apart whose denoisers are equal, but not their schedulers or decoders. What is
+    converted for an engine changes no picture.
+
+    Raises:
+        CheckpointError: the seal is damaged.
+    """
+    seal = Seal.load(export, redo=REDO)
+    if seal is None:
+        return None
+    sums = {n: each.sha256 for n, each in seal.files.items() if not is_named(n, CONVERSIONS)}
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from msfp_cli.evaluation.features.reference import (
     require_pictures,
 )
 from msfp_cli.evaluation.gallery import Gallery
-from msfp_cli.evaluation.identity import identity_of
+from msfp_cli.evaluation.identity import identity_of, sealed_files
 from msfp_cli.evaluation.models import EvaluatedModel
 from msfp_cli.evaluation.plan import EvaluationPlan
 from msfp_cli.pipelines.loading import Pipeline
@@ -26,7 +26,8 @@ def draw_pictures(plan: EvaluationPlan, model: EvaluatedModel, full: Pipeline) -
     with plan.processes.first_goes_first():  # what loading makes, the others find
         pipe = full if model.key == "full" else model.load()
         directory = plan.gallery(model.key).directory
-        gallery = Gallery.create(directory, plan.record, identity_of(pipe))
+        files = sealed_files(plan.export) if model.key == "export" else None
+        gallery = Gallery.create(directory, plan.record, identity_of(pipe), files)
     gallery.fill(pipe, title=model.title, processes=plan.processes)
     return pipe
 

@@ -6,6 +6,7 @@
 import math
 from typing import Any
 
+from msfp_cli.evaluation.identity import sealed_files
 from msfp_cli.evaluation.provenance import Provenance, provenance_of
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.files.documents import Json
@@ -41,9 +42,20 @@ def gather(run: Run, evaluation: Evaluation, pictures: int) -> dict[str, Any]:
         "costs": [cost_row(model) for model in models],
         "commands": commands_of(provenance, evaluation),
         "settings": settings_of(provenance, evaluation),
-        "notes": list(evaluation.notes),
+        "notes": [*evaluation.notes, *say_changed(evaluation)],
     }
     return {key: _finite(value) for key, value in document.items()}
+
+
+def say_changed(evaluation: Evaluation) -> tuple[str, ...]:
+    """Say that the export is not what was evaluated, where that is known."""
+    measured = evaluation.gallery("export").files()
+    if measured is None or measured == sealed_files(evaluation.export):
+        return ()
+    return (
+        f"{evaluation.export} was changed since it was evaluated, and the figures and pictures are "
+        "of what it was; `msfp evaluate --overwrite` measures it as it is",
+    )
 
 
 def _summary(provenance: Provenance, evaluation: Evaluation) -> str:

@@ -7,7 +7,7 @@ from msfp_cli.errors import UsageError
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.files.directories import refuse_existing, replace_directory
 from msfp_cli.files.documents import Json
-from msfp_cli.report.document import gather
+from msfp_cli.report.document import gather, say_changed
 from msfp_cli.report.page import render
 from msfp_cli.report.plots import draw_plots
 from msfp_cli.run import Run
@@ -76,11 +76,11 @@ def write_report(
     refuse_existing(directory, overwrite=overwrite)
     document = gather(run, evaluation, pictures)
     plots: tuple[Path, ...] = ()
-    notes: tuple[str, ...] = ()
+    notes = say_changed(evaluation)
     with replace_directory(directory, overwrite=overwrite) as temporary:
         (temporary / PAGE).write_text(render(document), "utf-8")
         try:
             plots = tuple(directory / path.name for path in draw_plots(document, temporary))
         except UsageError as error:
-            notes = (f"no PNG plots beside the page: {error}",)
+            notes += (f"no PNG plots beside the page: {error}",)
     return Report(page=directory / PAGE, plots=plots, notes=notes)
