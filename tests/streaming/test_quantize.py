@@ -141,6 +141,30 @@ def test_killed_command_goes_on_and_ends_with_the_same_bytes(
     assert files_of(out) == files_of(whole)
 
 
+@pytest.mark.parametrize("name", ["plan.json", "00000.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"{", None])
+def test_damaged_parts_are_made_again(
+    name: str,
+    content: bytes | None,
+    tiny: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = quantize(tiny("DDIMPipeline"), tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(parts.Parts, "fill_", stop)
+        quantize(tiny("DDIMPipeline"), tmp_path / "out")
+    damaged = tmp_path / ".out.msfp-parts" / "unet" / name
+    damaged.unlink()
+    if content is not None:
+        damaged.write_bytes(content)
+    assert files_of(quantize(tiny("DDIMPipeline"), tmp_path / "out")) == files_of(whole)
+
+
+def stop(*arguments: object) -> None:
+    raise KilledError
+
+
 @pytest.mark.parametrize("change", ["recipe", "file"])
 def test_parts_of_another_recipe_or_model_are_made_again(
     change: str, tiny: Callable[[str], Path], copied: Callable[..., Path], tmp_path: Path

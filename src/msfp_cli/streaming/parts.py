@@ -16,9 +16,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from msfp_cli.checkpoint.weight_only import WeightEncoder, refuse_not_finite
-from msfp_cli.errors import CheckpointError
+from msfp_cli.errors import CheckpointError, MsfpError
 from msfp_cli.files.atomic import clean, delete
-from msfp_cli.files.documents import Json, open_tensors, read_json, write_json, write_tensors
+from msfp_cli.files.documents import (
+    Json,
+    open_tensors,
+    read_header,
+    read_json,
+    write_json,
+    write_tensors,
+)
 from msfp_cli.files.weight_files import StoredTensor, component_files, stored_tensors
 from msfp_cli.layers.replace import replace_layers_
 from msfp_cli.layers.scheme import LayerScheme
@@ -40,10 +47,10 @@ class Parts:
     directory: Path
 
     def begin(self, plan: Json) -> None:
-        """Keep the parts that were made by this plan, and delete those of another one."""
+        """Keep the parts that were made by this plan, and delete those of another or none."""
         plan = json.loads(json.dumps(plan))  # tuples become lists, as in a file
         path = self.directory / "plan.json"
-        if path.exists() and read_json(path, dict, redo=_REDO) != plan:
+        if not _is_plan(path, plan):
             delete(self.directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         clean(self.directory)
@@ -52,7 +59,7 @@ class Parts:
     def encode(
         self, tensors: list[StoredTensor], encoder: WeightEncoder, title: str, progress: Progress
     ) -> int:
-        """Make the parts that are missing.
+        """Make the parts that are missing or damaged.
 
         Returns:
             How many parameters these hold.
@@ -65,7 +72,7 @@ class Parts:
         with progress.task(title, total) as advance:
             for number, group in enumerate(_groups(tensors)):
                 path = self.directory / f"{number:05d}.safetensors"
-                if not path.exists():
+                if not _is_whole(path):
                     _write_part(path, group, encoder)
                     done += sum(tensor.count for tensor in group)
                 advance(sum(tensor.count for tensor in group))
@@ -90,6 +97,24 @@ class Parts:
         replace_layers_(model, table)
         _load_(model, state)
         return schemes
+
+
+def _is_plan(path: Path, plan: Json) -> bool:
+    """Whether a file is there and holds a plan."""
+    try:
+        return bool(read_json(path, dict, redo=_REDO) == plan)
+    except MsfpError:
+        return False
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a part is there, and its file can be read."""
+    try:
+        read_header(path, _SCHEMES, dict, redo=_REDO)
+    except MsfpError:
+        delete(path)
+        return False
+    return True
 
 
 def refuse_damaged(directory: Path, variant: str | None, progress: Progress) -> None:
