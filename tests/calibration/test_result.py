@@ -67,6 +67,19 @@ def test_signed_tensors_that_do_not_fit_the_layers_are_refused(
         Calibration.load(directory)
 
 
+@pytest.mark.parametrize("kind", ["codes", "multipliers"])
+def test_tensors_of_another_calibration_are_refused(
+    tiny_chained: Chained, copied: Callable[..., Path], kind: str
+) -> None:
+    directory = copied(tiny_chained.run.directory) / "calibration"
+    document = read_unsigned(directory / "calibration.json")
+    write_signed(directory / "calibration.json", {**document, f"{kind}_digest": None})
+    if not (directory / f"{kind}.safetensors").exists():
+        save_file({"unet/conv_out": torch.zeros(1)}, directory / f"{kind}.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{kind}.safetensors is altered.* with --overwrite"):
+        Calibration.load(directory)
+
+
 def test_signed_values_of_another_type_are_refused(
     tiny_chained: Chained, copied: Callable[..., Path]
 ) -> None:
