@@ -17,6 +17,7 @@ from msfp_cli.files.directories import (
     refuse_foreign,
     replace_directory,
 )
+from msfp_cli.files.lock import beside
 from msfp_cli.files.seal import MARK, Seal
 
 
@@ -299,3 +300,30 @@ def test_what_a_killed_process_was_writing_is_ours(tmp_path: Path, name: str) ->
         (directory / MARK).write_text(Seal.of(directory).to_text())
     (directory / f".{name}.msfp-tmp").write_text("{")
     refuse_foreign(directory)
+
+
+@pytest.mark.parametrize("name", [".", "..", "inside/..", "/", "../out"])
+def test_working_directory_and_those_above_are_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    for overwrite in (False, True):
+        with pytest.raises(RunError, match="is the working directory or above it"):
+            refuse_existing(Path(name), overwrite=overwrite)
+    refuse_existing(Path("inside"), overwrite=False)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
+
+
+def test_lock_lies_beside_a_directory_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out" / "inside")
+    lock = tmp_path / "out" / ".inside.msfp-lock"
+    assert {
+        beside(Path(name)).resolve() for name in (".", "../inside", "x/..", lock.parent / "inside")
+    } == {lock}
+    assert beside(Path("..")).resolve() == tmp_path / ".out.msfp-lock"
+    with pytest.raises(RunError, match="/ is the root of the file system"):
+        beside(Path("/"))

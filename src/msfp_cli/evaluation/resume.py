@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from msfp_cli.errors import RunError
 from msfp_cli.files.atomic import remove
-from msfp_cli.files.directories import EVALUATION, claim, refuse_foreign
+from msfp_cli.files.directories import EVALUATION, claim, refuse_around, refuse_foreign
 from msfp_cli.files.documents import Json, read_json, write_json
 
 _SETTINGS = "asked.json"
@@ -32,6 +32,8 @@ def refuse_other_settings(place: Path, settings: dict[str, Any], *, overwrite: b
         CheckpointError: its settings cannot be read.
     """
     refuse_foreign(place)
+    if overwrite and (place / _SETTINGS).exists():
+        refuse_around(place)
     if overwrite or not (place / _SETTINGS).exists():
         return
     begun, asked = _flat(read_document(place / _SETTINGS, dict)), _flat(settings)

@@ -112,8 +112,10 @@ def refuse_existing(directory: Path, *, overwrite: bool, work: Path | None = Non
         work: a directory with finished parts of the output, for whoever goes on with it.
 
     Raises:
-        RunError: it exists and `overwrite` is not set, or something in it is not ours.
+        RunError: it exists and `overwrite` is not set, or something in it is not ours, or whoever
+            runs the command is in it.
     """
+    refuse_around(directory)
     if _is_there(directory) and not overwrite:
         remove_stale(beside(directory))
         if work is not None and not _is_later(work, directory):
@@ -122,6 +124,19 @@ def refuse_existing(directory: Path, *, overwrite: bool, work: Path | None = Non
             f"{directory} exists already; use --overwrite to replace it, or choose another path"
         )
     refuse_foreign(directory)
+
+
+def refuse_around(directory: Path) -> None:
+    """Refuse to replace the directory that the process is in, which would be nowhere then.
+
+    Raises:
+        RunError: it is the working directory, or above it.
+    """
+    if Path.cwd().resolve().is_relative_to(directory.resolve()):
+        raise RunError(
+            f"{directory} is the working directory or above it, which is not replaced; choose "
+            "another path"
+        )
 
 
 def _is_there(directory: Path) -> bool:

@@ -59,7 +59,15 @@ def only_writer(path: Path, lock: Path) -> Iterator[bool]:
 
 
 def beside(path: Path) -> Path:
-    """Return the file that is locked to write `path`, where nothing else is said."""
+    """Return the file that is locked to write `path`, where nothing else is said.
+
+    Raises:
+        RunError: `path` is the root of the file system, beside which there is nothing.
+    """
+    if path.name in ("", ".."):
+        path = Path(os.path.realpath(path))
+    if not path.name:
+        raise RunError(f"{path} is the root of the file system; choose another path")
     return path.with_name(f".{path.name}.msfp-lock")
 
 

@@ -75,7 +75,7 @@ def quantize_pipeline(
             class that diffusers has not.
         RunError: the directory exists and `overwrite` is not set.
     """
-    work = directory.with_name(f".{directory.name}.msfp-parts")
+    work = beside(directory).with_name(f".{directory.name}.msfp-parts")
     refuse_existing(directory, overwrite=overwrite, work=work)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(directory, beside(directory)):
