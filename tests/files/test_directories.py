@@ -15,6 +15,7 @@ from msfp_cli.files.directories import (
     recover,
     refuse_existing,
     refuse_foreign,
+    refuse_other_kind,
     replace_directory,
 )
 from msfp_cli.files.lock import beside
@@ -327,3 +328,20 @@ def test_lock_lies_beside_a_directory_whatever_it_is_called(
     assert beside(Path("..")).resolve() == tmp_path / ".out.msfp-lock"
     with pytest.raises(RunError, match="/ is the root of the file system"):
         beside(Path("/"))
+
+
+def test_what_grows_is_not_mixed_with_something_else_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds something else that msfp wrote; choose another path"):
+        refuse_other_kind(existing(tmp_path / "calibration"), EVALUATION)
+    claim(empty(tmp_path / "evaluation"), EVALUATION)
+    with pytest.raises(RunError, match="holds something else"):
+        refuse_other_kind(tmp_path / "evaluation", RECORDING)
+    for name in ("evaluation", "nothing", "empty"):
+        empty(tmp_path / "empty")
+        refuse_other_kind(tmp_path / name, EVALUATION)
+
+
+def empty(directory: Path) -> Path:
+    """A directory without files."""
+    directory.mkdir(exist_ok=True)
+    return directory

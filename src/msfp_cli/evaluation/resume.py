@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from msfp_cli.errors import RunError
 from msfp_cli.files.atomic import remove
-from msfp_cli.files.directories import EVALUATION, claim, refuse_around, refuse_foreign
+from msfp_cli.files.directories import EVALUATION, claim, refuse_around, refuse_other_kind
 from msfp_cli.files.documents import Json, read_json, write_json
 
 _SETTINGS = "asked.json"
@@ -28,10 +28,11 @@ def refuse_other_settings(place: Path, settings: dict[str, Any], *, overwrite: b
         overwrite: whether another evaluation may be there.
 
     Raises:
-        RunError: the directory was not written by msfp, or holds an evaluation with other settings.
+        RunError: the directory was not written by msfp, or holds something else, or an evaluation
+            with other settings.
         CheckpointError: its settings cannot be read.
     """
-    refuse_foreign(place)
+    refuse_other_kind(place, EVALUATION)
     if overwrite and (place / _SETTINGS).exists():
         refuse_around(place)
     if overwrite or not (place / _SETTINGS).exists():

@@ -69,6 +69,21 @@ def refuse_foreign(directory: Path) -> None:
         raise _foreign(directory / "model_index.json")
 
 
+def refuse_other_kind(directory: Path, patterns: tuple[str, ...]) -> None:
+    """Refuse to let something grow in a directory of ours that holds something else.
+
+    Arguments:
+        patterns: of the paths of all files that are to be in it, the first one being always there.
+
+    Raises:
+        RunError: the directory is not empty, and not of this kind.
+    """
+    refuse_foreign(directory)
+    contents = _contents(directory)
+    if contents != Seal() and patterns[0] not in contents.patterns:
+        raise RunError(f"{directory} holds something else that msfp wrote; choose another path")
+
+
 def _is_export(directory: Path, contents: Seal) -> bool:
     """Whether a pipeline is an export, and was not saved in the place of one.
 
