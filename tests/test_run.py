@@ -1,15 +1,19 @@
 """The run directory: where things are, and what it remembers."""
 
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from conftest import Chained
+from conftest import CHEAP, SIX_PICTURES, Chained
+from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.checkpoint.export import export_run
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.files.lock import only_writer
+from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.run import Run
 from msfp_cli.status import next_command, status_of
 
@@ -107,6 +111,19 @@ def test_locks_of_killed_samples_go_and_a_held_one_stays(tmp_path: Path) -> None
     with only_writer(run.samples, run.samples / ".mine.msfp-lock"), run.new_samples():
         names = sorted(path.name for path in run.samples.glob(".*"))
     assert names == [".002.msfp-lock", ".mine.msfp-lock"]
+
+
+def test_calibration_that_is_refused_is_not_remembered(
+    fresh_run: Callable[..., Run], tiny: Callable[[str], Path]
+) -> None:
+    run = fresh_run("DDIMPipeline")
+    shutil.rmtree(run.calibration)
+    command = run.calibration_command()
+    assert "--batch-size 2" in command
+    source = ModelSource(model=str(tiny("DDIMPipeline")))
+    with pytest.raises(RunError, match="recorded with other settings"):
+        calibrate_run(run, source, replace(SIX_PICTURES, seed=5), CHEAP, device="cpu")
+    assert run.calibration_command() == command
 
 
 def test_command_of_the_calibration_is_remembered(tmp_path: Path) -> None:

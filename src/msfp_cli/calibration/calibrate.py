@@ -9,6 +9,7 @@ import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -191,11 +192,15 @@ def calibrate_run(
         recipes = record_recipes(pipe, source, options)
         for line in estimate(pipe, *recipes, recipe, max_memory, processes.count).lines():
             progress.log(line)
-        if processes.is_first:
-            command = shlex.join(["msfp", "calibrate", source.model, *words])
-            run.remember_calibration(command, options.images)
+        command = shlex.join(["msfp", "calibrate", source.model, *words])
         recording, held_out = record_both(
-            pipe, run, source, options, overwrite=overwrite, processes=processes
+            pipe,
+            run,
+            source,
+            options,
+            overwrite=overwrite,
+            processes=processes,
+            accepted=partial(run.remember_calibration, command, options.images),
         )
         work = run.unfinished_codes
         calibration = _calibrate_checked(

@@ -3,6 +3,7 @@
 import inspect
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -152,6 +153,7 @@ def record_calls(
     max_bytes: int = DEFAULT_MAX_BYTES,
     processes: Processes = ALONE,
     description: str = "Recording",
+    accepted: Callable[[], None] = lambda: None,
 ) -> Recording:
     """Run the pipeline for every condition and store the calls of its denoiser.
 
@@ -161,6 +163,7 @@ def record_calls(
         clocks: of its denoisers, where another recording has learned them.
         processes: those that record. Each writes shards of its own, and files and their bytes are
             those that one process writes.
+        accepted: called by the first process when the directory holds no other recording.
 
     Raises:
         ModelError: the pipeline has no denoiser.
@@ -171,6 +174,8 @@ def record_calls(
     settings = settings_of(pipe, source.to_json(), recipe)
     with processes.first_goes_first():
         recording = Recording.create(directory, settings, recipe.num_shards)
+    if processes.is_first:
+        accepted()
     missing = processes.of_first(recording.missing_shards(), list[int])
     if missing:
         clocks = recording.clocks() or clocks or _learn_clocks(pipe, recipe, processes)
@@ -254,12 +259,16 @@ def record_both(
     *,
     overwrite: bool = False,
     processes: Processes = ALONE,
+    accepted: Callable[[], None] = lambda: None,
 ) -> tuple[Recording, Recording]:
     """Record the calibration calls and the held-out calls.
 
     Recordings that the run has with the same settings are reused, and completed if they were
     interrupted; with `overwrite`, others are replaced. A denoiser that does not repeat what it
     answered is said.
+
+    Arguments:
+        accepted: called by the first process when nothing of other settings is in the way.
     """
     recordings = list[Recording]()
     recipes = record_recipes(pipe, source, options)
@@ -280,6 +289,7 @@ def record_both(
                 max_bytes=options.max_bytes,
                 processes=processes,
                 description=title,
+                accepted=(lambda: None) if recordings else accepted,
             )
         )
     _say_changed(pipe, recordings[1], processes)
