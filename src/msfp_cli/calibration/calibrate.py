@@ -35,8 +35,7 @@ from msfp_cli.processes import ALONE, Processes, meeting
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
 from msfp_cli.recording.record import record_both, record_recipes
-from msfp_cli.recording.result import Recording
-from msfp_cli.recording.settings import refuse_other_recordings
+from msfp_cli.recording.result import Recording, refuse_other_recordings
 from msfp_cli.run import Run
 
 

@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from msfp_cli.calibration.calibrate import recordings_of
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import RunError
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.pipelines.denoiser import find_denoisers, fingerprint
 from msfp_cli.pipelines.loading import load_pipeline
-from msfp_cli.recording.result import Recording
+from msfp_cli.recording.result import Recording, refuse_other_recordings
 from msfp_cli.run import Run
 
 
@@ -43,7 +42,10 @@ def load_material(run: Run, recipe: FinetuneRecipe, *, restart: bool) -> Materia
     """
     run.require()
     calibration = Calibration.load(run.calibration)
-    recording, held_out = recordings_of(run, calibration)
+    recording = Recording(run.recording)
+    held_out = Recording(run.held_out)
+    made_from = calibration.source.to_json(), calibration.record.to_json()
+    refuse_other_recordings(recording, held_out, *made_from)
     states = {} if restart else load_finetunings(run, calibration)
     for state in states.values():
         _refuse_different_recipe(state.recipe, recipe)

@@ -43,6 +43,7 @@ Factors: TypeAlias = list[tuple[float, float]] | None
 
 _SCHEMA = 1
 _LATER = ("schedulers", "pictures")  # settings that earlier versions did not note
+_APART = ("conditions", "seed")  # what the held-out pictures have of their own
 _MANIFEST = "recording.json"
 _HEADER = "record"  # of a shard: the key under which its calls lie
 _MAX_SHARDS = 100_000
@@ -322,3 +323,40 @@ def _calls_of(document: Json) -> list[dict[str, Any]]:
     unit = _old_unit(document)
     added = {"time": "timestep", "is_listed": False}
     return [{**call, "timestep": call["timestep"] * unit, **added} for call in calls]
+
+
+def refuse_other_recordings(
+    recording: Recording, held_out: Recording, source: dict[str, Any], record: dict[str, Any]
+) -> None:
+    """Refuse recordings that a calibration was not made from, or of which a part is missing.
+
+    Whoever calibrates again is interrupted, or files of two runs are mixed.
+
+    Arguments:
+        source, record: of the calibration, as JSON values.
+
+    Raises:
+        RunError: the message names the directory.
+    """
+    for each in (recording, held_out):
+        if missing := each.missing_shards():
+            raise RunError(
+                f"{each.directory} lacks {len(missing)} of {each.num_shards} shards; "
+                "run the same `msfp calibrate` again, with --overwrite, to complete it"
+            )
+    made_from = {"source": source, "record": record}
+    is_same_recording = all(recording.recipe.get(key) == made_from[key] for key in made_from)
+    if not is_same_recording or _shared(held_out) != _shared(recording):
+        other = held_out if is_same_recording else recording
+        raise RunError(
+            f"{other.directory} is not the recording that the calibration was made from; "
+            "run the same `msfp calibrate` again, with --overwrite"
+        )
+
+
+def _shared(recording: Recording) -> list[Any]:
+    """Return what the recordings to choose on and to measure on have in common."""
+    recipe = recording.recipe
+    record = recipe.get("record", {}).items()
+    sampling = {key: value for key, value in record if key not in _APART}
+    return [recipe.get("source"), recipe.get("fingerprint"), sampling]
