@@ -255,7 +255,7 @@ TROUBLES = (
         EVALUATE_AGAIN,
     ),
     Trouble(
-        "delete it and run the same command again",
+        "delete it and run the same `msfp evaluate` again",
         EVALUATE,
         (
             damage("evaluation/pictures/full/00000.safetensors"),
@@ -347,7 +347,6 @@ ELSEWHERE = {
     "unknown --engine {}; choose": "tests/checkpoint/test_engine.py",
     "run the same command to go on": "tests/troubles.py",
     "run the same command again": "tests/kills.py",
-    "is missing; run the same command again to draw it": "tests/kills.py",
     "names no role of layers": "tests/calibration/test_recipe.py",
     "prompts alone, with --pipeline CLASS": "tests/pipelines/test_pictures.py",
     "as another pipeline, with --pipeline CLASS": "tests/recording/test_probe.py",

@@ -5,10 +5,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.evaluation.gallery import Gallery, watch_samples
+from msfp_cli.evaluation.identity import sealed_files
+from msfp_cli.files.atomic import write_text
+from msfp_cli.files.directories import replace_directory
 from msfp_cli.files.documents import write_json
+from msfp_cli.files.seal import MARK, Seal
 from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 from msfp_cli.pipelines.sampling import Sampling, call_pipeline, draw_stills
 from msfp_cli.processes import ALONE, Processes
@@ -84,13 +89,38 @@ def test_interrupted_gallery_goes_on_and_equals_an_uninterrupted_one(
     )
 
 
+def test_altered_pictures_and_those_of_another_place_are_refused(
+    tiny_pipe: DiffusionPipeline, tmp_path: Path
+) -> None:
+    gallery = Gallery.create(tmp_path / "one", THREE, MODEL)
+    other = Gallery.create(tmp_path / "other", THREE, {"name": "other"})
+    for each in (gallery, other):
+        each.fill(tiny_pipe, title="tiny")
+    content = gallery.path(0).read_bytes()
+    flipped = content[:-1] + bytes([content[-1] ^ 1])
+    of_another_place = (gallery.path(1).read_bytes(), other.path(0).read_bytes())
+    for wrong in (flipped, *of_another_place):
+        gallery.path(0).write_bytes(wrong)
+        for read in (gallery.pictures, gallery.latents):
+            with pytest.raises(CheckpointError, match="altered, or of another model.*delete it"):
+                read()
+    gallery.path(0).write_bytes(content)
+    assert torch.equal(gallery.pictures(), other.pictures())
+    save_file(load_file(other.path(0)), gallery.path(0))  # as an earlier version did
+    assert torch.equal(gallery.pictures(), other.pictures())
+
+
 def test_gallery_of_an_earlier_version_does_not_know_the_files(tmp_path: Path) -> None:
-    gallery = Gallery.create(tmp_path, THREE, MODEL, "0" * 64)
-    assert gallery.files() == "0" * 64
+    with replace_directory(tmp_path / "export") as export:
+        (export / "model_index.json").write_text("{}")
+    place, own = tmp_path / "gallery", sealed_files(tmp_path / "export")
+    assert Gallery.create(place, THREE, MODEL, own).is_of(tmp_path / "export")
+    write_text(tmp_path / "export" / MARK, Seal().to_text())
+    assert not Gallery(place, THREE).is_of(tmp_path / "export")
     with pytest.raises(RunError, match="of another model"):
-        Gallery.create(tmp_path, THREE, MODEL, "1" * 64)
-    write_json(tmp_path / "gallery.json", {"model": MODEL, "recipe": THREE.to_json()})
-    assert Gallery.create(tmp_path, THREE, MODEL, "1" * 64).files() is None
+        Gallery.create(place, THREE, MODEL, sealed_files(tmp_path / "export"))
+    write_json(place / "gallery.json", {"model": MODEL, "recipe": THREE.to_json()})
+    assert Gallery.create(place, THREE, MODEL, own).is_of(tmp_path / "export")
 
 
 @pytest.mark.parametrize("num_processes", [2, 3, 5])

@@ -3,12 +3,13 @@
 Layout of a gallery directory::
 
     gallery.json            the recipe, which model drew it, and a digest of that one's files
-    00000.safetensors ...   ``latents``, ``pictures`` (uint8, NCHW)
+    00000.safetensors ...   ``latents``, ``pictures`` (uint8, NCHW), and a digest in the header
 
 Picture i is drawn with ``seed + i`` whatever the batch, so galleries of two models pair up. A batch
 is there whole or not at all, and an interrupted gallery goes on with the first that is missing.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,16 @@ import torch
 from torch import Tensor
 
 from msfp_cli.errors import RunError
-from msfp_cli.files.documents import open_tensors, read_json, write_json, write_tensors
+from msfp_cli.evaluation.identity import sealed_files
+from msfp_cli.files.documents import (
+    damaged,
+    digest,
+    open_tensors,
+    read_json,
+    to_text,
+    write_json,
+    write_tensors,
+)
 from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.pipelines.sampling import draw_stills
 from msfp_cli.pipelines.watch import watch_samples
@@ -26,6 +36,8 @@ from msfp_cli.processes import ALONE, Processes
 from msfp_cli.recording.recipe import RecordRecipe
 
 _MANIFEST = "gallery.json"
+_REDO = "delete it and run the same `msfp evaluate` again"
+_HEADER = "gallery"  # of a batch: the key under which it says what it is
 
 
 @dataclass(frozen=True)
@@ -69,11 +81,11 @@ class Gallery:
             )
         return cls(directory, recipe)
 
-    def files(self) -> str | None:
-        """Return the digest of the model's files that it was begun with, None if it has none."""
-        manifest = self.directory / _MANIFEST
+    def is_of(self, export: Path) -> bool:
+        """Whether an export drew it with the files that it has now, as far as that is known."""
         redo = "run the same `msfp evaluate` again, with --overwrite"
-        return read_json(manifest, lambda document: document.get("files"), redo=redo)
+        files = read_json(self.directory / _MANIFEST, dict, redo=redo).get("files")
+        return files is None or files == sealed_files(export)
 
     def path(self, index: int) -> Path:
         """Return where batch `index` is or will be."""
@@ -104,7 +116,7 @@ class Gallery:
                     "latents": samples[-1].detach().float().cpu().contiguous(),
                     "pictures": stacked.permute(0, 3, 1, 2).contiguous(),
                 }
-                write_tensors(self.path(index), tensors)
+                write_tensors(self.path(index), tensors, {_HEADER: self._header(index, tensors)})
                 advance(len(conditions))
 
     def latents(self) -> Tensor:
@@ -115,10 +127,24 @@ class Gallery:
         """Return all pictures, uint8 ``(pictures, 3, height, width)``."""
         return torch.cat([self._read(index, "pictures") for index in range(self.recipe.num_shards)])
 
+    def _header(self, index: int, tensors: Mapping[str, Tensor]) -> str:
+        """Return what a batch says of itself: its pictures, where they belong, and their digest."""
+        manifest = read_json(self.directory / _MANIFEST, dict, redo=_REDO)
+        return to_text({"gallery": manifest, "index": index, "digest": digest(tensors)})
+
     def _read(self, index: int, name: str) -> Tensor:
+        """Read a tensor of a batch; those of earlier versions say nothing of themselves.
+
+        Raises:
+            RunError: the batch is missing.
+            CheckpointError: it is truncated, altered, or of another gallery or place.
+        """
         path = self.path(index)
         if not path.exists():
-            raise RunError(f"{path} is missing; run the same command again to draw it")
-        with open_tensors(path, redo="delete it and run the same command again") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+            raise RunError(f"{path} is missing; run the same `msfp evaluate` again to draw it")
+        with open_tensors(path, redo=_REDO) as file:
+            tensors = {each: file.get_tensor(each) for each in file.keys()}
+            header = (file.metadata() or {}).get(_HEADER)
+        if header is not None and header != self._header(index, tensors):
+            raise damaged(path, "its pictures are altered, or of another model", redo=_REDO)
+        return tensors[name]

@@ -6,7 +6,6 @@
 import math
 from typing import Any
 
-from msfp_cli.evaluation.identity import sealed_files
 from msfp_cli.evaluation.provenance import Provenance, provenance_of
 from msfp_cli.evaluation.result import Evaluation
 from msfp_cli.files.documents import Json
@@ -49,8 +48,7 @@ def gather(run: Run, evaluation: Evaluation, pictures: int) -> dict[str, Any]:
 
 def say_changed(evaluation: Evaluation) -> tuple[str, ...]:
     """Say that the export is not what was evaluated, where that is known."""
-    measured = evaluation.gallery("export").files()
-    if measured is None or measured == sealed_files(evaluation.export):
+    if evaluation.gallery("export").is_of(evaluation.export):
         return ()
     return (
         f"{evaluation.export} was changed since it was evaluated, and the figures and pictures are "
