@@ -143,7 +143,7 @@ class Gallery:
         if not path.exists():
             raise RunError(f"{path} is missing; run the same `msfp evaluate` again to draw it")
         with open_tensors(path, redo=_REDO) as file:
-            tensors = dict[str, Tensor]({each: file.get_tensor(each) for each in file.keys()})
+            tensors: dict[str, Tensor] = {each: file.get_tensor(each) for each in file.keys()}
             header = (file.metadata() or {}).get(_HEADER)
         if header is not None and header != self._header(index, tensors):
             raise damaged(path, "its pictures are altered, or of another model", redo=_REDO)
