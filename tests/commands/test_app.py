@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import shlex
 import shutil
@@ -669,6 +670,19 @@ def test_debug_shows_a_traceback_and_nothing_else_does() -> None:
         assert ("Traceback" in done.stderr) == wanted
         assert "--weights '9' is out of range" in done.stderr
         assert done.stdout == ""
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=str)
+def test_reader_that_has_enough_is_not_an_error_to_explain(
+    options: tuple[str, ...], tiny_chained: Chained
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` does when it has enough
+    run = ("--run", str(tiny_chained.run.directory))
+    command = [sys.executable, "-m", "msfp_cli", "status", *options, *run]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_version_is_printed() -> None:

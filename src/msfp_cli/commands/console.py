@@ -121,7 +121,7 @@ def guarded(command: F) -> F:
         try:
             _refuse_lost_directory()
             return command(*args, **kwargs)
-        except typer.Exit:
+        except (typer.Exit, BrokenPipeError):  # whoever reads has enough: typer ends quietly
             raise
         except (Exception, KeyboardInterrupt) as error:
             if os.environ.get(_DEBUG):
