@@ -20,7 +20,7 @@ from msfp_cli.errors import CheckpointError, ModelError, UsageError
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.streaming import parts
-from msfp_cli.streaming.component import DenoiserJob
+from msfp_cli.streaming.component import DenoiserJob, plan_of
 from msfp_cli.streaming.quantize import quantize_pipeline
 from msfp_cli.streaming.recipe import QuantizeRecipe
 from msfp_cli.streaming.text_component import TextEncoderJob
@@ -163,6 +163,25 @@ def test_damaged_parts_are_made_again(
 
 def stop(*arguments: object) -> None:
     raise KilledError
+
+
+@pytest.mark.parametrize("change", ["nothing", "recipe", "size", "time", "place"])
+def test_plan_tells_models_and_recipes_apart(change: str, tmp_path: Path) -> None:
+    for place in ("one", "other"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "model.safetensors").write_bytes(b"weights")
+        os.utime(tmp_path / place / "model.safetensors", (1, 1))
+    file = tmp_path / "one" / "model.safetensors"
+    before = plan_of([file], QuantizeRecipe())
+    if change == "size":
+        file.write_bytes(b"more weights")
+        os.utime(file, (1, 1))
+    elif change == "time":
+        os.utime(file, (2, 2))
+    elif change == "place":
+        file = tmp_path / "other" / "model.safetensors"
+    after = plan_of([file], QuantizeRecipe(weights=5 if change == "recipe" else 4))
+    assert (after == before) == (change == "nothing")
 
 
 @pytest.mark.parametrize("change", ["recipe", "file"])

@@ -27,9 +27,10 @@ class ComponentSize:
 
 def plan_of(files: Sequence[Path], recipe: QuantizeRecipe) -> dict[str, Any]:
     """Return what unfinished work depends on: files in full precision, the recipe, the version."""
-    stats = [(path.name, path.stat()) for path in files]
+    # Copies in archives and images of containers often have the same time.
+    stats = [(str(path.resolve()), path.stat()) for path in files]
     return {
-        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        "files": [[place, stat.st_size, stat.st_mtime_ns] for place, stat in stats],
         "recipe": asdict(recipe),
         "format": weight_only_config({}).to_dict(),
     }
