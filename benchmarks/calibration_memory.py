@@ -13,8 +13,9 @@ lifts no layer: the same memory in less time.
 
 Each way runs in a process of its own. Time is that of its threads on a processor, so that others
 may use the machine meanwhile. The kernel's count of the largest resident size, mapped files
-included, is set back at the start of each stage. The last line says whether both ways chose the
-same formats and codes. Linux only.
+included, is set back at the start of each stage. After the table a line says whether both ways
+chose the same formats and codes, and the last one what the whole way would take on a GPU, computed
+from its operations. Linux only.
 """
 
 import argparse
@@ -41,11 +42,13 @@ from msfp_cli.formats.objective import DAMPINGS
 from msfp_cli.memory import peak_bytes, read_size
 from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.progress import Advance
+from msfp_cli.recording.compare import calls_and_rows
 from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.run import Run
 
 TESTS = Path(__file__).parents[1] / "tests"
 GPU_RATE = 20e12  # float32 operations a second that the computed time of a GPU assumes
+BATCH = 2  # rows of a call: a picture with guidance
 CHOSEN_ON = 256  # outputs on which one of the dampings is chosen
 QUICK = CalibrateRecipe(formats="e2m1,ue2m2", lift=0.0)
 WAYS = ("whole", "bounded")
@@ -137,7 +140,7 @@ def conditions(arguments: argparse.Namespace) -> str:
     return (
         f"Size {arguments.size}, latents of {arguments.sample_size}, {arguments.num_images} "
         f"pictures, {arguments.steps} steps{quick}; bounded: --max-memory {arguments.max_memory}; "
-        f"torch {torch.__version__}, {torch.get_num_threads()} thread of a CPU."
+        f"torch {torch.__version__}, threads on a CPU: {torch.get_num_threads()}."
     )
 
 
@@ -183,7 +186,10 @@ def operations(work: Path, rows: list[Any]) -> str:
     steps = {row[0].split()[0]: row[3] for row in rows}
     rounded = {name: each for name, each in layers.items() if each.compensation}
     replayed = steps["Compensating"] - len(rounded)
-    calls = replayed + steps["Observing"] * 2 + steps["Checking"] + steps.get("Measuring", 0) / 2
+    _, rows_measured = calls_and_rows(sum(each.num_weights for each in layers.values()), 1)
+    # On average half of a call comes after the layer, and is repeated for some of its rows.
+    measured = steps.get("Measuring", 0) / 2 * min(rows_measured, BATCH) / BATCH
+    calls = replayed + steps["Observing"] * 2 + steps["Checking"] + measured
     summed = 0.0
     factored = 0.0
     for name, each in rounded.items():
@@ -243,12 +249,9 @@ def main() -> None:
     found = {way: run(arguments, way) for way in ways}
     lines = [conditions(arguments), "", table(found)]
     if not arguments.only:
-        lines += [
-            "",
-            compare(arguments.work, found),
-            "",
-            operations(arguments.work, found["whole"]),
-        ]
+        lines += ["", compare(arguments.work, found)]
+    if "whole" in found:
+        lines += ["", operations(arguments.work, found["whole"])]
     print("\n".join(lines))
     if arguments.markdown:
         put(arguments.markdown, "calibration_memory.py", "\n".join(lines))
