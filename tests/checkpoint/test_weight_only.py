@@ -169,13 +169,25 @@ def test_pipeline_in_the_place_of_a_network_is_refused(
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (MSFPConfig(weights="4"), r"MSFPConfig\(weights='4'\) has no number of bits; give one"),
-        (MSFPConfig(weights=4.0), r"MSFPConfig\(weights=4.0\) has no number of bits; give one"),
-        (MSFPConfig(weights=None), r"MSFPConfig\(weights=None\) has no number of bits; give one"),
+        (
+            MSFPConfig(weights="4"),
+            r"MSFPConfig\(weights='4'\) does not say a number of bits; give one",
+        ),
+        (
+            MSFPConfig(weights=4.0),
+            r"MSFPConfig\(weights=4.0\) does not say a number of bits; give one",
+        ),
+        (
+            MSFPConfig(weights=None),
+            r"MSFPConfig\(weights=None\) does not say a number of bits; give one",
+        ),
         (MSFPConfig(weights=1), "must be at least 2, got 1"),
-        (MSFPConfig(keep="*attn*:8"), r"MSFPConfig\(keep='\*attn\*:8'\) is no list of rules; give"),
-        (MSFPConfig(keep=None), r"MSFPConfig\(keep=None\) is no list of rules; give"),
-        (MSFPConfig(keep=[4]), r"MSFPConfig\(keep=\[4\]\) is no list of rules; give"),
+        (
+            MSFPConfig(keep="*attn*:8"),
+            r"MSFPConfig\(keep='\*attn\*:8'\) is not a list of rules; give",
+        ),
+        (MSFPConfig(keep=None), r"MSFPConfig\(keep=None\) is not a list of rules; give"),
+        (MSFPConfig(keep=[4]), r"MSFPConfig\(keep=\[4\]\) is not a list of rules; give"),
         ({"weights": 4}, r"a dict does not say how to quantize; give MSFPConfig\(weights=4\)"),
         (CalibrateRecipe(), "a CalibrateRecipe does not say how to quantize; give MSFPConfig"),
     ],

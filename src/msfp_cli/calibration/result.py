@@ -367,9 +367,7 @@ class Calibration:
         def parse(document: Json) -> Calibration:
             for kind, path in paths.items():
                 expected = document.get(f"{kind}_digest") or ""
-                if (
-                    expected or kind in flat
-                ):  # a file that is none of this calibration's is another's
+                if expected or kind in flat:  # else it is not one of this calibration's files
                     refuse_altered(path, flat.get(kind, {}), expected, redo=_REDO)
             own = {key: value for key, value in document.items() if key not in _OF_THE_FILE}
             for key in ("input_lifts", "others"):  # files of earlier versions have none

@@ -127,19 +127,20 @@ class MSFPConfig(QuantizationConfigMixin):  # type: ignore[misc]  # diffusers is
         return encoder
 
     def refuse_mistyped(self) -> None:
-        """Refuse bits that are no whole number, and rules that are not several texts.
+        """Refuse bits that are not a whole number, and rules that are not several texts.
 
         Raises:
             UsageError: the message shows the value, and what is expected.
         """
         if not isinstance(self.weights, int) or isinstance(self.weights, bool):
             raise UsageError(
-                f"MSFPConfig(weights={self.weights!r}) has no number of bits; give one such as 4"
+                f"MSFPConfig(weights={self.weights!r}) does not say a number of bits; "
+                "give one such as 4"
             )
         is_list = isinstance(self.keep, Sequence) and not isinstance(self.keep, str)
         if not is_list or not all(isinstance(rule, str) for rule in self.keep):
             raise UsageError(
-                f"MSFPConfig(keep={self.keep!r}) is no list of rules; give one such as "
+                f"MSFPConfig(keep={self.keep!r}) is not a list of rules; give one such as "
                 "['*attn*:8', 'proj_in:none']"
             )
 

@@ -35,7 +35,7 @@ def require_network(network: object) -> None:
     """Refuse what has no layers, such as a pipeline in the place of one of its components.
 
     Raises:
-        UsageError: it is no module of torch.
+        UsageError: it is not a module of torch.
     """
     if isinstance(network, nn.Module):
         return
