@@ -33,14 +33,14 @@ def test_stages_that_are_left_out_take_no_time(tiny_source: ModelSource) -> None
     assert left_out == {"measuring layers alone", "measuring timesteps", "rounding"}
 
 
-def test_layers_of_large_models_are_measured_on_one_call_of_two_rows(
+def test_layers_of_large_models_are_measured_on_one_call_of_one_row(
     tiny_source: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unet = load_pipeline(tiny_source, "cpu").unet
     recipe = replace(QUICK, sensitivity_calls=4)
     small = calls_to_measure(recipe, unet, rows=4)
     monkeypatch.setattr(compare, "LARGE", 1)
-    assert small == 8 * calls_to_measure(recipe, unet, rows=4)
+    assert small == 16 * calls_to_measure(recipe, unet, rows=4)
 
 
 def test_recordings_take_their_samples_and_outputs_on_disk(tiny_source: ModelSource) -> None:

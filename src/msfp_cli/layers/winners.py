@@ -68,7 +68,7 @@ def _place() -> Path:
 
 def _read(place: Path) -> dict[str, Winner]:
     try:
-        return read_json(place, _winners, redo="delete it", schema=_SCHEMA)
+        return read_json(place, _winners, redo="", schema=_SCHEMA)
     except (OSError, MsfpError):
         return {}
 

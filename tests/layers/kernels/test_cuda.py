@@ -40,7 +40,7 @@ from msfp_cli.layers.kernels import cuda, int8
 from msfp_cli.layers.kernels.cuda import Cuda
 from msfp_cli.layers.kernels.cuda_fp8 import CudaFp8, e4m3_exponent
 from msfp_cli.layers.kernels.geometry import num_window_kinds, taps_of_kinds, window_kinds
-from msfp_cli.layers.kernels.registry import AUTO, KERNELS, choose_kernel
+from msfp_cli.layers.kernels.registry import AUTO, KERNELS, MEASURED, choose_kernel
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import Route
@@ -479,7 +479,7 @@ def test_capability_decides(
         assert reason == (
             None if runs else f"the GPU has compute capability {number}, below {least}"
         )
-    assert choose_kernel(layer)[0].name == "simulated"  # until it has been measured on one
+    assert choose_kernel(layer)[0].name == (MEASURED if int8_runs else "simulated")
     assert choose_kernel(layer, "cuda")[0].name == ("cuda" if int8_runs else "simulated")
     assert choose_kernel(layer, "cuda-fp8")[0].name == ("cuda-fp8" if fp8_runs else "simulated")
 
