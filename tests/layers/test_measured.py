@@ -16,6 +16,7 @@ from msfp_cli.layers import measured, winners
 from msfp_cli.layers.base import Kernel, QuantizedLayer
 from msfp_cli.layers.kernels import registry
 from msfp_cli.layers.kernels.cpu import Cpu
+from msfp_cli.layers.kernels.cuda import Cuda
 from msfp_cli.layers.kernels.reference import Reference
 from msfp_cli.layers.kernels.registry import MEASURED, choose_kernel
 from msfp_cli.layers.kernels.simulated import Simulated
@@ -185,8 +186,8 @@ def test_check_tells_equal_sums_from_sums_that_differ_by_one(
     layer = make(grid=grid, weight="e2m1" if grid is UNSIGNED else "e1m6")
     x = rows(*shape).to(dtype)
     with torch.no_grad():
-        for kind, verdict in ((Cpu, True), (Reference, True), (Wrong, False)):
-            assert is_exact(kind(layer, keep_packed=True), layer, x) == verdict
+        for kind, verdict in ((Cpu, True), (Reference, True), (Cuda, True), (Wrong, False)):
+            assert is_exact(kind(layer, keep_packed=True), layer, x) == verdict, kind.name
 
 
 def test_every_member_of_a_hub_can_be_the_one_that_is_tried(gpu: Gpu) -> None:
