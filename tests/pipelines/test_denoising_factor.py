@@ -6,14 +6,18 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDPMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
     HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
     LCMScheduler,
+    UnCLIPScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -198,22 +202,63 @@ def test_samplers_that_draw_noise_or_end_above_zero_have_the_factor_of_their_own
     torch.testing.assert_close(factors, stepped_alone(scheduler), rtol=1e-3, atol=1e-5)
 
 
-def test_flow_matching_is_the_step_in_sigma() -> None:
-    scheduler = prepared(FlowMatchEulerDiscreteScheduler, 8, shift=3.0)
-    timesteps, factors = denoising_factors(scheduler)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
+def test_unclip_has_the_factor_of_its_own_step(prediction_type: str) -> None:
+    scheduler = prepared(UnCLIPScheduler, 12, prediction_type=prediction_type, clip_sample=False)
+    steps = scheduler.timesteps
+    stepped = [
+        step_coefficient(scheduler, now, prev_timestep=following)
+        for now, following in zip(steps[:-1], steps[1:], strict=True)
+    ]
+    factors = denoising_factors(scheduler)[1].float()
+    torch.testing.assert_close(factors[:-1], torch.tensor(stepped), rtol=1e-3, atol=1e-5)
+
+
+def test_solver_of_cogvideox_has_the_factor_of_its_own_step() -> None:
+    settings = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    scheduler = prepared(CogVideoXDPMScheduler, 10, **settings)
+    sample = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
     stepped = []
-    for t in scheduler.timesteps:
-        before = scheduler.step_index
-        zero = scheduler.step(torch.zeros(1, 2), t, torch.zeros(1, 2)).prev_sample
-        scheduler._step_index = scheduler.step_index - 1 if before is not None else 0
-        stepped.append(
-            float(
-                (scheduler.step(torch.ones(1, 2), t, torch.zeros(1, 2)).prev_sample - zero)
-                .abs()
-                .mean()
-            )
-        )
-    torch.testing.assert_close(factors.float(), torch.tensor(stepped), rtol=1e-4, atol=1e-6)
+    for now in scheduler.timesteps:
+        ends = [
+            scheduler.step(
+                torch.full_like(sample, value),
+                None,
+                now,
+                None,
+                sample,
+                generator=torch.Generator().manual_seed(0),
+            )[0]
+            for value in (0.0, 1.0)
+        ]
+        stepped.append(float((ends[1] - ends[0]).abs().mean()))
+    factors = denoising_factors(scheduler)[1].float()
+    torch.testing.assert_close(factors, torch.tensor(stepped), rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, in diffusers
+def test_pairs_of_timesteps_are_one_step() -> None:
+    scheduler = prepared(KDPM2AncestralDiscreteScheduler, 8, **BETAS)
+    timesteps, factors = denoising_factors(scheduler)
+    assert len(timesteps) < len(scheduler.timesteps)
+    assert bool((timesteps.diff() < -0.01).all()) and bool((factors[:-1] > 1e-3).all())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (FlowMatchEulerDiscreteScheduler, {"shift": 3.0}),
+        (FlowMatchEulerDiscreteScheduler, {"shift": 3.0, "stochastic_sampling": True}),
+        (FlowMatchLCMScheduler, {"shift": 3.0}),
+    ],
+)
+def test_flow_matching_has_the_factor_of_its_own_step(
+    kind: Any,  # noqa: ANN401
+    settings: dict[str, Any],
+) -> None:
+    scheduler = prepared(kind, 8, **settings)
+    timesteps, factors = denoising_factors(scheduler)
+    torch.testing.assert_close(factors.float(), stepped_alone(scheduler), rtol=1e-4, atol=1e-6)
     assert timesteps.tolist() == [float(t) for t in scheduler.timesteps]
 
 

@@ -11,8 +11,9 @@ noise (0: DDIM's ordinary differential equation, 1: DDPM),
     (sample)
     d x0 / d output  = sqrt((1 - abar_t) / abar_t), sqrt(1 - abar_t), 1
 
-and for flow matching ``gamma_t = |sigma_s - sigma_t|``. On the same timesteps the number is the
-same for DDIM, Euler, DPM-Solver and PNDM: they integrate one equation in different coordinates
+and for flow matching ``gamma_t = |sigma_s - sigma_t|``, or ``sigma_t (1 - sigma_s)`` where all
+noise is drawn anew. On the same timesteps the number is the same for DDIM, Euler, DPM-Solver and
+PNDM: they integrate one equation in different coordinates
 (derivation: ours). Read naively, Euler's step in sigma space is 64 where DDIM's is below 1; only
 the sample rescaled to unit variance is comparable. Multi-step schedulers mix in earlier outputs;
 the first-order factor is the one that speaks of this timestep alone.
@@ -34,6 +35,8 @@ def denoising_factors(scheduler: Scheduler, *, eta: float | None = None) -> tupl
         scheduler: a diffusers scheduler after ``set_timesteps``.
         eta: share of fresh noise; None takes the scheduler's own: 1 for DDPM, ancestral samplers
             and solvers of the stochastic equation, all noise anew for LCM, and 0 for all others.
+            TCD and SA-Solver, which draw a share that is set elsewhere, are taken for samplers that
+            draw none, and so is the stochastic DPM-Solver with the sigmas of flow matching.
 
     Returns:
         Two float64 tensors ``(timesteps,)``: each distinct timestep from noisy to clean, and its
@@ -42,12 +45,16 @@ def denoising_factors(scheduler: Scheduler, *, eta: float | None = None) -> tupl
     Raises:
         ModelError: the scheduler has neither a table of signal powers nor flow-matching sigmas.
     """
-    timesteps = _distinct(scheduler.timesteps)
+    # KDPM2 visits pairs of timesteps that differ in the fourth digit.
+    is_paired = type(scheduler).__name__.startswith("KDPM2")
+    timesteps = _distinct(scheduler.timesteps, nearest=0.01 if is_paired else 0.0)
     if _is_flow_matching(scheduler):
         sigmas = _distinct(scheduler.sigmas)
         if len(sigmas) == len(timesteps):
             # The schedule ends above zero: its last step still goes to the clean sample.
             sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+        if _draws_flow_noise(scheduler):  # the sample is (1 - s) x0 + s noise, all noise anew
+            return timesteps, (sigmas[:-1] * (1 - sigmas[1:]))[: len(timesteps)]
         return timesteps, sigmas.diff().abs()[: len(timesteps)]
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
@@ -85,10 +92,21 @@ def loss_weights(factors: Tensor, *, power: float = 1.0) -> Tensor:
     return weights / weights.mean()
 
 
-def _distinct(values: Tensor) -> Tensor:
-    """Return the distinct values from large to small; Heun and PNDM visit some timesteps twice."""
+def _distinct(values: Tensor, nearest: float = 0.0) -> Tensor:
+    """Return the distinct values from large to small; Heun and PNDM visit some timesteps twice.
+
+    Arguments:
+        nearest: a value that is no farther than this below another one counts as that one.
+    """
     distinct: Tensor = torch.unique(values.detach().cpu().double()).flip(0)  # type: ignore[no-untyped-call]
-    return distinct
+    far = distinct.diff().abs() > nearest
+    return distinct[torch.cat([far.new_ones(len(distinct[:1])), far])]
+
+
+def _draws_flow_noise(scheduler: Scheduler) -> bool:
+    """Whether a sampler of flow matching takes new noise at each step."""
+    is_lcm = type(scheduler).__name__.startswith("FlowMatchLCM")
+    return is_lcm or bool(scheduler.config.get("stochastic_sampling"))
 
 
 def _is_flow_matching(scheduler: Scheduler) -> bool:
@@ -118,7 +136,8 @@ def _fresh_noise(scheduler: Scheduler, eta: float | None, now: Tensor, following
         return 1 - following
     if eta is None:
         is_of_sde = str(scheduler.config.get("algorithm_type")).startswith("sde")
-        is_ancestral = name.startswith("DDPM") or "Ancestral" in name or "SDE" in name
+        is_ancestral = name.startswith(("DDPM", "UnCLIP", "CogVideoXDPM"))
+        is_ancestral = is_ancestral or "Ancestral" in name or "SDE" in name
         eta = 1.0 if is_of_sde or is_ancestral else 0.0
     return eta**2 * (1 - following) / (1 - now) * (1 - now / following)
 
