@@ -21,7 +21,10 @@ def main() -> None:
     arguments = parser.parse_args()
     pipe = DiffusionPipeline.from_pretrained(arguments.export)
     pipe.set_progress_bar_config(disable=True)
-    msfp_cli.prepare_(pipe.unet)  # kernels are chosen before the graph is made
+    # Kernels are chosen before the graph is made. On a GPU they are measured in a first call.
+    if torch.cuda.is_available():
+        pipe.to("cuda")(arguments.prompt, num_inference_steps=1)
+    msfp_cli.prepare_(pipe.unet)
     pipe.unet = torch.compile(pipe.unet, dynamic=True, backend=arguments.backend)
     side = pipe.vae_scale_factor * 8
     for width in (2 * side, 3 * side):

@@ -85,6 +85,21 @@ def test_cache_that_cannot_be_written_is_done_without(file: Path) -> None:
     assert winners.find("a layer") == FASTER
 
 
+def test_user_without_a_home_has_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("MSFP_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "expanduser", lost)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(winners, "_known", {})
+    winners.keep("a layer", FASTER)
+    forget()
+    assert winners.find("a layer") == FASTER
+    assert (tmp_path / "msfp" / "kernels.json").exists()
+
+
 def test_entries_of_other_processes_stay(file: Path) -> None:
     assert winners.find("a layer") is None  # now the file is known to be empty
     subprocess.run([sys.executable, "-c", _CHILD, "other"], check=True)

@@ -148,8 +148,8 @@ def _show_kernels(component: str, layers: dict[str, tuple[str, str]], *, one_by_
         rows = [[name, kernel, reason] for name, (kernel, reason) in layers.items()]
         console.table(title, ["layer", "kernel", "why not another"], rows)
         return
-    counts = Counter(layers.values()).most_common()
-    rows = [[kernel, reason, str(count)] for (kernel, reason), count in counts]
+    whys = [(kernel, "" if " ms" in reason else reason) for kernel, reason in layers.values()]
+    rows = [[*pair, str(count)] for pair, count in Counter(whys).most_common()]
     console.table(title, ["kernel", "why not another", "layers"], rows)
 
 

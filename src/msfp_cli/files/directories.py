@@ -5,6 +5,7 @@ begin with `refuse_foreign`, the one place that decides whether something may be
 """
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +49,10 @@ _UNMARKED = (
 def cache_directory() -> Path:
     """Return where what can be made again is kept: ``$MSFP_CACHE``, or ``~/.cache/msfp``."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("MSFP_CACHE") or f"{home}/msfp").expanduser()
+    try:
+        return Path(os.environ.get("MSFP_CACHE") or f"{home}/msfp").expanduser()
+    except RuntimeError:  # a user without a home, as in containers
+        return Path(tempfile.gettempdir()) / "msfp"
 
 
 def refuse_foreign(directory: Path) -> None:

@@ -2,18 +2,19 @@
 
 Which kernel is fastest depends on the card, on versions, and on the layer's size, so nobody is
 trusted. Each rival runs the layer on its own input. One whose sums are not the integers of
-`reference` is out, and so is one that fails. The others are timed beside `simulated`, which is what
-the layer means in floating point, and which runs in the end where no rival is faster. What won is
-remembered (`winners`), so that the next process tries nothing.
+`reference` is out, and so is one that fails; a warning says so once. The others are timed beside
+`simulated`, which is what the layer means in floating point, and which runs in the end where no
+rival is faster. What won is remembered (`winners`), so that the next process tries nothing.
 
 The exact sums are computed on the CPU, because the libraries of a GPU may multiply pictures by
-methods that round in between. There the first and the last row of the input are compared.
+methods that round in between. They are compared at the first and the last rows of the input.
 """
 
 import copy
-import statistics
 import threading
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -35,8 +36,14 @@ RIVALS: tuple[type[Kernel], ...] = (Cuda,)
 FLOAT = "not rounded"  # the layer in floating point, which is timed to be seen beside the others
 _WARM_UP = 2  # the first call may compile
 _CALLS = 7
+_ROUNDS = 2
+_TOKENS = 64  # at either end of an input
+_CHANCES = 2  # failures of a kernel in one process, after which no layer tries it
 _LAST_DIGITS = 4 * torch.finfo(torch.float32).eps
 _TRYING = threading.RLock()  # times that are taken at once are of no use
+_failures: Counter[str] = Counter()
+_said: set[str] = set()
+_proven: set[str] = set()  # ways of computing whose sums were found right in float32
 
 
 class Measured(Kernel):
@@ -76,45 +83,57 @@ class Measured(Kernel):
 
 
 def _can_be_tried(layer: QuantizedLayer, x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+    if torch.compiler.is_compiling() or torch.jit._trace.is_tracing():
+        return False
+    if torch.is_grad_enabled() and x.requires_grad:
         return False
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    has_rows = x.ndim >= 2 if layer.geometry() is None else x.ndim == 4
-    return has_rows and x.numel() > 0 and bool(torch.isfinite(x).all())
+    is_here = x.device == layer.get_buffer("weight_scale").device
+    return is_here and x.numel() > 0 and _is_taken(layer, x)
 
 
+def _is_taken(layer: QuantizedLayer, x: Tensor) -> bool:
+    """Whether an input has rows, and the channels that the layer takes."""
+    geometry = layer.geometry()
+    if geometry is None:
+        return x.ndim >= 2 and x.shape[-1] == layer.weight_shape[1]
+    return x.ndim == 4 and x.shape[1] == layer.weight_shape[1] * geometry.groups
+
+
+@torch.inference_mode(mode=False)  # a kernel lives longer than the call that makes it
 @torch.no_grad()
 def fastest(layer: QuantizedLayer, x: Tensor, *, keep_packed: bool) -> Kernel | None:
-    """Return the fastest exact kernel for a layer, prepared; None if not even simulating works.
+    """Return the fastest exact kernel for a layer, prepared; None if the input tells nothing.
+
+    It does not if its numbers are not finite, or if nothing can run on it.
 
     Arguments:
-        x: an input of the layer, with rows, and numbers that are finite.
+        x: an input of the layer, with rows.
         keep_packed: see `Kernel`.
     """
-    kinds = [rival for rival in RIVALS if rival.refusal(layer) is None]
+    kinds = [rival for rival in RIVALS if rival.refusal(layer) is None and not _is_broken(rival)]
     kinds.append(Simulated)
     key = key_of(layer, x, keep_packed=keep_packed)
     known = winners.find(key)
     for kind in kinds:
         if known is not None and known.kernel == kind.name:
             return _with_words(kind(layer, keep_packed=keep_packed), known)
-    kernels: dict[str, Kernel] = {}
-    times: dict[str, float] = {}
-    failed = set(kinds)
-    for kind in kinds:
-        with suppress(Exception):  # whatever a GPU's compiler says: there is another way to run
-            kernel = kind(layer, keep_packed=keep_packed)
-            if kind is Simulated or is_exact(kernel, layer, x):
-                times[kind.name] = seconds_of(partial(kernel, layer, x))
-                kernels[kind.name] = kernel
-            failed.remove(kind)
-    if Simulated in failed:
+    if not torch.isfinite(x).all():
         return None
-    best = kernels[min(times, key=times.__getitem__)]
-    times[FLOAT] = seconds_of(partial(layer.apply_weight, x, layer.weight.to(x.dtype)))
-    winner = winners.Winner(best.name, times)
-    winners.keep(key, winner, lasting=not failed)
+    trial = Trial(layer, x)
+    for kind in kinds:
+        trial.check(kind, keep_packed=keep_packed)
+    trial.race()
+    if not trial.seconds:
+        return None
+    best = trial.kernels[min(trial.seconds, key=trial.seconds.__getitem__)]
+    with suppress(RuntimeError):  # the memory may be full; this is only to be seen
+        weight = layer.float_weight().to(x.dtype)
+        trial.seconds[FLOAT] = seconds_of(partial(layer.apply_weight, x, weight))
+    winner = winners.Winner(best.name, trial.seconds)
+    if not trial.was_short:
+        winners.keep(key, winner, lasting=not trial.failed)
     return _with_words(best, winner)
 
 
@@ -123,27 +142,105 @@ def _with_words(kernel: Kernel, winner: winners.Winner) -> Kernel:
     return kernel
 
 
-def is_exact(kernel: Kernel, layer: QuantizedLayer, x: Tensor) -> bool:
-    """Whether a kernel's sums are the integers of `reference`, on the first and the last row.
+class Trial:
+    """What kernels do with one input of a layer.
 
-    Outputs are compared in float32. There, two sums that differ by one are a factor apart, unless
-    that is below the last digits.
+    Attributes:
+        kernels: those that may run the layer, by name, prepared.
+        seconds: what a call of each takes.
+        failed: whether one failed that may run another time.
+        was_short: whether one failed for want of memory, which tells nothing of the kernel.
     """
-    ends = torch.stack([x[0], x[-1]]).float().cpu()
-    twin = _on_cpu(layer)
-    integers = [twin.integers(member) for member in range(twin.scheme.hub)]
-    arithmetic = Arithmetic.of(twin, integers)
-    expected = run_reference(twin, ends, arithmetic)
-    output = kernel(layer, x.float())
-    found = torch.stack([output[0], output[-1]]).cpu()
-    factor, constant, _ = arithmetic.of_variant(twin.variant(), twin.kernel_bias)
+
+    def __init__(self, layer: QuantizedLayer, x: Tensor) -> None:
+        self.layer = layer
+        self.x = x
+        self.kernels: dict[str, Kernel] = {}
+        self.seconds: dict[str, float] = {}
+        self.failed = False
+        self.was_short = False
+
+    def check(self, kind: type[Kernel], *, keep_packed: bool) -> None:
+        """Prepare a kernel, and let it take part if it is right; say once why it may not."""
+        try:
+            kernel = kind(self.layer, keep_packed=keep_packed)
+            if kind is Simulated or is_exact(kernel, self.layer, self.x):
+                self.kernels[kind.name] = kernel
+            else:
+                _say(kind, "its sums are wrong on this machine")
+        except torch.OutOfMemoryError:
+            self.was_short = True
+        except Exception as error:  # noqa: BLE001 (whatever a compiler says: there is another way)
+            self.failed = True
+            _failures[kind.name] += 1
+            _say(kind, f"{type(error).__name__}: {error}".splitlines()[0][:200])
+
+    def race(self) -> None:
+        """Time the kernels in turn, twice, so that none has the warmer card."""
+        for _ in range(_ROUNDS):
+            for name, kernel in list(self.kernels.items()):
+                try:
+                    took = seconds_of(partial(kernel, self.layer, self.x))
+                except RuntimeError:  # in the type of this input, or for want of memory
+                    self.failed = True
+                    del self.kernels[name]
+                    self.seconds.pop(name, None)
+                else:
+                    self.seconds[name] = min(took, self.seconds.get(name, took))
+
+
+def _is_broken(kind: type[Kernel]) -> bool:
+    """Whether a kernel has failed so often in this process that no layer tries it any more."""
+    return _failures[kind.name] >= _CHANCES
+
+
+def _say(kind: type[Kernel], reason: str) -> None:
+    """Warn, once for each kernel, of what would go unseen."""
+    if kind.name not in _said:
+        _said.add(kind.name)
+        warnings.warn(
+            f"kernel {kind.name!r} is passed over: {reason}; name it to see more (kernel=, or the "
+            "environment variable MSFP_KERNEL)",
+            stacklevel=2,
+        )
+
+
+def is_exact(kernel: Kernel, layer: QuantizedLayer, x: Tensor) -> bool:
+    """Whether a kernel's sums are the integers of `reference`, at both ends of the input.
+
+    There, two sums that differ by one are a factor apart, unless that is below the last digits.
+    Outputs are compared in float32 where no layer of these formats was before, and in the type of
+    the input then, because a compiler makes a kernel anew for each type.
+    """
+    kind = _kind_of(layer)
+    values = x if kind in _proven else x.float()
+    ends = _ends(layer, values).float().cpu()
+    with torch.device("cpu"):
+        twin = _on_cpu(layer)
+        integers = [twin.integers(each) for each in range(twin.scheme.hub)]
+        arithmetic = Arithmetic.of(twin, integers)
+        expected = run_reference(twin, ends, arithmetic)
+        factor, constant, _ = arithmetic.of_variant(twin.variant(), twin.kernel_bias)
+    found = _ends(layer, kernel(layer, values)).float().cpu()
     along = (-1, 1, 1) if arithmetic.geometry else (-1,)
     digits = _LAST_DIGITS * (expected.abs().amax() + constant.abs().amax())
-    return bool(((found - expected).abs() <= factor.view(along) / 4 + digits).all())
+    digits = digits + torch.finfo(values.dtype).eps * expected.abs()
+    is_right = bool(((found - expected).abs() <= factor.view(along) / 4 + digits).all())
+    if is_right:
+        _proven.add(kind)
+    return is_right
+
+
+def _ends(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """Return the first and the last rows of an input, or of an output: pictures, or tokens."""
+    if layer.geometry() is None:
+        tokens = x.reshape(-1, x.shape[-1])
+        return torch.cat([tokens[:_TOKENS], tokens[-_TOKENS:]])
+    return torch.cat([x[:1], x[-1:]]) if len(x) > 1 else x
 
 
 def _on_cpu(layer: QuantizedLayer) -> QuantizedLayer:
-    """Return a copy of a layer, without its hooks' objects, whose tensors are on the CPU."""
+    """Return a copy of a layer whose tensors are on the CPU."""
     twin = copy.copy(layer)
     twin._buffers = {
         name: each if each is None else each.cpu() for name, each in twin._buffers.items()
@@ -156,16 +253,17 @@ def _on_cpu(layer: QuantizedLayer) -> QuantizedLayer:
 
 
 def seconds_of(run: Callable[[], Tensor]) -> float:
-    """Return the median seconds of a call, on whatever device its result is."""
+    """Return the seconds of a call among several, on whatever device its result is.
+
+    Where Python takes longer than the device, that is Python's time, as for any call.
+    """
     device = [run() for _ in range(_WARM_UP)][-1].device
-    took = []
+    _wait_for(device)
+    start = time.perf_counter()
     for _ in range(_CALLS):
-        _wait_for(device)
-        start = time.perf_counter()
         run()
-        _wait_for(device)
-        took.append(time.perf_counter() - start)
-    return statistics.median(took)
+    _wait_for(device)
+    return (time.perf_counter() - start) / _CALLS
 
 
 def _wait_for(device: torch.device) -> None:
@@ -175,20 +273,40 @@ def _wait_for(device: torch.device) -> None:
 
 def key_of(layer: QuantizedLayer, x: Tensor, *, keep_packed: bool) -> str:
     """Return what the speed of a layer depends on, as the key of `winners`."""
-    scheme = layer.scheme
-    geometry = layer.geometry()
-    is_channels_last = x.ndim == 4 and not x.is_contiguous()
     parts = {
         "card": _card(x.device),
         "versions": _versions(),
-        "layer": [layer.kind, *layer.weight_shape, *(geometry.flat() if geometry else ())],
-        "formats": [str(scheme.weight), *(str(grid and grid.format) for grid in scheme.inputs())],
-        "groups": scheme.weight_groups,
-        "input": [str(x.dtype), *x.shape],
+        "layer": [_kind_of(layer), *layer.weight_shape],
+        "input": [str(x.dtype), *x.shape, "strides", *x.stride()],
+        "products": _settings(x.device),
     }
-    words = [f"{name} {value}" for name, value in parts.items()]
-    words += ["channels last"] * is_channels_last + ["packed"] * keep_packed
-    return ", ".join(words)
+    return ", ".join(
+        [*(f"{name} {each}" for name, each in parts.items()), *["packed"] * keep_packed]
+    )
+
+
+def _kind_of(layer: QuantizedLayer) -> str:
+    """Return what the way of computing depends on, but not the sizes."""
+    scheme = layer.scheme
+    geometry = layer.geometry()
+    grids = [grid for grid in scheme.inputs() if grid is not None]
+    formats = [str(scheme.weight), *dict.fromkeys(str(grid.format) for grid in grids)]
+    words = [layer.kind, *(geometry.flat() if geometry else ()), *formats, scheme.weight_groups]
+    has_zero_point = any(grid.zero_point for grid in grids)
+    return f"{words} {has_zero_point=} has_bias={layer.kernel_bias is not None}"
+
+
+def _settings(device: torch.device) -> list[bool | str]:
+    """Return the settings of torch that floating-point products depend on."""
+    backends = torch.backends
+    autocast = torch.is_autocast_enabled(device.type)
+    return [
+        str(torch.get_autocast_dtype(device.type)) if autocast else False,
+        backends.cuda.matmul.allow_tf32,
+        backends.cudnn.allow_tf32,
+        backends.cudnn.benchmark,
+        backends.cudnn.deterministic,
+    ]
 
 
 def _card(device: torch.device) -> str:

@@ -36,7 +36,7 @@ from torch.nn import functional
 from msfp_cli.layers.base import Kernel
 from msfp_cli.layers.kernels.geometry import Geometry, Settings, settings_of
 from msfp_cli.layers.kernels.lookup import look_up
-from msfp_cli.layers.kernels.registry import AUTO, choose_kernel
+from msfp_cli.layers.kernels.registry import AUTO, MEASURED, choose_kernel
 from msfp_cli.layers.kernels.simulated import simulate, with_gradients
 from msfp_cli.layers.packed import PackedLayer, Source
 from msfp_cli.layers.routing import Route
@@ -133,18 +133,22 @@ class Quantized(PackedLayer):
         """
         with _CHOOSING:
             kernel_class, reason = choose_kernel(self, kernel)
+            asked = KernelChoice(kernel, keep_packed)
+            if kernel_class.name == MEASURED and self._has_measured_for(asked):
+                return reason
             self.restore_()
-            self.kernel_choice = KernelChoice(kernel, keep_packed)
+            self.kernel_choice = asked
             self.take_kernel_(kernel_class(self, keep_packed=keep_packed))
         return reason
 
     def take_kernel_(self, kernel: Kernel) -> None:
         """Run with a kernel that was made from this layer, until the layer is changed."""
-        self.kernel = kernel
-        if kernel.holds_weight:
-            del self._buffers["weight_codes"]
-        self._kernel_settings = self.settings()
-        self._kernel_source = self.source()
+        with _CHOOSING:
+            self.kernel = kernel
+            if kernel.holds_weight:
+                del self._buffers["weight_codes"]
+            self._kernel_settings = self.settings()
+            self._kernel_source = self.source()
 
     def _choose_kernel(self) -> None:
         """Choose a kernel at the first call, and again if the layer was changed since.
@@ -158,6 +162,11 @@ class Quantized(PackedLayer):
                 name, keep_packed = self.kernel_choice
                 is_new = self.kernel is None or self._kernel_source == self.source()
                 self.prepare_(name, keep_packed=keep_packed or not is_new)
+
+    def _has_measured_for(self, choice: KernelChoice) -> bool:
+        """Whether the layer has a kernel that won when it ran, and nothing has changed since."""
+        won = self.kernel is not None and self.kernel.measured
+        return bool(won) and self.kernel_choice == choice and self._has_kernel()
 
     def _has_kernel(self) -> bool:
         """Whether there is a kernel, made from the layer as it is now."""

@@ -5,12 +5,13 @@ which are the key. A file that is damaged or cannot be written is as good as non
 """
 
 import json
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from msfp_cli.errors import MsfpError
-from msfp_cli.files.atomic import write_text
 from msfp_cli.files.directories import cache_directory
 from msfp_cli.files.documents import Json, read_json
 
@@ -55,11 +56,14 @@ def keep(key: str, winner: Winner, *, lasting: bool = True) -> None:
     stored[key] = winner
     newest = list(stored.items())[-_MOST:]
     document = {"schema": _SCHEMA, "winners": {key: list(each) for key, each in newest}}
+    temporary = place.with_name(f".{place.name}.{os.getpid()}")  # processes may write at once
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_text(place, json.dumps(document, indent=1))
-    except (OSError, MsfpError):  # a full disk, or a home that is not ours
-        return
+        temporary.write_text(json.dumps(document, indent=1), "utf-8")
+        temporary.replace(place)
+    except OSError:  # a full disk, or a home that is not ours
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _place() -> Path:

@@ -79,7 +79,7 @@ class Cuda(Kernel):
         integers = [layer.integers(member) for member in members]
         self.tensors = int8.Int8Layer.of(integers, grids, scale, self.geometry)
         numbers = [[grid.scale, grid.zero_point] for grid in grids]
-        self.numbers = torch.tensor(numbers, device=scale.device)
+        self.numbers = torch.tensor(numbers, dtype=torch.float32, device=scale.device)
         self.members = torch.arange(len(grids), device=scale.device)
         if keep_packed:
             self.drop_weights_()

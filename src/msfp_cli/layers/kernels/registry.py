@@ -38,9 +38,12 @@ def choose_kernel(layer: QuantizedLayer, name: str = AUTO) -> tuple[type[Kernel]
     Raises:
         UsageError: there is no such kernel.
     """
-    name = (os.environ.get(_OVERRIDE) or AUTO) if name == AUTO else name
+    override = os.environ.get(_OVERRIDE) if name == AUTO else None
+    name = override or name
     if name != AUTO and name not in KERNELS:
         names = ", ".join((AUTO, *KERNELS))
+        if override:
+            raise UsageError(f"{_OVERRIDE}={name} in the environment is not one of {names}")
         raise UsageError(
             f"unknown kernel {name!r}; choose one of {names}, or load the pipeline with openvino"
         )
