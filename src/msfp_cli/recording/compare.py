@@ -168,5 +168,7 @@ def spread_calls(
 
 
 def _spread_rows(batch: int, max_rows: int) -> Tensor:
-    """Return the indices of a few rows, from both halves of a guided batch."""
+    """Return the indices of a few rows, from both halves of a guided batch; one has the prompt."""
+    if max_rows == 1:  # the first half of a guided batch is without
+        return torch.tensor([batch - 1])
     return torch.linspace(0, batch - 1, min(max_rows, batch)).long()
