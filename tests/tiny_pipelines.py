@@ -41,6 +41,7 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
     LDMBertConfig,
     LDMBertModel,
 )
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import (
@@ -495,3 +496,17 @@ def save_tiny(name: str, directory: str | Path) -> None:
 def save_smallest(directory: str | Path) -> None:
     """Save the pipeline that loads fastest, for tests that load it thousands of times."""
     _same_each_time(build_smallest).save_pretrained(str(directory), safe_serialization=True)
+
+
+def write_old_names(directory: Path) -> None:
+    """Give the attention of a saved DDIM pipeline the names of earlier versions of diffusers."""
+    file = directory / "unet" / "diffusion_pytorch_model.safetensors"
+    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    names = {
+        f"mid_block.attentions.0.{now}.{kind}": f"mid_block.attentions.0.{then}.{kind}"
+        for now, then in former.items()
+        for kind in ("weight", "bias")
+    }
+    state = load_file(file)
+    assert names.keys() <= state.keys()
+    save_file({names.get(name, name): value for name, value in state.items()}, file)

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,16 +8,16 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from conftest import Chained
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.evaluation.gallery import Gallery, watch_samples
 from msfp_cli.evaluation.identity import sealed_files
 from msfp_cli.files.atomic import write_text
-from msfp_cli.files.directories import replace_directory
 from msfp_cli.files.documents import write_json
 from msfp_cli.files.seal import MARK, Seal
 from msfp_cli.pipelines.loading import ModelSource, load_pipeline
-from msfp_cli.pipelines.sampling import Sampling, call_pipeline, draw_stills
-from msfp_cli.processes import ALONE, Processes
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline
+from msfp_cli.processes import Processes
 from msfp_cli.recording.recipe import RecordRecipe
 from tiny_pipelines import BUILDERS
 
@@ -110,51 +111,27 @@ def test_altered_pictures_and_those_of_another_place_are_refused(
     assert torch.equal(gallery.pictures(), other.pictures())
 
 
-def test_gallery_of_an_earlier_version_does_not_know_the_files(tmp_path: Path) -> None:
-    with replace_directory(tmp_path / "export") as export:
-        (export / "model_index.json").write_text("{}")
-    place, own = tmp_path / "gallery", sealed_files(tmp_path / "export")
-    assert Gallery.create(place, THREE, MODEL, own).is_of(tmp_path / "export")
-    write_text(tmp_path / "export" / MARK, Seal().to_text())
-    assert not Gallery(place, THREE).is_of(tmp_path / "export")
-    with pytest.raises(RunError, match="of another model"):
-        Gallery.create(place, THREE, MODEL, sealed_files(tmp_path / "export"))
-    write_json(place / "gallery.json", {"model": MODEL, "recipe": THREE.to_json()})
-    assert Gallery.create(place, THREE, MODEL, own).is_of(tmp_path / "export")
-
-
-@pytest.mark.parametrize("num_processes", [2, 3, 5])
-def test_processes_that_share_a_gallery_draw_each_batch_once(
-    num_processes: int,
-    tiny_pipe: DiffusionPipeline,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_gallery_knows_the_files_beside_the_denoisers_of_its_export(
+    tiny_chained: Chained, tmp_path: Path
 ) -> None:
-    recipe = RecordRecipe(conditions=(None,) * 7, num_inference_steps=1, seed=4, batch_size=2)
-    whole, shared = (Gallery.create(tmp_path / name, recipe, MODEL) for name in ("whole", "shared"))
-    whole.fill(tiny_pipe, title="whole", processes=ALONE)
-    drawn: list[int] = []
-
-    def call(
-        pipe: object, conditions: tuple[None, ...], sampling: Sampling, *, first: int
-    ) -> object:
-        drawn.extend(range(first, first + len(conditions)))
-        return draw_stills(pipe, conditions, sampling, first=first)
-
-    monkeypatch.setattr("msfp_cli.evaluation.gallery.draw_stills", call)
-    for index in reversed(range(num_processes)):
-        share = Processes(index, num_processes)
-        before = set(shared.missing())
-        Gallery.create(shared.directory, recipe, MODEL).fill(
-            tiny_pipe, title="shared", processes=share
-        )
-        assert before - set(shared.missing()) == {
-            batch for batch in range(4) if batch % num_processes == index
-        }
-    assert sorted(drawn) == list(range(7))
-    assert torch.equal(shared.pictures(), whole.pictures()) and torch.equal(
-        shared.latents(), whole.latents()
-    )
+    export = tmp_path / "export"
+    shutil.copytree(tiny_chained.export, export)
+    place, own = tmp_path / "gallery", sealed_files(export)
+    assert Gallery.create(place, THREE, MODEL, own).is_of(export)
+    for name, is_same in (("unet/note.txt", True), ("scheduler/note.txt", False)):
+        (export / name).write_text("changed")
+        write_text(export / MARK, Seal.of(export).to_text())
+        assert Gallery(place, THREE).is_of(export) == is_same
+    with pytest.raises(RunError, match="of another model"):
+        Gallery.create(place, THREE, MODEL, sealed_files(export))
+    for files in ({}, {"files": None}):  # as earlier versions did, and for what has no seal
+        write_json(place / "gallery.json", {"model": MODEL, "recipe": THREE.to_json(), **files})
+        assert Gallery.create(place, THREE, MODEL, own).is_of(export)
+    write_json(place / "gallery.json", {"model": MODEL, "recipe": THREE.to_json(), "files": own})
+    (export / MARK).write_text("{")
+    assert not Gallery(place, THREE).is_of(export)
+    (export / MARK).unlink()
+    assert Gallery(place, THREE).is_of(export)
 
 
 def test_share_of_an_interrupted_gallery_is_what_is_missing_of_it(

@@ -24,7 +24,7 @@ from msfp_cli.streaming.component import DenoiserJob, plan_of
 from msfp_cli.streaming.quantize import quantize_pipeline
 from msfp_cli.streaming.recipe import QuantizeRecipe
 from msfp_cli.streaming.text_component import TextEncoderJob
-from tiny_pipelines import CALL_ARGUMENTS
+from tiny_pipelines import CALL_ARGUMENTS, write_old_names
 
 NAMES = {"FluxPipeline": "transformer", "DDIMPipeline": "unet", "StableDiffusion3Pipeline": ""}
 
@@ -65,16 +65,7 @@ def test_tensors_with_names_of_earlier_versions_of_diffusers_are_those_of_today(
 ) -> None:
     old = tmp_path / "old"
     shutil.copytree(tiny("DDIMPipeline"), old)
-    file = old / "unet" / "diffusion_pytorch_model.safetensors"
-    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    names = {
-        f"mid_block.attentions.0.{now}.{kind}": f"mid_block.attentions.0.{then}.{kind}"
-        for now, then in former.items()
-        for kind in ("weight", "bias")
-    }
-    state = load_file(file)
-    assert names.keys() <= state.keys()
-    save_file({names.get(name, name): value for name, value in state.items()}, file)
+    write_old_names(old)
     out = quantize(old, tmp_path / "out")
     assert torch.equal(
         draw(out, "DDIMPipeline"),

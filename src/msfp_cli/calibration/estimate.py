@@ -154,6 +154,9 @@ def check_layers(pipe: Pipeline, recipe: CalibrateRecipe, progress: Progress) ->
             f"--also {unknown[0]!r} is not a text encoder of this pipeline; it has "
             f"{', '.join(texts) or 'none'}"
         )
+    for name in recipe.text_encoders():
+        if quantized_layers(pipe.components[name]):
+            raise UsageError(f"--also {name!r} is quantized already; load it in full precision")
     names = list[str]()
     for component, denoiser in find_denoisers(pipe).items():
         refuse_changed(component, denoiser)

@@ -44,9 +44,9 @@ def quantize_(module: M, how: "MSFPConfig | Calibration", component: str = "") -
         component: the pipeline's name for the module, which a calibration needs.
 
     Raises:
-        UsageError: the module is quantized already, has adapters, or no layer to quantize; or the
-            calibration has no such component; or a whole pipeline was given,
-            or `how` is something else, or has a value of a wrong type.
+        UsageError: the module is quantized already, has adapters, has no layer to quantize, or is a
+            whole pipeline; the calibration has no such component; or `how` is neither, or has a
+            value of a wrong type.
         RunError: the module is not the one that was calibrated.
         CheckpointError: a weight is not finite.
     """

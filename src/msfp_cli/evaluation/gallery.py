@@ -9,8 +9,11 @@ Picture i is drawn with ``seed + i`` whatever the batch, so galleries of two mod
 is there whole or not at all, and an interrupted gallery goes on with the first that is missing.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msfp_cli.errors import RunError
+from msfp_cli.errors import MsfpError, RunError
 from msfp_cli.evaluation.identity import sealed_files
 from msfp_cli.files.documents import (
     damaged,
@@ -75,7 +78,8 @@ class Gallery:
         if not manifest.exists():
             write_json(manifest, contents)
         redo = "use --overwrite to draw the pictures again"
-        if {"files": files, **read_json(manifest, dict, redo=redo)} != contents:
+        stored = read_json(manifest, dict, redo=redo)
+        if {**stored, "files": stored.get("files") or files} != contents:
             raise RunError(
                 f"{directory} holds pictures of other settings or of another model; use --overwrite"
             )
@@ -85,7 +89,11 @@ class Gallery:
         """Whether an export drew it with the files that it has now, as far as that is known."""
         redo = "run the same `msfp evaluate` again, with --overwrite"
         files = read_json(self.directory / _MANIFEST, dict, redo=redo).get("files")
-        return files is None or files == sealed_files(export)
+        try:
+            now = sealed_files(export)
+        except MsfpError:  # its seal is damaged, or another pipeline is in its place
+            return False
+        return files is None or now is None or files == now
 
     def path(self, index: int) -> Path:
         """Return where batch `index` is or will be."""
@@ -129,8 +137,13 @@ class Gallery:
 
     def _header(self, index: int, tensors: Mapping[str, Tensor]) -> str:
         """Return what a batch says of itself: its pictures, where they belong, and their digest."""
+        return to_text({"gallery": self._identity, "index": index, "digest": digest(tensors)})
+
+    @cached_property
+    def _identity(self) -> str:
+        """What tells this gallery from others: a digest of its manifest."""
         manifest = read_json(self.directory / _MANIFEST, dict, redo=_REDO)
-        return to_text({"gallery": manifest, "index": index, "digest": digest(tensors)})
+        return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
     def _read(self, index: int, name: str) -> Tensor:
         """Read a tensor of a batch; those of earlier versions say nothing of themselves.

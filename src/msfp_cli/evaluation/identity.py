@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from msfp_cli.checkpoint.pipeline import read_denoisers
 from msfp_cli.engines.conversions import CONVERSIONS
 from msfp_cli.errors import ModelError
 from msfp_cli.files.documents import digest
@@ -32,10 +33,10 @@ def _identity(denoiser: nn.Module) -> str:
 
 
 def sealed_files(export: Path) -> str | None:
-    """Return a digest of the files of an export, as its seal has them; None if it has no seal.
+    """Return a digest of the files of an export beside its denoisers; None if it has no seal.
 
-    It tells exports apart whose denoisers are equal, but not their schedulers or decoders. What is
-    converted for an engine changes no picture.
+    It tells exports apart whose denoisers are equal (see `identity_of`), but not their schedulers
+    or decoders. What is converted for an engine changes no picture.
 
     Raises:
         CheckpointError: the seal is damaged.
@@ -43,7 +44,8 @@ def sealed_files(export: Path) -> str | None:
     seal = Seal.load(export, redo=REDO)
     if seal is None:
         return None
-    sums = {n: each.sha256 for n, each in seal.files.items() if not is_named(n, CONVERSIONS)}
+    left_out = (*CONVERSIONS, *(f"{name}/*" for name in read_denoisers(export)))
+    sums = {n: each.sha256 for n, each in seal.files.items() if not is_named(n, left_out)}
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 

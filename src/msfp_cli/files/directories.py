@@ -151,10 +151,14 @@ def refuse_around(directory: Path) -> None:
     Raises:
         RunError: it is the working directory, or above it.
     """
-    if Path.cwd().resolve().is_relative_to(directory.resolve()):
+    try:
+        here = Path.cwd().resolve()
+    except FileNotFoundError:  # it was deleted, so nothing can be above it
+        return
+    if here.is_relative_to(directory.resolve()):
         raise RunError(
-            f"{directory} is the working directory or above it, which is not replaced; choose "
-            "another path"
+            f"{directory} is the working directory or above it, which msfp does not replace; "
+            "choose another path"
         )
 
 
@@ -199,6 +203,7 @@ def replace_directory(directory: Path, *, overwrite: bool = False) -> Iterator[P
         RunError: `directory` exists and `overwrite` is not set, something in it is not ours, or
             another process writes it.
     """
+    refuse_around(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(directory, beside(directory)):
         recover(directory)

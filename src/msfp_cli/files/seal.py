@@ -162,7 +162,7 @@ def _finished(name: str) -> str:
 
 
 def _names(directory: Path) -> list[str]:
-    """List the files of a directory and those below, but neither `msfp.json`, nor it unfinished.
+    """List the files of a directory and those below, but not `msfp.json`, finished or not.
 
     Locks are left out as well.
     """

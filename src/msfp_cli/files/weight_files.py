@@ -4,9 +4,10 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from msfp_cli.errors import ModelError
 from msfp_cli.files.documents import open_tensors
@@ -17,6 +18,7 @@ _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|onnx|gguf)(\
 # What diffusers and transformers load; people keep others beside it, of averaged weights say.
 _STEM = "(diffusion_pytorch_model|model)"
 _SHARD = r"(-\d{5}-of-\d{5})?"
+Model: TypeAlias = Any  # of diffusers, which is untyped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +54,29 @@ def weight_files(directory: Path, variant: str | None) -> list[Path]:
         shards = [path for path in files if "-of-" in path.name]
         if files:
             return shards or files  # some models have both, of the same tensors
-    for other in variants_of(directory):
-        raise ModelError(f"{directory} has the files of a variant alone; give --variant {other}")
+    if advice := variant_advice(directory, variant):
+        raise ModelError(f"{directory} {advice}")
     raise ModelError(
         f"{directory} has no safetensors files; msfp reads no pickled ones, so load the model once "
         "and write it with `save_pretrained`"
     )
 
 
-def variants_of(directory: Path) -> list[str]:
+def variant_advice(directory: Path, variant: str | None) -> str | None:
+    """Say which variants a component has, if it has weights of no other kind.
+
+    Arguments:
+        variant: that was asked for.
+    """
+    variants = _variants_of(directory)
+    if not variants:
+        return None
+    missing = "" if variant is None else f"none of the variant {variant!r}, and "
+    words = "a variant" if len(variants) == 1 else "variants"
+    return f"has {missing}weight files of {words} only; give --variant {' or '.join(variants)}"
+
+
+def _variants_of(directory: Path) -> list[str]:
     """Return the variants whose safetensors files a component has, such as ``fp16``."""
     pattern = re.compile(rf"{_STEM}{_SHARD}\.([^.]+?){_SHARD}\.safetensors")
     found = [pattern.fullmatch(path.name) for path in directory.glob("*.safetensors")]
@@ -94,6 +110,20 @@ def stored_tensors(files: list[Path]) -> Iterator[StoredTensor]:
                 yield StoredTensor(
                     file=path, name=name, key=name, dtype=part.get_dtype(), count=count, size=size
                 )
+
+
+def with_present_names(model: Model, tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
+    """Name tensors as the model does, which earlier versions of diffusers did differently.
+
+    The model does it itself, as when it is loaded: `query` becomes `to_q`, `proj_attn` `to_out.0`.
+
+    Arguments:
+        model: of diffusers; others have one name for each tensor.
+    """
+    by_name = {stored.name: stored for stored in tensors}
+    if hasattr(model, "_fix_state_dict_keys_on_load"):
+        model._fix_state_dict_keys_on_load(by_name)
+    return [replace(stored, name=name) for name, stored in by_name.items()]
 
 
 def copy_component(directory: Path, target: Path, variant: str | None) -> None:

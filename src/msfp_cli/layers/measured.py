@@ -1,7 +1,7 @@
 """Let the kernels of a GPU compete for a layer when it first runs: the fastest exact one stays.
 
-Which kernel is fastest depends on the card, on versions, and on the layer's size, so nobody is
-trusted. Each rival runs the layer on its own input. One whose sums are not the integers of
+Which kernel is fastest depends on the card, on versions, and on the layer's size, so all of them
+are measured. Each rival runs the layer on its own input. One whose sums are not the integers of
 `reference` is out, and so is one that fails; a warning says so once. The others are timed beside
 `simulated`, which is what the layer means in floating point, and which runs in the end where no
 rival is faster. What won is remembered (`winners`), so that the next process tries nothing.

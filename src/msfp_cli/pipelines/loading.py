@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from msfp_cli.errors import ModelError, MsfpError, UsageError
 from msfp_cli.files.seal import REDO, checked
-from msfp_cli.files.weight_files import variants_of
+from msfp_cli.files.weight_files import variant_advice
 from msfp_cli.pipelines.bounds import (
     no_random_tensors,
     refuse_empty_tensors,
@@ -286,9 +286,5 @@ def _explain_variant(source: ModelSource, reason: str) -> str | None:
     if place is None:
         return None
     component = Path(place[1])
-    for variant in variants_of(component):
-        return (
-            f"cannot load {source.model}: its {component.name} has the files of a variant alone; "
-            f"give --variant {variant}"
-        )
-    return None
+    advice = variant_advice(component, source.variant)
+    return advice and f"cannot load {source.model}: its {component.name} {advice}"

@@ -225,7 +225,10 @@ def _refuse_few_steps(pipe: Pipeline, arguments: Mapping[str, Any], error: Excep
     parameter = inspect.signature(pipe.__call__).parameters.get("strength")
     strength = None if parameter is None else parameter.default
     steps = arguments.get("num_inference_steps")
-    if isinstance(strength, float) and strength > 0 and steps and steps * strength < 1:
+    is_memory = "OutOfMemory" in type(error).__name__
+    if is_memory or not isinstance(strength, float) or strength <= 0:
+        return
+    if steps and steps * strength < 1:
         raise UsageError(
             f"--steps {steps} leaves {type(pipe).__name__} no step: it starts from a picture, and "
             f"takes {strength:g} of the steps; give at least --steps {math.ceil(1 / strength)}"

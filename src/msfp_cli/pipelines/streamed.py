@@ -15,7 +15,12 @@ import torch
 from torch import nn
 
 from msfp_cli.files.documents import read_json
-from msfp_cli.files.weight_files import StoredTensor, stored_tensors, weight_files
+from msfp_cli.files.weight_files import (
+    StoredTensor,
+    stored_tensors,
+    weight_files,
+    with_present_names,
+)
 from msfp_cli.layers.quantized import KINDS
 from msfp_cli.layers.replace import find_layers
 from msfp_cli.layers.streamed import stream_
@@ -65,7 +70,10 @@ def stream_components_(
     types = dict(stored_types(files))
     for component, module in components.items():
         if isinstance(module, nn.Module) and component in types:
-            _stream_(module, files[component], types[component], dtype, device)
+            named = {
+                each.name: each for each in with_present_names(module, files[component].values())
+            }
+            _stream_(module, named, types[component], dtype, device)
 
 
 def _names_in_float32(module: nn.Module, dtype: torch.dtype) -> set[str]:
@@ -97,6 +105,8 @@ def _stream_(
         name = f"{layer_name}.weight"
         if type(layer) in _PLAIN and name in files:
             kind = target(name, layer.weight.dtype)
-            stream_(layer, files[name].file, name, torch.empty((), dtype=kind, device=device))
+            stored_weight = files[name]
+            place = torch.empty((), dtype=kind, device=device)
+            stream_(layer, stored_weight.file, stored_weight.key, place)
     for name, tensor in module.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(target(name, tensor.dtype))

@@ -5,6 +5,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import cast
 
@@ -25,7 +26,7 @@ from msfp_cli.pipelines.discovery import (
 from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, ModelSource, Pipeline
 from msfp_cli.pipelines.sampling import call_pipeline, refuse_settings, say_conditions
 from msfp_cli.processes import ALONE, Processes
-from msfp_cli.recording.compare import output_error, spread_calls
+from msfp_cli.recording.compare import output_error
 from msfp_cli.recording.encode import size_bytes
 from msfp_cli.recording.recipe import (
     DEFAULT_MAX_BYTES,
@@ -153,7 +154,6 @@ def record_calls(
     max_bytes: int = DEFAULT_MAX_BYTES,
     processes: Processes = ALONE,
     description: str = "Recording",
-    accepted: Callable[[], None] = lambda: None,
 ) -> Recording:
     """Run the pipeline for every condition and store the calls of its denoiser.
 
@@ -163,7 +163,6 @@ def record_calls(
         clocks: of its denoisers, where another recording has learned them.
         processes: those that record. Each writes shards of its own, and files and their bytes are
             those that one process writes.
-        accepted: called by the first process when the directory holds no other recording.
 
     Raises:
         ModelError: the pipeline has no denoiser.
@@ -174,8 +173,6 @@ def record_calls(
     settings = settings_of(pipe, source.to_json(), recipe)
     with processes.first_goes_first():
         recording = Recording.create(directory, settings, recipe.num_shards)
-    if processes.is_first:
-        accepted()
     missing = processes.of_first(recording.missing_shards(), list[int])
     if missing:
         clocks = recording.clocks() or clocks or _learn_clocks(pipe, recipe, processes)
@@ -264,8 +261,8 @@ def record_both(
     """Record the calibration calls and the held-out calls.
 
     Recordings that the run has with the same settings are reused, and completed if they were
-    interrupted; with `overwrite`, others are replaced. A denoiser that does not repeat what it
-    answered is said.
+    interrupted; with `overwrite`, others are replaced. Afterwards one call of each denoiser is
+    repeated, and those are said that answer differently.
 
     Arguments:
         accepted: called by the first process when nothing of other settings is in the way.
@@ -274,11 +271,18 @@ def record_both(
     recipes = record_recipes(pipe, source, options)
     conditions = [*recipes[0].conditions, *recipes[1].conditions]
     say_conditions(pipe, conditions, options, processes.progress)
-    for recipe, directory, title in zip(
-        recipes, (run.recording, run.held_out), ("Recording", "Recording held-out"), strict=True
-    ):
-        if overwrite and processes.is_first and directory.exists():
-            remove_other(directory, settings_of(pipe, source.to_json(), recipe))
+    places = (run.recording, run.held_out)
+    with processes.first_goes_first():
+        for recipe, directory in zip(recipes, places, strict=True):
+            settings = settings_of(pipe, source.to_json(), recipe)
+            if overwrite and processes.is_first and directory.exists():
+                remove_other(directory, settings)
+            if directory.exists():
+                Recording.create(directory, settings, recipe.num_shards)  # refuses another one
+    if processes.is_first:
+        accepted()
+    titles = ("Recording", "Recording held-out")
+    for recipe, directory, title in zip(recipes, places, titles, strict=True):
         recordings.append(
             record_calls(
                 pipe,
@@ -289,7 +293,6 @@ def record_both(
                 max_bytes=options.max_bytes,
                 processes=processes,
                 description=title,
-                accepted=(lambda: None) if recordings else accepted,
             )
         )
     _say_changed(pipe, recordings[1], processes)
@@ -297,14 +300,14 @@ def record_both(
 
 
 def _say_changed(pipe: Pipeline, recording: Recording, processes: Processes) -> None:
-    """Say, in the first process, which denoisers answer a recorded call differently alone."""
+    """Say, in the first process, which denoisers answer differently outside of the pipeline."""
     for component in (recording.clocks() or {}) if processes.is_first else ():
-        calls = spread_calls(recording, component, 1)
+        calls = islice(recording.calls(component), 1)
         error = output_error(pipe.components[component], calls).relative()
         if error > _REPEATED:
             processes.progress.log(
                 f"{component} answers a recorded call differently when it is called again "
-                f"(relative error {error:.2g}), and all errors below hold that, too: "
-                f"{type(pipe).__name__} changes it while it draws; calibrate with another "
+                f"(relative error {error:.2g}), and every error below includes that difference. "
+                f"{type(pipe).__name__} may change it while it draws; then calibrate with another "
                 "--pipeline"
             )

@@ -330,7 +330,7 @@ def refuse_other_recordings(
 ) -> None:
     """Refuse recordings that a calibration was not made from, or of which a part is missing.
 
-    Whoever calibrates again is interrupted, or files of two runs are mixed.
+    This happens when a second calibration was interrupted, or when files of two runs were mixed.
 
     Arguments:
         source, record: of the calibration, as JSON values.

@@ -1,7 +1,7 @@
 """One denoiser of a pipeline on its way from a directory in full precision to a quantized one."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from msfp_cli.checkpoint.export import tidy_
 from msfp_cli.checkpoint.quantizer import DiffusersModel, mark_quantized_, weight_only_config
 from msfp_cli.checkpoint.weight_only import WeightEncoder
 from msfp_cli.errors import UsageError
-from msfp_cli.files.weight_files import StoredTensor, stored_tensors, weight_files
+from msfp_cli.files.weight_files import stored_tensors, weight_files, with_present_names
 from msfp_cli.progress import Progress
 from msfp_cli.streaming.parts import Parts
 from msfp_cli.streaming.recipe import QuantizeRecipe
@@ -27,25 +27,13 @@ class ComponentSize:
 
 def plan_of(files: Sequence[Path], recipe: QuantizeRecipe) -> dict[str, Any]:
     """Return what unfinished work depends on: files in full precision, the recipe, the version."""
-    # Copies in archives and images of containers often have the same time.
+    # Copies in archives and images of containers often have the same time, so the place counts.
     stats = [(str(path.resolve()), path.stat()) for path in files]
     return {
         "files": [[place, stat.st_size, stat.st_mtime_ns] for place, stat in stats],
         "recipe": asdict(recipe),
         "format": weight_only_config({}).to_dict(),
     }
-
-
-def with_present_names(
-    model: DiffusersModel, tensors: Iterable[StoredTensor]
-) -> list[StoredTensor]:
-    """Name tensors as the model does, which earlier versions of diffusers did differently.
-
-    The model does it itself, as when it is loaded: `query` becomes `to_q`, `proj_attn` `to_out.0`.
-    """
-    by_name = {stored.name: stored for stored in tensors}
-    model._fix_state_dict_keys_on_load(by_name)
-    return [replace(stored, name=name) for name, stored in by_name.items()]
 
 
 @dataclass(frozen=True, kw_only=True)
