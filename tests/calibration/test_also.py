@@ -1,6 +1,7 @@
 """Text encoders that are quantized beside a calibrated denoiser."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,15 @@ import torch
 from diffusers import DiffusionPipeline
 
 from conftest import QUICK, Invoke, only_error
+from msfp_cli.calibration.estimate import check_layers
 from msfp_cli.calibration.recipe import CalibrateRecipe
+from msfp_cli.checkpoint.in_memory import quantize_
+from msfp_cli.checkpoint.quantizer import MSFPConfig
 from msfp_cli.errors import UsageError
 from msfp_cli.evaluation.provenance import provenance_of
 from msfp_cli.layers.replace import quantized_layers
+from msfp_cli.pipelines.loading import ModelSource, load_pipeline
+from msfp_cli.progress import SILENT
 from msfp_cli.run import Run
 from tiny_pipelines import CALL_ARGUMENTS
 
@@ -70,6 +76,17 @@ def test_a_component_that_is_no_text_encoder_is_refused(
 ) -> None:
     result = msfp("calibrate", tiny(NAME), *SIZES, "--also", "vae:weights=4")
     assert "has text_encoder, text_encoder_2" in only_error(result, 2)
+
+
+def test_a_text_encoder_that_is_quantized_already_is_refused_before_anything_is_recorded(
+    tiny: Callable[[str], Path],
+) -> None:
+    pipe = load_pipeline(ModelSource(model=str(tiny(NAME))), "cpu")
+    recipe = replace(QUICK, also=("text_encoder_2",))
+    check_layers(pipe, recipe, SILENT)
+    quantize_(pipe.text_encoder_2, MSFPConfig())
+    with pytest.raises(UsageError, match="'text_encoder_2' is quantized already; load it in full"):
+        check_layers(pipe, recipe, SILENT)
 
 
 @pytest.mark.parametrize(
