@@ -279,6 +279,7 @@ def record_both(
                 remove_other(directory, settings)
             if directory.exists():
                 Recording.create(directory, settings, recipe.num_shards)  # refuses another one
+    processes.wait()  # before the first one begins a recording
     if processes.is_first:
         accepted()
     titles = ("Recording", "Recording held-out")
