@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from material import UNSEEN, add_size_options, record_options, source_of
 
-from msfp_cli.calibration.calibrate import calibrate_
+from msfp_cli.calibration.calibrate import calibrate_denoisers_
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.commands.console import quiet_libraries
@@ -56,7 +56,7 @@ def compare(
         cells = [formats]
         for lift in (0.0, 0.05):
             recipe = CalibrateRecipe(formats=formats, lift=lift)
-            calibration = calibrate_(load_pipeline(source, "cpu"), *recordings, recipe)
+            calibration = calibrate_denoisers_(load_pipeline(source, "cpu"), *recordings, recipe)
             (error,) = calibration.held_out_error.values()
             cells.append(f"{error:.4f}")
         lines.append(f"| {' | '.join(cells)} |")

@@ -24,7 +24,7 @@ from material import add_size_options, record_options, source_of
 from torch import Tensor, nn
 
 from msfp_cli.calibration import recipe
-from msfp_cli.calibration.calibrate import calibrate_
+from msfp_cli.calibration.calibrate import calibrate_denoisers_
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import load_calibrated
@@ -124,7 +124,7 @@ def record(arguments: argparse.Namespace, work: Path) -> Calls:
 def pictures(arguments: argparse.Namespace, calls: Calls) -> Iterator[str]:
     """Compare the pictures that kernels draw."""
     pipe = load_pipeline(source_of(arguments), "cpu")
-    calibration = calibrate_(pipe, *calls, CalibrateRecipe())
+    calibration = calibrate_denoisers_(pipe, *calls, CalibrateRecipe())
     rows = {
         "kernel `cpu`": {"kernel": "cpu"},
         "kernel `reference`": {"kernel": "reference"},
@@ -169,7 +169,7 @@ def candidates(arguments: argparse.Namespace, calls: Calls) -> Iterator[str]:
             with widest_input(bits):
                 settings = CalibrateRecipe(weights=width, activations=width, keep=keep)
                 pipe = load_pipeline(source_of(arguments), "cpu")
-                calibration = calibrate_(pipe, *calls, settings)
+                calibration = calibrate_denoisers_(pipe, *calls, settings)
             errors.append(f"{calibration.held_out_error['unet']:.5f}")
         kept = f"{outermost} bits" if outermost else "floating point"
         yield f"| {title} | {kept} | {' | '.join(errors)} |"

@@ -20,7 +20,7 @@ from material import add_size_options, denoiser_of, part_of_page, record_options
 from page import put
 from torch import nn
 
-from msfp_cli.calibration.calibrate import calibrate_
+from msfp_cli.calibration.calibrate import calibrate_denoisers_
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.commands.console import quiet_libraries
@@ -76,7 +76,7 @@ def rows(
         component, denoisers[way] = denoiser_of(pipe)
         recipe = CalibrateRecipe(activations=bits, rounding=arguments.rounding, **options)
         with torch.no_grad():
-            calibrations[way] = calibrate_(pipe, *recordings, recipe)
+            calibrations[way] = calibrate_denoisers_(pipe, *recordings, recipe)
         prepare_(denoisers[way], "cpu")
     call = next(iter(recordings[1].calls(component)))
     times = relative_times(denoisers, call)

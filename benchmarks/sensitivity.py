@@ -19,7 +19,7 @@ import torch
 from material import add_size_options, denoiser_of, record_options, source_of
 from page import put
 
-from msfp_cli.calibration.calibrate import calibrate_
+from msfp_cli.calibration.calibrate import calibrate_denoisers_
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.calibration.sensitivity import choose_lifted, quantized_alone
@@ -46,7 +46,7 @@ def calibrated(
         rounding="nearest",
         keep=tuple(f"{name}:8" for name in lifted),
     )
-    return calibrate_(load_pipeline(source_of(arguments), "cpu"), *recordings, recipe)
+    return calibrate_denoisers_(load_pipeline(source_of(arguments), "cpu"), *recordings, recipe)
 
 
 def measured(

@@ -16,7 +16,7 @@ from torch import nn
 from conftest import QUICK, SIX_PICTURES, Chained, Invoke, files_of
 from msfp_cli.calibration import compensate as compensation
 from msfp_cli.calibration import denoiser_search
-from msfp_cli.calibration.calibrate import calibrate_, calibrate_run
+from msfp_cli.calibration.calibrate import calibrate_denoisers_, calibrate_run
 from msfp_cli.calibration.denoiser_search import held_out_error, observed_shards
 from msfp_cli.calibration.keep import usual_role
 from msfp_cli.calibration.layer_search import LIFTED_BITS
@@ -71,7 +71,7 @@ def fashion_errors(fashion_recordings: Recordings) -> dict[str, float]:
     for formats in ("mixed", "signed", "integer"):
         pipe = load_pipeline(ModelSource(model=BUILT_IN), "cpu")
         recipe = replace(UNLIFTED, formats=formats, rounding="nearest")
-        calibration = calibrate_(pipe, *fashion_recordings, recipe)
+        calibration = calibrate_denoisers_(pipe, *fashion_recordings, recipe)
         assert all(
             layer.reason != "lifted" and layer.sensitivity is None
             for layer in chosen(calibration).values()
@@ -153,7 +153,7 @@ def test_keep_rules_leave_layers_in_floating_point_or_at_their_bits(
     pipe = load_pipeline(source, "cpu")
     recordings = Recording(prompted_chained.run.recording), Recording(prompted_chained.run.held_out)
     recipe = replace(QUICK, lift=0.0, keep=("*attn2*:none", "*attn2.to_out*:6", "conv_in:4"))
-    layers = chosen(calibrate_(pipe, *recordings, recipe))
+    layers = chosen(calibrate_denoisers_(pipe, *recordings, recipe))
     modules = dict(pipe.unet.named_modules())
     attention = {name for name in layers if "attn2" in name}
     assert attention
@@ -186,7 +186,7 @@ def test_only_the_formats_asked_for_are_candidates(
     weights: set[str],
 ) -> None:
     layers = chosen(
-        calibrate_(tiny_pipe, *tiny_recordings, replace(QUICK, lift=0.0, formats=formats))
+        calibrate_denoisers_(tiny_pipe, *tiny_recordings, replace(QUICK, lift=0.0, formats=formats))
     )
     default = [layer for layer in layers.values() if layer.reason == "default"]
     for layer in default:
@@ -219,7 +219,7 @@ def test_calibrating_leaves_the_denoiser_quantized_and_measures_it(
 ) -> None:
     recording, held_out = tiny_recordings
     assert held_out_error(tiny_pipe.unet, held_out, "unet") == 0
-    calibration = calibrate_(tiny_pipe, recording, held_out, QUICK)
+    calibration = calibrate_denoisers_(tiny_pipe, recording, held_out, QUICK)
     assert isinstance(tiny_pipe.unet.conv_in, QuantConv2d)
     assert isinstance(tiny_pipe.unet.time_embedding.linear_1, QuantLinear)
     assert calibration.held_out_error == {"unet": held_out_error(tiny_pipe.unet, held_out, "unet")}
@@ -230,7 +230,7 @@ def test_equal_recipes_give_equal_calibrations(
     tiny_chained: Chained, tiny_pipe: DiffusionPipeline, tiny_recordings: Recordings
 ) -> None:
     assert_same_calibration(
-        calibrate_(tiny_pipe, *tiny_recordings, QUICK), tiny_chained.calibration
+        calibrate_denoisers_(tiny_pipe, *tiny_recordings, QUICK), tiny_chained.calibration
     )
 
 
@@ -314,7 +314,9 @@ def test_another_sample_gives_other_grids(
     tiny_recordings: Recordings,
     change: dict[str, int],
 ) -> None:
-    other = chosen(calibrate_(tiny_pipe, *tiny_recordings, replace(QUICK, lift=0.0, **change)))
+    other = chosen(
+        calibrate_denoisers_(tiny_pipe, *tiny_recordings, replace(QUICK, lift=0.0, **change))
+    )
     grids = {name: layer.scheme.input for name, layer in chosen(tiny_chained.calibration).items()}
     assert sum(layer.scheme.input != grids[name] for name, layer in other.items()) > len(grids) / 2
 
@@ -322,7 +324,9 @@ def test_another_sample_gives_other_grids(
 def test_more_sensitivity_calls_give_other_sensitivities(
     tiny_chained: Chained, tiny_pipe: DiffusionPipeline, tiny_recordings: Recordings
 ) -> None:
-    other = chosen(calibrate_(tiny_pipe, *tiny_recordings, replace(QUICK, sensitivity_calls=2)))
+    other = chosen(
+        calibrate_denoisers_(tiny_pipe, *tiny_recordings, replace(QUICK, sensitivity_calls=2))
+    )
     mine = chosen(tiny_chained.calibration)
     measured = {name for name, layer in mine.items() if layer.sensitivity is not None}
     assert measured == {name for name, layer in mine.items() if layer.reason != "kept"}
@@ -340,7 +344,7 @@ def test_layers_of_a_large_denoiser_are_measured_on_one_call(
 
     monkeypatch.setattr(compare, "LARGE", 1)
     monkeypatch.setattr(denoiser_search, "RepeatedCall", repeated)
-    calibrate_(tiny_pipe, *tiny_recordings, replace(QUICK, sensitivity_calls=3))
+    calibrate_denoisers_(tiny_pipe, *tiny_recordings, replace(QUICK, sensitivity_calls=3))
     assert len(calls) == 1
 
 
@@ -350,7 +354,7 @@ def test_layer_that_never_runs_is_reported_and_left_alone(
     tiny_pipe.unet.spare = nn.Linear(4, 4)
     tiny_pipe.unet.experts = nn.Parameter(torch.zeros(3, 5, 2))
     count = sum(parameter.numel() for parameter in tiny_pipe.unet.parameters())
-    calibration = calibrate_(tiny_pipe, *tiny_recordings, replace(QUICK, lift=0.0))
+    calibration = calibrate_denoisers_(tiny_pipe, *tiny_recordings, replace(QUICK, lift=0.0))
     assert calibration.unused == {"unet": ("spare",)}
     assert "spare" not in chosen(calibration)
     assert type(tiny_pipe.unet.spare) is nn.Linear
@@ -373,7 +377,7 @@ def test_weight_that_is_not_finite_is_named(
     with pytest.raises(
         ModelError, match=rf"the tensor {name}.weight in the files of unet holds a NaN or infinity"
     ):
-        calibrate_(tiny_pipe, *tiny_recordings, QUICK)
+        calibrate_denoisers_(tiny_pipe, *tiny_recordings, QUICK)
 
 
 @pytest.mark.parametrize("value", [NAN, -INFINITY], ids=["nan", "infinity"])
@@ -396,7 +400,7 @@ def test_activation_that_is_not_finite_is_named_with_its_timestep(
     layer = r"'mid_block\.resnets\.0\.conv2'"
     message = rf"the input of layer {layer} .* at timestep {timesteps[1]:g}; .*--dtype float32"
     with pytest.raises(CalibrationError, match=message):
-        calibrate_(tiny_pipe, recording, held_out, QUICK)
+        calibrate_denoisers_(tiny_pipe, recording, held_out, QUICK)
 
 
 def test_calibration_comes_back_from_disk_as_it_was(
@@ -419,7 +423,7 @@ def test_loaded_calibration_quantizes_to_the_same_codes(
     tiny_recordings: Recordings,
     tiny_source: ModelSource,
 ) -> None:
-    calibrate_(tiny_pipe, *tiny_recordings, QUICK)
+    calibrate_denoisers_(tiny_pipe, *tiny_recordings, QUICK)
     other = load_pipeline(tiny_source, "cpu")
     quantize_(other.unet, Calibration.load(tiny_chained.run.calibration), "unet")
     state = other.unet.state_dict()

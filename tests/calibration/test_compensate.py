@@ -12,7 +12,7 @@ from torch import nn
 from conftest import FEW_UPDATES, QUICK, Chained
 from msfp_cli.calibration import compensate as module
 from msfp_cli.calibration import samples
-from msfp_cli.calibration.calibrate import calibrate_
+from msfp_cli.calibration.calibrate import calibrate_denoisers_
 from msfp_cli.calibration.compensate import held_back, round_layer
 from msfp_cli.calibration.quantize import move_weights_, quantize_
 from msfp_cli.calibration.result import Calibration
@@ -178,7 +178,7 @@ def test_nearest_rounding_keeps_no_codes_and_has_an_identity_of_its_own(
     tmp_path: Path,
 ) -> None:
     pipe = load_pipeline(tiny_source, "cpu")
-    nearest = calibrate_(pipe, *tiny_recordings, replace(QUICK, rounding="nearest"))
+    nearest = calibrate_denoisers_(pipe, *tiny_recordings, replace(QUICK, rounding="nearest"))
     nearest.save(tmp_path / "nearest")
     assert not (tmp_path / "nearest" / "codes.safetensors").exists()
     assert all(layer.compensation is None for layer in nearest.layers["unet"].values())
@@ -194,7 +194,7 @@ def test_the_bound_on_memory_does_not_change_the_codes(
 ) -> None:
     monkeypatch.setattr(samples, "_GROUP_BYTES", 2**18)
     pipe = load_pipeline(tiny_source, "cpu")
-    again = calibrate_(pipe, *tiny_recordings, QUICK)
+    again = calibrate_denoisers_(pipe, *tiny_recordings, QUICK)
     assert again.identity() == compensated.identity()
 
 
@@ -208,14 +208,16 @@ def test_a_killed_compensation_goes_on_with_the_group_that_is_missing(
     monkeypatch.setattr(samples, "_GROUP_BYTES", 2**18)
     stop_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
-        calibrate_(load_pipeline(tiny_source, "cpu"), *tiny_recordings, QUICK, work=tmp_path)
+        calibrate_denoisers_(
+            load_pipeline(tiny_source, "cpu"), *tiny_recordings, QUICK, work=tmp_path
+        )
     finished = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert len(finished) == 2
 
     monkeypatch.undo()
     monkeypatch.setattr(samples, "_GROUP_BYTES", 2**18)
     pipe = load_pipeline(tiny_source, "cpu")
-    resumed = calibrate_(pipe, *tiny_recordings, QUICK, work=tmp_path)
+    resumed = calibrate_denoisers_(pipe, *tiny_recordings, QUICK, work=tmp_path)
     assert resumed.identity() == compensated.identity()
     assert resumed.layers == compensated.layers
     assert finished.items() <= {p.name: p.read_bytes() for p in tmp_path.iterdir()}.items()
@@ -227,7 +229,7 @@ def test_codes_are_mapped_from_the_files_of_their_groups(
 ) -> None:
     """So they take no memory that the system could not take back, however large the model."""
     pipe = load_pipeline(tiny_source, "cpu")
-    calibration = calibrate_(pipe, *tiny_recordings, QUICK, work=tmp_path)
+    calibration = calibrate_denoisers_(pipe, *tiny_recordings, QUICK, work=tmp_path)
     assert calibration.identity() == compensated.identity()
     lines = Path("/proc/self/maps").read_text().splitlines()
     places = [line.split()[0].split("-") for line in lines if f"{tmp_path}/" in line]
@@ -255,7 +257,7 @@ def test_what_other_settings_left_is_not_used(
 ) -> None:
     for recipe in (replace(QUICK, weights=6), QUICK):
         pipe = load_pipeline(tiny_source, "cpu")
-        calibration = calibrate_(pipe, *tiny_recordings, recipe, work=tmp_path)
+        calibration = calibrate_denoisers_(pipe, *tiny_recordings, recipe, work=tmp_path)
     assert calibration.identity() == compensated.identity()
 
 

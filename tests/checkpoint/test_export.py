@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import msfp_cli
 from conftest import FEW_UPDATES, QUICK, Chained, Finetuned, Invoke, files_of, train
 from msfp_cli import __version__
-from msfp_cli.calibration.calibrate import calibrate_
+from msfp_cli.calibration.calibrate import calibrate_denoisers_
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import export_, load_calibrated, save_pipeline
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
@@ -157,7 +157,7 @@ def test_every_width_and_kept_floats_come_back_bit_for_bit(
     tmp_path: Path,
 ) -> None:
     recipe = replace(QUICK, weights=weights, activations=activations, lift=0.0)
-    calibration = calibrate_(tiny_pipe, *tiny_recordings, recipe)
+    calibration = calibrate_denoisers_(tiny_pipe, *tiny_recordings, recipe)
     default = [c.scheme for c in calibration.layers["unet"].values() if c.reason == "default"]
     assert {p.weight and p.weight.bits for p in default} == {weights}
     assert {p.input and p.input.format.bits for p in default} == {activations}

@@ -177,7 +177,7 @@ def test_signed_formats_are_searched_once_and_again_for_another_calibration(
     first = identity_of(models_of(run, tiny_chained.export, work=work)["signed"].load())
     with monkeypatch.context() as patch:
         patch.setattr(
-            "msfp_cli.calibration.calibrate.calibrate_",
+            "msfp_cli.calibration.calibrate.calibrate_denoisers_",
             lambda *arguments: pytest.fail("it was searched again"),
         )
         assert identity_of(models_of(run, tiny_chained.export, work=work)["signed"].load()) == first

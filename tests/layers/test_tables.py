@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from conftest import QUICK, Invoke
-from msfp_cli.calibration.calibrate import calibrate_
+from msfp_cli.calibration.calibrate import calibrate_denoisers_
 from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
@@ -168,9 +168,9 @@ def test_calibration_keeps_tables_at_eight_bits_unless_a_rule_speaks(
     pipe = load_pipeline(Calibration.load(run.calibration).source, "cpu")
     index = torch.arange(3)
     rows = pipe.transformer.get_submodule(TABLE)(index)
-    choice = calibrate_(pipe, Recording(run.recording), Recording(run.held_out), recipe).layers[
-        "transformer"
-    ][TABLE]
+    choice = calibrate_denoisers_(
+        pipe, Recording(run.recording), Recording(run.held_out), recipe
+    ).layers["transformer"][TABLE]
     assert (choice.kind, choice.reason, choice.multiply_adds) == ("embedding", "kept", 0)
     assert choice.scheme.weight is not None and choice.scheme.weight.bits == fmt_bits
     assert choice.scheme.lookup and choice.input_scores == () and choice.weight_scores
@@ -186,7 +186,7 @@ def test_tables_can_stay_in_floating_point(
 ) -> None:
     run = calibrated("DiTPipeline")
     pipe = load_pipeline(Calibration.load(run.calibration).source, "cpu")
-    calibration = calibrate_(
+    calibration = calibrate_denoisers_(
         pipe, Recording(run.recording), Recording(run.held_out), replace(QUICK, **change)
     )
     assert type(pipe.transformer.get_submodule(TABLE)) is nn.Embedding

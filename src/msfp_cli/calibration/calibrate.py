@@ -39,7 +39,7 @@ from msfp_cli.recording.result import Recording, refuse_other_recordings
 from msfp_cli.run import Run
 
 
-def calibrate_(
+def calibrate_denoisers_(
     pipe: Pipeline,
     recording: Recording,
     held_out: Recording,
@@ -49,18 +49,9 @@ def calibrate_(
     work: Path | None = None,
     max_memory: int | None = None,
 ) -> Calibration:
-    """Calibrate every denoiser of a pipeline, and leave them quantized in place.
+    """Calibrate every denoiser of a pipeline, and leave them quantized, but not marked as such.
 
-    Arguments:
-        recording: calls to choose on.
-        held_out: calls to measure on.
-        processes: those that share the work; all of them get the whole result.
-        work: where finished parts of compensation are kept, so that a killed run goes on.
-        max_memory: bytes that this process may take; less takes longer and gives the same result.
-
-    Raises:
-        CalibrationError: an activation holds a NaN or infinity.
-        UsageError, ModelError: as said by `check_layers`.
+    Arguments and errors are those of `checkpoint.in_memory.calibrate_`, which marks them.
     """
     check_layers(pipe, recipe, SILENT)
     return _calibrate_checked(pipe, recording, held_out, recipe, processes, work, max_memory)
@@ -249,7 +240,9 @@ def load_signed(run: Run, calibration: Calibration, place: Path, device: str | N
     refuse_other_weights(pipe.components, calibration)
     signed = Calibration.load(place) if place.exists() else None
     if signed is None or (signed.recipe, signed.record) != (recipe, calibration.record):
-        calibrate_(pipe, *recordings_of(run, calibration), recipe).save(place, overwrite=True)
+        calibrate_denoisers_(pipe, *recordings_of(run, calibration), recipe).save(
+            place, overwrite=True
+        )
         return pipe
     for component in signed.layers:
         quantize_(pipe.components[component], signed, component)

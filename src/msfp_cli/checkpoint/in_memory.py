@@ -8,7 +8,7 @@ from diffusers import ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
-from msfp_cli.calibration.calibrate import calibrate_ as calibrate_denoisers_
+from msfp_cli.calibration.calibrate import calibrate_denoisers_
 from msfp_cli.calibration.quantize import quantize_ as quantize_as_calibrated_
 from msfp_cli.calibration.quantize import refuse_other_weights
 from msfp_cli.calibration.recipe import CalibrateRecipe

@@ -2,7 +2,7 @@
 
 Layout of a gallery directory::
 
-    gallery.json            the recipe, which model drew it, and a digest of that one's files
+    gallery.json            the recipe, which model drew it, a digest of the files beside it
     00000.safetensors ...   ``latents``, ``pictures`` (uint8, NCHW), and a digest in the header
 
 Picture i is drawn with ``seed + i`` whatever the batch, so galleries of two models pair up. A batch
@@ -67,8 +67,8 @@ class Gallery:
 
         Arguments:
             model: what tells the model from others, as JSON values.
-            files: a digest of all of its files, None if it is not known; galleries of earlier
-                versions do not have it.
+            files: a digest of its files beside the denoisers, None if it is not known; galleries
+                of earlier versions do not have it.
 
         Raises:
             RunError: the directory holds pictures of another recipe or model.

@@ -181,8 +181,9 @@ class Trial:
             for name, kernel in list(self.kernels.items()):
                 try:
                     took = seconds_of(partial(kernel, self.layer, self.x))
-                except RuntimeError:  # in the type of this input, or for want of memory
+                except RuntimeError as error:  # in the type of this input, say
                     self.failed = True
+                    self.was_short |= isinstance(error, torch.OutOfMemoryError)
                     del self.kernels[name]
                     self.seconds.pop(name, None)
                 else:
