@@ -81,7 +81,9 @@ def test_kernels_are_shown_for_every_layer_of_the_export(
 ) -> None:
     copied(tiny_tuned.run.directory, "msfp-run")
     result = msfp("inspect", "--kernels", "--device", "cpu", "--json")
-    shown = json.loads(result.stdout)["unet"]
+    data = json.loads(result.stdout)["unet"]
+    assert set(data["seconds"]) == {"quantized", "full_precision"}
+    shown = data["layers"]
     assert set(shown) == set(tiny_tuned.calibration.table("unet"))
     assert {how["kernel"] for how in shown.values()} <= {"cpu", "simulated"}
     assert all(
@@ -89,7 +91,7 @@ def test_kernels_are_shown_for_every_layer_of_the_export(
     )
     some = json.loads(
         msfp("inspect", "--kernels", "--layers", "*conv1", "--device", "cpu", "--json").stdout
-    )["unet"]
+    )["unet"]["layers"]
     assert some == {name: how for name, how in shown.items() if name.endswith("conv1")} != {}
 
 
@@ -152,12 +154,16 @@ def test_kernels_that_are_measured_are_shown_with_their_times(
     monkeypatch.setattr(measured, "RIVALS", (Cpu,))
     monkeypatch.setattr(registry, "_IN_TURN", (measured.Measured, Simulated))
     result = msfp("inspect", "--kernels", "--device", "cpu", "--json")
-    layers = json.loads(result.stdout)["unet"].values()
-    times = re.compile(r"cpu [\d.e-]+ ms, simulated [\d.e-]+ ms, not rounded [\d.e-]+ ms")
-    tried = [each for each in layers if times.fullmatch(each["why"])]
+    layers = json.loads(result.stdout)["unet"]["layers"].values()
+    tried = [each for each in layers if each["seconds"]]
     assert len(tried) > len(layers) / 2
-    assert {each["kernel"] for each in tried} <= {"cpu", "simulated"}
+    for each in tried:
+        assert set(each["seconds"]) == {"cpu", "simulated", measured.FLOAT}
+        assert each["kernel"] == min(("cpu", "simulated"), key=each["seconds"].__getitem__)
     assert not [each for each in layers if each["kernel"] == registry.MEASURED]
+    shown = msfp("inspect", "--kernels", "--layers", "*conv1", "--device", "cpu").stderr
+    times = re.compile(r"cpu [\d.e-]+ ms, simulated [\d.e-]+ ms, not rounded [\d.e-]+ ms")
+    assert times.search(" ".join(shown.split()))
 
 
 def test_kernels_of_no_layer_are_one_clear_line(

@@ -22,7 +22,7 @@ from msfp_cli.layers.kernels.reference import Reference
 from msfp_cli.layers.kernels.registry import MEASURED, choose_kernel
 from msfp_cli.layers.kernels.simulated import Simulated
 from msfp_cli.layers.measured import FLOAT, Measured, is_exact
-from msfp_cli.layers.prepare import kernels_in, prepare_
+from msfp_cli.layers.prepare import measured_in, prepare_
 from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
 from msfp_cli.layers.routing import Route
 from msfp_cli.layers.scheme import LayerScheme
@@ -254,9 +254,8 @@ def test_what_won_is_not_tried_again(gpu: Gpu) -> None:
     layer = linear()
     assert kernel_after_a_call(layer, rows(3, 12)) == "fast"
     assert len(gpu.timed) == 5
-    assert kernels_in(layer) == {
-        "": ("fast", "fast 1e+03 ms, simulated 2e+03 ms, not rounded 1e+03 ms")
-    }
+    (kernel,) = measured_in(layer).values()
+    assert (kernel.name, kernel.seconds) == ("fast", {"fast": 1.0, "simulated": 2.0, FLOAT: 1.0})
 
 
 @pytest.mark.parametrize(

@@ -46,10 +46,6 @@ def test_winner_that_does_not_last_is_of_this_process(file: Path) -> None:
     assert winners.find("a layer") is None
 
 
-def test_words_have_every_time(file: Path) -> None:
-    assert FASTER.words() == "cuda 1 ms, simulated 2 ms"
-
-
 @pytest.mark.parametrize(
     "content",
     [

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +14,7 @@ from msfp_cli.checkpoint.quantizer import METHOD, MSFPConfig
 from msfp_cli.errors import ModelError
 from msfp_cli.files.documents import Json, open_tensors, read_json, require_file
 from msfp_cli.files.seal import REDO, Seal, checked, unchecked
-from msfp_cli.layers.prepare import AUTO, MEASURED, kernels_in, prepare_
+from msfp_cli.layers.prepare import AUTO, MEASURED, measured_in, prepare_
 from msfp_cli.layers.replace import quantized_layers, select_layers
 from msfp_cli.pipelines.denoiser import DenoiserCall, replay
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
@@ -93,21 +93,32 @@ def _refuse_truncated(directory: Path) -> None:
             pass
 
 
+class LayerKernel(NamedTuple):
+    """How a layer runs.
+
+    Arguments:
+        kernel: its name.
+        why: the others were passed over, if they said it.
+        seconds: of a call by each way to run the layer, where they were measured.
+    """
+
+    kernel: str
+    why: str
+    seconds: Mapping[str, float]
+
+
 def kernels_of(
     export: Path,
     pattern: str | None = None,
     *,
     device: str | None = None,
     calls: Mapping[str, DenoiserCall] = MappingProxyType({}),
-) -> dict[str, dict[str, tuple[str, str]]]:
-    """Return how each layer of an export runs on this machine.
+) -> dict[str, dict[str, LayerKernel]]:
+    """Return how each layer of an export runs on this machine, by component and layer.
 
     Arguments:
         pattern: of layers; None takes all.
         calls: by component, to be made where kernels are measured when they first run.
-
-    Returns:
-        By component and layer: the kernel's name, and why others were passed over.
 
     Raises:
         UsageError: no layer matches the pattern.
@@ -116,11 +127,12 @@ def kernels_of(
     kernels = {}
     for component in pipe.configs:
         denoiser = getattr(pipe, component)
-        choices = prepare_(denoiser)
-        if component in calls and any(kernel == MEASURED for kernel, _ in choices.values()):
+        ways = {name: LayerKernel(*choice, {}) for name, choice in prepare_(denoiser).items()}
+        if component in calls and any(way.kernel == MEASURED for way in ways.values()):
             replay(denoiser, calls[component])
-            choices |= {name: each for name, each in kernels_in(denoiser).items() if each[1]}
-        kernels[component] = {name: choices[name] for name in select_layers(choices, pattern)}
+            won = measured_in(denoiser).items()
+            ways |= {name: LayerKernel(each.name, "", each.seconds) for name, each in won}
+        kernels[component] = {name: ways[name] for name in select_layers(ways, pattern)}
     return kernels
 
 

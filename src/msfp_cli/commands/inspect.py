@@ -1,6 +1,7 @@
 """`msfp inspect`: show what fine-tuning learned, or how the layers of an export run."""
 
 from collections import Counter
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -12,6 +13,8 @@ from msfp_cli.errors import MsfpError
 from msfp_cli.options import DEFAULT_RUN, DeviceOption, JsonOption, RunOption
 
 if TYPE_CHECKING:
+    from msfp_cli.checkpoint.pipeline import LayerKernel
+    from msfp_cli.evaluation.cost import CallTime
     from msfp_cli.finetuning.inspect import Inspection
 
 HELP = """Show what fine-tuning learned: the error at each timestep before and after, and the hubs.
@@ -89,14 +92,16 @@ def _inspect_kernels(
     recorded = _recorded_calls(run, export)
     calls = {} if isinstance(recorded, str) else recorded[1]
     kernels = kernels_of(export, pattern, device=device, calls=calls)
-    data = {}
     for component, layers in kernels.items():
         _show_kernels(component, layers, one_by_one=pattern is not None)
-        data[component] = {
-            name: {"kernel": kernel, "why": reason} for name, (kernel, reason) in layers.items()
+    times = _show_times(recorded, export, device) if pattern is None else {}
+    data = {
+        component: {
+            "layers": {name: layer._asdict() for name, layer in layers.items()},
+            "seconds": asdict(times[component]) if component in times else None,
         }
-    if pattern is None:
-        _show_times(recorded, export, device)
+        for component, layers in kernels.items()
+    }
     console.result(str(export), data, as_json=as_json)
 
 
@@ -120,17 +125,19 @@ def _recorded_calls(run: RunOption, export: Path) -> _Recorded:
         return str(error)
 
 
-def _show_times(recorded: _Recorded, export: Path, device: str | None) -> None:
-    """Print how long a recorded call takes, as exported and in full precision."""
+def _show_times(recorded: _Recorded, export: Path, device: str | None) -> dict[str, "CallTime"]:
+    """Print how long a recorded call takes, as exported and in full precision, and return it."""
     from msfp_cli.evaluation.cost import slowness, time_calls
 
     if isinstance(recorded, str):
-        return console.note(f"not timed: {recorded}")
+        console.note(f"not timed: {recorded}")
+        return {}
     source, calls = recorded
     try:
         times = time_calls(source, str(export), calls, device, console.ConsoleProgress())
     except MsfpError as error:  # the model may be gone; the kernels were shown
-        return console.note(f"not timed: {error}")
+        console.note(f"not timed: {error}")
+        return {}
     for name, each in times.items():
         console.note(
             f"a recorded call of {name}: {each.quantized:.3g} s, in full precision "
@@ -138,19 +145,25 @@ def _show_times(recorded: _Recorded, export: Path, device: str | None) -> None:
         )
         if line := slowness(each.quantized, each.full_precision, "it"):
             console.note(line)
-    return None
+    return times
 
 
-def _show_kernels(component: str, layers: dict[str, tuple[str, str]], *, one_by_one: bool) -> None:
+def _show_kernels(component: str, layers: dict[str, "LayerKernel"], *, one_by_one: bool) -> None:
     """Print one row per layer, or one per kernel and reason."""
     title = f"{component}: kernels"
     if one_by_one:
-        rows = [[name, kernel, reason] for name, (kernel, reason) in layers.items()]
+        rows = [[name, way.kernel, _reason(way)] for name, way in layers.items()]
         console.table(title, ["layer", "kernel", "why not another"], rows)
         return
-    whys = [(kernel, "" if " ms" in reason else reason) for kernel, reason in layers.values()]
+    whys = [(way.kernel, way.why) for way in layers.values()]
     rows = [[*pair, str(count)] for pair, count in Counter(whys).most_common()]
     console.table(title, ["kernel", "why not another", "layers"], rows)
+
+
+def _reason(way: "LayerKernel") -> str:
+    """Return why other kernels were passed over, or what each took where that decided."""
+    times = [f"{name} {1000 * took:.3g} ms" for name, took in way.seconds.items()]
+    return ", ".join(times) or way.why
 
 
 def _show_errors(component: str, inspection: "Inspection") -> None:

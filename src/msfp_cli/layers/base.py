@@ -1,6 +1,8 @@
 """A quantized layer as its kernel sees it, and what a kernel is: one way to execute one layer."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -114,7 +116,7 @@ class Kernel(ABC):
     - ``lays_out``: whether it brings the weight into a form of its own, unless that is kept packed;
     - ``holds_weight``: whether this one holds the weight in such a form, so that the layer's codes
       can go;
-    - ``measured``: what this one and others took, where it was chosen by that.
+    - ``seconds``: what a call of this one took and of others, by name, where that chose it.
     """
 
     name: ClassVar[str]
@@ -122,7 +124,7 @@ class Kernel(ABC):
     device: ClassVar[str | None] = None
     lays_out: ClassVar[bool] = False
     holds_weight = False
-    measured = ""
+    seconds: Mapping[str, float] = MappingProxyType({})
 
     @staticmethod
     @abstractmethod

@@ -118,7 +118,7 @@ def fastest(layer: QuantizedLayer, x: Tensor, *, keep_packed: bool) -> Kernel | 
     known = winners.find(key)
     for kind in kinds:
         if known is not None and known.kernel == kind.name:
-            return _with_words(kind(layer, keep_packed=keep_packed), known)
+            return _with_times(kind(layer, keep_packed=keep_packed), known)
     if not torch.isfinite(x).all():
         return None
     trial = Trial(layer, x)
@@ -134,11 +134,11 @@ def fastest(layer: QuantizedLayer, x: Tensor, *, keep_packed: bool) -> Kernel | 
     winner = winners.Winner(best.name, trial.seconds)
     if not trial.was_short:
         winners.keep(key, winner, lasting=not trial.failed)
-    return _with_words(best, winner)
+    return _with_times(best, winner)
 
 
-def _with_words(kernel: Kernel, winner: winners.Winner) -> Kernel:
-    kernel.measured = winner.words()
+def _with_times(kernel: Kernel, winner: winners.Winner) -> Kernel:
+    kernel.seconds = winner.seconds
     return kernel
 
 

@@ -3,6 +3,7 @@
 from torch import nn
 
 from msfp_cli.errors import UsageError
+from msfp_cli.layers.base import Kernel
 from msfp_cli.layers.kernels.registry import AUTO as AUTO  # for callers of `prepare_`
 from msfp_cli.layers.kernels.registry import MEASURED as MEASURED  # likewise
 from msfp_cli.layers.kernels.registry import choose_kernel
@@ -47,14 +48,10 @@ def prepare_(
     return {name: (kind.name, reason) for name, (kind, reason) in choices.items()}
 
 
-def kernels_in(denoiser: nn.Module) -> dict[str, tuple[str, str]]:
-    """Return the kernel of every layer that has one, and what it and others took if they ran."""
-    layers = quantized_layers(denoiser).items()
-    return {
-        name: (layer.kernel.name, layer.kernel.measured)
-        for name, layer in layers
-        if layer.kernel is not None
-    }
+def measured_in(denoiser: nn.Module) -> dict[str, Kernel]:
+    """Return the kernels that won in their layers by being the fastest, by layer name."""
+    kernels = {name: layer.kernel for name, layer in quantized_layers(denoiser).items()}
+    return {name: kernel for name, kernel in kernels.items() if kernel and kernel.seconds}
 
 
 def _leave_file_(denoiser: nn.Module) -> None:

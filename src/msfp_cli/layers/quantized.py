@@ -165,7 +165,7 @@ class Quantized(PackedLayer):
 
     def _has_measured_for(self, choice: KernelChoice) -> bool:
         """Whether the layer has a kernel that won when it ran, and nothing has changed since."""
-        won = self.kernel is not None and self.kernel.measured
+        won = self.kernel is not None and self.kernel.seconds
         return bool(won) and self.kernel_choice == choice and self._has_kernel()
 
     def _has_kernel(self) -> bool:

@@ -28,10 +28,6 @@ class Winner(NamedTuple):
     kernel: str
     seconds: Mapping[str, float]
 
-    def words(self) -> str:
-        """Say what each took."""
-        return ", ".join(f"{name} {1000 * took:.3g} ms" for name, took in self.seconds.items())
-
 
 def find(key: str) -> Winner | None:
     """Return what won before, if that is known."""
