@@ -281,6 +281,19 @@ def test_what_our_pipeline_writes_names_the_stock_class(
     assert type(again) is StableDiffusionPipeline
 
 
+def test_what_diffusers_writes_as_a_variant_is_read_as_one(
+    wrapper: MSFPPipeline, tmp_path: Path
+) -> None:
+    wrapper.save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(ModelError, match="has weight files of a variant only; give --variant fp16"):
+        MSFPPipeline.from_pretrained(tmp_path)
+    again = MSFPPipeline.from_pretrained(tmp_path, variant="fp16")
+    layers = quantized_layers(again.unet)
+    assert layers.keys() == quantized_layers(wrapper.unet).keys()
+    for name, layer in quantized_layers(wrapper.unet).items():
+        assert torch.equal(layers[name].weight, layer.weight)
+
+
 def test_pipelines_are_made_from_ours_and_from_copies_of_it(wrapper: MSFPPipeline) -> None:
     made = AutoPipelineForImage2Image.from_pipe(wrapper)
     assert type(made) is StableDiffusionImg2ImgPipeline

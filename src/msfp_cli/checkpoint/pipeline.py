@@ -167,6 +167,7 @@ class MSFPPipeline:
         device: str | torch.device | None = None,
         kernel: str = AUTO,
         keep_packed: bool = False,
+        variant: str | None = None,
         check: bool = True,
         progress: Progress = SILENT,
     ) -> Pipeline:
@@ -180,6 +181,7 @@ class MSFPPipeline:
                 takes the fastest that can. ``openvino`` and ``openvino:DEVICE`` run the denoiser as
                 a whole. Text encoders choose for themselves.
             keep_packed: keep weights in 4 bits in memory, too: half the memory, and slower.
+            variant: of the files' names, if ``save_pretrained`` was given one.
             check: whether to refuse files that were changed since msfp wrote them, see `seal`.
             progress: shows the conversion for an engine, at the first call.
 
@@ -195,7 +197,8 @@ class MSFPPipeline:
         denoisers = {name: config for name, (config, denoises) in components.items() if denoises}
         name = None if dtype is None else str(dtype).removeprefix("torch.")
         with checked(directory, redo=REDO) if check else unchecked():
-            pipe = load_pipeline(ModelSource(model=str(directory), dtype=name), device)
+            source = ModelSource(model=str(directory), dtype=name, variant=variant)
+            pipe = load_pipeline(source, device)
             if is_engine(kernel):
                 attach_engine_(pipe, times_of(denoisers), kernel, directory, progress)
             for component in configs:
