@@ -14,11 +14,11 @@ from msfp_cli.evaluation.cost import CallTime
 from msfp_cli.finetuning.lora import tuned_names
 from msfp_cli.finetuning.quantize import member_table
 from msfp_cli.finetuning.result import FinetuneState
-from msfp_cli.layers import measured
 from msfp_cli.layers.kernels import registry
 from msfp_cli.layers.kernels.cpu import Cpu
 from msfp_cli.layers.kernels.simulated import Simulated
 from msfp_cli.layers.routing import table_index
+from msfp_cli.layers.trial import measured
 
 Copied = Callable[..., Path]
 

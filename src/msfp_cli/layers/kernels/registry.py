@@ -18,7 +18,7 @@ from msfp_cli.layers.kernels.cuda_fp8 import CudaFp8
 from msfp_cli.layers.kernels.lookup import Lookup
 from msfp_cli.layers.kernels.reference import Reference
 from msfp_cli.layers.kernels.simulated import Simulated
-from msfp_cli.layers.measured import RIVALS, Measured
+from msfp_cli.layers.trial.measured import RIVALS, Measured
 
 AUTO = "auto"
 MEASURED = Measured.name  # what `choose_kernel` answers where a first call is to tell

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from msfp_cli.layers import winners
-from msfp_cli.layers.winners import Winner
+from msfp_cli.layers.trial import winners
+from msfp_cli.layers.trial.winners import Winner
 
 FASTER = Winner("cuda", {"cuda": 1e-3, "simulated": 2e-3})
 _CHILD = """
 import sys
-from msfp_cli.layers.winners import Winner, keep
+from msfp_cli.layers.trial.winners import Winner, keep
 for number in range(20):
     keep(f"{sys.argv[1]} {number}", Winner("cuda", {"cuda": 0.5}))
 """

@@ -5,12 +5,8 @@ are measured. Each rival runs the layer on its own input. One whose sums are not
 `reference` is out, and so is one that fails; a warning says so once. The others are timed beside
 `simulated`, which is what the layer means in floating point, and which runs in the end where no
 rival is faster. What won is remembered (`winners`), so that the next process tries nothing.
-
-The exact sums are computed on the CPU, because the libraries of a GPU may multiply pictures by
-methods that round in between. They are compared at the first and the last rows of the input.
 """
 
-import copy
 import threading
 import time
 import warnings
@@ -22,14 +18,13 @@ from importlib import metadata
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from msfp_cli.layers import winners
 from msfp_cli.layers.base import Kernel, QuantizedLayer
-from msfp_cli.layers.kernels.arithmetic import Arithmetic
 from msfp_cli.layers.kernels.cuda import Cuda
-from msfp_cli.layers.kernels.reference import run_reference
 from msfp_cli.layers.kernels.simulated import Simulated, simulate
+from msfp_cli.layers.trial import winners
+from msfp_cli.layers.trial.exactness import is_exact, way_of
 from msfp_cli.version import __version__
 
 RIVALS: tuple[type[Kernel], ...] = (Cuda,)
@@ -37,13 +32,10 @@ FLOAT = "not rounded"  # the layer in floating point, which is timed to be seen 
 _WARM_UP = 2  # the first call may compile
 _CALLS = 7
 _ROUNDS = 2
-_TOKENS = 64  # at either end of an input
 _CHANCES = 2  # failures of a kernel in one process, after which no layer tries it
-_LAST_DIGITS = 4 * torch.finfo(torch.float32).eps
 _TRYING = threading.RLock()  # times that are taken at once are of no use
 _failures: Counter[str] = Counter()
 _said: set[str] = set()
-_proven: set[str] = set()  # ways of computing whose sums were found right in float32
 
 
 class Measured(Kernel):
@@ -206,53 +198,6 @@ def _say(kind: type[Kernel], reason: str) -> None:
         )
 
 
-def is_exact(kernel: Kernel, layer: QuantizedLayer, x: Tensor) -> bool:
-    """Whether a kernel's sums are the integers of `reference`, at both ends of the input.
-
-    There, two sums that differ by one are a factor apart, unless that is below the last digits.
-    Outputs are compared in float32 where no layer of these formats was before, and in the type of
-    the input then, because a compiler makes a kernel anew for each type.
-    """
-    kind = _kind_of(layer)
-    values = x if kind in _proven else x.float()
-    ends = _ends(layer, values).float().cpu()
-    with torch.device("cpu"):
-        twin = _on_cpu(layer)
-        integers = [twin.integers(each) for each in range(twin.scheme.hub)]
-        arithmetic = Arithmetic.of(twin, integers)
-        expected = run_reference(twin, ends, arithmetic)
-        factor, constant, _ = arithmetic.of_variant(twin.variant(), twin.kernel_bias)
-    found = _ends(layer, kernel(layer, values)).float().cpu()
-    along = (-1, 1, 1) if arithmetic.geometry else (-1,)
-    digits = _LAST_DIGITS * (expected.abs().amax() + constant.abs().amax())
-    digits = digits + torch.finfo(values.dtype).eps * expected.abs()
-    is_right = bool(((found - expected).abs() <= factor.view(along) / 4 + digits).all())
-    if is_right:
-        _proven.add(kind)
-    return is_right
-
-
-def _ends(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    """Return the first and the last rows of an input, or of an output: pictures, or tokens."""
-    if layer.geometry() is None:
-        tokens = x.reshape(-1, x.shape[-1])
-        return torch.cat([tokens[:_TOKENS], tokens[-_TOKENS:]])
-    return torch.cat([x[:1], x[-1:]]) if len(x) > 1 else x
-
-
-def _on_cpu(layer: QuantizedLayer) -> QuantizedLayer:
-    """Return a copy of a layer whose tensors are on the CPU."""
-    twin = copy.copy(layer)
-    twin._buffers = {
-        name: each if each is None else each.cpu() for name, each in twin._buffers.items()
-    }
-    twin._parameters = {
-        name: each if each is None else nn.Parameter(each.detach().cpu(), requires_grad=False)
-        for name, each in twin._parameters.items()
-    }
-    return twin
-
-
 def seconds_of(run: Callable[[], Tensor]) -> float:
     """Return the seconds of a call among several, on whatever device its result is.
 
@@ -277,24 +222,13 @@ def key_of(layer: QuantizedLayer, x: Tensor, *, keep_packed: bool) -> str:
     parts = {
         "card": _card(x.device),
         "versions": _versions(),
-        "layer": [_kind_of(layer), *layer.weight_shape],
+        "layer": [way_of(layer), *layer.weight_shape],
         "input": [str(x.dtype), *x.shape, "strides", *x.stride()],
         "products": _settings(x.device),
     }
     return ", ".join(
         [*(f"{name} {each}" for name, each in parts.items()), *["packed"] * keep_packed]
     )
-
-
-def _kind_of(layer: QuantizedLayer) -> str:
-    """Return what the way of computing depends on, but not the sizes."""
-    scheme = layer.scheme
-    geometry = layer.geometry()
-    grids = [grid for grid in scheme.inputs() if grid is not None]
-    formats = [str(scheme.weight), *dict.fromkeys(str(grid.format) for grid in grids)]
-    words = [layer.kind, *(geometry.flat() if geometry else ()), *formats, scheme.weight_groups]
-    has_zero_point = any(grid.zero_point for grid in grids)
-    return f"{words} {has_zero_point=} has_bias={layer.kernel_bias is not None}"
 
 
 def _settings(device: torch.device) -> list[bool | str]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from msfp_cli.errors import UsageError
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.formats.rounding import Grid
-from msfp_cli.layers import measured, winners
 from msfp_cli.layers.base import Kernel, QuantizedLayer
 from msfp_cli.layers.kernels import registry
 from msfp_cli.layers.kernels.cpu import Cpu
@@ -21,11 +20,13 @@ from msfp_cli.layers.kernels.cuda import Cuda
 from msfp_cli.layers.kernels.reference import Reference
 from msfp_cli.layers.kernels.registry import MEASURED, choose_kernel
 from msfp_cli.layers.kernels.simulated import Simulated
-from msfp_cli.layers.measured import FLOAT, Measured, is_exact
 from msfp_cli.layers.prepare import measured_in, prepare_
 from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
 from msfp_cli.layers.routing import Route
 from msfp_cli.layers.scheme import LayerScheme
+from msfp_cli.layers.trial import exactness, measured, winners
+from msfp_cli.layers.trial.exactness import is_exact
+from msfp_cli.layers.trial.measured import FLOAT, Measured
 
 UNSIGNED = Grid(FloatFormat.parse("ue2m2"), 0.2, -0.25)
 WIDE = Grid(FloatFormat.parse("e2m5"), 0.02)
@@ -107,7 +108,7 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winners, "_known", {})
     monkeypatch.setattr(measured, "_failures", Counter())
     monkeypatch.setattr(measured, "_said", set())
-    monkeypatch.setattr(measured, "_proven", set())
+    monkeypatch.setattr(exactness, "_proven", set())
 
 
 def linear(grid: Grid = UNSIGNED, weight: str = "e2m1", hub: int = 1) -> Any:  # noqa: ANN401
@@ -231,7 +232,7 @@ def test_check_tells_equal_sums_from_sums_that_differ_by_one(
     x = rows(*shape).to(dtype)
     with torch.no_grad():
         for kind, verdict in ((Wrong, False), (Cpu, True), (Reference, True), (Cuda, True)):
-            measured._proven.clear()
+            exactness._proven.clear()
             for _ in range(1 + verdict):  # in float32, and then in the type of the input
                 assert is_exact(kind(layer, keep_packed=True), layer, x) == verdict, kind.name
 
