@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from msfp_cli.engines import conversions
 from msfp_cli.engines.arguments import Call
+from msfp_cli.engines.mapped import giving_back
 from msfp_cli.engines.traced import Traced
 from msfp_cli.errors import UsageError
 from msfp_cli.files.documents import Json
@@ -248,9 +249,10 @@ class Engine:
         if name not in self._compiled:
             while len(self._compiled) >= _MOST_COMPILED:
                 self._compiled.popitem(last=False)
-            model = self._model(call, shapes)
+            model, path = self._model(call, shapes)
             settings = self._settings() if self.device == DEVICE else {}
-            self._compiled[name] = self._core.compile_model(model, self.device, settings)
+            with giving_back(path.with_suffix(".bin")):  # the model keeps it mapped
+                self._compiled[name] = self._core.compile_model(model, self.device, settings)
         self._compiled.move_to_end(name)
         return self._compiled[name]
 
@@ -265,19 +267,21 @@ class Engine:
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
 
-    def _model(self, call: Call, shapes: list[list[int]]) -> Model:
-        """Return the converted denoiser for these shapes.
+    def _model(self, call: Call, shapes: list[list[int]]) -> tuple[Model, Path]:
+        """Return the converted denoiser for these shapes, and the file that it was read from.
 
         Where a conversion does not fit them, because the denoiser takes another branch than with
         those that it was made with, they get their own.
         """
-        model = self._core.read_model(self._convert(call, call.tree))
+        path = self._convert(call, call.tree)
+        model = self._core.read_model(path)
         try:
             model.reshape(dict(enumerate(shapes)))
         except RuntimeError:
-            model = self._core.read_model(self._convert(call, [call.tree, shapes]))
+            path = self._convert(call, [call.tree, shapes])
+            model = self._core.read_model(path)
             model.reshape(dict(enumerate(shapes)))
-        return model
+        return model, path
 
     def _convert(self, call: Call, what: Json) -> Path:
         """Return the file of a conversion, which is made unless there is one.
