@@ -146,7 +146,7 @@ def say_conditions(
     refuse_settings(pipe, sampling)
     arguments_of(pipe, conditions)  # which refuses a label that only a later call would get
     say_cut_prompts(pipe, conditions, progress)
-    say_pictures(pipe, sampling, progress)
+    say_pictures(pipe, sampling, progress, len(conditions))
 
 
 def draw_stills(
