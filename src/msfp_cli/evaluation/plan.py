@@ -16,7 +16,7 @@ from msfp_cli.pipelines.conditions import (
 )
 from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, Pipeline, default_prompts
 from msfp_cli.pipelines.pictures import digest_of_pictures
-from msfp_cli.pipelines.sampling import say_conditions
+from msfp_cli.pipelines.sampling import refuse_untaken, say_conditions
 from msfp_cli.processes import Processes
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordRecipe
@@ -131,8 +131,9 @@ def pictures_to_draw(
         source, full: the full-precision model, and its pipeline.
 
     Raises:
-        UsageError: the prompts do not fit the pipeline.
+        UsageError: the prompts or an option do not fit the pipeline.
     """
+    refuse_untaken(full, recipe)
     prompts = prompts_of(recipe.prompts)
     if prompts is None and conditioning_of(full) == "prompt":
         prompts = _unrecorded_prompts(provenance, source)

@@ -19,6 +19,7 @@ from msfp_cli.pipelines.conditions import arguments_of, say_cut_prompts
 from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.pipelines.pictures import (
     passed,
+    picture_arguments,
     pictures_of,
     refuse_list,
     refuse_without_media,
@@ -127,6 +128,25 @@ def refuse_settings(pipe: Pipeline, sampling: Sampling) -> None:
             f"--steps {steps} is more than the {limit} timesteps that the model was trained with; "
             "give fewer"
         )
+
+
+def refuse_untaken(pipe: Pipeline, asked: Sampling) -> None:
+    """Refuse an option that the call of a pipeline does not take, and so would do nothing.
+
+    Pictures that are given to a pipeline are cut to a size, whether its call takes that or not.
+
+    Arguments:
+        asked: what the user gave, without what other results remember.
+
+    Raises:
+        UsageError: the message names the option.
+    """
+    sizes = () if picture_arguments(pipe) else ("height", "width")
+    parameters = inspect.signature(pipe.__call__).parameters
+    for name in (*sizes, "num_frames", "guidance_scale"):
+        if getattr(asked, name) is not None and name not in parameters:
+            option_name = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{type(pipe).__name__} takes no {option_name}; leave it out")
 
 
 def write_prompts(prompts: Path | Sequence[str]) -> str:

@@ -24,7 +24,12 @@ from msfp_cli.pipelines.discovery import (
     watch_pipeline,
 )
 from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, ModelSource, Pipeline
-from msfp_cli.pipelines.sampling import call_pipeline, refuse_settings, say_conditions
+from msfp_cli.pipelines.sampling import (
+    call_pipeline,
+    refuse_settings,
+    refuse_untaken,
+    say_conditions,
+)
 from msfp_cli.processes import ALONE, Processes
 from msfp_cli.recording.compare import output_error
 from msfp_cli.recording.encode import tensor_sizes
@@ -251,6 +256,7 @@ def record_recipes(
 ) -> tuple[RecordRecipe, RecordRecipe]:
     """Return the recipes of the calibration recording and of the held-out one."""
     refuse_settings(pipe, options)
+    refuse_untaken(pipe, options)
     given = prompts_of(options.prompts)
     count = options.num_images
     if count is None:
