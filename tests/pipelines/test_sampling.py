@@ -1,3 +1,4 @@
+import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -48,6 +49,34 @@ def test_half_a_size_is_refused(size: dict[str, int], is_refused: bool) -> None:
     line = f"^many pipelines ignore {given} without --.*; give both$"
     with pytest.raises(UsageError, match=line) if is_refused else nullcontext():
         refuse_settings(Measuring(), Sampling(**size))
+
+
+CLEANING = """
+import importlib.util
+
+if importlib.util.find_spec("absent_words") is not None:
+    import absent_words
+
+
+class CleaningPipeline:
+    components = {}
+
+    def __call__(self, prompt, num_inference_steps=2):
+        return absent_words.clean(prompt) if num_inference_steps < 5 else wrong
+"""
+
+
+def test_package_that_a_pipeline_imports_where_it_can_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cleaning.py").write_text(CLEANING)
+    monkeypatch.syspath_prepend(tmp_path)
+    pipe = importlib.import_module("cleaning").CleaningPipeline()
+    line = "^CleaningPipeline needs the package absent_words; .*`pip install absent_words`$"
+    with pytest.raises(UsageError, match=line):
+        call_pipeline(pipe, ["a cat"], Sampling(num_inference_steps=2))
+    with pytest.raises(NameError, match="wrong"):
+        call_pipeline(pipe, ["a cat"], Sampling(num_inference_steps=9))
 
 
 @pytest.mark.parametrize(

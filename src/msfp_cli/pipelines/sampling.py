@@ -5,9 +5,11 @@ What a pipeline takes is read off its signature: a prompt, class labels, or only
 batch it was made in.
 """
 
+import importlib.util
 import inspect
 import math
 import re
+import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -215,6 +217,9 @@ def call_pipeline(
     except RuntimeError as error:
         _refuse_few_steps(pipe, arguments, error)
         raise
+    except NameError as error:
+        _refuse_missing_package(pipe, error)
+        raise
     except (TypeError, AttributeError, ValueError) as error:
         refuse_list(pipe, arguments, error)
         refuse_without_media(pipe, arguments, error)
@@ -252,6 +257,22 @@ def _refuse_few_steps(pipe: Pipeline, arguments: Mapping[str, Any], error: Excep
         raise UsageError(
             f"--steps {steps} leaves {type(pipe).__name__} no step: it starts from a picture, and "
             f"takes {strength:g} of the steps; give at least --steps {math.ceil(1 / strength)}"
+        ) from error
+
+
+def _refuse_missing_package(pipe: Pipeline, error: NameError) -> None:
+    """Refuse in one line a pipeline that imports a package only where there is one.
+
+    Raises:
+        UsageError: the package is not installed.
+    """
+    name = error.name or ""
+    module = sys.modules[type(pipe).__module__]
+    if not re.search(rf"^\s+import {re.escape(name)}$", inspect.getsource(module), re.MULTILINE):
+        return
+    if importlib.util.find_spec(name) is None:
+        raise UsageError(
+            f"{type(pipe).__name__} needs the package {name}; install it with `pip install {name}`"
         ) from error
 
 
