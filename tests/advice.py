@@ -340,6 +340,8 @@ ELSEWHERE = {
     "leaves it out": "tests/calibration/test_estimate.py",
     "--kernel openvino may be faster": "tests/commands/test_inspect.py",
     "fewer --num-images or --steps": "tests/recording/test_record.py",
+    "have changed since {} was begun; use --overwrite": "tests/evaluation/test_gallery.py",
+    "needs the package {}; install it with `pip install {}`": "tests/pipelines/test_sampling.py",
     "calibrate with another --pipeline": "tests/recording/test_record.py",
     "--max-memory": "tests/calibration/test_estimate.py",
     "timesteps that the model was trained with; give fewer": "tests/commands/test_wrong_inputs.py",

@@ -100,19 +100,28 @@ def pass_by_default(pipeline: type, inputs: Mapping[str, Any]) -> None:
     """Make the arguments that a tiny pipeline needs the defaults of its class.
 
     Such are the number of tokens, or the layers that a text encoder's output is taken from. What
-    the chain passes itself is not among them. None may choose a size out of large ones.
+    the chain passes itself is not among them, and neither is what no user could leave out, such as
+    the frames of a video. None may choose a size out of large ones.
     """
     inputs = {"use_resolution_binning": False, **inputs}
     function = inspect.unwrap(pipeline.__call__)
     parameters = list(inspect.signature(function).parameters.values())
     names = [each.name for each in parameters if each.default is not inspect.Parameter.empty]
     defaults = dict(zip(names, function.__defaults__ or (), strict=False))
-    plain = (bool, int, float, str, tuple, list, dict, type(None))
     for name in names:
         is_own = name in inputs and (name not in PASSED or inputs[name] is None)
-        if is_own and isinstance(inputs[name], plain):
+        if is_own and is_plain(inputs[name]):
             defaults[name] = inputs[name]
     function.__defaults__ = tuple(defaults.values())
+
+
+def is_plain(value: Any) -> bool:  # noqa: ANN401 (an argument of a pipeline)
+    """Whether a value is made of numbers and words alone."""
+    if isinstance(value, dict):
+        return all(map(is_plain, value.values()))
+    if isinstance(value, tuple | list):
+        return all(map(is_plain, value))
+    return isinstance(value, bool | int | float | str | type(None))
 
 
 def keep_small(pipeline: type) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
@@ -31,6 +32,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -486,6 +488,18 @@ def _same_each_time(build: Callable[[], DiffusionPipeline]) -> DiffusionPipeline
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return build()
+
+
+def with_controlnet(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Return a Stable Diffusion pipeline with a ControlNet beside its UNet."""
+    net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 16))
+    _replace_zero_weights(net)
+    parts = {name: pipe.components[name] for name in ("vae", "unet", "scheduler")}
+    texts = {name: pipe.components[name] for name in ("text_encoder", "tokenizer")}
+    others = dict.fromkeys(("safety_checker", "feature_extractor"))
+    return StableDiffusionControlNetPipeline(
+        **parts, **texts, **others, controlnet=net, requires_safety_checker=False
+    )
 
 
 def save_tiny(name: str, directory: str | Path) -> None:

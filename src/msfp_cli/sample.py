@@ -15,7 +15,7 @@ from msfp_cli.files.directories import refuse_existing, replace_directory
 from msfp_cli.pipelines.conditions import conditioning_of, expand_conditions
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
 from msfp_cli.pipelines.media import Work, sample_rate_of, save, still
-from msfp_cli.pipelines.sampling import Sampling, call_pipeline, say_conditions
+from msfp_cli.pipelines.sampling import Sampling, call_pipeline, refuse_untaken, say_conditions
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.run import Run
 
@@ -91,7 +91,6 @@ def sample_run(
     config = next(iter(read_denoisers(export).values()))
     with nullcontext(directory) if directory else run.new_samples() as place:
         refuse_existing(place, overwrite=overwrite)
-        sampling = sampling.or_else({**config.sampling, **defaults})
         pipe = MSFPPipeline.from_pretrained(
             export,
             dtype=None if dtype is None else getattr(torch, dtype),
@@ -100,6 +99,8 @@ def sample_run(
             keep_packed=keep_packed,
             progress=progress,
         ).pipe
+        refuse_untaken(pipe, sampling)
+        sampling = sampling.or_else({**config.sampling, **defaults})
         conditions = expand_conditions(prompts, num_images, conditioning_of(pipe))
         say_conditions(pipe, conditions, sampling, progress)
         sheets = [make_pictures(pipe, conditions, sampling, title="MSFP", progress=progress)]

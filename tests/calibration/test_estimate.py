@@ -1,7 +1,9 @@
 """What a calibration says before it begins."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from msfp_cli.progress import SILENT
 from msfp_cli.recording import compare
 from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.recording.record import record_recipes
-from tiny_pipelines import build_tiny
+from tiny_pipelines import build_tiny, with_controlnet
 
 OPTIONS = RecordOptions(num_images=20, num_inference_steps=3, batch_size=2)
 
@@ -31,6 +33,17 @@ def test_stages_that_are_left_out_take_no_time(tiny_source: ModelSource) -> None
     assert all(seconds > 0 for seconds in every.values())
     left_out = {stage for stage, seconds in without.items() if seconds == 0}
     assert left_out == {"measuring layers alone", "measuring timesteps", "rounding"}
+
+
+def test_layers_of_a_controlnet_take_no_time(tiny: Callable[[str], Path]) -> None:
+    source = ModelSource(model=str(tiny("StableDiffusionPipeline")))
+    pipe = load_pipeline(source, "cpu")
+    options = replace(OPTIONS, num_images=2)
+    seconds = [
+        estimate(each, *record_recipes(each, source, options), QUICK, None).seconds["searching"]
+        for each in (pipe, with_controlnet(pipe))
+    ]
+    assert seconds[0] == seconds[1]
 
 
 def test_layers_of_large_models_are_measured_on_one_call_of_one_row(

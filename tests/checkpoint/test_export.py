@@ -17,14 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import msfp_cli
-from conftest import FEW_UPDATES, QUICK, Chained, Finetuned, Invoke, files_of, train
+from conftest import FEW_UPDATES, QUICK, Chained, Finetuned, Invoke, chain, files_of, train
 from msfp_cli import __version__
 from msfp_cli.calibration.calibrate import calibrate_denoisers_
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.checkpoint.export import export_, load_calibrated, save_pipeline
-from msfp_cli.checkpoint.pipeline import MSFPPipeline
+from msfp_cli.checkpoint.pipeline import MSFPPipeline, read_denoisers
 from msfp_cli.checkpoint.quantizer import SCHEMA_VERSION
 from msfp_cli.errors import CheckpointError, RunError
+from msfp_cli.evaluation.metrics.denoisers import denoiser_bytes
 from msfp_cli.files.documents import digest
 from msfp_cli.finetuning.lora import tuned_names
 from msfp_cli.finetuning.quantize import member_by_timestep
@@ -33,11 +34,12 @@ from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.layers.routing import ROUTER
 from msfp_cli.pipelines.denoiser import replay
-from msfp_cli.pipelines.loading import built_in_directory, load_pipeline
+from msfp_cli.pipelines.loading import ModelSource, built_in_directory, load_pipeline
 from msfp_cli.pipelines.sampling import Sampling, call_pipeline
 from msfp_cli.recording.compare import OutputError, output_error
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
+from tiny_pipelines import with_controlnet
 
 # Loads an export with nothing but diffusers, then with our package imported, and draws a picture.
 _CHILD = """
@@ -100,6 +102,22 @@ def test_trained_denoiser_shrinks_to_less_than_a_third_of_half_precision(
         == fashion_chained.report.to_json()["ratio"]
         == pytest.approx(size / half, 0.01)
     )
+
+
+def test_network_beside_the_denoiser_does_not_count_as_one(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = ModelSource(model=str(tiny("StableDiffusionPipeline")))
+    pipe = with_controlnet(load_pipeline(source, "cpu"))
+    pipe.save_pretrained(tmp_path / "model")
+    chained = chain(tmp_path / "model", tmp_path / "run")
+    (path,) = (chained.export / "unet").glob("*.safetensors")
+    half = 2 * sum(parameter.numel() for parameter in pipe.unet.parameters())
+    assert chained.report.denoiser_bytes == path.stat().st_size
+    assert chained.report.half_precision_bytes == pytest.approx(half, rel=0.01)
+    exported = load_pipeline(ModelSource(model=str(chained.export)), "cpu")
+    assert denoiser_bytes(exported, read_denoisers(chained.export)) < path.stat().st_size
+    assert denoiser_bytes(pipe, read_denoisers(chained.export)) == half
 
 
 def test_saving_what_was_loaded_gives_the_same_bytes(

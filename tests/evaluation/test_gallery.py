@@ -1,5 +1,6 @@
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,17 @@ def test_final_latents_are_what_the_pipeline_gives_without_its_decoder(
         call_pipeline(pipe, conditions, Sampling(num_inference_steps=2))
     assert torch.equal(gallery.latents(), samples[-1])
     assert gallery.pictures().shape[:2] == (2, 3) and gallery.pictures().dtype == torch.uint8
+
+
+def test_gallery_does_not_go_on_with_other_pictures(tmp_path: Path) -> None:
+    recipe = replace(THREE, images=Path("photos"))
+    Gallery.create(tmp_path, recipe, MODEL, images="red")
+    Gallery.create(tmp_path, recipe, MODEL, images="red")
+    with pytest.raises(RunError, match="photos have changed since .*; use --overwrite"):
+        Gallery.create(tmp_path, recipe, MODEL, images="blue")
+    of_an_earlier_version = {"model": MODEL, "recipe": recipe.to_json(), "files": None}
+    write_json(tmp_path / "gallery.json", of_an_earlier_version)
+    Gallery.create(tmp_path, recipe, MODEL, images="blue")
 
 
 def test_interrupted_gallery_goes_on_and_equals_an_uninterrupted_one(

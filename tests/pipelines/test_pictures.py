@@ -66,7 +66,8 @@ def test_stand_ins_are_said_and_given_pictures_are_not(
     assert len(said.lines) == bool(taken)
     assert all(name in said.lines[0] and "stand in" in said.lines[0] for name in taken)
     if taken:
-        say_pictures(pipe, Sampling(images=folder), said)
+        Image.new("L", (40, 30), 255).save(folder / "b-mask.png")
+        say_pictures(pipe, Sampling(images=folder), said, count=2)
         assert len(said.lines) == 1
     else:
         with pytest.raises(UsageError, match="takes no pictures; leave --images out"):
@@ -137,6 +138,57 @@ def test_picture_that_cannot_be_read_is_named(tiny: Callable[[str], Path], tmp_p
     )
     with pytest.raises(UsageError, match=r"cannot read the picture .*a\.png"):
         pictures_of(load_pipeline(source, "cpu"), Sampling(images=tmp_path), 0, 1)
+
+
+def test_picture_that_only_a_later_call_would_get_is_read_before_the_first(
+    pipe: DiffusionPipeline, folder: Path
+) -> None:
+    photo = folder / "c.jpg"
+    Image.effect_noise((400, 300), 64).save(photo)
+    whole = photo.read_bytes()
+    sampling = Sampling(images=folder)
+    if not picture_arguments(pipe):
+        return
+    say_pictures(pipe, sampling, Lines(), count=3)
+    photo.write_bytes(whole[: len(whole) // 2])
+    say_pictures(pipe, sampling, Lines(), count=2)  # nobody gets it
+    with pytest.raises(UsageError, match=r"cannot read the picture .*c\.jpg: image file is trunc"):
+        say_pictures(pipe, sampling, Lines(), count=3)
+    photo.write_bytes(whole)
+    (folder / "a-mask.png").write_bytes(b"no")
+    if "mask_image" not in picture_arguments(pipe):
+        say_pictures(pipe, sampling, Lines(), count=3)
+        return
+    with pytest.raises(UsageError, match=r"cannot read the picture .*a-mask\.png"):
+        say_pictures(pipe, sampling, Lines(), count=3)
+
+
+def inpainting(tiny: Callable[[str], Path]) -> DiffusionPipeline:
+    """Return a pipeline that takes a mask with each picture."""
+    model = str(tiny("StableDiffusionPipeline"))
+    source = ModelSource(model=model, pipeline="StableDiffusionInpaintPipeline")
+    return load_pipeline(source, "cpu")
+
+
+@pytest.mark.parametrize("picture", ["a.png", "a.jpg", "A b\u00e9.PNG"])
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".JPG", ".PNG", ".webp", ".bmp"])
+def test_mask_is_found_whatever_its_ending(
+    tiny: Callable[[str], Path], tmp_path: Path, picture: str, ending: str
+) -> None:
+    Image.new("RGB", (32, 32), "red").save(tmp_path / picture)
+    Image.new("L", (32, 32), 255).save(tmp_path / f"{Path(picture).stem}-mask{ending}")
+    pipe, sampling, said = inpainting(tiny), Sampling(images=tmp_path), Lines()
+    (mask,) = pictures_of(pipe, sampling, 0, 1)["mask_image"]
+    assert np.asarray(mask).min() > 250
+    say_pictures(pipe, sampling, said)
+    assert said.lines == []
+
+
+def test_pictures_without_a_mask_are_said(tiny: Callable[[str], Path], folder: Path) -> None:
+    said = Lines()
+    say_pictures(inpainting(tiny), Sampling(images=folder), said, count=5)
+    (line,) = said.lines
+    assert line.startswith("1 of 2 pictures have no mask beside them") and "b-mask.png" in line
 
 
 def test_photo_of_an_upright_camera_is_turned_as_viewers_turn_it(

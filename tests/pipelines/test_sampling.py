@@ -1,8 +1,9 @@
+import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -10,7 +11,14 @@ import torch
 
 from msfp_cli.errors import UsageError
 from msfp_cli.pipelines.loading import ModelSource, load_pipeline
-from msfp_cli.pipelines.sampling import Sampling, call_pipeline, refuse_settings
+from msfp_cli.pipelines.sampling import (
+    Sampling,
+    call_pipeline,
+    refuse_settings,
+    refuse_untaken,
+)
+from msfp_cli.recording.recipe import RecordOptions
+from msfp_cli.recording.record import record_recipes
 
 
 def test_defaults_take_the_place_of_what_is_none_only() -> None:
@@ -41,6 +49,68 @@ def test_half_a_size_is_refused(size: dict[str, int], is_refused: bool) -> None:
     line = f"^many pipelines ignore {given} without --.*; give both$"
     with pytest.raises(UsageError, match=line) if is_refused else nullcontext():
         refuse_settings(Measuring(), Sampling(**size))
+
+
+CLEANING = """
+import importlib.util
+
+if importlib.util.find_spec("absent_words") is not None:
+    import absent_words
+
+
+class CleaningPipeline:
+    components = {}
+
+    def __call__(self, prompt, num_inference_steps=2):
+        return absent_words.clean(prompt) if num_inference_steps < 5 else wrong
+"""
+
+
+def test_package_that_a_pipeline_imports_where_it_can_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cleaning.py").write_text(CLEANING)
+    monkeypatch.syspath_prepend(tmp_path)
+    pipe = importlib.import_module("cleaning").CleaningPipeline()
+    line = "^CleaningPipeline needs the package absent_words; .*`pip install absent_words`$"
+    with pytest.raises(UsageError, match=line):
+        call_pipeline(pipe, ["a cat"], Sampling(num_inference_steps=2))
+    with pytest.raises(NameError, match="wrong"):
+        call_pipeline(pipe, ["a cat"], Sampling(num_inference_steps=9))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "model", "option"),
+    [
+        ("DDPMPipeline", "DDPMPipeline", {"height": 16, "width": 16}),
+        ("DDPMPipeline", "DDPMPipeline", {"guidance_scale": 3.0}),
+        ("StableDiffusionPipeline", "StableDiffusionPipeline", {"num_frames": 5}),
+        ("StableDiffusionImg2ImgPipeline", "StableDiffusionPipeline", {"num_frames": 5}),
+    ],
+)
+def test_option_that_a_pipeline_does_not_take_is_refused(
+    pipeline: str, model: str, option: dict[str, Any], tiny: Callable[[str], Path]
+) -> None:
+    source = ModelSource(model=str(tiny(model)), pipeline=pipeline)
+    pipe = load_pipeline(source, "cpu")
+    name = next(iter(option)).replace("_", "-")
+    line = f"^{pipeline} takes no --{name}; leave it out$"
+    options = RecordOptions(num_images=1, **option)
+    with pytest.raises(UsageError, match=line):
+        record_recipes(pipe, source, options)
+    with pytest.raises(UsageError, match=line):
+        refuse_untaken(pipe, Sampling(**option))
+    record_recipes(pipe, source, RecordOptions(num_images=1))
+
+
+def test_size_is_that_of_given_pictures_where_a_pipeline_takes_none(
+    tiny: Callable[[str], Path],
+) -> None:
+    model = str(tiny("StableDiffusionPipeline"))
+    pipe = load_pipeline(ModelSource(model=model, pipeline="StableDiffusionImg2ImgPipeline"), "cpu")
+    refuse_untaken(pipe, Sampling(height=16, width=24, guidance_scale=2.0))
+    (made,) = call_pipeline(pipe, ["a cat"], Sampling(num_inference_steps=2, height=16, width=24))
+    assert made.size == (24, 16)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,19 @@
 import copy
+import functools
 import inspect
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from msfp_cli.pipelines.denoiser import DenoiserCall, replay
-from msfp_cli.pipelines.watch import watch_calls, watch_layers, watch_scheduler
+from msfp_cli.pipelines.loading import ModelSource, load_pipeline
+from msfp_cli.pipelines.sampling import Sampling
+from msfp_cli.pipelines.watch import final_sample, watch_calls, watch_layers, watch_scheduler
 from pipelines.test_denoiser import Denoiser, draw
 
 
@@ -255,3 +261,25 @@ def test_layer_that_runs_on_nothing_is_not_reported() -> None:
         layer(torch.empty(0, 4))
         layer(draw(1))
     assert [len(run[2][0]) for run in runs] == [2]
+
+
+def test_final_samples_are_drawn_in_batches_of_the_size_asked_for(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = list[int]()
+    original = StableDiffusionPipeline.__call__
+
+    @functools.wraps(original)
+    def counted(pipe: object, prompt: list[str], **arguments: object) -> object:
+        sizes.append(len(prompt))
+        return original(pipe, prompt, **arguments)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", counted)
+    pipe = load_pipeline(ModelSource(model=str(tiny("StableDiffusionPipeline"))), "cpu")
+    conditions = ("a cat", "a dog", "a cow")
+    drawn = [
+        final_sample(pipe, conditions, Sampling(num_inference_steps=2, batch_size=size))
+        for size in (8, 2, 1)
+    ]
+    assert sizes == [3, 2, 1, 1, 1, 1]
+    assert all(torch.allclose(drawn[0], each, atol=1e-3) for each in drawn)

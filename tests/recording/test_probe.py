@@ -11,6 +11,7 @@ from msfp_cli.pipelines.loading import ModelSource, load_pipeline
 from msfp_cli.recording.probe import probe
 from msfp_cli.recording.recipe import RecordRecipe
 from msfp_cli.recording.record import record_calls
+from tiny_pipelines import with_controlnet
 
 CONDITIONS = {"DDIMPipeline": None, "StableDiffusionPipeline": "a cat", "DiTPipeline": "1"}
 
@@ -33,6 +34,18 @@ def test_what_one_call_says_is_what_the_recording_takes(
     assert cost.rows == len(calls[0].output)
     assert 0.5 * size < cost.num_bytes < 2.2 * size  # half of DiT's output is not recorded
     assert cost.seconds > 0
+
+
+def test_controlnet_is_not_taken_for_the_denoiser(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[nn.Module]()
+    monkeypatch.setattr("msfp_cli.recording.probe._seconds", lambda module, *_: seen.append(module))
+    pipe = load_pipeline(ModelSource(model=str(tiny("StableDiffusionPipeline"))), "cpu")
+    pipe = with_controlnet(pipe)
+    pipe.controlnet.larger = nn.Linear(1000, 1000)
+    probe(pipe, RecordRecipe(conditions=("a cat",), num_inference_steps=2))
+    assert seen == [pipe.unet]
 
 
 class Preparing:

@@ -27,6 +27,7 @@ from msfp_cli.pipelines.denoiser import replay
 from msfp_cli.pipelines.loading import ModelSource, default_prompts, load_pipeline
 from msfp_cli.pipelines.pictures import digest_of_pictures
 from msfp_cli.processes import LEFT_ALONE, Processes, meeting
+from msfp_cli.recording.encode import tensor_sizes
 from msfp_cli.recording.recipe import RecordOptions, RecordRecipe
 from msfp_cli.recording.record import record_both, record_calls, record_recipes
 from msfp_cli.recording.result import Recording, is_same
@@ -234,6 +235,41 @@ def test_bound_counts_every_batch(
     with pytest.raises(RunError, match="more than the bound"):
         record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "three", max_bytes=40_000)
     record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "three", max_bytes=80_000)
+
+
+def test_bound_counts_what_a_controlnet_makes_at_each_step(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = ModelSource(model=str(tiny("StableDiffusionPipeline")))
+    pipe = tiny_pipelines.with_controlnet(load_pipeline(source, "cpu"))
+    recipe = RecordRecipe(conditions=("a cat",) * 2, num_inference_steps=6, batch_size=1)
+    whole = record_calls(pipe, source, recipe, tmp_path / "whole")
+    sizes = [whole.shard_path(i).stat().st_size for i in range(2)]
+    first = next(iter(whole.calls()))
+    assert sum(tensor_sizes([first]).values()) < 0.25 * sizes[0]
+    with pytest.raises(RunError, match="more than the bound"):
+        record_calls(pipe, source, recipe, tmp_path / "run", max_bytes=int(0.8 * sum(sizes)))
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    record_calls(pipe, source, recipe, tmp_path / "run", max_bytes=int(1.1 * sum(sizes)))
+
+
+def test_disk_that_holds_all_is_enough_while_it_fills(
+    tiny_pipe: DiffusionPipeline,
+    tiny_source: ModelSource,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+
+    def filling(directory: Path) -> object:
+        written = sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
+        return usage._replace(free=90_000 - written)
+
+    monkeypatch.setattr(shutil, "disk_usage", filling)
+    recording = record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "recording")
+    assert recording.num_calls() == 6
 
 
 def test_full_disk_is_foreseen(

@@ -23,6 +23,7 @@ from msfp_cli.errors import UsageError
 from msfp_cli.layers.replace import find_layers, quantized_layers
 from msfp_cli.pipelines.denoiser import (
     find_denoisers,
+    likely_denoisers,
     refuse_adapters,
     refuse_broken,
     refuse_changed,
@@ -109,7 +110,7 @@ def estimate(
     observing = num_observed(recording.num_shards, recording.batch_size) * run
     rounded = {}
     measured = 0.0
-    for component, denoiser in find_denoisers(pipe).items():
+    for component, denoiser in likely_denoisers(pipe).items():
         planned = planned_layers(denoiser, recipe, usual_role)
         for name, each in planned.items():
             if each.is_rounded:

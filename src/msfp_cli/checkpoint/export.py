@@ -35,7 +35,8 @@ class ExportReport:
 
     Arguments:
         directory: the export.
-        denoiser_bytes: size of the denoisers' safetensors files.
+        denoiser_bytes: size of the denoisers' safetensors files; networks beside them that stay as
+            they are, such as a ControlNet, do not count.
         half_precision_bytes: what the same denoisers take in 16 bits.
         hub_bytes: of the denoisers' size, what the second and further members of the hubs take,
             and the router's tables.
@@ -113,7 +114,7 @@ def export_(
             `load_calibrated`.
     """
     pipe = load_calibrated(calibration, device, tuned)
-    denoisers = find_denoisers(pipe)
+    denoisers = {component: pipe.components[component] for component in calibration.layers}
     half = sum(
         _half_precision_bytes(calibration, component, part) for component, part in denoisers.items()
     )

@@ -2,7 +2,8 @@
 
 Layout of a gallery directory::
 
-    gallery.json            the recipe, which model drew it, a digest of the files beside it
+    gallery.json            the recipe, which model drew it, digests of the files beside it and of
+                            the pictures that it was given
     00000.safetensors ...   ``latents``, ``pictures`` (uint8, NCHW), and a digest in the header
 
 Picture i is drawn with ``seed + i`` whatever the batch, so galleries of two models pair up. A batch
@@ -62,26 +63,37 @@ class Gallery:
         recipe: RecordRecipe,
         model: dict[str, Any],
         files: str | None = None,
+        images: str | None = None,
     ) -> "Gallery":
         """Begin a gallery, or open the one that was begun with the same recipe and model.
 
+        Galleries of earlier versions have none of the two digests.
+
         Arguments:
             model: what tells the model from others, as JSON values.
-            files: a digest of its files beside the denoisers, None if it is not known; galleries
-                of earlier versions do not have it.
+            files: a digest of its files beside the denoisers, None if it is not known.
+            images: a digest of the pictures that it is given, None if there are none.
 
         Raises:
-            RunError: the directory holds pictures of another recipe or model.
+            RunError: the directory holds pictures of another recipe or model, or those of the
+                folder of ``images`` have changed.
         """
-        contents = {"model": model, "recipe": recipe.to_json(), "files": files}
+        digests = {"files": files, "images": images}
+        contents = {"model": model, "recipe": recipe.to_json(), **digests}
         manifest = directory / _MANIFEST
         if not manifest.exists():
             write_json(manifest, contents)
         redo = "use --overwrite to draw the pictures again"
         stored = read_json(manifest, dict, redo=redo)
-        if {**stored, "files": stored.get("files") or files} != contents:
+        known = {key: stored.get(key) or own for key, own in digests.items()}
+        if {**stored, **known, "images": images} != contents:
             raise RunError(
                 f"{directory} holds pictures of other settings or of another model; use --overwrite"
+            )
+        if known["images"] != images:
+            raise RunError(
+                f"the pictures of {recipe.images} have changed since {directory} was begun; "
+                "use --overwrite"
             )
         return cls(directory, recipe)
 

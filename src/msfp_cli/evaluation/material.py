@@ -27,7 +27,8 @@ def draw_pictures(plan: EvaluationPlan, model: EvaluatedModel, full: Pipeline) -
         pipe = full if model.key == "full" else model.load()
         directory = plan.gallery(model.key).directory
         files = sealed_files(plan.export) if model.key == "export" else None
-        gallery = Gallery.create(directory, plan.record, identity_of(pipe), files)
+        images = plan.digest_of_images
+        gallery = Gallery.create(directory, plan.record, identity_of(pipe), files, images)
     gallery.fill(pipe, title=model.title, processes=plan.processes)
     return pipe
 

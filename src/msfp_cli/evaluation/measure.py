@@ -1,5 +1,6 @@
 """Measure one model: gather what is known of it, then compute every metric of the table."""
 
+from msfp_cli.checkpoint.pipeline import read_denoisers
 from msfp_cli.evaluation.cost import Cost, measure_cost
 from msfp_cli.evaluation.features.reference import ReferencePictures
 from msfp_cli.evaluation.metrics.denoisers import denoiser_bytes, denoiser_errors
@@ -77,7 +78,7 @@ def _gather(
         clip=plan.recipe.clip,
         device=plan.device,
         denoisers=denoisers,
-        denoiser_bytes=denoiser_bytes(pipe),
+        denoiser_bytes=denoiser_bytes(pipe, read_denoisers(plan.export)),
         cost=_cost(plan, model),
     )
 

@@ -15,7 +15,8 @@ from msfp_cli.pipelines.conditions import (
     prompts_of,
 )
 from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, Pipeline, default_prompts
-from msfp_cli.pipelines.sampling import say_conditions
+from msfp_cli.pipelines.pictures import digest_of_pictures
+from msfp_cli.pipelines.sampling import refuse_untaken, say_conditions
 from msfp_cli.processes import Processes
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.recording.recipe import RecordRecipe
@@ -60,6 +61,11 @@ class EvaluationPlan:
         """The first pictures, whose denoiser calls are recorded."""
         conditions = self.record.conditions[: self.recipe.num_trajectories]
         return replace(self.record, conditions=conditions)
+
+    @property
+    def digest_of_images(self) -> str | None:
+        """What tells the pictures that pipelines are given from others, None if there are none."""
+        return None if self.record.images is None else digest_of_pictures(self.record.images)
 
     @property
     def reference_name(self) -> str | None:
@@ -125,8 +131,9 @@ def pictures_to_draw(
         source, full: the full-precision model, and its pipeline.
 
     Raises:
-        UsageError: the prompts do not fit the pipeline.
+        UsageError: the prompts or an option do not fit the pipeline.
     """
+    refuse_untaken(full, recipe)
     prompts = prompts_of(recipe.prompts)
     if prompts is None and conditioning_of(full) == "prompt":
         prompts = _unrecorded_prompts(provenance, source)

@@ -106,6 +106,19 @@ def find_denoisers(pipe: Pipeline) -> dict[str, nn.Module]:
     return networks
 
 
+def likely_denoisers(pipe: Pipeline) -> dict[str, nn.Module]:
+    """Return the networks of a pipeline that are its denoisers, judged by their names.
+
+    Where a component has a usual name, others (a ControlNet, an adapter) are left alone.
+
+    Raises:
+        ModelError: there is none.
+    """
+    networks = find_denoisers(pipe)
+    usual = {name: network for name, network in networks.items() if name in _ROLES}
+    return usual or networks
+
+
 def denoiser_names(index: Mapping[str, Any]) -> list[str]:
     """Return the names of components that may be denoisers, without loading them.
 

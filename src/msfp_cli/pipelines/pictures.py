@@ -135,21 +135,56 @@ def refuse_list(pipe: Pipeline, given: Mapping[str, object], error: Exception) -
         ) from error
 
 
-def say_pictures(pipe: Pipeline, settings: PictureSettings, progress: Progress) -> None:
+def say_pictures(
+    pipe: Pipeline, settings: PictureSettings, progress: Progress, count: int = 1
+) -> None:
     """Say that stand-ins take the place of pictures, where none are given.
 
+    Arguments:
+        count: of the pictures that are made. Those that are given for them are read, so that a
+            broken one is refused now and not when its call comes.
+
     Raises:
-        UsageError: pictures are given to a pipeline that takes none, or there are none.
+        UsageError: pictures are given to a pipeline that takes none, or there are none, or one
+            cannot be read.
     """
     names = picture_arguments(pipe)
     if settings.images is not None:
         if not names:
             raise UsageError(f"{type(pipe).__name__} takes no pictures; leave --images out")
-        picture_files(settings.images)
+        files = picture_files(settings.images)[:count]
+        _refuse_unreadable(pipe, files)
+        _say_masks(pipe, files, progress)
     elif needs_pictures(pipe):
         progress.log(
             f"no --images: pictures made from noise stand in for {' and '.join(names)} of "
             f"{type(pipe).__name__}; give a folder of pictures such as it will be used with"
+        )
+
+
+def _takes_masks(pipe: Pipeline) -> bool:
+    return not set(_MASKS).isdisjoint(picture_arguments(pipe))
+
+
+def _refuse_unreadable(pipe: Pipeline, files: list[Path]) -> None:
+    """Refuse pictures, and masks where the pipeline takes some, that cannot be read to their end.
+
+    Raises:
+        UsageError: the message names the file.
+    """
+    masks = map(_mask_file, files) if _takes_masks(pipe) else ()
+    for path in (*files, *masks):
+        if path is not None:
+            _open(path, as_small=True)
+
+
+def _say_masks(pipe: Pipeline, files: list[Path], progress: Progress) -> None:
+    """Say which pictures lack the mask that a pipeline takes with each."""
+    without = [path for path in files if _mask_file(path) is None]
+    if without and _takes_masks(pipe):
+        progress.log(
+            f"{len(without)} of {len(files)} pictures have no mask beside them, so their middle is "
+            f"repainted: that of {without[0].name} would be {without[0].stem}-mask.png"
         )
 
 
@@ -248,8 +283,11 @@ def _usual_size(pipe: Pipeline) -> tuple[int, int]:
     return side, side
 
 
-def _open(path: Path) -> "Image":
+def _open(path: Path, *, as_small: bool = False) -> "Image":
     """Read a picture.
+
+    Arguments:
+        as_small: read a JPEG file at an eighth of its size, which takes a fraction of the time.
 
     Raises:
         UsageError: it cannot be read.
@@ -257,7 +295,10 @@ def _open(path: Path) -> "Image":
     from PIL import Image
 
     try:
-        return as_seen(Image.open(path))
+        with Image.open(path) as picture:
+            if as_small:
+                picture.draft(None, (1, 1))
+            return as_seen(picture)
     except Exception as error:  # Pillow's decoders have many kinds for damaged files
         raise UsageError(f"cannot read the picture {path}: {error}") from None
 
@@ -291,8 +332,12 @@ def _fit(picture: "Image", size: tuple[int, int]) -> "Image":
 
 
 def _mask_file(path: Path) -> Path | None:
-    """Return the mask that lies beside a picture, None if there is none."""
-    masks = [path.with_name(f"{path.stem}-mask{ending}") for ending in (path.suffix, ".png")]
+    """Return the mask that lies beside a picture, None if there is none.
+
+    It may be of another kind than the picture: that of a PNG file may be a JPEG file.
+    """
+    endings = (path.suffix, *_ENDINGS, *(ending.upper() for ending in _ENDINGS))
+    masks = [path.with_name(f"{path.stem}-mask{ending}") for ending in endings]
     return next((mask for mask in masks if mask.exists()), None)
 
 

@@ -5,9 +5,11 @@ What a pipeline takes is read off its signature: a prompt, class labels, or only
 batch it was made in.
 """
 
+import importlib.util
 import inspect
 import math
 import re
+import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -19,6 +21,7 @@ from msfp_cli.pipelines.conditions import arguments_of, say_cut_prompts
 from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.pipelines.pictures import (
     passed,
+    picture_arguments,
     pictures_of,
     refuse_list,
     refuse_without_media,
@@ -129,6 +132,25 @@ def refuse_settings(pipe: Pipeline, sampling: Sampling) -> None:
         )
 
 
+def refuse_untaken(pipe: Pipeline, asked: Sampling) -> None:
+    """Refuse an option that the call of a pipeline does not take, and so would do nothing.
+
+    Pictures that are given to a pipeline are cut to a size, whether its call takes that or not.
+
+    Arguments:
+        asked: what the user gave, without what other results remember.
+
+    Raises:
+        UsageError: the message names the option.
+    """
+    sizes = () if picture_arguments(pipe) else ("height", "width")
+    parameters = inspect.signature(pipe.__call__).parameters
+    for name in (*sizes, "num_frames", "guidance_scale"):
+        if getattr(asked, name) is not None and name not in parameters:
+            option_name = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{type(pipe).__name__} takes no {option_name}; leave it out")
+
+
 def write_prompts(prompts: Path | Sequence[str]) -> str:
     """Return the file of an option for prompts; those from Python stand for a file of them."""
     return str(prompts) if isinstance(prompts, Path) else "prompts.txt"
@@ -146,7 +168,7 @@ def say_conditions(
     refuse_settings(pipe, sampling)
     arguments_of(pipe, conditions)  # which refuses a label that only a later call would get
     say_cut_prompts(pipe, conditions, progress)
-    say_pictures(pipe, sampling, progress)
+    say_pictures(pipe, sampling, progress, len(conditions))
 
 
 def draw_stills(
@@ -195,6 +217,9 @@ def call_pipeline(
     except RuntimeError as error:
         _refuse_few_steps(pipe, arguments, error)
         raise
+    except NameError as error:
+        _refuse_missing_package(pipe, error)
+        raise
     except (TypeError, AttributeError, ValueError) as error:
         refuse_list(pipe, arguments, error)
         refuse_without_media(pipe, arguments, error)
@@ -232,6 +257,22 @@ def _refuse_few_steps(pipe: Pipeline, arguments: Mapping[str, Any], error: Excep
         raise UsageError(
             f"--steps {steps} leaves {type(pipe).__name__} no step: it starts from a picture, and "
             f"takes {strength:g} of the steps; give at least --steps {math.ceil(1 / strength)}"
+        ) from error
+
+
+def _refuse_missing_package(pipe: Pipeline, error: NameError) -> None:
+    """Refuse in one line a pipeline that imports a package only where there is one.
+
+    Raises:
+        UsageError: the package is not installed.
+    """
+    name = error.name or ""
+    module = sys.modules[type(pipe).__module__]
+    if not re.search(rf"^\s+import {re.escape(name)}$", inspect.getsource(module), re.MULTILINE):
+        return
+    if importlib.util.find_spec(name) is None:
+        raise UsageError(
+            f"{type(pipe).__name__} needs the package {name}; install it with `pip install {name}`"
         ) from error
 
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from types import MappingProxyType, MethodType
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from msfp_cli.errors import ModelError
@@ -190,10 +191,18 @@ def watch_samples(pipe: Pipeline) -> Iterator[list[Tensor]]:
 
 
 def final_sample(pipe: Pipeline, conditions: Sequence[str | None], sampling: Sampling) -> Tensor:
-    """Draw pictures, and return the sample that the scheduler made last."""
-    with watch_samples(pipe) as samples:
-        call_pipeline(pipe, conditions, sampling, output_type="latent")
-    return samples[-1]
+    """Draw pictures, so many a call as the sampling says, and return the scheduler's last samples.
+
+    Returns:
+        A row for each picture.
+    """
+    last = list[Tensor]()
+    for first in range(0, len(conditions), sampling.batch_size):
+        batch = conditions[first : first + sampling.batch_size]
+        with watch_samples(pipe) as samples:
+            call_pipeline(pipe, batch, sampling, first=first, output_type="latent")
+        last.append(samples[-1])
+    return torch.cat(last)
 
 
 @contextmanager

@@ -132,6 +132,6 @@ def encode_calls(calls: list[DenoiserCall]) -> tuple[list[dict[str, Any]], dict[
     return encoded, encoder.tensors
 
 
-def size_bytes(calls: list[DenoiserCall]) -> int:
-    """Return the bytes that these calls take on disk, equal tensors counted once."""
-    return sum(tensor.nbytes for tensor in encode_calls(calls)[1].values())
+def tensor_sizes(calls: list[DenoiserCall]) -> dict[str, int]:
+    """Return the bytes that each tensor of these calls takes on disk, by its content."""
+    return {name: tensor.nbytes for name, tensor in encode_calls(calls)[1].items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from msfp_cli.errors import UsageError
-from msfp_cli.pipelines.denoiser import find_denoisers, map_tensors
+from msfp_cli.pipelines.denoiser import likely_denoisers, map_tensors
 from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.pipelines.prefix import tensors_of
 from msfp_cli.pipelines.sampling import call_pipeline
@@ -43,15 +43,15 @@ class _StopError(Exception):
 
 
 def probe(pipe: Pipeline, recipe: RecordRecipe) -> CallCost:
-    """Run the pipeline up to the first call of its largest network, and time that call once more.
+    """Run the pipeline up to the first call of its largest denoiser, and time that call once more.
 
     Returns:
-        Nothing but zeros if that network is not called.
+        Nothing but zeros if that denoiser is not called.
 
     Raises:
         UsageError: the pipeline cannot be called with what msfp has for it.
     """
-    denoiser = max(find_denoisers(pipe).values(), key=_num_parameters)
+    denoiser = max(likely_denoisers(pipe).values(), key=_num_parameters)
     passed: list[Any] = []
     outputs: list[Tensor] = []
 

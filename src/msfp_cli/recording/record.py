@@ -24,10 +24,15 @@ from msfp_cli.pipelines.discovery import (
     watch_pipeline,
 )
 from msfp_cli.pipelines.loading import BUILT_IN, BUILT_IN_GUIDANCE, ModelSource, Pipeline
-from msfp_cli.pipelines.sampling import call_pipeline, refuse_settings, say_conditions
+from msfp_cli.pipelines.sampling import (
+    call_pipeline,
+    refuse_settings,
+    refuse_untaken,
+    say_conditions,
+)
 from msfp_cli.processes import ALONE, Processes
 from msfp_cli.recording.compare import output_error
-from msfp_cli.recording.encode import size_bytes
+from msfp_cli.recording.encode import tensor_sizes
 from msfp_cli.recording.recipe import (
     DEFAULT_MAX_BYTES,
     LARGE,
@@ -49,7 +54,11 @@ _REPEATED = 1e-3
 
 
 class _Watcher:
-    """Collects the calls of one pipeline run, and checks at the first how much all would take."""
+    """Collects the calls of one pipeline run, and checks meanwhile how much all would take.
+
+    Arguments:
+        num_runs: of the recording, each like this one; 0: nothing is checked.
+    """
 
     def __init__(self, pipe: Pipeline, recording: Recording, num_runs: int, max_bytes: int) -> None:
         self.pipe = pipe
@@ -61,6 +70,8 @@ class _Watcher:
         # our timesteps by the scheduler's own.
         self.channels: dict[str, set[int]] = {}
         self.timesteps: dict[str, dict[str, dict[float, float]]] = {}
+        self.sizes: dict[str, int] = {}  # in bytes, of each tensor of the calls by its content
+        self.totals: dict[str, int] = {}  # by scheduler: bytes of all calls before its last step
 
     def add_call(self, call: DenoiserCall) -> None:
         """Keep a call."""
@@ -70,8 +81,8 @@ class _Watcher:
                 "before any quantization; the model overflows in this precision: "
                 "try --dtype float32"
             )
-        if not self.calls:
-            self._check_size(call)
+        if self.num_runs:
+            self._check_call(call)
         self.calls.append(call)
 
     def add_step(
@@ -89,7 +100,10 @@ class _Watcher:
             self.channels.setdefault(last.component, set()).add(model_output.shape[1])
         if timestep is not None:
             own = self.timesteps.setdefault(last.component, {}).setdefault(scheduler, {})
-            own[float(torch.as_tensor(timestep).reshape(-1)[0])] = last.timestep
+            time = float(torch.as_tensor(timestep).reshape(-1)[0])
+            own[time] = last.timestep
+            if self.num_runs:
+                self._check_step(scheduler, time)
 
     def used_calls(self) -> list[DenoiserCall]:
         """Return the calls without output channels that the pipeline did not use.
@@ -121,13 +135,39 @@ class _Watcher:
         pairs = zip(timesteps.tolist(), factors.tolist(), strict=True)
         return [(ours[timestep], factor) for timestep, factor in pairs if timestep in ours] or None
 
-    def _check_size(self, call: DenoiserCall) -> None:
-        """Refuse a recording that is too large, by its first call.
+    def _check_call(self, call: DenoiserCall) -> None:
+        """Count a call; refuse a recording that is too large by the first one already.
 
-        What changes from step to step is the sample and the output.
+        What surely changes from step to step is the sample and the output.
         """
-        per_step = call.output.nbytes * 2
-        estimate = self.num_runs * (size_bytes([call]) + per_step * (self.num_steps() - 1))
+        self.sizes |= tensor_sizes([call])
+        if not self.calls:
+            per_step = call.output.nbytes * 2
+            self._refuse_beyond(sum(self.sizes.values()) + per_step * (self.num_steps() - 1))
+
+    def _check_step(self, scheduler: str, timestep: float) -> None:
+        """Refuse a recording that is too large by what a step has added to it.
+
+        What ControlNets make changes from step to step, too, and some pipelines call a denoiser
+        twice for each. The first step of a schedule also adds what all share.
+        """
+        total = sum(self.sizes.values())
+        grown = total - self.totals.get(scheduler, total)
+        self.totals[scheduler] = total
+        times = getattr(self.pipe.components[scheduler], "timesteps", None)
+        known = torch.as_tensor(() if times is None else times).flatten()
+        places: list[int] = (known == timestep).nonzero().flatten().tolist()
+        is_later = bool(places) and places[-1] > 0
+        left = len(known) - 1 - places[-1] if is_later else 0
+        self._refuse_beyond(total + grown * left)
+
+    def _refuse_beyond(self, num_bytes: int) -> None:
+        """Refuse a recording that takes more than it may.
+
+        Arguments:
+            num_bytes: of one run.
+        """
+        estimate = self.num_runs * num_bytes
         free = shutil.disk_usage(self.recording.directory).free
         bound = min(self.max_bytes, free)
         if estimate > bound:
@@ -180,7 +220,9 @@ def record_calls(
         with processes.progress.task(description, len(recipe.conditions)) as advance:
             advance(min((recipe.num_shards - len(own)) * recipe.batch_size, len(recipe.conditions)))
             for index in own:
-                watcher = _Watcher(pipe, recording, len(missing), max_bytes)
+                # Later the disk has less free, and less is missing.
+                num_runs = len(missing) if index == own[0] else 0
+                watcher = _Watcher(pipe, recording, num_runs, max_bytes)
                 first = index * recipe.batch_size
                 conditions = recipe.conditions[first : first + recipe.batch_size]
                 with watch_pipeline(pipe, clocks, watcher.add_call, watcher.add_step):
@@ -214,6 +256,7 @@ def record_recipes(
 ) -> tuple[RecordRecipe, RecordRecipe]:
     """Return the recipes of the calibration recording and of the held-out one."""
     refuse_settings(pipe, options)
+    refuse_untaken(pipe, options)
     given = prompts_of(options.prompts)
     count = options.num_images
     if count is None:

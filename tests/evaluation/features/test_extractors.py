@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from msfp_cli.errors import UsageError
-from msfp_cli.evaluation.features.extractors import Extractor, load_extractor
+from msfp_cli.evaluation.features.extractors import Extractor, in_batches, load_extractor
 from msfp_cli.evaluation.features.fashion import load_classifier
 from msfp_cli.evaluation.features.squeezenet import load_squeezenet
 
@@ -228,3 +228,12 @@ def test_inception_whose_weights_cannot_be_fetched_says_so(fidelity: ModuleType)
         UsageError, match=r"cannot be fetched \(no network\); use --extractor squeezenet"
     ):
         load_extractor("inception")
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "sizes"),
+    [(32, 32, [32, 8]), (512, 512, [32, 8]), (1024, 1024, [8] * 5), (480, 33 * 832, [1] * 40)],
+)
+def test_large_pictures_go_in_smaller_batches(height: int, width: int, sizes: list[int]) -> None:
+    pictures = torch.zeros(1, dtype=torch.uint8).expand(40, 3, height, width)
+    assert [len(batch) for batch in in_batches(pictures, 32)] == sizes

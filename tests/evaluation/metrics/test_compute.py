@@ -94,6 +94,18 @@ def test_pictures_are_compared_one_by_one_whatever_the_batch(
         assert deep[i] == pytest.approx(float(deep_distance(network, *pair)), rel=1e-4)
 
 
+def test_large_pictures_are_compared_a_few_at_a_time() -> None:
+    one = torch.zeros(1, dtype=torch.uint8).expand(9, 3, 2048, 1024)
+    sizes = list[int]()
+
+    def formula(pictures: Tensor, reference: Tensor) -> Tensor:
+        sizes.append(len(pictures))
+        return torch.zeros(len(pictures))
+
+    assert compute._pairwise(evidence_of(one, one), formula) == (0,) * 9
+    assert sizes == [4, 4, 1]
+
+
 @pytest.mark.parametrize(("height", "width", "fits"), [(10, 40, 0), (40, 10, 0), (11, 11, 1)])
 def test_pictures_smaller_than_the_window_have_no_ssim(height: int, width: int, fits: bool) -> None:
     pictures = bytes_of(1, 3, height, width), bytes_of(1, 3, height, width, seed=1)

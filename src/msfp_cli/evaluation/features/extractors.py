@@ -19,6 +19,7 @@ from msfp_cli.evaluation.features.fashion import load_classifier
 from msfp_cli.evaluation.features.squeezenet import load_squeezenet
 
 _BATCH = 64
+_USUAL = 512 * 512  # pixels of a picture of which a whole batch fits into memory
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,8 @@ class Extractor:
         Raises:
             UsageError: the extractor's result is not a tensor ``(pictures, dimensions)``.
         """
-        return torch.cat(
-            [self._rows(batch.float() / 255) for batch in torch.split(pictures, _BATCH)]
-        )
+        batches = in_batches(pictures, _BATCH)
+        return torch.cat([self._rows(batch.float() / 255) for batch in batches])
 
     def _rows(self, pictures: Tensor) -> Tensor:
         """Return the features of a batch; refuse a result that is not one row for each picture."""
@@ -59,6 +59,17 @@ class Extractor:
                 "it must give one row a picture"
             )
         return rows.float().cpu()
+
+
+def in_batches(pictures: Tensor, most: int) -> tuple[Tensor, ...]:
+    """Split pictures into batches that take about the same memory; frames of a video are large.
+
+    Arguments:
+        pictures: ``(pictures, channels, height, width)``.
+        most: pictures of a batch, if they are not larger than usual.
+    """
+    height, width = pictures.shape[-2:]
+    return torch.split(pictures, max(1, min(most, most * _USUAL // (height * width))))
 
 
 def load_extractor(name: str) -> Extractor:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
 from msfp_cli.evaluation.features import fashion
 from msfp_cli.evaluation.features.clip import clip_score
+from msfp_cli.evaluation.features.extractors import in_batches
 from msfp_cli.evaluation.features.squeezenet import deep_distance as distance_of_maps
 from msfp_cli.evaluation.features.squeezenet import load_squeezenet
 from msfp_cli.evaluation.metrics import distances
@@ -63,8 +63,8 @@ def _pairwise(evidence: Evidence, formula: Callable[[Tensor, Tensor], Tensor]) -
     """
     if evidence.full is None:
         return None
-    batches = torch.split(evidence.own.pictures, _BATCH)
-    full_batches = torch.split(evidence.full.pictures, _BATCH)
+    batches = in_batches(evidence.own.pictures, _BATCH)
+    full_batches = in_batches(evidence.full.pictures, _BATCH)
     values = list[float]()
     for batch, full_batch in zip(batches, full_batches, strict=True):
         values += formula(batch.float() / 255, full_batch.float() / 255).tolist()

@@ -1,6 +1,6 @@
 """A model's denoisers against full precision: their output by timestep, and each layer alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -75,10 +75,15 @@ def _histogram(samples: torch.Tensor, minimum: float, maximum: float) -> Histogr
     return Histogram(minimum=minimum, maximum=maximum, counts=tuple(int(count) for count in counts))
 
 
-def denoiser_bytes(pipe: Pipeline) -> int:
-    """Return the denoisers' size: as exported if quantized, otherwise with 16 bits per number."""
+def denoiser_bytes(pipe: Pipeline, components: Iterable[str]) -> int:
+    """Return the denoisers' size: as exported if quantized, otherwise with 16 bits per number.
+
+    Arguments:
+        components: the denoisers that an export has quantized. Other networks beside them, such as
+            a ControlNet, do not count.
+    """
     size = 0
-    for denoiser in find_denoisers(pipe).values():
+    for denoiser in (pipe.components[component] for component in components):
         tensors = saved_tensors(denoiser).values()
         if quantized_layers(denoiser):
             size += sum(tensor.nbytes for tensor in tensors)
