@@ -346,6 +346,7 @@ ELSEWHERE = {
     "it is not UTF-8; give it in a file with --prompts": "tests/commands/test_wrong_inputs.py",
     "is for layers whose weights and inputs are quantized": "tests/calibration/test_transforms.py",
     "--weight-groups {} is not a number; choose": "tests/calibration/test_recipe.py",
+    "set MSFP_CACHE to a directory of yours, or store it": "tests/engines/test_conversions.py",
     "unknown --engine {}; choose": "tests/checkpoint/test_engine.py",
     "run the same command to go on": "tests/troubles.py",
     "run the same command again": "tests/kills.py",
