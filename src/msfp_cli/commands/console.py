@@ -36,6 +36,7 @@ STOPPED = "stopped; what was finished is kept, run the same command to go on"
 # gloo and NCCL have no exception of their own for a process that is gone, only these words.
 _GONE = re.compile("Connection (closed|reset) by peer|remote process exited")
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -162,7 +163,7 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
     The first time it is only remembered, so that work in hand can be finished and saved; the second
     time it interrupts, except where other processes take part, who pass such signals on and would
-    send several.
+    send several. A signal that is ignored stays so: a shell starts what goes on behind it that way.
     """
     asked: list[int] = []
 
@@ -174,7 +175,8 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # only the main thread may listen to signals
         return
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, remember) for number in heard}
     try:
         yield lambda: bool(asked)
     finally:
