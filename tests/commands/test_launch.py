@@ -37,8 +37,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
 
 
 def test_processes_know_of_each_other_and_run_the_same_command_line(
-    run: Script, tmp_path: Path
+    run: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "path", [os.getcwd(), *sys.path])
     names = "$WORLD_SIZE $RANK $LOCAL_RANK $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS"
     assert run(f'echo "$# $*" > command$RANK; echo "{names}" > told$RANK') == 0
     first, second = ((tmp_path / f"told{rank}").read_text().split() for rank in range(2))
@@ -52,6 +53,19 @@ def test_processes_know_of_each_other_and_run_the_same_command_line(
         assert (
             tmp_path / f"command{rank}"
         ).read_text() == "7 -m msfp_cli evaluate --num-processes 2 --out a b\n"
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_processes_look_for_modules_where_this_one_does(
+    run: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    """A file of the user's, called random.py say, is not taken for Python's own."""
+    here = os.getcwd()
+    others = [place for place in sys.path if place not in ("", here)]
+    monkeypatch.setattr(sys, "path", [here, *others] if is_there else others)
+    assert run('echo "$1" > first$RANK') == 0
+    for rank in range(2):
+        assert (tmp_path / f"first{rank}").read_text() == ("-m\n" if is_there else "-P\n")
 
 
 def test_the_first_process_speaks_for_all(run: Script, capfd: pytest.CaptureFixture[str]) -> None:

@@ -108,7 +108,7 @@ def _launch(num_processes: int) -> int:
         "MASTER_PORT": port,
     }
     threads = os.environ.get(_THREADS, max(1, _cores() // num_processes))
-    command = [sys.executable, "-m", "msfp_cli", *sys.argv[1:]]
+    command = [sys.executable, *_safe_path(), "-m", "msfp_cli", *sys.argv[1:]]
     # The processes hear of Ctrl-C themselves. Their input ends when this process does: nobody else
     # holds `_held`.
     listening, held = os.pipe()
@@ -148,6 +148,17 @@ def _launch(num_processes: int) -> int:
             "a process was killed, probably because memory ran out; --num-processes 1 needs less"
         )
     return next(iter(failed), int(any(codes)))
+
+
+def _safe_path() -> list[str]:
+    """Return what keeps Python from looking for modules where the user works, if it does not here.
+
+    `python -m` does, unlike the console script, and a ``random.py`` there would be taken for
+    Python's own.
+    """
+    if sys.flags.isolated:
+        return ["-I"]
+    return [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
 
 
 def _pass_on(number: int, processes: list[subprocess.Popen[bytes]]) -> None:
