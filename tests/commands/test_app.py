@@ -638,6 +638,20 @@ def test_place_that_cannot_be_written_is_one_helpful_line(
             "out of memory; give a smaller --batch-size",
         ),
         (
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            ),
+            "out of memory; give a smaller --batch-size",
+        ),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory; give a smaller"),
+        (OSError(errno.EMFILE, "Too many open files", "x"), "too many open files; raise their"),
+        (RuntimeError("can't start new thread"), "no more threads or processes may be started; "),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "no more threads or"),
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
+            "No usable temporary directory found in ['/tmp']; check the path, its disk and your ",
+        ),
+        (
             ArithmeticError("odd\nand more"),
             "ArithmeticError: odd (run `msfp --debug ...` for the traceback",
         ),
