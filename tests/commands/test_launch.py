@@ -13,6 +13,7 @@ import typer
 
 from msfp_cli.commands import launch
 from msfp_cli.commands.console import STOPPED, guarded
+from msfp_cli.errors import UsageError
 from msfp_cli.processes import LAUNCHED, LEFT_ALONE, LEFT_ALONE_WORDS
 
 Script = Callable[[str], int]
@@ -241,7 +242,32 @@ def test_one_process_and_those_that_were_launched_do_the_work(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if inside:
         monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     launch.share_out(num_processes, nullcontext())
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": ""}, "^WORLD_SIZE='' is not a number; unset WORLD_SIZE and RANK, or start"),
+        ({"RANK": "first"}, "^RANK='first' is not a number; unset"),
+        (
+            {"WORLD_SIZE": "2"},
+            "MASTER_ADDR does not say where they meet; unset WORLD_SIZE and RANK",
+        ),
+    ],
+    ids=str,
+)
+def test_variables_that_a_cluster_has_set_in_part_are_refused(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    launch.share_out(1, nullcontext())
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=message):
+        launch.share_out(1, nullcontext())
 
 
 @pytest.mark.parametrize(
