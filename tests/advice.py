@@ -357,6 +357,7 @@ ELSEWHERE = {
     "give it with --against": "tests/evaluation/test_identity.py",
     "use --compare none": "tests/evaluation/test_models.py",
     "use --extractor squeezenet": "tests/evaluation/features/test_extractors.py",
+    "was replaced while it was evaluated": "tests/evaluation/test_evaluate.py",
     "unknown --compare": "tests/evaluation/test_evaluate.py",
     "give more with --num-images": "tests/evaluation/test_evaluate.py",
     "leave --gradient-checkpointing out": "tests/finetuning/test_finetune.py",
