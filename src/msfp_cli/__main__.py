@@ -8,6 +8,7 @@ from types import FrameType
 
 def main() -> None:
     """Run the command line."""
+    open_missing_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored
         signal.signal(signal.SIGINT, _stop_before_the_start)
     let_threads_sleep()
@@ -22,6 +23,21 @@ def _stop_before_the_start(number: int, frame: FrameType | None) -> None:
     sys.stderr.write("error: stopped before anything was done\n")
     sys.stderr.flush()
     os._exit(1)
+
+
+def open_missing_streams() -> None:
+    """Let the standard streams that a daemon has closed lead nowhere.
+
+    The next files that are opened would get their numbers, a lock or half-written weights among
+    them, and take whatever libraries and processes that are started read and print there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
 
 
 def let_threads_sleep() -> None:

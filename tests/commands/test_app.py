@@ -638,6 +638,20 @@ def test_place_that_cannot_be_written_is_one_helpful_line(
             "out of memory; give a smaller --batch-size",
         ),
         (
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            ),
+            "out of memory; give a smaller --batch-size",
+        ),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory; give a smaller"),
+        (OSError(errno.EMFILE, "Too many open files", "x"), "too many open files; raise their"),
+        (RuntimeError("can't start new thread"), "no more threads or processes may be started; "),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "no more threads or"),
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
+            "No usable temporary directory found in ['/tmp']; check the path, its disk and your ",
+        ),
+        (
             ArithmeticError("odd\nand more"),
             "ArithmeticError: odd (run `msfp --debug ...` for the traceback",
         ),
@@ -683,6 +697,31 @@ def test_reader_that_has_enough_is_not_an_error_to_explain(
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+CLOSED = """
+import os, sys
+for number in range(3):
+    os.close(number)
+sys.stdin = sys.stdout = sys.stderr = None
+from msfp_cli.__main__ import open_missing_streams
+open_missing_streams()
+with open(sys.argv[1], "w") as file:
+    file.write(f"{file.fileno() > 2}")
+    file.flush()
+    os.write(2, b"a warning of a library")
+    os.system("echo noise; cat; echo noise >&2")
+    print("a result")
+    print("an error", file=sys.stderr)
+    file.write(f" {sys.stdin.read()!r}")
+"""
+
+
+def test_streams_that_a_daemon_has_closed_lead_nowhere(tmp_path: Path) -> None:
+    """A file that is being written would take their numbers, and what is printed."""
+    path = tmp_path / "weights"
+    done = subprocess.run([sys.executable, "-c", CLOSED, str(path)])
+    assert (done.returncode, path.read_text()) == (0, "True ''")
 
 
 def test_version_is_printed() -> None:

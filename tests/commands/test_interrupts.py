@@ -1,10 +1,13 @@
 """Ctrl-C is answered in one line from the first moment on."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from msfp_cli.commands.console import stop_on_interrupt
 
 # Presses Ctrl-C when a module is about to be imported.
 PRESS = """
@@ -54,3 +57,17 @@ def test_command_that_ignores_interrupts_goes_on(tmp_path: Path) -> None:
     code, lines = press("torch", "export", tmp_path, "signal.SIG_IGN")
     assert code == 1
     assert lines[0].startswith("error: no run directory msfp-run here")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_work_that_ignores_a_signal_goes_on(number: signal.Signals) -> None:
+    """So a shell starts what it lets go on in the background."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with stop_on_interrupt() as is_asked:
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+            assert not is_asked()
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)

@@ -13,6 +13,7 @@ import typer
 
 from msfp_cli.commands import launch
 from msfp_cli.commands.console import STOPPED, guarded
+from msfp_cli.errors import UsageError
 from msfp_cli.processes import LAUNCHED, LEFT_ALONE, LEFT_ALONE_WORDS
 
 Script = Callable[[str], int]
@@ -37,8 +38,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
 
 
 def test_processes_know_of_each_other_and_run_the_same_command_line(
-    run: Script, tmp_path: Path
+    run: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "path", [os.getcwd(), *sys.path])
     names = "$WORLD_SIZE $RANK $LOCAL_RANK $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS"
     assert run(f'echo "$# $*" > command$RANK; echo "{names}" > told$RANK') == 0
     first, second = ((tmp_path / f"told{rank}").read_text().split() for rank in range(2))
@@ -52,6 +54,19 @@ def test_processes_know_of_each_other_and_run_the_same_command_line(
         assert (
             tmp_path / f"command{rank}"
         ).read_text() == "7 -m msfp_cli evaluate --num-processes 2 --out a b\n"
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_processes_look_for_modules_where_this_one_does(
+    run: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    """A file of the user's, called random.py say, is not taken for Python's own."""
+    here = os.getcwd()
+    others = [place for place in sys.path if place not in ("", here)]
+    monkeypatch.setattr(sys, "path", [here, *others] if is_there else others)
+    assert run('echo "$1" > first$RANK') == 0
+    for rank in range(2):
+        assert (tmp_path / f"first{rank}").read_text() == ("-m\n" if is_there else "-P\n")
 
 
 def test_the_first_process_speaks_for_all(run: Script, capfd: pytest.CaptureFixture[str]) -> None:
@@ -227,7 +242,32 @@ def test_one_process_and_those_that_were_launched_do_the_work(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if inside:
         monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     launch.share_out(num_processes, nullcontext())
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": ""}, "^WORLD_SIZE='' is not a number; unset WORLD_SIZE and RANK, or start"),
+        ({"RANK": "first"}, "^RANK='first' is not a number; unset"),
+        (
+            {"WORLD_SIZE": "2"},
+            "MASTER_ADDR does not say where they meet; unset WORLD_SIZE and RANK",
+        ),
+    ],
+    ids=str,
+)
+def test_variables_that_a_cluster_has_set_in_part_are_refused(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    launch.share_out(1, nullcontext())
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=message):
+        launch.share_out(1, nullcontext())
 
 
 @pytest.mark.parametrize(

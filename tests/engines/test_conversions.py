@@ -1,11 +1,15 @@
 """Conversions on disk: complete or absent, and few."""
 
+import errno
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from msfp_cli.engines import conversions
+from msfp_cli.errors import RunError
 
 
 def save(path: Path) -> None:
@@ -61,6 +65,47 @@ def test_cache_keeps_those_that_were_used_last(
     conversions.find("0a", [tmp_path])
     conversions.write(tmp_path, "0c", save)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0a", "0c"]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_who_needs_what_another_is_converting_waits_and_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    made = []
+
+    def save_slowly(path: Path) -> None:
+        made.append(path)
+        time.sleep(0.2)
+        save(path)
+
+    with ThreadPoolExecutor(3) as pool:
+        writes = [pool.submit(conversions.write, tmp_path, "0a", save_slowly) for _ in range(3)]
+    assert {write.result() for write in writes} == {conversions.find("0a", [tmp_path])}
+    assert len(made) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["0a"]
+
+
+def test_what_others_delete_or_keep_in_the_cache_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversions, "_MOST", 1)
+    (tmp_path / "0b").symlink_to("nothing")  # as if it were deleted after it was listed
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(conversions, "remove", refuse)
+    path = conversions.write(tmp_path, "0a", save)
+    assert conversions.find("0a", [tmp_path]) == path
+
+
+def test_cache_without_rights_is_one_line_that_says_how_to_choose_another(tmp_path: Path) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with pytest.raises(RunError, match=f"{tmp_path} .Permission denied.; set MSFP_CACHE"):
+        conversions.write(tmp_path, "0a", refuse)
 
 
 def test_cache_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,7 @@ from msfp_cli.evaluation.metrics.evidence import Evidence, PictureSet
 from msfp_cli.evaluation.metrics.table import METRICS, compute_metrics
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation, Measurements, SetSizes
+from msfp_cli.evaluation.resume import begin
 from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, default_prompts, load_pipeline
 from msfp_cli.pipelines.sampling import Sampling
 from msfp_cli.recording.compare import layer_errors, output_error
@@ -563,6 +564,31 @@ def test_export_that_was_made_again_is_another_model(
     with pytest.raises(RunError, match="of another model; use --overwrite"):
         evaluate_again()
     assert Evaluation.load(before.directory) == before
+
+
+def test_export_that_is_replaced_while_it_is_evaluated_is_refused(
+    calibrated: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Titles and the steps before are those of the first one; with --out, the run is not locked."""
+    run = calibrated("DDIMPipeline")
+    options = replace(THREE, num_images=1, num_trajectories=1, layers=False, compare=())
+    calibration, export = Calibration.load(run.calibration), tmp_path / "export"
+    export_(calibration, export)
+    layers = {
+        name: replace(choice, scheme=replace(choice.scheme, input=None))
+        for name, choice in calibration.layers["unet"].items()
+    }
+
+    def begin_late(*arguments: Any, **rest: Any) -> None:  # noqa: ANN401
+        export_(replace(calibration, layers={"unet": layers}), export, overwrite=True)
+        begin(*arguments, **rest)
+
+    monkeypatch.setattr("msfp_cli.evaluation.evaluate.begin", begin_late)
+    place = tmp_path / "evaluation"
+    with pytest.raises(RunError, match=f"^{export} was replaced while it was evaluated; give the"):
+        evaluate_run(run, export, options, directory=place, device="cpu")
+    monkeypatch.undo()
+    evaluate_run(run, export, options, directory=place, device="cpu", overwrite=True)
 
 
 def test_export_whose_scheduler_was_changed_on_purpose_is_another_model(

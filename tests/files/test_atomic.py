@@ -1,11 +1,14 @@
 import errno
+import os
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
-from msfp_cli.files.atomic import replace_file, write_text
+from msfp_cli.files.atomic import follow_umask_, replace_file, write_text
 
 
 class Stopped(BaseException):
@@ -75,3 +78,31 @@ def test_error_without_a_name_gets_that_of_the_file(tmp_path: Path) -> None:
     with pytest.raises(SafetensorError) as raised, replace_file(path):
         raise SafetensorError("I/O error: File too large (os error 27)")
     assert raised.value.filename == str(path)
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_threads_that_write_at_once_leave_the_mask_of_new_files_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_told: bool
+) -> None:
+    """The system has no call that only asks for it."""
+    umask = os.umask
+
+    def umask_and_let_others_run(mask: int) -> int:
+        before = umask(mask)
+        time.sleep(0.001)
+        return before
+
+    monkeypatch.setattr(os, "umask", umask_and_let_others_run)
+    if not is_told:  # a system without /proc
+        monkeypatch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(OSError))
+    paths = [tmp_path / str(number) for number in range(40)]
+    before = umask(0o027)
+    try:
+        for path in paths:
+            path.touch()
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(follow_umask_, paths))
+    finally:
+        after = umask(before)
+    assert after == 0o027
+    assert {path.stat().st_mode & 0o777 for path in paths} == {0o640}

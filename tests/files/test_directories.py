@@ -16,6 +16,7 @@ from msfp_cli.files.directories import (
     refuse_existing,
     refuse_foreign,
     refuse_other_kind,
+    remove_ours,
     replace_directory,
 )
 from msfp_cli.files.lock import beside
@@ -314,6 +315,41 @@ def test_working_directory_and_those_above_are_not_replaced(
             refuse_existing(Path(name), overwrite=overwrite)
     refuse_existing(Path("inside"), overwrite=False)
     assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
+
+
+def test_mount_point_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel renames none, so that the work of hours could not get its name."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
+    message = f"^{tmp_path}/out is a mount point, .*; choose a path in it, such as {tmp_path}/out/"
+    with pytest.raises(RunError, match=message):
+        refuse_existing(tmp_path / "out", overwrite=False)
+    with pytest.raises(RunError, match=message), replace_directory(tmp_path / "out"):
+        pytest.fail("work is done in vain")
+    refuse_existing(tmp_path / "out" / "new", overwrite=False)
+
+
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_link_stays_and_the_directory_behind_it_is_replaced(tmp_path: Path, is_empty: bool) -> None:
+    """Else the old files would stay on the disk behind it, and the new ones fill this one."""
+    (tmp_path / "disk").mkdir()
+    behind = tmp_path / "disk" / "out"
+    behind.mkdir() if is_empty else existing(behind)
+    link = tmp_path / "out"
+    link.symlink_to(behind)
+    with replace_directory(link, overwrite=True) as temporary:
+        assert temporary.parent == tmp_path / "disk"
+        (temporary / "sheet.png").write_text("new")
+    assert link.readlink() == behind
+    assert names_of(behind) == [MARK, "sheet.png"]
+    remove_ours(link)
+    assert link.readlink() == behind
+    assert names_of(behind) == []
+    assert {path.name for path in tmp_path.rglob("*")} == {"out", "disk"}
+    remove_ours(behind)
+    assert not behind.exists()
 
 
 def test_lock_lies_beside_a_directory_whatever_it_is_called(

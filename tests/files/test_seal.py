@@ -62,6 +62,19 @@ def test_an_altered_file_is_named_before_what_it_breaks(sealed: Path) -> None:
         raise ValueError("it is in no known format")
 
 
+@pytest.mark.parametrize("is_read", (True, False))
+def test_a_directory_that_is_replaced_while_it_is_read_is_refused(
+    sealed: Path, is_read: bool
+) -> None:
+    """Each half is unaltered, and what looks altered need not be downloaded again."""
+    with pytest.raises(RunError, match=f"^{sealed} was replaced while it was read; load it again"):
+        with checked(sealed, redo=REDO):
+            with replace_directory(sealed, overwrite=True) as temporary:
+                (temporary / "model_index.json").write_text("another index")
+            if is_read:
+                raise ValueError("the old index names a file that the new directory has not")
+
+
 def test_nothing_is_compared_again_inside_of_a_comparison(
     sealed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,18 @@ def test_setting_that_is_a_list_of_numbers_is_not_a_component(tmp_path: Path) ->
         refuse_missing_parts(tmp_path)
 
 
+def test_folder_that_may_not_be_read_is_not_one_without_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DModel"]}))
+    monkeypatch.setattr(
+        os, "access", lambda path, _mode: path != tmp_path / "unet"
+    )  # tests of root
+    with pytest.raises(ModelError, match=f"^{tmp_path}/unet may not be read; check your rights"):
+        refuse_missing_parts(tmp_path)
+
+
 def test_part_that_a_pipeline_makes_itself_needs_no_folder(tmp_path: Path) -> None:
     index = {
         "_class_name": "LongCatAudioDiTPipeline",

@@ -188,15 +188,19 @@ class MSFPPipeline:
         Raises:
             ModelError: it is not an export.
             CheckpointError: it is truncated, altered, or newer than this msfp.
+            RunError: another process replaced it meanwhile.
             UsageError: there is no such kernel, or it can run no layer.
         """
         directory = Path(directory)
         device = device_of(kernel, device)
-        components = _read_components(directory)
-        configs = {name: config for name, (config, _) in components.items()}
-        denoisers = {name: config for name, (config, denoises) in components.items() if denoises}
+        _read_components(directory)  # which says best what is damaged
         name = None if dtype is None else str(dtype).removeprefix("torch.")
         with checked(directory, redo=REDO) if check else unchecked():
+            components = _read_components(directory)  # of the very files that are loaded
+            configs = {each: config for each, (config, _) in components.items()}
+            denoisers = {
+                each: config for each, (config, denoises) in components.items() if denoises
+            }
             source = ModelSource(model=str(directory), dtype=name, variant=variant)
             pipe = load_pipeline(source, device)
             if is_engine(kernel):

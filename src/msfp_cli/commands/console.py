@@ -36,6 +36,19 @@ STOPPED = "stopped; what was finished is kept, run the same command to go on"
 # gloo and NCCL have no exception of their own for a process that is gone, only these words.
 _GONE = re.compile("Connection (closed|reset) by peer|remote process exited")
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+# What torch says on an accelerator and on a CPU, and the library of C++ says.
+_NO_MEMORY = re.compile("out of memory|not enough memory|allocate memory|bad_alloc")
+_NO_THREAD = "can't start new thread"
+# What the system refuses whatever the path is, by its number.
+_LIMITS = {
+    errno.ENOSPC: "the disk is full; free some space and run the same command to go on",
+    errno.ENOMEM: "out of memory; give a smaller --batch-size",
+    errno.EMFILE: "too many open files; raise their limit, as with `ulimit -n 4096`, and run the "
+    "same command to go on",
+    errno.EAGAIN: "no more threads or processes may be started; raise their limit, as with "
+    "`ulimit -u`, or end others, and run the same command to go on",
+}
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -162,7 +175,7 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
     The first time it is only remembered, so that work in hand can be finished and saved; the second
     time it interrupts, except where other processes take part, who pass such signals on and would
-    send several.
+    send several. A signal that is ignored stays so: a shell starts what goes on behind it that way.
     """
     asked: list[int] = []
 
@@ -174,7 +187,8 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # only the main thread may listen to signals
         return
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, remember) for number in heard}
     try:
         yield lambda: bool(asked)
     finally:
@@ -195,14 +209,15 @@ def _errno_of(error: BaseException) -> int | None:
     return int(text[1]) if isinstance(error, SafetensorError) and text else None
 
 
-def _explain_errno(number: int, filename: object) -> str:
-    """Return one line for an error of the system."""
-    if number == errno.ENOSPC:
-        return "the disk is full; free some space and run the same command to go on"
+def _explain_errno(number: int, error: BaseException) -> str:
+    """Return one line for an error of the system; a library may have its own words for it."""
+    if number in _LIMITS:
+        return _LIMITS[number]
+    filename = getattr(error, "filename", None)
     place = "" if filename is None else f"{filename}: "
     return (
-        f"{place}{os.strerror(number)}; check the path, its disk and your rights to it, and run "
-        "the same command to go on"
+        f"{place}{getattr(error, 'strerror', None) or os.strerror(number)}; check the path, its "
+        "disk and your rights to it, and run the same command to go on"
     )
 
 
@@ -214,9 +229,11 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return STOPPED, 1
     number = _errno_of(error)
     if number is not None:
-        return _explain_errno(number, getattr(error, "filename", None)), 1
-    if isinstance(error, MemoryError) or "out of memory" in str(error):
-        return "out of memory; give a smaller --batch-size", 1
+        return _explain_errno(number, error), 1
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+        return _LIMITS[errno.ENOMEM], 1
+    if _NO_THREAD in str(error):
+        return _LIMITS[errno.EAGAIN], 1
     first = (str(error).strip().splitlines() or ["no message"])[0]
     if isinstance(error, OSError):  # a library's own, without the system's number
         return (

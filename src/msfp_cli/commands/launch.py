@@ -22,6 +22,7 @@ from typing import Annotated
 import typer
 
 from msfp_cli.commands import console
+from msfp_cli.errors import UsageError
 from msfp_cli.files.lock import inherited
 from msfp_cli.processes import LAUNCHED, LEFT_ALONE
 from msfp_cli.progress import SILENT, Progress
@@ -34,6 +35,9 @@ ProcessesOption = Annotated[
         show_default=False,
     ),
 ]
+_LAUNCH_WELL = (
+    "unset WORLD_SIZE and RANK, or start the processes with `accelerate launch -m msfp_cli`"
+)
 _GRACE_SECONDS = 5
 _THREADS = "OMP_NUM_THREADS"
 
@@ -53,11 +57,31 @@ def share_out(num_processes: int, lock: AbstractContextManager[None]) -> None:
 
     Arguments:
         lock: held while they run, and by them until the last is gone.
+
+    Raises:
+        UsageError: the environment tells of several processes, but not how they meet.
     """
+    _refuse_half_launched()
     if num_processes > 1 and "WORLD_SIZE" not in os.environ:
         with lock:
             code = _launch(num_processes)
         raise typer.Exit(code)
+
+
+def _refuse_half_launched() -> None:
+    """Refuse variables of a launcher that a cluster or a container has set only in part.
+
+    Raises:
+        UsageError: a number is none, or it is not said where several processes meet.
+    """
+    for name in ("WORLD_SIZE", "RANK"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise UsageError(f"{name}={os.environ[name]!r} is not a number; {_LAUNCH_WELL}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "MASTER_ADDR" not in os.environ:
+        raise UsageError(
+            "WORLD_SIZE says that several processes were started, but MASTER_ADDR does not say "
+            f"where they meet; {_LAUNCH_WELL}"
+        )
 
 
 def end_with_launcher() -> None:
@@ -108,7 +132,7 @@ def _launch(num_processes: int) -> int:
         "MASTER_PORT": port,
     }
     threads = os.environ.get(_THREADS, max(1, _cores() // num_processes))
-    command = [sys.executable, "-m", "msfp_cli", *sys.argv[1:]]
+    command = [sys.executable, *_safe_path(), "-m", "msfp_cli", *sys.argv[1:]]
     # The processes hear of Ctrl-C themselves. Their input ends when this process does: nobody else
     # holds `_held`.
     listening, held = os.pipe()
@@ -148,6 +172,17 @@ def _launch(num_processes: int) -> int:
             "a process was killed, probably because memory ran out; --num-processes 1 needs less"
         )
     return next(iter(failed), int(any(codes)))
+
+
+def _safe_path() -> list[str]:
+    """Return what keeps Python from looking for modules where the user works, if it does not here.
+
+    `python -m` does, unlike the console script, and a ``random.py`` there would be taken for
+    Python's own.
+    """
+    if sys.flags.isolated:
+        return ["-I"]
+    return [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
 
 
 def _pass_on(number: int, processes: list[subprocess.Popen[bytes]]) -> None:

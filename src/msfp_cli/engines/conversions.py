@@ -5,16 +5,19 @@ tree of its arguments. It lies beside an exported checkpoint (``openvino/``, wri
 `msfp export --engine openvino`) or in the user's cache, which keeps the few that were used last.
 """
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from msfp_cli.errors import MsfpError
+from msfp_cli.errors import MsfpError, RunError
 from msfp_cli.files import directories
 from msfp_cli.files.atomic import remove
 from msfp_cli.files.documents import Json
+from msfp_cli.files.lock import beside, only_writer
 from msfp_cli.files.seal import MARK, Seal
 
 FOLDER = "openvino"  # in an export, and in the cache
@@ -22,6 +25,7 @@ _MODEL = "model.xml"
 # What conversions are in an export, as patterns of `Seal`.
 CONVERSIONS = tuple(f"{FOLDER}/*/{name}" for name in (_MODEL, "model.bin", MARK))
 _MOST = 6  # conversions that the cache keeps
+_NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 _SCHEMA = 1  # of what is traced; a change makes older conversions useless
 
 
@@ -65,15 +69,43 @@ def _is_complete(directory: Path) -> bool:
 def write(place: Path, key: str, save: Callable[[Path], None]) -> Path:
     """Write a conversion, whole or not at all; the oldest ones beyond `_MOST` are deleted.
 
+    Where another process or thread is writing it, this one waits and takes what the other made.
+
     Arguments:
         save: writes the model's file.
 
     Raises:
-        RunError: another process is writing it.
+        RunError: the place cannot be written.
     """
-    with directories.replace_directory(place / key, overwrite=True) as temporary:
-        save(temporary / _MODEL)
-    kept = sorted(place.glob("[0-9a-f]*"), key=lambda path: path.stat().st_mtime)
-    for old in kept[:-_MOST]:
-        remove(old)
-    return place / key / _MODEL
+    directory = place / key
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with only_writer(directory, beside(directory), wait=True):
+            if not _is_complete(directory):
+                with directories.replace_directory(directory, overwrite=True) as temporary:
+                    save(temporary / _MODEL)
+    except OSError as error:
+        if error.errno not in _NO_RIGHTS:
+            raise
+        raise RunError(
+            f"the conversion for OpenVINO cannot be written to {place} ({error.strerror}); set "
+            "MSFP_CACHE to a directory of yours, or store it with `msfp export --engine openvino`"
+        ) from None
+    _delete_oldest(place)
+    return directory / _MODEL
+
+
+def _delete_oldest(place: Path) -> None:
+    """Keep `_MOST` conversions, as far as other processes and users do not tidy up as well."""
+    found = sorted(place.glob("[0-9a-f]*"), key=_last_used)
+    for old in found[:-_MOST]:
+        with suppress(OSError):
+            remove(old)
+
+
+def _last_used(conversion: Path) -> float:
+    """Return when a conversion was last used; one that is gone goes first."""
+    try:
+        return conversion.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

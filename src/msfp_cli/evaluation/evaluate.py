@@ -26,7 +26,13 @@ from msfp_cli.evaluation.material import (
 )
 from msfp_cli.evaluation.measure import measure_model
 from msfp_cli.evaluation.models import EvaluatedModel, models_to_evaluate
-from msfp_cli.evaluation.plan import EvaluationPlan, extractor_for, pictures_to_draw, with_prompts
+from msfp_cli.evaluation.plan import (
+    EvaluationPlan,
+    extractor_for,
+    pictures_to_draw,
+    seal_of,
+    with_prompts,
+)
 from msfp_cli.evaluation.provenance import provenance_of
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation, Measurements
@@ -59,7 +65,8 @@ def evaluate_run(
 
     Raises:
         UsageError: an option does not fit, or what it needs is not installed.
-        RunError: the directory holds an evaluation with other settings or of another export.
+        RunError: the directory holds an evaluation with other settings or of another export, or
+            the export was replaced meanwhile.
         ModelError: the export is of another model than `against`.
     """
     with run.lock(directory, create=True):
@@ -85,6 +92,7 @@ def _evaluate(
     """Evaluate an export in a directory that nobody else writes to."""
     words = recipe.words() + ([] if against is None else ["--against", against.model])
     recipe = with_prompts(recipe)
+    seal = seal_of(export)
     origin = provenance_of(run, export)
     source = origin.source if against is None else _like(against, origin.source)
     models = models_to_evaluate(origin, export, recipe, source, work=place, device=device)
@@ -92,6 +100,7 @@ def _evaluate(
     plan = EvaluationPlan(
         directory=place,
         export=export,
+        seal=seal,
         source=source,
         recipe=recipe,
         record=pictures_to_draw(origin, recipe, source, full, processes.progress),

@@ -22,9 +22,14 @@ def draw_pictures(plan: EvaluationPlan, model: EvaluatedModel, full: Pipeline) -
 
     Arguments:
         full: the pipeline of full precision, which is not loaded a second time.
+
+    Raises:
+        RunError: the export was replaced, or the gallery is of other settings.
     """
     with plan.processes.first_goes_first():  # what loading makes, the others find
         pipe = full if model.key == "full" else model.load()
+        if model.key == "export":
+            plan.refuse_replaced_export()
         directory = plan.gallery(model.key).directory
         files = sealed_files(plan.export) if model.key == "export" else None
         images = plan.digest_of_images

@@ -4,11 +4,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from msfp_cli.errors import RunError
 from msfp_cli.evaluation.features.extractors import Extractor, load_extractor
 from msfp_cli.evaluation.features.reference import BUILT_IN_REFERENCE
 from msfp_cli.evaluation.gallery import Gallery
 from msfp_cli.evaluation.provenance import Provenance
 from msfp_cli.evaluation.recipe import EvaluateRecipe
+from msfp_cli.files.seal import REDO, Seal
 from msfp_cli.pipelines.conditions import (
     conditioning_of,
     conditions_for,
@@ -30,6 +32,7 @@ class EvaluationPlan:
     Arguments:
         directory: where the evaluation is.
         export: the exported directory.
+        seal: of the export, when it was first looked at.
         source: the full-precision model.
         recipe: what the user chose.
         record: the pictures of each model: prompts, sampler, seed.
@@ -40,6 +43,7 @@ class EvaluationPlan:
 
     directory: Path
     export: Path
+    seal: Seal | None
     source: ModelSource
     recipe: EvaluateRecipe
     record: RecordRecipe
@@ -50,6 +54,18 @@ class EvaluationPlan:
     def gallery(self, key: str) -> Gallery:
         """Return the pictures of a model."""
         return Gallery(self.directory / "pictures" / key, self.record)
+
+    def refuse_replaced_export(self) -> None:
+        """Refuse to draw with another export than the one that the plan is about.
+
+        Raises:
+            RunError: it was exported again meanwhile.
+        """
+        if seal_of(self.export) != self.seal:
+            raise RunError(
+                f"{self.export} was replaced while it was evaluated; give the same command with "
+                "--overwrite"
+            )
 
     @property
     def trajectories(self) -> Path:
@@ -96,6 +112,15 @@ class EvaluationPlan:
             "layers": self.recipe.layers,
             "cost": self.recipe.cost,
         }
+
+
+def seal_of(export: Path) -> Seal | None:
+    """Return the seal of an export, which tells whether it is replaced later; None without one.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    return Seal.load(export, redo=REDO)
 
 
 def with_prompts(recipe: EvaluateRecipe) -> EvaluateRecipe:

@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from msfp_cli.errors import RunError
-from msfp_cli.files.atomic import remove
-from msfp_cli.files.directories import EVALUATION, claim, refuse_around, refuse_other_kind
+from msfp_cli.files.directories import (
+    EVALUATION,
+    claim,
+    refuse_around,
+    refuse_other_kind,
+    remove_ours,
+)
 from msfp_cli.files.documents import Json, read_json, write_json
 
 _SETTINGS = "asked.json"
@@ -51,7 +56,7 @@ def refuse_other_settings(place: Path, settings: dict[str, Any], *, overwrite: b
 def begin(place: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
     """Write the settings; keep what an earlier evaluation with them has, unless `overwrite`."""
     if overwrite and (place / _SETTINGS).exists():
-        remove(place)
+        remove_ours(place)
     claim(place, EVALUATION)
     write_json(place / _SETTINGS, settings)
 

@@ -9,8 +9,9 @@ import ctypes
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -18,13 +19,28 @@ from safetensors import SafetensorError
 _TEMPORARY = ".msfp-tmp"  # how all temporary names end, so that nobody else's file is taken for one
 _AT_FDCWD = -100  # of Linux, as the next
 _RENAME_EXCHANGE = 2
+_ASKING = threading.Lock()
 
 
 def follow_umask_(path: Path) -> None:
     """Give a file or a directory the mode of any new one; safetensors makes its files private."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+
+
+def _umask() -> int:
+    """Return what modes of new files lack.
+
+    The system call that tells it sets it, too, for all threads: one that makes a file meanwhile
+    would let everybody write it, and of two that ask at once, the later would leave none behind.
+    """
+    with suppress(OSError):  # of Linux
+        for line in Path("/proc/self/status").read_bytes().splitlines():
+            if line.startswith(b"Umask:"):
+                return int(line.split()[1], 8)
+    with _ASKING:
+        mask = os.umask(0o077)
+        os.umask(mask)
+    return mask
 
 
 @contextmanager

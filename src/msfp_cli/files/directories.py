@@ -16,6 +16,7 @@ from msfp_cli.files.atomic import (
     exchange,
     flush,
     follow_umask_,
+    remove,
     temporary_of,
     write_text,
 )
@@ -148,18 +149,30 @@ def refuse_existing(directory: Path, *, overwrite: bool, work: Path | None = Non
 def refuse_around(directory: Path) -> None:
     """Refuse to replace the directory that the process is in, which would be nowhere then.
 
+    No system renames a mount point either, which is better said before hours of work than after.
+
     Raises:
-        RunError: it is the working directory, or above it.
+        RunError: it is the working directory, or above it, or a mount point.
     """
-    try:
-        here = Path.cwd().resolve()
-    except FileNotFoundError:  # it was deleted, so nothing can be above it
-        return
-    if here.is_relative_to(directory.resolve()):
+    place = directory.resolve()
+    if _is_in(place):
         raise RunError(
             f"{directory} is the working directory or above it, which msfp does not replace; "
             "choose another path"
         )
+    if os.path.ismount(place):
+        raise RunError(
+            f"{directory} is a mount point, which msfp cannot replace; choose a path in it, such "
+            f"as {directory / 'new'}"
+        )
+
+
+def _is_in(place: Path) -> bool:
+    """Whether the process is in a directory, or below it."""
+    try:
+        return Path.cwd().resolve().is_relative_to(place)
+    except FileNotFoundError:  # it was deleted, so nothing can be above it
+        return False
 
 
 def _is_there(directory: Path) -> bool:
@@ -198,12 +211,14 @@ def replace_directory(directory: Path, *, overwrite: bool = False) -> Iterator[P
     """Yield a temporary directory that takes the place of `directory` when the block ends well.
 
     One process at a time may do so. What a killed one has left is put right before the block runs.
+    A link to a directory, on another disk say, stays: the directory that it leads to is replaced.
 
     Raises:
         RunError: `directory` exists and `overwrite` is not set, something in it is not ours, or
             another process writes it.
     """
     refuse_around(directory)
+    directory = behind(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(directory, beside(directory)):
         recover(directory)
@@ -221,6 +236,23 @@ def replace_directory(directory: Path, *, overwrite: bool = False) -> Iterator[P
             flush(directory.parent)
         finally:
             delete(temporary)
+
+
+def behind(directory: Path) -> Path:
+    """Return the path of a directory or, if it is a link, of what it leads to."""
+    return Path(os.path.realpath(directory)) if directory.is_symlink() else directory
+
+
+def remove_ours(directory: Path) -> None:
+    """Delete a directory that `refuse_foreign` accepts; one that a link leads to becomes empty."""
+    if not directory.is_symlink():
+        remove(directory)
+        return
+    new = temporary_of(behind(directory))
+    delete(new)
+    new.mkdir()
+    _swap(new, behind(directory))
+    delete(new)
 
 
 def recover(directory: Path) -> None:

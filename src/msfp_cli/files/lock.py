@@ -30,7 +30,7 @@ _held: ContextVar[tuple[tuple[str, int], ...]] = ContextVar("_held", default=())
 
 
 @contextmanager
-def only_writer(path: Path, lock: Path) -> Iterator[bool]:
+def only_writer(path: Path, lock: Path, *, wait: bool = False) -> Iterator[bool]:
     """Be the only process that writes to `path` while the context is open.
 
     A thread may enter it again. Of the processes that share a task (`RANK`), the first holds it for
@@ -39,16 +39,19 @@ def only_writer(path: Path, lock: Path) -> Iterator[bool]:
     Arguments:
         path: what is written, for the message.
         lock: the file that is locked; it lies in an existing directory.
+        wait: until the other writer ends; then each of the processes that share a task has its
+            turn, too.
 
     Raises:
         RunError: another process or thread holds the lock.
     """
     name = os.path.realpath(lock)
-    shared = os.environ.get("RANK", "0") != "0" or os.environ.get(_SHARED) == name
+    is_of_task = os.environ.get("RANK", "0") != "0" or os.environ.get(_SHARED) == name
+    shared = is_of_task and not wait
     if shared or any(name == held for held, _ in _held.get()):
         yield False
         return
-    descriptor = _take(path, lock)
+    descriptor = _take(path, lock, wait=wait)
     token = _held.set((*_held.get(), (name, descriptor)))
     try:
         yield True
@@ -96,12 +99,12 @@ def inherited() -> tuple[dict[str, str], tuple[int, ...]]:
     return {_SHARED: name}, (descriptor,)
 
 
-def _take(path: Path, lock: Path) -> int:
+def _take(path: Path, lock: Path, *, wait: bool) -> int:
     """Return the descriptor of the lock's file, locked, with this process's name in it."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _flock(descriptor)
+            _flock(descriptor, wait=wait)
             if _is_same_file(descriptor, lock):
                 os.truncate(descriptor, 0)
                 os.write(descriptor, _name_of_this_process().encode())
@@ -116,16 +119,16 @@ def _take(path: Path, lock: Path) -> int:
         os.close(descriptor)  # who held it has just deleted it
 
 
-def _flock(descriptor: int) -> None:
+def _flock(descriptor: int, *, wait: bool) -> None:
     """Lock a file.
 
     Raises:
-        BlockingIOError: another holds the lock.
+        BlockingIOError: another holds the lock, and `wait` is not set.
     """
     if fcntl is None:
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 
-from msfp_cli.errors import CheckpointError
+from msfp_cli.errors import CheckpointError, MsfpError, RunError
 from msfp_cli.files.documents import Json, read_json, require_file, to_text
 from msfp_cli.files.typed import read_fields
 
@@ -206,21 +206,57 @@ def checked(directory: Path, *, redo: str) -> Iterator[None]:
 
     Raises:
         CheckpointError: a file is altered, or was added where a loader reads it.
-        RunError: a file is missing.
+        RunError: a file is missing, or another process replaced the directory meanwhile.
     """
     is_needed = is_checked() and not is_compared(directory / MARK)
     seal = Seal.load(directory, redo=redo) if is_needed else None
     if seal is None:
         yield
         return
-    seal.refuse_other_files(directory, redo=redo)
-    large = [name for name in seal.files if name.endswith(".safetensors")]
-    seal.refuse_altered(directory, seal.files.keys() - set(large), redo=redo)
-    with ThreadPoolExecutor(1) as pool:
-        comparison = pool.submit(seal.refuse_altered, directory, large, redo=redo)
-        token = _COMPARED.set(frozenset((directory / name).resolve() for name in (MARK, *large)))
-        try:
-            yield
-        finally:
-            _COMPARED.reset(token)
-            comparison.result()
+    with _not_replaced(directory, seal):
+        seal.refuse_other_files(directory, redo=redo)
+        large = [name for name in seal.files if name.endswith(".safetensors")]
+        seal.refuse_altered(directory, seal.files.keys() - set(large), redo=redo)
+        with ThreadPoolExecutor(1) as pool:
+            comparison = pool.submit(seal.refuse_altered, directory, large, redo=redo)
+            token = _COMPARED.set(
+                frozenset((directory / name).resolve() for name in (MARK, *large))
+            )
+            try:
+                yield
+            finally:
+                _COMPARED.reset(token)
+                comparison.result()
+
+
+@contextmanager
+def _not_replaced(directory: Path, seal: Seal) -> Iterator[None]:
+    """Refuse a directory that another process replaces while the context is open.
+
+    What was read may then be half the old one and half the new one, each of them unaltered; and
+    what looks altered is not damaged.
+
+    Raises:
+        RunError: its seal is another one at the end.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _is_replaced(directory, seal):
+            raise _replaced(directory) from error
+        raise
+    if _is_replaced(directory, seal):
+        raise _replaced(directory)
+
+
+def _is_replaced(directory: Path, seal: Seal) -> bool:
+    try:
+        return Seal.load(directory, redo="") != seal
+    except MsfpError:  # neither has its name while it is replaced by two renames
+        return True
+
+
+def _replaced(directory: Path) -> RunError:
+    return RunError(
+        f"{directory} was replaced while it was read; load it again, or run the same command again"
+    )

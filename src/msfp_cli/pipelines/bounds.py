@@ -7,6 +7,7 @@ parameter without values, and transformers draws random ones.
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ def _made_by(pipeline: str) -> Collection[str]:
 def refuse_missing_parts(directory: Path) -> None:
     """Refuse a pipeline without the folder of a component that its index names.
 
+    Whoever looks for files in a folder that may not be read finds none, and says that.
+
     Raises:
-        ModelError: one is missing; the message names it.
+        ModelError: one is missing, or may not be read; the message names it.
     """
     try:
         index = json.loads((directory / "model_index.json").read_bytes())
@@ -45,6 +48,8 @@ def refuse_missing_parts(directory: Path) -> None:
     for name in parts:
         if name not in settings and not (directory / name).is_dir():
             raise ModelError(f"{directory} lacks the folder of its {name}; {_REDO}")
+        if (directory / name).is_dir() and not os.access(directory / name, os.R_OK | os.X_OK):
+            raise ModelError(f"{directory / name} may not be read; check your rights to it")
 
 
 @contextlib.contextmanager

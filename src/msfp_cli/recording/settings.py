@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from msfp_cli.errors import MsfpError
-from msfp_cli.files.atomic import remove
-from msfp_cli.files.directories import refuse_foreign
+from msfp_cli.files.directories import refuse_foreign, remove_ours
 from msfp_cli.pipelines.denoiser import find_denoisers, fingerprint
 from msfp_cli.pipelines.discovery import schedulers_of
 from msfp_cli.pipelines.pictures import digest_of_pictures
@@ -54,4 +53,4 @@ def remove_other(directory: Path, settings: dict[str, Any]) -> None:
     except MsfpError:  # damaged in whatever way: it is replaced, which is what --overwrite asks for
         pass
     refuse_foreign(directory)
-    remove(directory)
+    remove_ours(directory)
