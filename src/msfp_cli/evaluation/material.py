@@ -32,7 +32,7 @@ def draw_pictures(plan: EvaluationPlan, model: EvaluatedModel, full: Pipeline) -
             plan.refuse_replaced_export()
         directory = plan.gallery(model.key).directory
         files = sealed_files(plan.export) if model.key == "export" else None
-        images = plan.digest_of_images
+        images = plan.record.digest_of_images()
         gallery = Gallery.create(directory, plan.record, identity_of(pipe), files, images)
     gallery.fill(pipe, title=model.title, processes=plan.processes)
     return pipe

@@ -17,7 +17,6 @@ from msfp_cli.pipelines.conditions import (
     prompts_of,
 )
 from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, Pipeline, default_prompts
-from msfp_cli.pipelines.pictures import digest_of_pictures
 from msfp_cli.pipelines.sampling import refuse_untaken, say_conditions
 from msfp_cli.processes import Processes
 from msfp_cli.progress import SILENT, Progress
@@ -77,11 +76,6 @@ class EvaluationPlan:
         """The first pictures, whose denoiser calls are recorded."""
         conditions = self.record.conditions[: self.recipe.num_trajectories]
         return replace(self.record, conditions=conditions)
-
-    @property
-    def digest_of_images(self) -> str | None:
-        """What tells the pictures that pipelines are given from others, None if there are none."""
-        return None if self.record.images is None else digest_of_pictures(self.record.images)
 
     @property
     def reference_name(self) -> str | None:

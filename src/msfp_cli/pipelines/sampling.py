@@ -20,6 +20,7 @@ from msfp_cli.errors import ModelError, UsageError
 from msfp_cli.pipelines.conditions import arguments_of, say_cut_prompts
 from msfp_cli.pipelines.loading import Pipeline
 from msfp_cli.pipelines.pictures import (
+    digest_of_pictures,
     passed,
     picture_arguments,
     pictures_of,
@@ -98,6 +99,10 @@ class Sampling(Recipe):
             "guidance_scale": self.guidance_scale,
             **{name: size for name, size in sizes.items() if size is not None},
         }
+
+    def digest_of_images(self) -> str | None:
+        """Return what tells the pictures that are given from others, None if there are none."""
+        return None if self.images is None else digest_of_pictures(self.images)
 
     def settings(self) -> dict[str, Any]:
         """Return the fields of a sampling by name, without those of whatever extends it."""

@@ -8,7 +8,6 @@ from msfp_cli.errors import MsfpError
 from msfp_cli.files.directories import refuse_foreign, remove_ours
 from msfp_cli.pipelines.denoiser import find_denoisers, fingerprint
 from msfp_cli.pipelines.discovery import schedulers_of
-from msfp_cli.pipelines.pictures import digest_of_pictures
 from msfp_cli.recording.recipe import RecordRecipe
 from msfp_cli.recording.result import Recording, is_same
 
@@ -32,9 +31,8 @@ def settings_of(pipe: Pipeline, source: dict[str, Any], recipe: RecordRecipe) ->
         "fingerprint": prints,
         "schedulers": {name: _scheduler_settings(each) for name, each in schedulers},
     }
-    if recipe.images is None:
-        return settings
-    return {**settings, "pictures": {"digest": digest_of_pictures(recipe.images)}}
+    pictures = recipe.digest_of_images()
+    return settings if pictures is None else {**settings, "pictures": {"digest": pictures}}
 
 
 def _scheduler_settings(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401 (diffusers is untyped)
