@@ -59,7 +59,7 @@ def test_command_that_ignores_interrupts_goes_on(tmp_path: Path) -> None:
     assert lines[0].startswith("error: no run directory msfp-run here")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_work_that_ignores_a_signal_goes_on(number: signal.Signals) -> None:
     """So a shell starts what it lets go on in the background."""
     before = signal.signal(number, signal.SIG_IGN)

@@ -605,16 +605,18 @@ def test_interrupted_process_keeps_its_state(fresh_run: FreshRun, tmp_path: Path
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name
+)
 def test_first_interrupt_is_remembered_and_the_second_interrupts(number: signal.Signals) -> None:
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with stop_on_interrupt() as stop:
         assert not stop()
         signal.raise_signal(number)
         assert stop()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert signal.getsignal(number) == before
 
 
 def test_handlers_are_restored_after_an_error() -> None:

@@ -48,7 +48,9 @@ _LIMITS = {
     errno.EAGAIN: "no more threads or processes may be started; raise their limit, as with "
     "`ulimit -u`, or end others, and run the same command to go on",
 }
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+# A polite kill, and what a terminal sends that is closed; Windows does not have the latter.
+POLITE = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+_STOPPING = (signal.SIGINT, *POLITE)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -171,7 +173,9 @@ def hear_interrupts() -> None:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether the user asked to stop, by Ctrl-C or a polite kill.
+    """Yield a function that says whether the user asked to stop.
+
+    That is by Ctrl-C, by a polite kill, or by closing the terminal.
 
     The first time it is only remembered, so that work in hand can be finished and saved; the second
     time it interrupts, except where other processes take part, who pass such signals on and would

@@ -1,7 +1,7 @@
 """Run a command in several processes of this machine that share its work.
 
 `torch.distributed.run` starts processes, too, and an own launcher is kept for three reasons. A
-polite kill (SIGTERM) is passed on and waited for, so that each process saves its work; torch's
+polite kill (SIGTERM, SIGHUP) is passed on and waited for, so that each saves its work; torch's
 launcher kills after a fixed time. The first process alone writes to the terminal, and an error that
 several meet is shown once. On a CPU the cores are divided between the processes. `accelerate
 launch` and torchrun work as well: whoever sets ``WORLD_SIZE`` has already started the processes.
@@ -143,7 +143,8 @@ def _launch(num_processes: int) -> int:
         console.stop_on_interrupt(),
     ):
         processes: list[subprocess.Popen[bytes]] = []
-        _pass_on(signal.SIGTERM, processes)
+        for number in console.POLITE:
+            _pass_on(number, processes)
         variables, descriptors = inherited()
         shared |= variables
         for rank in range(num_processes):
@@ -165,7 +166,7 @@ def _launch(num_processes: int) -> int:
             aside.seek(0)
             sys.stderr.write(aside.read().decode(errors="replace"))
     failed = [code for code in codes if code > 0 and code != LEFT_ALONE]
-    if -signal.SIGTERM in codes:
+    if {-number for number in console.POLITE} & set(codes):
         console.say_error(console.STOPPED)
     elif any(codes) and not failed:
         console.say_error(
@@ -186,7 +187,9 @@ def _safe_path() -> list[str]:
 
 
 def _pass_on(number: int, processes: list[subprocess.Popen[bytes]]) -> None:
-    """Let processes hear of a signal that this one gets."""
+    """Let processes hear of a signal that this one gets, unless it is ignored, as by `nohup`."""
+    if signal.getsignal(number) is signal.SIG_IGN:
+        return
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in processes:
