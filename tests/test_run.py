@@ -140,11 +140,14 @@ def test_pictures_of_the_calibration_are_remembered_while_they_are_there(tmp_pat
     assert run.sampling() == {}
     run.remember_calibration("msfp calibrate model --images photos", photos)
     assert run.sampling() == {"images": photos}
+    assert run.say_lost_images() == ""
     photos.rename(tmp_path / "away")
     assert run.sampling() == {}
+    assert run.say_lost_images().startswith(f"{photos}, the --images of the calibration, is not")
     (tmp_path / "away").rename(photos)
     run.remember_calibration("msfp calibrate model")
     assert run.sampling() == {}
+    assert run.say_lost_images() == ""
 
 
 def test_two_who_make_samples_get_directories_of_their_own(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
     python examples/use/controlnet.py msfp-run/export --against MODEL
 
 A new ControlNet begins as a copy of the denoiser's first half: of the full-precision one, whose
-weights are still there. (Trained ones are loaded with ``ControlNetModel.from_pretrained``.)
+weights are still there. (Trained ones are loaded with ``ControlNetModel.from_pretrained``.) MODEL
+is the directory or hub id that was calibrated; the built-in pipeline is in
+``src/msfp_cli/data/fashion``.
 """
 
 import argparse

@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("export", type=Path)
     parser.add_argument("--image", type=Path, help="picture; a grey one by default")
     parser.add_argument("--prompt", default="a red dress")
-    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for the pictures")
     arguments = parser.parse_args()
     assert msfp_cli.__version__  # its import registers the format with diffusers
     pipe = DiffusionPipeline.from_pretrained(arguments.export)
@@ -31,6 +31,7 @@ def main() -> None:
         "img2img": (AutoPipelineForImage2Image, {"strength": 0.7}),
         "inpaint": (AutoPipelineForInpainting, {"mask_image": mask, "strength": 0.99}),
     }
+    arguments.out.mkdir(parents=True, exist_ok=True)
     for name, (auto, options) in calls.items():
         other = auto.from_pipe(pipe)
         other.set_progress_bar_config(disable=True)

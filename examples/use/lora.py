@@ -3,8 +3,9 @@
     python examples/use/lora.py msfp-run/export --against MODEL
 
 The export's codes stay as they are; only the LoRA learns. The teacher is the export itself with the
-other colour in the prompt. The LoRA is saved, and loaded on a full-precision pipeline as well.
-Needs peft.
+other colour in the prompt. The LoRA is saved, and loaded on a full-precision pipeline as well:
+MODEL is the directory or hub id that was calibrated; the built-in pipeline is in
+``src/msfp_cli/data/fashion``. Needs peft.
 
 On a 4-bit export of the built-in pipeline, 200 updates swap the colours and keep the clothes. Red
 things had 0.296 more red than blue and blue things 0.234 less; with the LoRA -0.273 and +0.349,

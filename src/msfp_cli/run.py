@@ -151,6 +151,13 @@ class Run:
         folder = self.place_of(name)
         return {"images": folder} if name and folder.is_dir() else {}
 
+    def say_lost_images(self) -> str:
+        """Say that the calibration's ``images`` are not there any more; empty if they are."""
+        name = self._memory().get("images", "")
+        if not name or self.sampling():
+            return ""
+        return f"{self.place_of(name)}, the --images of the calibration, is not there any more"
+
     def calibration_command(self) -> str:
         """Return the command of the latest calibration, or one that makes the first."""
         return self._memory().get("calibrate", "msfp calibrate")

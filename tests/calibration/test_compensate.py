@@ -15,6 +15,7 @@ from msfp_cli.calibration import samples
 from msfp_cli.calibration.calibrate import calibrate_denoisers_
 from msfp_cli.calibration.compensate import held_back, round_layer
 from msfp_cli.calibration.quantize import move_weights_, quantize_
+from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.result import Calibration
 from msfp_cli.calibration.samples import LayerSamples, weight_rows
 from msfp_cli.finetuning.student import Student
@@ -154,6 +155,24 @@ def test_moved_weights_round_to_the_codes_and_change_nowhere_else(
         sizes = step_sizes(*either.steps_of("unet", name), layer.weight.shape)
         codes = quantize(layer.weight, Grid(fmt, sizes))
         assert torch.equal(codes, unpack(codes_of(either)[name], fmt.bits, codes.shape))
+
+
+@pytest.mark.parametrize("name", ["e3m1", "e4m3", "e5m2"])
+def test_formats_of_integers_beyond_a_byte_are_compensated(
+    name: str, tiny_source: ModelSource, tiny_recordings: Recordings
+) -> None:
+    pipe = load_pipeline(tiny_source, "cpu")
+    weights = FloatFormat.parse(name).bits
+    recipe = CalibrateRecipe(
+        weights=weights, formats=name, activations=None, lift=0.0, max_samples=200
+    )
+    calibration = calibrate_denoisers_(pipe, *tiny_recordings, recipe)
+    codes = codes_of(calibration)
+    layers = quantized_layers(pipe.unet)
+    assert any(layer.scheme.weight == FloatFormat.parse(name) for layer in layers.values())
+    assert codes
+    for each, packed in codes.items():
+        assert torch.equal(layers[each].packed_codes()[0], packed), each
 
 
 def test_training_begins_at_the_codes(either: Calibration, tiny_source: ModelSource) -> None:

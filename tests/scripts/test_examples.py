@@ -120,7 +120,7 @@ def test_what_is_done_with_an_export_works_on_a_tiny_one(
     if script == "lora.py":
         pytest.importorskip("peft")
     options, last = USES[script]
-    places = {"MODEL": prompted_chained.calibration.source.model, "OUT": tmp_path}
+    places = {"MODEL": prompted_chained.calibration.source.model, "OUT": tmp_path / "pictures"}
     words = [places.get(word, word) for word in options]
     lines = run_script(f"examples/use/{script}", prompted_chained.export, *words)
     assert last in lines[-1]

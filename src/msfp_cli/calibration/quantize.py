@@ -10,7 +10,7 @@ from msfp_cli.calibration.result import Calibration
 from msfp_cli.errors import RunError
 from msfp_cli.formats.compensation import move_into_cells
 from msfp_cli.formats.multipliers import step_sizes
-from msfp_cli.formats.packing import unpack_integers
+from msfp_cli.formats.packing import unpack
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.replace import find_layers, store_layers_, store_variants_
 from msfp_cli.pipelines.denoiser import fingerprint
@@ -54,7 +54,9 @@ def moved_weight(calibration: Calibration, component: str, name: str, weight: Te
     weight = scheme.transform.rotate(weight)
     if codes is None or fmt is None:
         return weight
-    integers = unpack_integers(codes.to(weight.device), fmt, weight.shape).float()
+    codes = unpack(codes.to(weight.device), fmt.bits, weight.shape)
+    book = torch.tensor(fmt.code_book, dtype=torch.float32, device=weight.device)  # all are exact
+    integers = book.index_select(0, codes.view(-1).int()).view(weight.shape)
     sizes = step_sizes(*calibration.steps_of(component, name), weight.shape)
     return move_into_cells(weight, sizes.to(weight.device), integers, fmt)
 

@@ -76,6 +76,9 @@ def evaluate(
     console.quiet_libraries()
     if export is None and is_main() and (line := run.say_outdated()):
         console.note(f"note: {line}")
+    lost = run.say_lost_images() if export is None and recipe.images is None else ""
+    if lost and is_main():
+        console.note(f"note: {lost}")
     evaluation = evaluate_run(
         run,
         export or run.latest_export(),

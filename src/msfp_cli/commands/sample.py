@@ -89,6 +89,8 @@ def sample(
     console.quiet_libraries()
     if export is None and (line := run.say_outdated()):
         console.note(f"note: {line}")
+    if export is None and sampling.images is None and (line := run.say_lost_images()):
+        console.note(f"note: {line}")
     samples = sample_run(
         run,
         [*(prompt or ()), *(read_prompts(prompts) if prompts else ())],
