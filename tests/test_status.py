@@ -45,7 +45,7 @@ def test_status_tells_each_stage_and_the_next_command(
     assert (
         status_of(run).stages["calibration"] == f"W4A4 mixed, {count} layers, inputs of "
         f"{tiny_chained.calibration.input_bits('unet'):.1f} bits on average, "
-        f"held-out error {error:.4f}"
+        f"held-out error {error:.5f}"
     )
     words = tiny_chained.calibration.floats_in_words("unet")
     assert status_of(run).stages["floats"] == f"unet: {words}"
@@ -77,7 +77,7 @@ def test_status_tells_how_far_fine_tuning_got_and_what_it_won(
     before, after = tiny_tuned.tuned.history[0].error, tiny_tuned.tuned.best.error
     assert (
         status_of(tuned_run).stages["finetune"]
-        == f"unet: 6 of 6 updates, held-out error {before:.4f} -> {after:.4f}"
+        == f"unet: 6 of 6 updates, held-out error {before:.5f} -> {after:.5f}"
     )
 
 

@@ -219,7 +219,7 @@ def _describe_calibration(calibration: Calibration | None) -> str:
         [
             f"{bits} {recipe.formats}, {count} layers, inputs of {inputs:.1f} bits on average",
             *transforms,
-            f"held-out error {error:.4f}",
+            f"held-out error {error:.5f}",
         ]
     )
 

@@ -161,6 +161,10 @@ def test_training_that_does_not_help_is_said_to_be_left_out(
     assert "Try a lower --learning-rate with --restart" in result.stderr
     tuned = FinetuneState.load(state(run))
     assert tuned.best.step == 0
+    assert tuned.summary() == (
+        f"{tuned.step} of {tuned.step} updates, held-out error 0.25000 as calibrated, which "
+        "training has not lowered"
+    )
     assert not any(
         tensor.any() for name, tensor in tuned.tensors_of("best").items() if "lora_b" in name
     )

@@ -94,10 +94,13 @@ class FinetuneState:
 
     def summary(self) -> str:
         """Say in a few words how far training got and what it gained."""
-        return (
-            f"{self.step} of {self.recipe.steps} updates, "
-            f"held-out error {self.history[0].error:.4f} -> {self.best.error:.4f}"
-        )
+        done = f"{self.step} of {self.recipe.steps} updates, held-out error"
+        before = self.history[0].error
+        if self.best.step:
+            return f"{done} {before:.5f} -> {self.best.error:.5f}"
+        if len(self.history) == 1:
+            return f"{done} {before:.5f} before"
+        return f"{done} {before:.5f} as calibrated, which training has not lowered"
 
     def tensors_of(self, kind: str) -> dict[str, Tensor]:
         """Return the tensors of a kind by parameter name.
