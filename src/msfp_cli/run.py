@@ -15,6 +15,7 @@ A `Run` is a set of paths. What lies there is loaded by the module that also wri
         report/          the page about it
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ class Run:
 
     def __str__(self) -> str:
         return str(self.directory)
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether this process may write to the run, which has to exist."""
+        return os.access(self.directory, os.W_OK)
 
     @property
     def recording(self) -> Path:

@@ -54,14 +54,20 @@ def status_of(run: Run) -> Status:
     )
 
 
-def next_command(run: Run) -> str:
+def next_command(run: Run, export: Path | None = None) -> str:
     """Return what to type next.
+
+    Arguments:
+        export: what was exported from the run, which may not be able to remember that.
 
     Raises:
         RunError: the run directory does not exist.
         CheckpointError: something in it is damaged.
     """
-    return _next_command(_contents(run))
+    contents = _contents(run)
+    if export is None or run.is_writable:
+        return _next_command(contents)
+    return f"msfp sample {shlex.quote(str(export))}{_prompt_option(contents.calibration)}"
 
 
 def wider_inputs(calibration: Calibration, device: str | None) -> str:

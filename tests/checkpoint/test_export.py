@@ -492,6 +492,22 @@ def test_damaged_changes_are_refused(tiny_tuned: Finetuned, tmp_path: Path, dama
         MSFPPipeline.from_pretrained(export, device="cpu", check=False)
 
 
+def test_run_that_may_only_be_read_is_exported_elsewhere(
+    tiny_tuned: Finetuned,
+    copied: Callable[..., Path],
+    msfp: Invoke,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = copied(tiny_tuned.run.directory, "theirs")
+    before = {path: path.stat().st_mtime_ns for path in (run, *run.rglob("*"))}
+    monkeypatch.setattr(Run, "is_writable", False)  # tests may run as root, who may write anywhere
+    result = msfp("export", "--run", str(run), "--out", str(tmp_path / "mine"))
+    assert result.stderr.splitlines()[-1] == f"next: msfp sample {tmp_path / 'mine'}"
+    assert {path: path.stat().st_mtime_ns for path in (run, *run.rglob("*"))} == before
+    assert files_of(tmp_path / "mine") == files_of(tiny_tuned.run.export)
+
+
 def test_saving_a_fine_tuned_export_again_gives_the_same_bytes(
     tiny_tuned: Finetuned, tmp_path: Path
 ) -> None:

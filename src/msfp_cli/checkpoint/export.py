@@ -24,7 +24,7 @@ from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.memory import read_size
 from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import Pipeline, load_pipeline
-from msfp_cli.run import Run, locked
+from msfp_cli.run import Run
 
 MAX_SHARD_SIZE = "10GB"  # of a file of weights, which is diffusers' own default
 
@@ -98,13 +98,13 @@ def export_(
     device: str | None = None,
     overwrite: bool = False,
     max_shard_size: str = MAX_SHARD_SIZE,
-    remember: Callable[[Path], None] = lambda directory: None,
+    remember: Callable[[Path], None] | None = None,
     complete: Callable[[Path], None] = lambda directory: None,
 ) -> ExportReport:
     """Quantize the calibrated model, fine-tuned or not, and write it.
 
     Arguments:
-        max_shard_size: of a file of weights, such as ``2GB``; a larger component has several.
+        max_shard_size: of the tensors in a file, such as ``2GB``; a larger component has several.
         remember: called with the directory as the last thing before the export gets its name, so
             that whoever notes where it is never misses one.
         complete: adds to the written directory, which does not have its name yet.
@@ -121,7 +121,8 @@ def export_(
     with replace_directory(directory, overwrite=overwrite) as temporary:
         _write(pipe, temporary, max_shard_size)
         complete(temporary)
-        remember(directory)
+        if remember is not None:
+            remember(directory)
     size = sum(_safetensors_bytes(directory / component) for component in denoisers)
     layers = chain.from_iterable(quantized_layers(part).values() for part in denoisers.values())
     switching = [layer for layer in layers if layer.scheme.hub > 1]
@@ -140,7 +141,6 @@ def _safetensors_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
-@locked
 def export_run(
     run: Run,
     directory: Path | None = None,
@@ -152,6 +152,8 @@ def export_run(
     complete: Callable[[Path], None] = lambda directory: None,
 ) -> ExportReport:
     """Export what a run calibrated and fine-tuned, and note in the run where the export is.
+
+    Of a run that may only be read nothing is noted; it can be exported to another place.
 
     Arguments:
         directory: where to write; None for the run's own export directory.
@@ -166,19 +168,20 @@ def export_run(
     read_size(max_shard_size)  # which is refused before a model is loaded
     run.require()
     directory = directory or run.export
-    calibration = Calibration.load(run.calibration)
-    finetunings = load_finetunings(run, calibration) if with_finetuning else {}
-    refuse_existing(directory, overwrite=overwrite)
-    return export_(
-        calibration,
-        directory,
-        tuned=finetunings,
-        device=device,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
-        remember=run.remember_export,
-        complete=complete,
-    )
+    with run.lock(None if run.is_writable else directory):
+        calibration = Calibration.load(run.calibration)
+        finetunings = load_finetunings(run, calibration) if with_finetuning else {}
+        refuse_existing(directory, overwrite=overwrite)
+        return export_(
+            calibration,
+            directory,
+            tuned=finetunings,
+            device=device,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            remember=run.remember_export if run.is_writable else None,
+            complete=complete,
+        )
 
 
 def _half_precision_bytes(calibration: Calibration, component: str, denoiser: nn.Module) -> int:

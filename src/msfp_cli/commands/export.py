@@ -57,7 +57,9 @@ def export(
     ] = None,
     max_shard_size: Annotated[
         str,
-        typer.Option(help="Size of a file of weights, at most; a larger part has several files."),
+        typer.Option(
+            help="Size of the tensors in a file, at most; a larger part has several files."
+        ),
     ] = "10GB",
     engine: Annotated[
         str | None,
@@ -95,7 +97,7 @@ def export(
     )
     _show(report)
     console.result(report.directory, report.to_json(), as_json=json_)
-    console.note(f"next: {next_command(run)}")
+    console.note(f"next: {next_command(run, Path(report.directory))}")
 
 
 def _show(report: "ExportReport") -> None:
