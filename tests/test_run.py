@@ -38,6 +38,16 @@ def test_run_without_an_export_says_how_to_make_one(tmp_path: Path) -> None:
         Run(tmp_path).latest_export()
 
 
+def test_commands_that_a_line_says_to_type_name_the_run() -> None:
+    line = "altered; `msfp export --overwrite` writes it, `msfp export --reseal DIR` takes it"
+    assert Run(Path("msfp-run")).in_commands(line) == line
+    named = Run(Path("my run")).in_commands(line)
+    assert named == line.replace("`msfp export --o", "`msfp export --run 'my run' --o")
+    assert Run(Path("other")).in_commands("`msfp --debug ...` and `msfp-run`") == (
+        "`msfp --debug ...` and `msfp-run`"
+    )
+
+
 def test_run_directory_can_be_moved(
     tiny_chained: Chained, copied: Callable[..., Path], tmp_path: Path
 ) -> None:

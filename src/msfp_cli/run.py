@@ -16,6 +16,8 @@ A `Run` is a set of paths. What lies there is loaded by the module that also wri
 """
 
 import os
+import re
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -35,6 +37,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 DEFAULT_DIRECTORY = Path("msfp-run")
+# A command that a line says to type, and that works in a run.
+_COMMAND = re.compile(
+    r"`msfp (calibrate|finetune|inspect|export|sample|evaluate|report|status)\b(?![^`]*--reseal)"
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,17 @@ class Run:
 
     def __str__(self) -> str:
         return str(self.directory)
+
+    @property
+    def option(self) -> str:
+        """What names the run on a command line, a blank before it; empty for the default one."""
+        if self.directory == DEFAULT_DIRECTORY:
+            return ""
+        return f" --run {shlex.quote(str(self.directory))}"
+
+    def in_commands(self, line: str) -> str:
+        """Name the run in the commands that a line says to type, between backticks."""
+        return _COMMAND.sub(lambda found: found[0] + self.option, line)
 
     @property
     def is_writable(self) -> bool:
@@ -201,7 +218,9 @@ class Run:
         export = self.find_export()
         if export is None or not self.is_outdated(export):
             return ""
-        return f"{export} is of an earlier calibration; `msfp export --overwrite` writes it again"
+        return self.in_commands(
+            f"{export} is of an earlier calibration; `msfp export --overwrite` writes it again"
+        )
 
     def latest_export(self) -> Path:
         """Return the latest export.

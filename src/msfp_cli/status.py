@@ -10,7 +10,7 @@ from msfp_cli.errors import RunError
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.formats.float_format import BYTE_BITS
 from msfp_cli.recording.result import Recording
-from msfp_cli.run import DEFAULT_DIRECTORY, Run, describe_sizes
+from msfp_cli.run import Run, describe_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +158,7 @@ def _next_command(contents: _Contents) -> str:
         command += _prompt_option(contents.calibration)
     if command == "msfp calibrate":
         command = contents.run.calibration_command()
-    directory = contents.run.directory
-    if directory == DEFAULT_DIRECTORY:
-        return command
-    return f"{command} --run {shlex.quote(str(directory))}"
+    return command + contents.run.option
 
 
 def _prompt_option(calibration: Calibration | None) -> str:

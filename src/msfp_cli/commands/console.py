@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from msfp_cli.errors import MsfpError, RunError
 from msfp_cli.processes import LAUNCHED, LEFT_ALONE, LEFT_ALONE_WORDS
 from msfp_cli.progress import Advance
+from msfp_cli.run import Run
 
 _DEBUG = "MSFP_DEBUG"
 STOPPED = "stopped; what was finished is kept, run the same command to go on"
@@ -146,7 +147,8 @@ def guarded(command: F) -> F:
                     say_error(LEFT_ALONE_WORDS)
                 raise typer.Exit(LEFT_ALONE) from None
             message, code = _explain(error)
-            say_error(message)
+            run = kwargs.get("run")
+            say_error(run.in_commands(message) if isinstance(run, Run) else message)
             raise typer.Exit(code) from None
 
     return wrapper  # type: ignore[return-value]

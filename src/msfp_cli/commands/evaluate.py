@@ -93,14 +93,8 @@ def evaluate(
         show(evaluation)
         path = evaluation.directory / "evaluation.json"
         console.result(str(path), evaluation.to_json(), as_json=json_)
-        console.note(f"next: {_next(out, str(run))}")
-
-
-def _next(out: Path | None, run: str) -> str:
-    """Return what to type next."""
-    place = [] if out is None else [str(out)]
-    option = [] if run == str(DEFAULT_RUN) else ["--run", run]
-    return shlex.join(["msfp", "report", *place, *option])
+        place = "" if out is None else f" {shlex.quote(str(out))}"
+        console.note(f"next: msfp report{place}{run.option}")
 
 
 def show(evaluation: "Evaluation") -> None:
