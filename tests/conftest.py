@@ -15,6 +15,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import dataclasses
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,15 @@ from msfp_cli.recording.record import record_both
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 from tiny_pipelines import save_tiny
+
+# Who runs the tests in the background of a script, or under `nohup`, ignores these, and so would the
+# processes that tests start.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Warnings are errors; torch would give some of its own only once, to whichever test comes first.
 torch.set_warn_always(True)

@@ -600,6 +600,7 @@ def test_interrupted_process_keeps_its_state(fresh_run: FreshRun, tmp_path: Path
         output, errors = process.communicate(timeout=100)
     finally:
         process.kill()
+        process.wait()
     step = FinetuneState.load(state(run)).step
     assert (process.returncode, output) == (1, "msfp-run/finetune\n"), errors
     assert 1 <= step < 100000
