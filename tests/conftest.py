@@ -49,8 +49,8 @@ from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
 from tiny_pipelines import save_tiny
 
-# Who runs the tests in the background of a script, or under `nohup`, ignores these, and so would the
-# processes that tests start.
+# Whoever runs the tests in the background of a script, or under `nohup`, ignores these, and so do
+# the processes that tests start.
 for number, handler in (
     (signal.SIGINT, signal.default_int_handler),
     (signal.SIGHUP, signal.SIG_DFL),
