@@ -84,4 +84,6 @@ def record_options(arguments: argparse.Namespace) -> RecordOptions:
     )
     if arguments.model == BUILT_IN:
         return options
-    return replace(options, prompts=known_prompts(arguments))
+    prompts = known_prompts(arguments)
+    guidance = None if prompts is None else BUILT_IN_GUIDANCE
+    return replace(options, prompts=prompts, guidance_scale=guidance)
