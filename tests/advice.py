@@ -325,6 +325,7 @@ TROUBLES = (
 
 # Messages whose advice is followed in a test of its own, or which no test can follow.
 ELSEWHERE = {
+    "give another --run": "tests/commands/test_wrong_inputs.py",
     "--input-lift": "tests/calibration/test_input_lift.py",
     "write NAME:weights=BITS": "tests/calibration/test_also.py",
     "is quantized already; load it in full precision": "tests/calibration/test_also.py",
@@ -389,7 +390,7 @@ ELSEWHERE = {
     "--num-processes 1 needs less": "tests/commands/test_launch.py",
     "has a smaller error": "tests/test_status.py",
     "with --activations {} --overwrite": "tests/commands/test_app.py",
-    "{} --run {}": "tests/test_status.py",
+    " --run {}": "tests/test_run.py",
     " --prompt {}": "tests/test_status.py",
     "msfp finetune --restart": "tests/test_status.py",
     "msfp export --overwrite": "tests/test_status.py",

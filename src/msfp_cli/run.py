@@ -39,7 +39,7 @@ T = TypeVar("T")
 DEFAULT_DIRECTORY = Path("msfp-run")
 # A command that a line says to type, and that works in a run.
 _COMMAND = re.compile(
-    r"`msfp (calibrate|finetune|inspect|export|sample|evaluate|report|status)\b(?![^`]*--reseal)"
+    r"`msfp\s(calibrate|finetune|inspect|export|sample|evaluate|report|status)\b(?![^`]*--reseal)"
 )
 
 
@@ -116,8 +116,10 @@ class Run:
         """Refuse a run directory that does not exist.
 
         Raises:
-            RunError: it does not exist.
+            RunError: it does not exist, or is a file.
         """
+        if self.directory.is_file():
+            raise RunError(f"{self} is a file and not a run directory; give another --run")
         if not self.directory.is_dir():
             raise RunError(
                 f"no run directory {self.directory} here; `msfp calibrate` makes one, or give --run"

@@ -14,7 +14,7 @@ import pytest
 from conftest import Chained, Invoke, only_line
 
 PATH = "check the path, its disk and your rights to it"
-NO_RUN = "no run directory afile here; `msfp calibrate` makes one, or give --run"
+NO_RUN = "afile is a file and not a run directory; give another --run"
 TOO_MANY_STEPS = "--steps 5000 is more than the 1000 timesteps that the model was trained with"
 UTF8 = "save it as UTF-8"
 
@@ -51,6 +51,11 @@ def wrong(
         ("calibrate {model} --prompts prompts.txt --run afile", 1, f"afile: File exists; {PATH}"),
         ("calibrate {model} --run afile/inside", 1, f"afile/inside: Not a directory; {PATH}"),
         ("finetune --run afile", 1, NO_RUN),
+        (
+            "finetune --run nowhere",
+            1,
+            "no run directory nowhere here; `msfp calibrate --run nowhere` makes one, or give",
+        ),
         ("export --run afile", 1, NO_RUN),
         ("inspect --run afile", 1, NO_RUN),
         ("sample --run afile --prompt cat", 1, NO_RUN),
