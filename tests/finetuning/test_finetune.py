@@ -189,8 +189,16 @@ def test_training_that_does_not_help_is_said_to_be_left_out(
         ("--timesteps all", "unknown --timesteps 'all'; choose one of error, uniform", 2),
         ("--mixed-precision fp8", "unknown --mixed-precision 'fp8'; choose one of no, bf16", 2),
         ("--resume", "msfp-run holds no fine-tuning to go on with; leave --resume out to begin", 1),
-        ("--run nowhere", "no run directory nowhere here; `msfp calibrate` makes one", 1),
-        ("--run empty", "no calibration in empty/calibration; run `msfp calibrate` first", 1),
+        (
+            "--run nowhere",
+            "no run directory nowhere here; `msfp calibrate --run nowhere` makes one",
+            1,
+        ),
+        (
+            "--run empty",
+            "no calibration in empty/calibration; run `msfp calibrate --run empty` first",
+            1,
+        ),
         ("--device abacus", "device 'abacus' cannot be used here", 1),
     ],
 )
