@@ -1,6 +1,7 @@
 """Recording: it can be stopped at any time, is bounded, and keeps its two parts apart."""
 
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -253,21 +254,26 @@ def test_bound_counts_what_a_controlnet_makes_at_each_step(
     record_calls(pipe, source, recipe, tmp_path / "run", max_bytes=int(1.1 * sum(sizes)))
 
 
+@pytest.fixture
+def set_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[Path], int]], None]:
+    """Return what sets how many bytes the disk of a directory has free."""
+    usage = shutil.disk_usage(tmp_path)
+
+    def set_free(free: Callable[[Path], int]) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=free(place)))
+
+    return set_free
+
+
 def test_disk_that_holds_all_is_enough_while_it_fills(
     tiny_pipe: DiffusionPipeline,
     tiny_source: ModelSource,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    set_free: Callable[[Callable[[Path], int]], None],
 ) -> None:
-    import shutil
-
-    usage = shutil.disk_usage(tmp_path)
-
-    def filling(directory: Path) -> object:
-        written = sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
-        return usage._replace(free=90_000 - written)
-
-    monkeypatch.setattr(shutil, "disk_usage", filling)
+    set_free(lambda place: 90_000 - sum(p.stat().st_size for p in place.glob("*.safetensors")))
     recording = record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "recording")
     assert recording.num_calls() == 6
 
@@ -276,12 +282,9 @@ def test_full_disk_is_foreseen(
     tiny_pipe: DiffusionPipeline,
     tiny_source: ModelSource,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    set_free: Callable[[Callable[[Path], int]], None],
 ) -> None:
-    import shutil
-
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    set_free(lambda place: 10_000)
     with pytest.raises(RunError, match="more than the disk has free"):
         record_calls(tiny_pipe, tiny_source, THREE_BATCHES, tmp_path / "recording")
 
