@@ -82,6 +82,8 @@ ROWS = (
     "msfp cpu, packed",
     "msfp openvino",
     "msfp openvino, bfloat16",
+    "msfp openvino-qk8",
+    "msfp openvino-qk8, bfloat16",
     "OpenVINO",
     "OpenVINO, bfloat16",
     "NNCF int8",
@@ -233,13 +235,16 @@ def load_peer(path: Path, name: str, row: str) -> nn.Module:
 
 def load_openvino(path: Path, name: str, row: str) -> nn.Module:
     """Load the float32 denoiser, or ours, and let OpenVINO run it."""
-    from msfp_cli.engines.openvino import attach_
+    from msfp_cli.engines.openvino import NAME, attach_
 
+    engine = row.partition(",")[0]
     kind = "msfp" if row.startswith("msfp") else "float32"
     denoiser: Any = CLASSES[name].from_pretrained(
         path / f"{name}-{kind}", torch_dtype=dtype_of(row)
     )
-    attach_(denoiser, f"{name}-{kind}", place=path / f"{name}-{kind}-openvino")
+    kernel = engine.removeprefix("msfp ") if kind == "msfp" else NAME
+    place = path / f"{name}-{kind}-openvino"
+    attach_(denoiser, f"{name}-{kind}", kernel=kernel, place=place)
     return denoiser
 
 
@@ -312,6 +317,7 @@ def openvino_bytes(path: Path, name: str, row: str) -> int | None:
     kind = {
         "OpenVINO": "float32-openvino/*",
         "msfp openvino": "msfp-openvino/*",
+        "msfp openvino-qk8": "msfp-openvino/*",
         "NNCF int8": "nncf",
     }
     place = kind.get(row.partition(",")[0])

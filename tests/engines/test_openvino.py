@@ -105,9 +105,9 @@ def test_sums_are_those_of_the_reference_in_every_convolution(name: str) -> None
     compare(layers, [draw(2, 4, 9, 7, seed=i) for i in range(len(layers))])
 
 
-def attached(hub: int = 1, **options: Any) -> Any:  # noqa: ANN401
-    denoiser = unet(hub)
-    engine.attach_(denoiser, f"a tiny one with {hub}", **options)
+def attached(hub: int = 1, *, rounds_inputs: bool = True, **options: Any) -> Any:  # noqa: ANN401
+    denoiser = unet(hub, rounds_inputs=rounds_inputs)
+    engine.attach_(denoiser, f"a tiny one with {hub}, {rounds_inputs}", **options)
     return denoiser
 
 
@@ -119,6 +119,18 @@ def test_denoiser_is_that_of_the_reference_and_members_follow_the_timestep() -> 
         torch.testing.assert_close(
             call(denoiser, timestep), call(expected, timestep), rtol=0, atol=1e-4
         )
+
+
+def test_attention_at_8_bits_shares_the_conversion_and_moves_the_output_a_little(
+    cache: Path,
+) -> None:
+    # With rounded inputs the least change of a tiny denoiser moves some of them by a whole step.
+    exact = call(attached(rounds_inputs=False), 20)
+    rounded = attached(rounds_inputs=False, kernel=engine.QK8)
+    error = call(rounded, 20) - exact
+    assert 1e-9 < error.square().mean() / exact.square().mean() < 1e-4
+    assert len(list(cache.iterdir())) == 1
+    assert engine.engine_of(rounded).describe().startswith("openvino-qk8 on CPU (")
 
 
 def same_at_size(denoiser: Any, height: int, width: int) -> None:  # noqa: ANN401

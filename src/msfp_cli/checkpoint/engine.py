@@ -7,7 +7,14 @@ from pathlib import Path
 import torch
 
 from msfp_cli.engines.conversions import FOLDER
-from msfp_cli.engines.openvino import NAME, attach_, engine_of, import_openvino, refuse_offloading_
+from msfp_cli.engines.openvino import (
+    NAME,
+    NAMES,
+    attach_,
+    engine_of,
+    import_openvino,
+    refuse_offloading_,
+)
 from msfp_cli.errors import UsageError
 from msfp_cli.files.seal import SealedFile
 from msfp_cli.pipelines.loading import Pipeline
@@ -18,7 +25,7 @@ __all__ = ["FOLDER", "attach_engine_", "device_of", "engine_of", "is_engine", "r
 
 def is_engine(kernel: str) -> bool:
     """Whether a kernel's name is that of an engine, which runs a whole denoiser."""
-    return kernel.partition(":")[0] == NAME
+    return kernel.partition(":")[0] in NAMES
 
 
 def require_engine(name: str) -> None:
@@ -27,7 +34,7 @@ def require_engine(name: str) -> None:
     Raises:
         UsageError: the message says which there are, or how to install it.
     """
-    if not is_engine(name):
+    if name.partition(":")[0] != NAME:  # what it stores serves every kernel of the engine
         raise UsageError(f"unknown --engine {name!r}; choose {NAME}")
     import_openvino()
 
@@ -62,12 +69,14 @@ def attach_engine_(
         times: by component, the argument that says what time it is.
         place: where to write new conversions; None for the user's cache.
     """
+    name, _, device = kernel.partition(":")
     for component, time in times.items():
         attach_(
             getattr(pipe, component),
             _content(directory / component),
             time=time,
-            device=kernel.partition(":")[2],
+            kernel=name,
+            device=device,
             stored=directory / FOLDER,
             place=place,
             progress=progress,

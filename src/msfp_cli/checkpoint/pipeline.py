@@ -179,7 +179,8 @@ class MSFPPipeline:
             device: where to put it; None takes an accelerator if there is one.
             kernel: how to run the layers of its denoiser, a name in `registry.KERNELS`; ``auto``
                 takes the fastest that can. ``openvino`` and ``openvino:DEVICE`` run the denoiser as
-                a whole. Text encoders choose for themselves.
+                a whole; ``openvino-qk8`` also rounds queries and keys of attention to 8 bits. Text
+                encoders choose for themselves.
             keep_packed: keep weights in 4 bits in memory, too: half the memory, and slower.
             variant: of the files' names, if ``save_pretrained`` was given one.
             check: whether to refuse files that were changed since msfp wrote them, see `seal`.

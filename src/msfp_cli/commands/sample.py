@@ -46,7 +46,8 @@ KernelOption = Annotated[
     typer.Option(
         help="How layers are computed: auto (what suits the device), cpu, cuda, cuda-fp8, "
         "reference, simulated, or openvino (the whole denoiser in OpenVINO, if that is installed; "
-        "openvino:GPU names its device)."
+        "openvino:GPU names its device; openvino-qk8 also rounds queries and keys of attention to "
+        "8 bits)."
     ),
 ]
 KeepPackedOption = Annotated[

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from msfp_cli.engines import conversions
 from msfp_cli.engines.arguments import Call
+from msfp_cli.engines.attention import round_attention_
 from msfp_cli.engines.mapped import giving_back
 from msfp_cli.engines.traced import Traced
 from msfp_cli.errors import UsageError
-from msfp_cli.files.documents import Json
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.progress import SILENT, Progress
 
@@ -40,6 +40,8 @@ Core: TypeAlias = Any  # an openvino.Core
 Model: TypeAlias = Any  # an openvino.Model
 Compiled: TypeAlias = Any  # an openvino.CompiledModel
 NAME = "openvino"
+QK8 = "openvino-qk8"  # the same with queries and keys of attention at 8 bits
+NAMES = (NAME, QK8)
 DEVICE = "CPU"
 _MOST_COMPILED = 2
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -97,6 +99,7 @@ def attach_(
     content: str,
     *,
     time: str = "timestep",
+    kernel: str = NAME,
     device: str = "",
     stored: Path | None = None,
     place: Path | None = None,
@@ -107,6 +110,7 @@ def attach_(
     Arguments:
         content: what tells the denoiser from others, such as a digest of its files.
         time: the argument that says what time it is.
+        kernel: one of `NAMES`; they share conversions.
         device: OpenVINO's name of it, such as CPU, GPU or NPU; empty for the CPU.
         stored: where to look for a conversion first, the folder in an export.
         place: where to write a new one; None for the user's cache.
@@ -123,7 +127,7 @@ def attach_(
     place = place or conversions.cache_directory()
     places = [place] if stored is None else [stored, place]
     identity = f"{content} {denoiser.dtype}"
-    engine = Engine(denoiser, device, identity, places, progress, time)
+    engine = Engine(denoiser, device, identity, places, progress, time, kernel)
     denoiser.forward = engine.forward
     _refuse_methods_(denoiser, _CHANGES)
     return engine
@@ -172,8 +176,10 @@ class Engine:
         places: Sequence[Path],
         progress: Progress,
         time: str = "timestep",
+        kernel: str = NAME,
     ) -> None:
         self._time = time
+        self._kernel = kernel
         self.device = device
         self._weak = weakref.ref(denoiser)
         layers = quantized_layers(denoiser).items()
@@ -211,7 +217,7 @@ class Engine:
         floating = self.floating()
         count = len(quantized_layers(self._denoiser)) - len(floating)
         names = f"; in floating point: {', '.join(floating)}" if floating else ""
-        return f"{NAME} on {self.device} ({count} layers in bytes{names})"
+        return f"{self._kernel} on {self.device} ({count} layers in bytes{names})"
 
     def _run(self, *args: Output, **kwargs: Output) -> Output:
         """Run the denoiser.
@@ -250,6 +256,8 @@ class Engine:
             while len(self._compiled) >= _MOST_COMPILED:
                 self._compiled.popitem(last=False)
             model, path = self._model(call, shapes)
+            if self._kernel == QK8:
+                round_attention_(model, import_openvino().opset13)
             settings = self._settings() if self.device == DEVICE else {}
             with giving_back(path.with_suffix(".bin")):  # the model keeps it mapped
                 self._compiled[name] = self._core.compile_model(model, self.device, settings)
@@ -273,22 +281,23 @@ class Engine:
         Where a conversion does not fit them, because the denoiser takes another branch than with
         those that it was made with, they get their own.
         """
-        path = self._convert(call, call.tree)
+        path = self._convert(call)
         model = self._core.read_model(path)
         try:
             model.reshape(dict(enumerate(shapes)))
         except RuntimeError:
-            path = self._convert(call, [call.tree, shapes])
+            path = self._convert(call, shapes)
             model = self._core.read_model(path)
             model.reshape(dict(enumerate(shapes)))
         return model, path
 
-    def _convert(self, call: Call, what: Json) -> Path:
+    def _convert(self, call: Call, shapes: list[list[int]] | None = None) -> Path:
         """Return the file of a conversion, which is made unless there is one.
 
         Arguments:
-            what: says which of the denoiser's conversions this is.
+            shapes: that it is for; None for every call with such arguments.
         """
+        what = call.tree if shapes is None else [call.tree, shapes]
         key = conversions.key_of(self._content, what)
         path = conversions.find(key, self._places)
         if path is not None:

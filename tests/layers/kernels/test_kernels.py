@@ -644,7 +644,13 @@ def test_geometry_survives_the_trip_through_an_operator(numbers: list[int]) -> N
     assert Geometry.from_flat([]) is None
 
 
-def unet(hub: int = 1, *, lifts: bool = False, transform: InputTransform = PLAIN) -> Any:  # noqa: ANN401 (a diffusers model)
+def unet(
+    hub: int = 1,
+    *,
+    lifts: bool = False,
+    transform: InputTransform = PLAIN,
+    rounds_inputs: bool = True,
+) -> Any:  # noqa: ANN401 (a diffusers model)
     """A tiny UNet quantized by rule of thumb, some layers with a hub, some with lifted inputs.
 
     Arguments:
@@ -658,7 +664,7 @@ def unet(hub: int = 1, *, lifts: bool = False, transform: InputTransform = PLAIN
         grid = unsigned if i % 2 else signed
         table[name] = LayerScheme(
             weight=WEIGHTS["e2m1"],
-            input=grid,
+            input=grid if rounds_inputs else None,
             hub=hub if i % 3 else 1,
             lifted_input=of_8_bits[grid] if lifts and i % 4 else None,
             transform=transform if isinstance(layer, nn.Linear) else PLAIN,

@@ -1,0 +1,105 @@
+"""Attention with queries and keys at 8 bits: what is computed, by what, and what is left alone."""
+
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from layers.kernels.test_kernels import draw
+from msfp_cli.engines import openvino as engine
+from msfp_cli.engines.attention import round_attention_
+
+pytest.importorskip("openvino")
+openvino = engine.import_openvino()
+QUERY = draw(2, 3, 6, 16, seed=0)
+KEY = draw(2, 3, 9, 16, seed=1)
+VALUE = draw(2, 3, 9, 5, seed=2)
+ADDED = draw(6, 9, seed=3)
+ALLOWED = draw(2, 1, 6, 9, seed=4) > -0.5
+
+
+class Attention(nn.Module):
+    """torch's own."""
+
+    def __init__(self, **options: float) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(*inputs, **self.options)
+
+
+def compiled(inputs: tuple[Tensor, ...], **options: float) -> tuple[int, Any]:
+    """Return how many attentions were rounded, and the compiled model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer is deprecated
+        graph = torch.jit.trace(Attention(**options), inputs, check_trace=False)
+        model = openvino.convert_model(graph, example_input=inputs)
+    model.reshape({i: list(x.shape) for i, x in enumerate(inputs)})
+    count = round_attention_(model, openvino.opset13)
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    return count, engine.core().compile_model(model, "CPU", settings)
+
+
+def run(model: Any, inputs: tuple[Tensor, ...]) -> Tensor:  # noqa: ANN401
+    (output,) = model([x.numpy() for x in inputs]).values()
+    return torch.from_numpy(output.copy())
+
+
+def to_8_bits(rows: Tensor) -> Tensor:
+    scales = rows.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return (rows / scales).round() * scales
+
+
+@pytest.mark.parametrize(
+    ("others", "options"),
+    [((), {}), ((), {"scale": 0.7}), ((ALLOWED,), {}), ((ADDED,), {"scale": 0.2})],
+    ids=["plain", "scale", "truth values", "summands"],
+)
+def test_queries_and_keys_are_rounded_row_by_row(
+    others: tuple[Tensor, ...], options: dict[str, float]
+) -> None:
+    count, model = compiled((QUERY, KEY, VALUE, *others), **options)
+    assert count == 1
+    rounded = (to_8_bits(QUERY), to_8_bits(KEY), VALUE, *others)
+    expected = Attention(**options)(*rounded)
+    exact = Attention(**options)(QUERY, KEY, VALUE, *others)
+    output = run(model, (QUERY, KEY, VALUE, *others))
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+    assert 1e-4 < (output - exact).abs().max() < 0.05
+
+
+def test_product_of_queries_and_keys_runs_in_bytes() -> None:
+    _, model = compiled((QUERY, KEY, VALUE))
+    facts = [node.get_rt_info() for node in model.get_runtime_model().get_ordered_ops()]
+    assert any("i8" in str(fact["primitiveType"].value) for fact in facts)
+
+
+def test_rows_of_zeros_are_finite_and_weigh_all_values_alike() -> None:
+    inputs = (torch.zeros_like(QUERY), torch.zeros_like(KEY), VALUE)
+    output = run(compiled(inputs)[1], inputs)
+    torch.testing.assert_close(output, VALUE.mean(-2, keepdim=True).expand_as(output))
+
+
+def test_scales_differ_by_row() -> None:
+    """A row a thousand times as large takes no digit from the others."""
+    key = KEY.clone()
+    key[..., 0, :] *= 1000
+    mask = torch.zeros(6, 9)
+    mask[:, 0] = -math.inf
+    inputs = (QUERY, key, VALUE, mask)
+    output = run(compiled(inputs)[1], inputs)
+    assert (output - Attention()(*inputs)).abs().max() < 0.05
+
+
+def test_causal_attention_stays_as_it_is() -> None:
+    inputs = (QUERY, KEY, VALUE)
+    count, model = compiled(inputs, is_causal=True)
+    assert count == 0
+    torch.testing.assert_close(
+        run(model, inputs), Attention(is_causal=True)(*inputs), rtol=0, atol=1e-5
+    )
