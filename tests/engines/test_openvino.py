@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import SlicedAttnProcessor
 from torch import Tensor, nn
 
 from layers.kernels.test_kernels import (
@@ -201,7 +202,8 @@ def test_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_changes_layers_is_refused() -> None:
     denoiser = attached()
-    for change in (denoiser.add_adapter, denoiser.load_lora_adapter, denoiser.compile):
+    changes = ("add_adapter", "load_lora_adapter", "compile", "enable_freeu", "set_attention_slice")
+    for change in (getattr(denoiser, name) for name in changes):
         with pytest.raises(UsageError, match="does not work with kernel 'openvino'"):
             change()
 
@@ -214,6 +216,21 @@ def test_changed_padding_is_refused() -> None:
         call(denoiser, 20)
     layer.padding_mode = "zeros"
     call(denoiser, 20)
+
+
+def test_changed_attention_is_refused_before_it_is_converted_and_after(cache: Path) -> None:
+    denoiser = attached()
+    (name, attention), *_ = (
+        (name, module) for name, module in denoiser.named_modules() if hasattr(module, "processor")
+    )
+    usual = attention.processor
+    for _ in range(2):
+        attention.set_processor(SlicedAttnProcessor(1))
+        with pytest.raises(UsageError, match=f"the attention processor of {name} was changed"):
+            call(denoiser, 20)
+        attention.set_processor(type(usual)())
+        call(denoiser, 20)
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_denoiser_is_freed_with_its_last_user() -> None:

@@ -45,13 +45,16 @@ NAMES = (NAME, QK8)
 DEVICE = "CPU"
 _MOST_COMPILED = 2
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-# What would change layers that no longer run, or take the denoiser apart.
+# What would change layers that no longer run, or what is traced, or take the denoiser apart.
 _CHANGES = (
     "load_lora_adapter",
     "add_adapter",
     "enable_group_offload",
     "compile",
     "compile_repeated_blocks",
+    "enable_freeu",
+    "enable_forward_chunking",
+    "set_attention_slice",
 )
 _OFFLOADS = (
     "enable_model_cpu_offload",
@@ -184,6 +187,7 @@ class Engine:
         self._weak = weakref.ref(denoiser)
         layers = quantized_layers(denoiser).items()
         self._loaded = [(name, layer, layer.settings()) for name, layer in layers]
+        self._attention = _attention_processors(denoiser)
         self._core = core()
         self._places = places
         self._progress = progress
@@ -224,11 +228,12 @@ class Engine:
 
         Raises:
             UsageError: the call is compiled, needs gradients, or has an argument of another kind;
-                or the settings of a layer were changed since the denoiser was loaded.
+                or a layer or an attention was changed since the denoiser was loaded.
         """
         if torch.compiler.is_compiling():
             _refuse("torch.compile")
         self._refuse_changed_layers()
+        self._refuse_changed_attention()
         arguments = dict(self._signature.bind(*args, **kwargs).arguments)
         is_wrapped = arguments.pop("return_dict", True)
         call = Call.of(arguments, self._time)
@@ -246,6 +251,19 @@ class Engine:
                 raise UsageError(
                     f"the padding or another setting of {name} was changed, but kernel {NAME!r} "
                     "runs the denoiser as it was loaded; load the pipeline with another kernel"
+                )
+
+    def _refuse_changed_attention(self) -> None:
+        """Refuse what computes attention otherwise: IP-Adapters, perturbed guidance, slices.
+
+        A conversion would ignore it, or keep it for every later pipeline.
+        """
+        processors = _attention_processors(self._denoiser)
+        for name in processors.keys() | self._attention.keys():
+            if processors.get(name) is not self._attention.get(name):
+                raise UsageError(
+                    f"the attention processor of {name} was changed, but kernel {NAME!r} runs "
+                    "the denoiser as it was loaded; load the pipeline with another kernel"
                 )
 
     def _compile(self, call: Call) -> Compiled:
@@ -317,6 +335,15 @@ class Engine:
             openvino = import_openvino()
             model = openvino.convert_model(traced, example_input=tuple(call.tensors.values()))
             openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def _attention_processors(denoiser: Denoiser) -> dict[str, type]:
+    """Return the class of what computes each attention, by the attention's name."""
+    return {
+        name: type(module.processor)
+        for name, module in denoiser.named_modules()
+        if hasattr(module, "processor")
+    }
 
 
 def _needs_gradient(value: object) -> bool:
