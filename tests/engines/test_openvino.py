@@ -1,7 +1,9 @@
 """Denoisers in OpenVINO: the sums of `reference`, products of bytes, and what is refused."""
 
+import copy
 import ctypes
 import gc
+import pickle
 import sys
 import warnings
 import weakref
@@ -244,6 +246,23 @@ def test_denoiser_is_freed_with_its_last_user() -> None:
         assert weak() is None
     finally:
         gc.enable()
+
+
+def test_copy_runs_by_itself_when_the_original_is_gone() -> None:
+    denoiser = attached()
+    expected = call(denoiser, 20)
+    copied = copy.deepcopy(denoiser)
+    del denoiser
+    gc.collect()
+    assert torch.equal(call(copied, 20), expected)
+    copied.down_blocks[0].resnets[0].conv1.padding_mode = "circular"
+    with pytest.raises(UsageError, match=r"down_blocks.0.resnets.0.conv1 was changed"):
+        call(copied, 20)
+
+
+def test_pickling_is_refused() -> None:
+    with pytest.raises(UsageError, match="pickle does not work with kernel 'openvino'"):
+        pickle.dumps(attached())
 
 
 def test_gradients_are_refused() -> None:

@@ -8,6 +8,7 @@ stay in memory, each with its weights in bytes. The router's table is part of th
 member follows the timestep of each call.
 """
 
+import copy
 import functools
 import inspect
 import sys
@@ -194,36 +195,48 @@ class Engine:
         self._lock = threading.Lock()
         self._compiled = OrderedDict[str, Any]()
         self._content = content
-        self._signature = inspect.signature(denoiser.forward)
-
-        @functools.wraps(denoiser.forward)
-        def forward(*args: Output, **kwargs: Output) -> Output:
-            return self._run(*args, **kwargs)
-
-        del forward.__wrapped__  # a method of the denoiser, which it would refer to
-        vars(forward).update(__signature__=self._signature, engine=self)
-        self.forward = forward
+        self.signature = inspect.signature(denoiser.forward)
 
     @property
-    def _denoiser(self) -> Denoiser:
+    def forward(self) -> "_Forward":
+        """What the denoiser is called by."""
+        return _Forward(self)
+
+    def copy_for(self, denoiser: Denoiser, memo_: dict[int, Any]) -> "Engine":
+        """Return an engine like this one for a copy of its denoiser that is being made.
+
+        Arguments:
+            memo_: of `copy.deepcopy`.
+        """
+        made = object.__new__(Engine)
+        vars(made).update(vars(self))
+        made._weak = weakref.ref(denoiser)
+        made._loaded = copy.deepcopy(self._loaded, memo_)
+        made._lock = threading.Lock()
+        made._compiled = OrderedDict()
+        return made
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The denoiser that it runs."""
         denoiser = self._weak()
         assert denoiser is not None, "it is running, or somebody asks about it"
         return denoiser
 
     def floating(self) -> dict[str, str]:
         """Return why layers that multiply are computed in floating point, by name."""
-        layers = quantized_layers(self._denoiser)
+        layers = quantized_layers(self.denoiser)
         reasons = {name: Traced.reason(layer) for name, layer in layers.items()}
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def describe(self) -> str:
         """Return where the denoiser runs, and which layers are not products of bytes there."""
         floating = self.floating()
-        count = len(quantized_layers(self._denoiser)) - len(floating)
+        count = len(quantized_layers(self.denoiser)) - len(floating)
         names = f"; in floating point: {', '.join(floating)}" if floating else ""
         return f"{self._kernel} on {self.device} ({count} layers in bytes{names})"
 
-    def _run(self, *args: Output, **kwargs: Output) -> Output:
+    def run(self, *args: Output, **kwargs: Output) -> Output:
         """Run the denoiser.
 
         Raises:
@@ -234,7 +247,7 @@ class Engine:
             _refuse("torch.compile")
         self._refuse_changed_layers()
         self._refuse_changed_attention()
-        arguments = dict(self._signature.bind(*args, **kwargs).arguments)
+        arguments = dict(self.signature.bind(*args, **kwargs).arguments)
         is_wrapped = arguments.pop("return_dict", True)
         call = Call.of(arguments, self._time)
         if torch.is_grad_enabled() and any(_needs_gradient(value) for value in arguments.values()):
@@ -242,7 +255,7 @@ class Engine:
         with self._lock:
             compiled = self._compile(call)
             (output,) = compiled([tensor.numpy() for tensor in call.tensors.values()]).values()
-            sample = torch.from_numpy(output.copy()).to(self._denoiser.dtype)
+            sample = torch.from_numpy(output.copy()).to(self.denoiser.dtype)
         return _wrap(sample) if is_wrapped else (sample,)
 
     def _refuse_changed_layers(self) -> None:
@@ -258,7 +271,7 @@ class Engine:
 
         A conversion would ignore it, or keep it for every later pipeline.
         """
-        processors = _attention_processors(self._denoiser)
+        processors = _attention_processors(self.denoiser)
         for name in processors.keys() | self._attention.keys():
             if processors.get(name) is not self._attention.get(name):
                 raise UsageError(
@@ -269,7 +282,7 @@ class Engine:
     def _compile(self, call: Call) -> Compiled:
         """Return the model compiled for the shapes of a call."""
         shapes = [list(tensor.shape) for tensor in call.tensors.values()]
-        name = f"{self._denoiser.dtype} {shapes} {call.tree}"
+        name = f"{self.denoiser.dtype} {shapes} {call.tree}"
         if name not in self._compiled:
             while len(self._compiled) >= _MOST_COMPILED:
                 self._compiled.popitem(last=False)
@@ -289,7 +302,7 @@ class Engine:
         """
         return {
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-            "INFERENCE_PRECISION_HINT": _PRECISIONS[self._denoiser.dtype],
+            "INFERENCE_PRECISION_HINT": _PRECISIONS[self.denoiser.dtype],
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
 
@@ -326,7 +339,7 @@ class Engine:
 
     def _save(self, call: Call, path: Path) -> None:
         """Trace and convert the denoiser, and write it; weights of bytes stay bytes."""
-        with traceable(self._denoiser) as denoiser, warnings.catch_warnings():
+        with traceable(self.denoiser) as denoiser, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer's, that Python's branches are fixed
             module = _Flat(denoiser, call)
             traced = torch.jit.trace(
@@ -335,6 +348,25 @@ class Engine:
             openvino = import_openvino()
             model = openvino.convert_model(traced, example_input=tuple(call.tensors.values()))
             openvino.save_model(model, path, compress_to_fp16=False)
+
+
+class _Forward:
+    """What takes the place of a denoiser's ``forward``; a copy of the denoiser gets its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.__signature__ = engine.signature
+        self.__name__ = "forward"
+
+    def __call__(self, *args: Output, **kwargs: Output) -> Output:
+        return self.engine.run(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Forward":
+        denoiser = memo.get(id(self.engine.denoiser))
+        return self if denoiser is None else self.engine.copy_for(denoiser, memo).forward
+
+    def __reduce__(self) -> NoReturn:
+        _refuse("pickle")
 
 
 def _attention_processors(denoiser: Denoiser) -> dict[str, type]:
