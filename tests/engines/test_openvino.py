@@ -260,6 +260,23 @@ def test_copy_runs_by_itself_when_the_original_is_gone() -> None:
         call(copied, 20)
 
 
+class Cumulative(nn.Module):
+    """What OpenVINO has no operator for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumprod(-1)
+
+
+def test_operator_that_openvino_lacks_is_named_with_what_to_do(cache: Path) -> None:
+    denoiser = attached()
+    denoiser.conv_act = Cumulative()
+    with pytest.raises(UsageError, match=r"convert the denoiser \(.*cumprod\); choose another"):
+        call(denoiser, 20)
+    denoiser.conv_act = nn.SiLU()
+    call(denoiser, 20)
+    assert len(list(cache.glob("*/model.xml"))) == 1
+
+
 def test_pickling_is_refused() -> None:
     with pytest.raises(UsageError, match="pickle does not work with kernel 'openvino'"):
         pickle.dumps(attached())

@@ -345,9 +345,8 @@ class Engine:
             traced = torch.jit.trace(
                 module, tuple(call.tensors.values()), strict=False, check_trace=False
             )
-            openvino = import_openvino()
-            model = openvino.convert_model(traced, example_input=tuple(call.tensors.values()))
-            openvino.save_model(model, path, compress_to_fp16=False)
+            model = _converted(traced, tuple(call.tensors.values()))
+            import_openvino().save_model(model, path, compress_to_fp16=False)
 
 
 class _Forward:
@@ -387,6 +386,22 @@ def _wrap(sample: Tensor) -> Output:
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     return Transformer2DModelOutput(sample=sample)
+
+
+def _converted(traced: torch.jit.ScriptModule, inputs: tuple[Tensor, ...]) -> Model:
+    """Convert what was traced.
+
+    Raises:
+        UsageError: OpenVINO has no such operator, or cannot tell its types.
+    """
+    try:
+        return import_openvino().convert_model(traced, example_input=inputs)
+    except Exception as error:  # whose classes are no RuntimeErrors
+        summary = str(error).partition("Summary:")[2] or str(error)
+        said = next((line for line in summary.splitlines() if line.strip()), "")
+        raise UsageError(
+            f"OpenVINO cannot convert the denoiser ({said.strip(' -')}); choose another kernel"
+        ) from error
 
 
 @contextmanager
