@@ -33,11 +33,21 @@ class Attention(nn.Module):
         return functional.scaled_dot_product_attention(*inputs, **self.options)
 
 
-def compiled(inputs: tuple[Tensor, ...], **options: float) -> tuple[int, Any]:
+class OfSome(nn.Module):
+    """Attention in as many dimensions as values say."""
+
+    def forward(self, keep: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        some = keep.nonzero()[:, 0]
+        return functional.scaled_dot_product_attention(query[..., some], key[..., some], value)
+
+
+def compiled(
+    inputs: tuple[Tensor, ...], module: nn.Module | None = None, **options: float
+) -> tuple[int, Any]:
     """Return how many attentions were rounded, and the compiled model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer is deprecated
-        graph = torch.jit.trace(Attention(**options), inputs, check_trace=False)
+        graph = torch.jit.trace(module or Attention(**options), inputs, check_trace=False)
         model = openvino.convert_model(graph, example_input=inputs)
     model.reshape({i: list(x.shape) for i, x in enumerate(inputs)})
     count = round_attention_(model, openvino.opset13)
@@ -103,3 +113,10 @@ def test_causal_attention_stays_as_it_is() -> None:
     torch.testing.assert_close(
         run(model, inputs), Attention(is_causal=True)(*inputs), rtol=0, atol=1e-5
     )
+
+
+def test_attention_of_unknown_width_stays_as_it_is() -> None:
+    inputs = (torch.arange(16) % 3, QUERY, KEY, VALUE)
+    count, model = compiled(inputs, OfSome())
+    assert count == 0
+    torch.testing.assert_close(run(model, inputs), OfSome()(*inputs), rtol=0, atol=1e-5)

@@ -21,7 +21,7 @@ _SMALLEST = 1e-30  # of what is divided by, where a query or key is zero
 
 
 def round_attention_(model: Model, ops: Operators) -> int:
-    """Round queries and keys in every attention of a model, except causal ones.
+    """Round queries and keys in every attention of a model, except causal and shapeless ones.
 
     Arguments:
         model: its shapes are known.
@@ -30,11 +30,22 @@ def round_attention_(model: Model, ops: Operators) -> int:
     Returns:
         How many there were.
     """
-    found = [node for node in model.get_ops() if node.get_type_name() == _KIND]
-    found = [node for node in found if not node.get_attributes()["causal"]]
+    found = [node for node in _attentions(model) if _is_known(node)]
     for node in found:
         node.output(0).replace(_rounded(node, ops).output(0))
     return len(found)
+
+
+def _attentions(model: Model) -> list[Node]:
+    """List every attention of a model, except causal ones."""
+    found = [node for node in model.get_ops() if node.get_type_name() == _KIND]
+    return [node for node in found if not node.get_attributes()["causal"]]
+
+
+def _is_known(attention: Node) -> bool:
+    """Whether rank and width of queries and keys are known: they may depend on values."""
+    shapes = [attention.input_value(i).get_partial_shape() for i in range(2)]
+    return all(shape.rank.is_static and shape[-1].is_static for shape in shapes)
 
 
 def _rounded(attention: Node, ops: Operators) -> Node:
