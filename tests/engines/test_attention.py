@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from layers.kernels.test_kernels import draw
 from msfp_cli.engines import openvino as engine
-from msfp_cli.engines.attention import round_attention_
+from msfp_cli.engines.attention import round_attention_, zero_where_masked_
 
 pytest.importorskip("openvino")
 openvino = engine.import_openvino()
@@ -42,7 +42,11 @@ class OfSome(nn.Module):
 
 
 def compiled(
-    inputs: tuple[Tensor, ...], module: nn.Module | None = None, **options: float
+    inputs: tuple[Tensor, ...],
+    module: nn.Module | None = None,
+    *,
+    rounds: bool = True,
+    **options: float,
 ) -> tuple[int, Any]:
     """Return how many attentions were rounded, and the compiled model."""
     with warnings.catch_warnings():
@@ -50,7 +54,8 @@ def compiled(
         graph = torch.jit.trace(module or Attention(**options), inputs, check_trace=False)
         model = openvino.convert_model(graph, example_input=inputs)
     model.reshape({i: list(x.shape) for i, x in enumerate(inputs)})
-    count = round_attention_(model, openvino.opset13)
+    zero_where_masked_(model, openvino.opset13)
+    count = round_attention_(model, openvino.opset13) if rounds else 0
     settings = {"INFERENCE_PRECISION_HINT": "f32"}
     return count, engine.core().compile_model(model, "CPU", settings)
 
@@ -93,6 +98,23 @@ def test_rows_of_zeros_are_finite_and_weigh_all_values_alike() -> None:
     inputs = (torch.zeros_like(QUERY), torch.zeros_like(KEY), VALUE)
     output = run(compiled(inputs)[1], inputs)
     torch.testing.assert_close(output, VALUE.mean(-2, keepdim=True).expand_as(output))
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+@pytest.mark.parametrize("is_summand", [True, False])
+@pytest.mark.parametrize("shape", [(2, 1, 6, 9), (2, 1, 1, 9), (6, 9), (2, 3, 6, 9)])
+def test_query_that_may_see_no_key_gets_zeros(
+    shape: tuple[int, ...], *, is_summand: bool, rounds: bool
+) -> None:
+    mask = draw(*shape, seed=5) > -0.5
+    mask.view(-1, 9)[0] = False
+    if is_summand:
+        mask = torch.zeros(shape).masked_fill(~mask, -math.inf)
+    inputs = (QUERY, KEY, VALUE, mask)
+    expected = Attention()(*inputs)
+    assert (expected == 0).any()
+    output = run(compiled(inputs, rounds=rounds)[1], inputs)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0.05 if rounds else 1e-5)
 
 
 def test_scales_differ_by_row() -> None:

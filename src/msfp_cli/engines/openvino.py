@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from msfp_cli.engines import conversions
 from msfp_cli.engines.arguments import Call
-from msfp_cli.engines.attention import round_attention_
+from msfp_cli.engines.attention import round_attention_, zero_where_masked_
 from msfp_cli.engines.mapped import giving_back
 from msfp_cli.engines.traced import Traced
 from msfp_cli.errors import UsageError
@@ -287,6 +287,7 @@ class Engine:
             while len(self._compiled) >= _MOST_COMPILED:
                 self._compiled.popitem(last=False)
             model, path = self._model(call, shapes)
+            zero_where_masked_(model, import_openvino().opset13)
             if self._kernel == QK8:
                 round_attention_(model, import_openvino().opset13)
             settings = self._settings() if self.device == DEVICE else {}
