@@ -277,6 +277,14 @@ def test_operator_that_openvino_lacks_is_named_with_what_to_do(cache: Path) -> N
     assert len(list(cache.glob("*/model.xml"))) == 1
 
 
+def test_weights_rounded_by_another_type_are_not_kept_for_others() -> None:
+    rounded = attached().to(torch.bfloat16)
+    sample, text = draw(1, 4, 16, 16), draw(1, 5, rounded.config.cross_attention_dim)
+    with torch.no_grad():
+        rounded(sample.bfloat16(), 20, text.bfloat16())
+    same_at_size(attached(), 16, 16)
+
+
 def test_pickling_is_refused() -> None:
     with pytest.raises(UsageError, match="pickle does not work with kernel 'openvino'"):
         pickle.dumps(attached())

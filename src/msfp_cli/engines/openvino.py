@@ -130,8 +130,7 @@ def attach_(
         )
     place = place or conversions.cache_directory()
     places = [place] if stored is None else [stored, place]
-    identity = f"{content} {denoiser.dtype}"
-    engine = Engine(denoiser, device, identity, places, progress, time, kernel)
+    engine = Engine(denoiser, device, content, places, progress, time, kernel)
     denoiser.forward = engine.forward
     _refuse_methods_(denoiser, _CHANGES)
     return engine
@@ -195,6 +194,7 @@ class Engine:
         self._lock = threading.Lock()
         self._compiled = OrderedDict[str, Any]()
         self._content = content
+        self._dtype = denoiser.dtype
         self.signature = inspect.signature(denoiser.forward)
 
     @property
@@ -330,13 +330,18 @@ class Engine:
             shapes: that it is for; None for every call with such arguments.
         """
         what = call.tree if shapes is None else [call.tree, shapes]
-        key = conversions.key_of(self._content, what)
+        key = conversions.key_of(self._identity(), what)
         path = conversions.find(key, self._places)
         if path is not None:
             return path
         save = functools.partial(self._save, call)
         with self._progress.task("Converting for OpenVINO", None):
             return conversions.write(self._places[-1], key, save)
+
+    def _identity(self) -> str:
+        """Return what tells the denoiser from others: its types, too, which round its weights."""
+        types = dict.fromkeys((self._dtype, self.denoiser.dtype))
+        return " ".join([self._content, *map(str, types)])
 
     def _save(self, call: Call, path: Path) -> None:
         """Trace and convert the denoiser, and write it; weights of bytes stay bytes."""
