@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from layers.kernels.test_kernels import draw
 from msfp_cli.engines import openvino as engine
-from msfp_cli.engines.attention import round_attention_
+from msfp_cli.engines.attention import round_attention_, zero_where_masked_
 
 pytest.importorskip("openvino")
 openvino = engine.import_openvino()
@@ -33,14 +33,29 @@ class Attention(nn.Module):
         return functional.scaled_dot_product_attention(*inputs, **self.options)
 
 
-def compiled(inputs: tuple[Tensor, ...], **options: float) -> tuple[int, Any]:
+class OfSome(nn.Module):
+    """Attention in as many dimensions as values say."""
+
+    def forward(self, keep: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        some = keep.nonzero()[:, 0]
+        return functional.scaled_dot_product_attention(query[..., some], key[..., some], value)
+
+
+def compiled(
+    inputs: tuple[Tensor, ...],
+    module: nn.Module | None = None,
+    *,
+    rounds: bool = True,
+    **options: float,
+) -> tuple[int, Any]:
     """Return how many attentions were rounded, and the compiled model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer is deprecated
-        graph = torch.jit.trace(Attention(**options), inputs, check_trace=False)
+        graph = torch.jit.trace(module or Attention(**options), inputs, check_trace=False)
         model = openvino.convert_model(graph, example_input=inputs)
     model.reshape({i: list(x.shape) for i, x in enumerate(inputs)})
-    count = round_attention_(model, openvino.opset13)
+    zero_where_masked_(model, openvino.opset13)
+    count = round_attention_(model, openvino.opset13) if rounds else 0
     settings = {"INFERENCE_PRECISION_HINT": "f32"}
     return count, engine.core().compile_model(model, "CPU", settings)
 
@@ -85,6 +100,23 @@ def test_rows_of_zeros_are_finite_and_weigh_all_values_alike() -> None:
     torch.testing.assert_close(output, VALUE.mean(-2, keepdim=True).expand_as(output))
 
 
+@pytest.mark.parametrize("rounds", [True, False])
+@pytest.mark.parametrize("is_summand", [True, False])
+@pytest.mark.parametrize("shape", [(2, 1, 6, 9), (2, 1, 1, 9), (6, 9), (2, 3, 6, 9)])
+def test_query_that_may_see_no_key_gets_zeros(
+    shape: tuple[int, ...], *, is_summand: bool, rounds: bool
+) -> None:
+    mask = draw(*shape, seed=5) > -0.5
+    mask.view(-1, 9)[0] = False
+    if is_summand:
+        mask = torch.zeros(shape).masked_fill(~mask, -math.inf)
+    inputs = (QUERY, KEY, VALUE, mask)
+    expected = Attention()(*inputs)
+    assert (expected == 0).any()
+    output = run(compiled(inputs, rounds=rounds)[1], inputs)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0.05 if rounds else 1e-5)
+
+
 def test_scales_differ_by_row() -> None:
     """A row a thousand times as large takes no digit from the others."""
     key = KEY.clone()
@@ -103,3 +135,10 @@ def test_causal_attention_stays_as_it_is() -> None:
     torch.testing.assert_close(
         run(model, inputs), Attention(is_causal=True)(*inputs), rtol=0, atol=1e-5
     )
+
+
+def test_attention_of_unknown_width_stays_as_it_is() -> None:
+    inputs = (torch.arange(16) % 3, QUERY, KEY, VALUE)
+    count, model = compiled(inputs, OfSome())
+    assert count == 0
+    torch.testing.assert_close(run(model, inputs), OfSome()(*inputs), rtol=0, atol=1e-5)

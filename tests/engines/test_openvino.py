@@ -1,7 +1,9 @@
 """Denoisers in OpenVINO: the sums of `reference`, products of bytes, and what is refused."""
 
+import copy
 import ctypes
 import gc
+import pickle
 import sys
 import warnings
 import weakref
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import SlicedAttnProcessor
 from torch import Tensor, nn
 
 from layers.kernels.test_kernels import (
@@ -201,7 +204,8 @@ def test_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_changes_layers_is_refused() -> None:
     denoiser = attached()
-    for change in (denoiser.add_adapter, denoiser.load_lora_adapter, denoiser.compile):
+    changes = ("add_adapter", "load_lora_adapter", "compile", "enable_freeu", "set_attention_slice")
+    for change in (getattr(denoiser, name) for name in changes):
         with pytest.raises(UsageError, match="does not work with kernel 'openvino'"):
             change()
 
@@ -216,6 +220,21 @@ def test_changed_padding_is_refused() -> None:
     call(denoiser, 20)
 
 
+def test_changed_attention_is_refused_before_it_is_converted_and_after(cache: Path) -> None:
+    denoiser = attached()
+    (name, attention), *_ = (
+        (name, module) for name, module in denoiser.named_modules() if hasattr(module, "processor")
+    )
+    usual = attention.processor
+    for _ in range(2):
+        attention.set_processor(SlicedAttnProcessor(1))
+        with pytest.raises(UsageError, match=f"the attention processor of {name} was changed"):
+            call(denoiser, 20)
+        attention.set_processor(type(usual)())
+        call(denoiser, 20)
+    assert len(list(cache.iterdir())) == 1
+
+
 def test_denoiser_is_freed_with_its_last_user() -> None:
     denoiser = attached()
     call(denoiser, 20)
@@ -227,6 +246,48 @@ def test_denoiser_is_freed_with_its_last_user() -> None:
         assert weak() is None
     finally:
         gc.enable()
+
+
+def test_copy_runs_by_itself_when_the_original_is_gone() -> None:
+    denoiser = attached()
+    expected = call(denoiser, 20)
+    copied = copy.deepcopy(denoiser)
+    del denoiser
+    gc.collect()
+    assert torch.equal(call(copied, 20), expected)
+    copied.down_blocks[0].resnets[0].conv1.padding_mode = "circular"
+    with pytest.raises(UsageError, match=r"down_blocks.0.resnets.0.conv1 was changed"):
+        call(copied, 20)
+
+
+class Cumulative(nn.Module):
+    """What OpenVINO has no operator for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumprod(-1)
+
+
+def test_operator_that_openvino_lacks_is_named_with_what_to_do(cache: Path) -> None:
+    denoiser = attached()
+    denoiser.conv_act = Cumulative()
+    with pytest.raises(UsageError, match=r"convert the denoiser \(.*cumprod\); choose another"):
+        call(denoiser, 20)
+    denoiser.conv_act = nn.SiLU()
+    call(denoiser, 20)
+    assert len(list(cache.glob("*/model.xml"))) == 1
+
+
+def test_weights_rounded_by_another_type_are_not_kept_for_others() -> None:
+    rounded = attached().to(torch.bfloat16)
+    sample, text = draw(1, 4, 16, 16), draw(1, 5, rounded.config.cross_attention_dim)
+    with torch.no_grad():
+        rounded(sample.bfloat16(), 20, text.bfloat16())
+    same_at_size(attached(), 16, 16)
+
+
+def test_pickling_is_refused() -> None:
+    with pytest.raises(UsageError, match="pickle does not work with kernel 'openvino'"):
+        pickle.dumps(attached())
 
 
 def test_gradients_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Round queries and keys of attention to 8 bits, in a model of OpenVINO that is about to run.
+"""Change attention in a model of OpenVINO that is about to run: rounded, and zero without keys.
 
 Attention multiplies every query by every key, which in a large picture takes as long as all layers.
 Each query and each key gets a scale of its own, its greatest element over 127, as in SageAttention
@@ -21,7 +21,7 @@ _SMALLEST = 1e-30  # of what is divided by, where a query or key is zero
 
 
 def round_attention_(model: Model, ops: Operators) -> int:
-    """Round queries and keys in every attention of a model, except causal ones.
+    """Round queries and keys in every attention of a model, except causal and shapeless ones.
 
     Arguments:
         model: its shapes are known.
@@ -30,11 +30,56 @@ def round_attention_(model: Model, ops: Operators) -> int:
     Returns:
         How many there were.
     """
-    found = [node for node in model.get_ops() if node.get_type_name() == _KIND]
-    found = [node for node in found if not node.get_attributes()["causal"]]
+    found = [node for node in _attentions(model) if _is_known(node)]
     for node in found:
         node.output(0).replace(_rounded(node, ops).output(0))
     return len(found)
+
+
+def zero_where_masked_(model: Model, ops: Operators) -> None:
+    """Let queries that may see no key get zeros, as in torch; OpenVINO gives them NaN.
+
+    Arguments:
+        ops: OpenVINO's set of operators.
+    """
+    for node in _attentions(model):
+        mask = node.input_value(3) if node.get_input_size() > 3 else None
+        if mask is None or len(mask.get_partial_shape()) == 0:
+            continue
+        users = list(node.output(0).get_target_inputs())
+        sees, shown = _unmasked(mask, ops)
+        node.input(3).replace_source_output(shown.output(0))
+        zero = _number(0, node.output(0), ops)
+        output = ops.select(sees, node.output(0), zero).output(0)
+        for user in users:
+            user.replace_source_output(output)
+
+
+def _unmasked(mask: Output, ops: Operators) -> tuple[Node, Node]:
+    """Return whether each query sees a key, and a mask that shows all of them to those that do not.
+
+    Returns:
+        ``(..., queries, 1)``, and what has the mask's shape and type.
+    """
+    last = ops.constant([-1])
+    is_plain = mask.get_element_type().to_string() == "boolean"
+    shown = mask if is_plain else ops.not_equal(mask, _number(-math.inf, mask, ops))
+    sees = ops.reduce_logical_or(shown, last, keep_dims=True)
+    if is_plain:
+        return sees, ops.logical_or(mask, ops.logical_not(sees))
+    return sees, ops.select(sees, mask, _number(0, mask, ops))
+
+
+def _attentions(model: Model) -> list[Node]:
+    """List every attention of a model, except causal ones."""
+    found = [node for node in model.get_ops() if node.get_type_name() == _KIND]
+    return [node for node in found if not node.get_attributes()["causal"]]
+
+
+def _is_known(attention: Node) -> bool:
+    """Whether rank and width of queries and keys are known: they may depend on values."""
+    shapes = [attention.input_value(i).get_partial_shape() for i in range(2)]
+    return all(shape.rank.is_static and shape[-1].is_static for shape in shapes)
 
 
 def _rounded(attention: Node, ops: Operators) -> Node:

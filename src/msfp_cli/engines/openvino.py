@@ -8,6 +8,7 @@ stay in memory, each with its weights in bytes. The router's table is part of th
 member follows the timestep of each call.
 """
 
+import copy
 import functools
 import inspect
 import sys
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from msfp_cli.engines import conversions
 from msfp_cli.engines.arguments import Call
-from msfp_cli.engines.attention import round_attention_
+from msfp_cli.engines.attention import round_attention_, zero_where_masked_
 from msfp_cli.engines.mapped import giving_back
 from msfp_cli.engines.traced import Traced
 from msfp_cli.errors import UsageError
@@ -45,13 +46,16 @@ NAMES = (NAME, QK8)
 DEVICE = "CPU"
 _MOST_COMPILED = 2
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-# What would change layers that no longer run, or take the denoiser apart.
+# What would change layers that no longer run, or what is traced, or take the denoiser apart.
 _CHANGES = (
     "load_lora_adapter",
     "add_adapter",
     "enable_group_offload",
     "compile",
     "compile_repeated_blocks",
+    "enable_freeu",
+    "enable_forward_chunking",
+    "set_attention_slice",
 )
 _OFFLOADS = (
     "enable_model_cpu_offload",
@@ -126,8 +130,7 @@ def attach_(
         )
     place = place or conversions.cache_directory()
     places = [place] if stored is None else [stored, place]
-    identity = f"{content} {denoiser.dtype}"
-    engine = Engine(denoiser, device, identity, places, progress, time, kernel)
+    engine = Engine(denoiser, device, content, places, progress, time, kernel)
     denoiser.forward = engine.forward
     _refuse_methods_(denoiser, _CHANGES)
     return engine
@@ -184,52 +187,67 @@ class Engine:
         self._weak = weakref.ref(denoiser)
         layers = quantized_layers(denoiser).items()
         self._loaded = [(name, layer, layer.settings()) for name, layer in layers]
+        self._attention = _attention_processors(denoiser)
         self._core = core()
         self._places = places
         self._progress = progress
         self._lock = threading.Lock()
         self._compiled = OrderedDict[str, Any]()
         self._content = content
-        self._signature = inspect.signature(denoiser.forward)
-
-        @functools.wraps(denoiser.forward)
-        def forward(*args: Output, **kwargs: Output) -> Output:
-            return self._run(*args, **kwargs)
-
-        del forward.__wrapped__  # a method of the denoiser, which it would refer to
-        vars(forward).update(__signature__=self._signature, engine=self)
-        self.forward = forward
+        self._dtype = denoiser.dtype
+        self.signature = inspect.signature(denoiser.forward)
 
     @property
-    def _denoiser(self) -> Denoiser:
+    def forward(self) -> "_Forward":
+        """What the denoiser is called by."""
+        return _Forward(self)
+
+    def copy_for(self, denoiser: Denoiser, memo_: dict[int, Any]) -> "Engine":
+        """Return an engine like this one for a copy of its denoiser that is being made.
+
+        Arguments:
+            memo_: of `copy.deepcopy`.
+        """
+        made = object.__new__(Engine)
+        vars(made).update(vars(self))
+        made._weak = weakref.ref(denoiser)
+        made._loaded = copy.deepcopy(self._loaded, memo_)
+        made._lock = threading.Lock()
+        made._compiled = OrderedDict()
+        return made
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The denoiser that it runs."""
         denoiser = self._weak()
         assert denoiser is not None, "it is running, or somebody asks about it"
         return denoiser
 
     def floating(self) -> dict[str, str]:
         """Return why layers that multiply are computed in floating point, by name."""
-        layers = quantized_layers(self._denoiser)
+        layers = quantized_layers(self.denoiser)
         reasons = {name: Traced.reason(layer) for name, layer in layers.items()}
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def describe(self) -> str:
         """Return where the denoiser runs, and which layers are not products of bytes there."""
         floating = self.floating()
-        count = len(quantized_layers(self._denoiser)) - len(floating)
+        count = len(quantized_layers(self.denoiser)) - len(floating)
         names = f"; in floating point: {', '.join(floating)}" if floating else ""
         return f"{self._kernel} on {self.device} ({count} layers in bytes{names})"
 
-    def _run(self, *args: Output, **kwargs: Output) -> Output:
+    def run(self, *args: Output, **kwargs: Output) -> Output:
         """Run the denoiser.
 
         Raises:
             UsageError: the call is compiled, needs gradients, or has an argument of another kind;
-                or the settings of a layer were changed since the denoiser was loaded.
+                or a layer or an attention was changed since the denoiser was loaded.
         """
         if torch.compiler.is_compiling():
             _refuse("torch.compile")
         self._refuse_changed_layers()
-        arguments = dict(self._signature.bind(*args, **kwargs).arguments)
+        self._refuse_changed_attention()
+        arguments = dict(self.signature.bind(*args, **kwargs).arguments)
         is_wrapped = arguments.pop("return_dict", True)
         call = Call.of(arguments, self._time)
         if torch.is_grad_enabled() and any(_needs_gradient(value) for value in arguments.values()):
@@ -237,7 +255,7 @@ class Engine:
         with self._lock:
             compiled = self._compile(call)
             (output,) = compiled([tensor.numpy() for tensor in call.tensors.values()]).values()
-            sample = torch.from_numpy(output.copy()).to(self._denoiser.dtype)
+            sample = torch.from_numpy(output.copy()).to(self.denoiser.dtype)
         return _wrap(sample) if is_wrapped else (sample,)
 
     def _refuse_changed_layers(self) -> None:
@@ -248,14 +266,28 @@ class Engine:
                     "runs the denoiser as it was loaded; load the pipeline with another kernel"
                 )
 
+    def _refuse_changed_attention(self) -> None:
+        """Refuse what computes attention otherwise: IP-Adapters, perturbed guidance, slices.
+
+        A conversion would ignore it, or keep it for every later pipeline.
+        """
+        processors = _attention_processors(self.denoiser)
+        for name in processors.keys() | self._attention.keys():
+            if processors.get(name) is not self._attention.get(name):
+                raise UsageError(
+                    f"the attention processor of {name} was changed, but kernel {NAME!r} runs "
+                    "the denoiser as it was loaded; load the pipeline with another kernel"
+                )
+
     def _compile(self, call: Call) -> Compiled:
         """Return the model compiled for the shapes of a call."""
         shapes = [list(tensor.shape) for tensor in call.tensors.values()]
-        name = f"{self._denoiser.dtype} {shapes} {call.tree}"
+        name = f"{self.denoiser.dtype} {shapes} {call.tree}"
         if name not in self._compiled:
             while len(self._compiled) >= _MOST_COMPILED:
                 self._compiled.popitem(last=False)
             model, path = self._model(call, shapes)
+            zero_where_masked_(model, import_openvino().opset13)
             if self._kernel == QK8:
                 round_attention_(model, import_openvino().opset13)
             settings = self._settings() if self.device == DEVICE else {}
@@ -271,7 +303,7 @@ class Engine:
         """
         return {
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-            "INFERENCE_PRECISION_HINT": _PRECISIONS[self._denoiser.dtype],
+            "INFERENCE_PRECISION_HINT": _PRECISIONS[self.denoiser.dtype],
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
 
@@ -298,7 +330,7 @@ class Engine:
             shapes: that it is for; None for every call with such arguments.
         """
         what = call.tree if shapes is None else [call.tree, shapes]
-        key = conversions.key_of(self._content, what)
+        key = conversions.key_of(self._identity(), what)
         path = conversions.find(key, self._places)
         if path is not None:
             return path
@@ -306,17 +338,49 @@ class Engine:
         with self._progress.task("Converting for OpenVINO", None):
             return conversions.write(self._places[-1], key, save)
 
+    def _identity(self) -> str:
+        """Return what tells the denoiser from others: its types, too, which round its weights."""
+        types = dict.fromkeys((self._dtype, self.denoiser.dtype))
+        return " ".join([self._content, *map(str, types)])
+
     def _save(self, call: Call, path: Path) -> None:
         """Trace and convert the denoiser, and write it; weights of bytes stay bytes."""
-        with traceable(self._denoiser) as denoiser, warnings.catch_warnings():
+        with traceable(self.denoiser) as denoiser, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer's, that Python's branches are fixed
             module = _Flat(denoiser, call)
             traced = torch.jit.trace(
                 module, tuple(call.tensors.values()), strict=False, check_trace=False
             )
-            openvino = import_openvino()
-            model = openvino.convert_model(traced, example_input=tuple(call.tensors.values()))
-            openvino.save_model(model, path, compress_to_fp16=False)
+            model = _converted(traced, tuple(call.tensors.values()))
+            import_openvino().save_model(model, path, compress_to_fp16=False)
+
+
+class _Forward:
+    """What takes the place of a denoiser's ``forward``; a copy of the denoiser gets its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.__signature__ = engine.signature
+        self.__name__ = "forward"
+
+    def __call__(self, *args: Output, **kwargs: Output) -> Output:
+        return self.engine.run(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Forward":
+        denoiser = memo.get(id(self.engine.denoiser))
+        return self if denoiser is None else self.engine.copy_for(denoiser, memo).forward
+
+    def __reduce__(self) -> NoReturn:
+        _refuse("pickle")
+
+
+def _attention_processors(denoiser: Denoiser) -> dict[str, type]:
+    """Return the class of what computes each attention, by the attention's name."""
+    return {
+        name: type(module.processor)
+        for name, module in denoiser.named_modules()
+        if hasattr(module, "processor")
+    }
 
 
 def _needs_gradient(value: object) -> bool:
@@ -328,6 +392,22 @@ def _wrap(sample: Tensor) -> Output:
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     return Transformer2DModelOutput(sample=sample)
+
+
+def _converted(traced: torch.jit.ScriptModule, inputs: tuple[Tensor, ...]) -> Model:
+    """Convert what was traced.
+
+    Raises:
+        UsageError: OpenVINO has no such operator, or cannot tell its types.
+    """
+    try:
+        return import_openvino().convert_model(traced, example_input=inputs)
+    except Exception as error:  # whose classes are no RuntimeErrors
+        summary = str(error).partition("Summary:")[2] or str(error)
+        said = next((line for line in summary.splitlines() if line.strip()), "")
+        raise UsageError(
+            f"OpenVINO cannot convert the denoiser ({said.strip(' -')}); choose another kernel"
+        ) from error
 
 
 @contextmanager
