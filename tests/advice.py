@@ -325,6 +325,7 @@ TROUBLES = (
 
 # Messages whose advice is followed in a test of its own, or which no test can follow.
 ELSEWHERE = {
+    "may only be read; give a directory of yours with --out": "tests/checkpoint/test_export.py",
     "give another --run": "tests/commands/test_wrong_inputs.py",
     "--input-lift": "tests/calibration/test_input_lift.py",
     "write NAME:weights=BITS": "tests/calibration/test_also.py",
