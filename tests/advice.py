@@ -389,6 +389,7 @@ ELSEWHERE = {
     "on that": "tests/checkpoint/test_guests.py",
     "is not a text encoder of this pipeline": "tests/streaming/test_quantize.py",
     "--num-processes 1 needs less": "tests/commands/test_launch.py",
+    "starts none, as WORLD_SIZE={} says": "tests/commands/test_launch.py",
     "has a smaller error": "tests/test_status.py",
     "with --activations {} --overwrite": "tests/commands/test_app.py",
     " --run {}": "tests/test_run.py",
