@@ -325,6 +325,7 @@ TROUBLES = (
 
 # Messages whose advice is followed in a test of its own, or which no test can follow.
 ELSEWHERE = {
+    "may only be read; give a directory of yours with --out": "tests/checkpoint/test_export.py",
     "give another --run": "tests/commands/test_wrong_inputs.py",
     "--input-lift": "tests/calibration/test_input_lift.py",
     "write NAME:weights=BITS": "tests/calibration/test_also.py",
@@ -388,6 +389,7 @@ ELSEWHERE = {
     "on that": "tests/checkpoint/test_guests.py",
     "is not a text encoder of this pipeline": "tests/streaming/test_quantize.py",
     "--num-processes 1 needs less": "tests/commands/test_launch.py",
+    "starts none, as WORLD_SIZE={} says": "tests/commands/test_launch.py",
     "has a smaller error": "tests/test_status.py",
     "with --activations {} --overwrite": "tests/commands/test_app.py",
     " --run {}": "tests/test_run.py",

@@ -5,7 +5,18 @@ from pathlib import Path
 import pytest
 
 from kills import Harness
-from troubles import TROUBLES, on_small_disk
+from troubles import TROUBLES, main, on_small_disk
+
+
+@pytest.mark.parametrize(("option", "code"), [("--help", 0), ("--command", 2)])
+def test_script_tries_nothing_where_it_is_given_an_option(
+    option: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["troubles", option])
+    monkeypatch.setattr("troubles.Harness", lambda place: pytest.fail("it tries"))
+    with pytest.raises(SystemExit) as ending:
+        main()
+    assert ending.value.code == code
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ rights. The command has to end in one line, and to lose nothing; the same comman
 what it leaves without the trouble, byte for byte. It prints one line for each command.
 """
 
+import argparse
 import ctypes
 import errno
 import os
@@ -151,6 +152,7 @@ def _read_only(place: Path, run: Path) -> Iterator[None]:
 
 def main() -> int:
     """Print how many troubles ended well for each command; return 1 if any did not."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     outcomes = list[str]()
     with tempfile.TemporaryDirectory() as place:
         harness = Harness(Path(place))

@@ -125,6 +125,18 @@ class Run:
                 f"no run directory {self.directory} here; `msfp calibrate` makes one, or give --run"
             )
 
+    def refuse_read_only(self, place: Path | None) -> None:
+        """Refuse to write to a run that may only be read, before any work is done for it.
+
+        Arguments:
+            place: the directory that is written instead, as `--out` names it.
+
+        Raises:
+            RunError: there is none, and the run may not be written to.
+        """
+        if place is None and self.directory.is_dir() and not self.is_writable:
+            raise RunError(f"{self} may only be read; give a directory of yours with --out")
+
     @contextmanager
     def lock(self, place: Path | None = None, *, create: bool = False) -> Iterator[None]:
         """Be the only process that writes to the run, and delete what killed ones have left.

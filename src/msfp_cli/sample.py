@@ -88,6 +88,7 @@ def sample_run(
     """
     defaults = {} if export else run.sampling()
     export = export or run.latest_export()
+    run.refuse_read_only(directory)
     config = next(iter(read_denoisers(export).values()))
     with nullcontext(directory) if directory else run.new_samples() as place:
         refuse_existing(place, overwrite=overwrite)

@@ -17,7 +17,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import msfp_cli
-from conftest import FEW_UPDATES, QUICK, Chained, Finetuned, Invoke, chain, files_of, train
+from conftest import (
+    FEW_UPDATES,
+    QUICK,
+    Chained,
+    Finetuned,
+    Invoke,
+    chain,
+    files_of,
+    only_error,
+    train,
+)
 from msfp_cli import __version__
 from msfp_cli.calibration.calibrate import calibrate_denoisers_
 from msfp_cli.calibration.result import Calibration
@@ -506,6 +516,16 @@ def test_run_that_may_only_be_read_is_exported_elsewhere(
     assert result.stderr.splitlines()[-1] == f"next: msfp sample {tmp_path / 'mine'}"
     assert {path: path.stat().st_mtime_ns for path in (run, *run.rglob("*"))} == before
     assert files_of(tmp_path / "mine") == files_of(tiny_tuned.run.export)
+
+
+@pytest.mark.parametrize("command", ["export", "sample", "evaluate", "report"])
+def test_run_that_may_only_be_read_is_said_to_be_with_what_helps(
+    command: str, tiny_tuned: Finetuned, msfp: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_tuned.run
+    monkeypatch.setattr(Run, "is_writable", False)
+    line = only_error(msfp(command, "--run", str(run)), 1)
+    assert line == f"{run} may only be read; give a directory of yours with --out"
 
 
 def test_saving_a_fine_tuned_export_again_gives_the_same_bytes(

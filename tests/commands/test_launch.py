@@ -247,6 +247,37 @@ def test_one_process_and_those_that_were_launched_do_the_work(
 
 
 @pytest.mark.parametrize(
+    ("size", "rank", "is_said"),
+    [("1", None, True), ("3", "0", True), ("3", "1", False), ("2", "0", False)],
+)
+def test_processes_that_are_not_started_are_said_once(
+    size: str,
+    rank: str | None,
+    is_said: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    launched: list[int] = []
+    monkeypatch.setattr(launch, "_launch", lambda count: launched.append(count) or 0)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("WORLD_SIZE", size)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    launch.share_out(1, nullcontext())
+    assert capsys.readouterr().err == ""
+    launch.share_out(2, nullcontext())
+    line = capsys.readouterr().err
+    assert line.startswith(f"note: --num-processes 2 starts none, as WORLD_SIZE={size}") == is_said
+    assert bool(line) == is_said
+    monkeypatch.delenv("WORLD_SIZE")  # as it says
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(typer.Exit):
+        launch.share_out(2, nullcontext())
+    assert launched == [2]
+
+
+@pytest.mark.parametrize(
     ("variables", "message"),
     [
         ({"WORLD_SIZE": ""}, "^WORLD_SIZE='' is not a number; unset WORLD_SIZE and RANK, or start"),

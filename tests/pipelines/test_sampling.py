@@ -16,6 +16,7 @@ from msfp_cli.pipelines.sampling import (
     call_pipeline,
     refuse_settings,
     refuse_untaken,
+    say_conditions,
 )
 from msfp_cli.recording.recipe import RecordOptions
 from msfp_cli.recording.record import record_recipes
@@ -49,6 +50,34 @@ def test_half_a_size_is_refused(size: dict[str, int], is_refused: bool) -> None:
     line = f"^many pipelines ignore {given} without --.*; give both$"
     with pytest.raises(UsageError, match=line) if is_refused else nullcontext():
         refuse_settings(Measuring(), Sampling(**size))
+
+
+class OfTwoStages:
+    """A stock-like pipeline that holds a prior and a decoder."""
+
+    components: ClassVar[dict[str, object]] = {}
+
+    def __call__(
+        self,
+        prior_guidance_scale: float = 4.0,
+        prior_num_inference_steps: int = 25,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 4.0,
+    ) -> None: ...
+
+
+@pytest.mark.parametrize(("guidance", "count"), [(None, 1), (0.0, 2)])
+def test_what_does_not_reach_the_first_stage_is_said(guidance: float | None, count: int) -> None:
+    lines: list[str] = []
+    progress = SimpleNamespace(log=lines.append)
+    pipe = OfTwoStages()
+    say_conditions(pipe, [None], Sampling(), progress)
+    assert lines == []
+    sampling = Sampling(num_inference_steps=3, guidance_scale=guidance)
+    say_conditions(pipe, [None], sampling, progress)
+    steps = "--steps does not reach the prior of OfTwoStages, whose prior_num_inference_steps stays"
+    scale = "--guidance-scale does not reach the prior of OfTwoStages, whose prior_guidance_scale"
+    assert lines == [f"{steps} at 25", f"{scale} stays at 4.0"][:count]
 
 
 CLEANING = """

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from conftest import Invoke, files_of, only_error
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
 from msfp_cli.checkpoint.quantizer import MSFPConfig
-from msfp_cli.errors import CheckpointError, ModelError, UsageError
+from msfp_cli.errors import CheckpointError, ModelError, MsfpError, UsageError
 from msfp_cli.formats.float_format import FloatFormat
 from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.streaming import parts
@@ -239,6 +239,44 @@ def test_unreadable_sources_are_one_line(
     with pytest.raises(ModelError, match="no safetensors files"):
         quantize(source, tmp_path / "again")
     assert "exists already" in only_error(msfp("quantize", source, "--out", out), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "scheduler/scheduler_config.json",
+            b'{"beta_start": 0.0',
+            "scheduler_config.json is damaged",
+        ),
+        ("scheduler/scheduler_config.json", None, "scheduler_config.json is a link to nothing"),
+        ("tokenizer/vocab.json", b"\xff", "vocab.json is damaged"),
+        ("tokenizer/tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json is damaged"),
+        ("text_encoder/config.json", b"{", "text_encoder/config.json is damaged"),
+    ],
+)
+def test_files_beside_the_weights_are_looked_at_before_anything_is_encoded(
+    name: str,
+    content: bytes | None,
+    message: str,
+    tiny: Callable[[str], Path],
+    copied: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken = copied(tiny("StableDiffusionPipeline"), "broken")
+    path = broken / name
+    if content is not None:
+        path.write_bytes(content)
+    else:
+        path.unlink()
+        path.symlink_to("nowhere")  # as in a cache whose blobs were deleted
+    monkeypatch.setattr(DenoiserJob, "encode", lambda job, progress: pytest.fail("encoded"))
+    for also in ((), ("text_encoder",)):
+        with pytest.raises(MsfpError, match=message) as caught:
+            quantize(broken, tmp_path / "out", also=also)
+        assert len(str(caught.value).splitlines()) == 1
+        assert not (tmp_path / "out").exists()
 
 
 def test_command_prints_path_sizes_and_speed(tiny: Callable[[str], Path], msfp: Invoke) -> None:

@@ -167,6 +167,7 @@ def export_run(
     """
     read_size(max_shard_size)  # which is refused before a model is loaded
     run.require()
+    run.refuse_read_only(directory)
     directory = directory or run.export
     with run.lock(None if run.is_writable else directory):
         calibration = Calibration.load(run.calibration)

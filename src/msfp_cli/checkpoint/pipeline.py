@@ -208,7 +208,8 @@ class MSFPPipeline:
                 attach_engine_(pipe, times_of(denoisers), kernel, directory, progress)
             for component in configs:
                 if component not in denoisers:
-                    prepare_(getattr(pipe, component), keep_packed=keep_packed)
+                    encoder = getattr(pipe, component)
+                    prepare_(encoder, keep_packed=keep_packed, may_be_refused=True)
                 elif not is_engine(kernel):
                     prepare_(getattr(pipe, component), kernel, keep_packed=keep_packed)
         return _with_methods_(pipe, configs)

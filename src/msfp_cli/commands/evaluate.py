@@ -68,6 +68,7 @@ def evaluate(
 ) -> None:
     """Measure an export."""
     recipe = options.recipe(EvaluateRecipe)
+    run.refuse_read_only(out)
     share_out(num_processes, run.lock(out, create=True))
 
     from msfp_cli.evaluation.evaluate import evaluate_run

@@ -62,10 +62,22 @@ def share_out(num_processes: int, lock: AbstractContextManager[None]) -> None:
         UsageError: the environment tells of several processes, but not how they meet.
     """
     _refuse_half_launched()
-    if num_processes > 1 and "WORLD_SIZE" not in os.environ:
+    if num_processes > 1 and "WORLD_SIZE" in os.environ:
+        _say_launched(num_processes)
+    elif num_processes > 1:
         with lock:
             code = _launch(num_processes)
         raise typer.Exit(code)
+
+
+def _say_launched(num_processes: int) -> None:
+    """Say that other processes than were asked for do the work, which somebody has started."""
+    count = int(os.environ["WORLD_SIZE"])
+    if count != num_processes and is_main():
+        console.note(
+            f"note: --num-processes {num_processes} starts none, as WORLD_SIZE={count} says that "
+            "all processes were started already; unset WORLD_SIZE and RANK to have msfp start them"
+        )
 
 
 def _refuse_half_launched() -> None:

@@ -69,6 +69,7 @@ def evaluate_run(
             the export was replaced meanwhile.
         ModelError: the export is of another model than `against`.
     """
+    run.refuse_read_only(directory)
     with run.lock(directory, create=True):
         device = choose_device(device)
         place = directory or run.evaluation

@@ -11,7 +11,7 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # `msfp --help` must not load torch
     import torch
     from PIL.Image import Image
 
+_STEPS = "num_inference_steps"
 MAX_SEED = 2**62  # torch takes 64 bits; pictures count on from here
 
 S = TypeVar("S", bound="Sampling")
@@ -174,6 +175,25 @@ def say_conditions(
     arguments_of(pipe, conditions)  # which refuses a label that only a later call would get
     say_cut_prompts(pipe, conditions, progress)
     say_pictures(pipe, sampling, progress, len(conditions))
+    for line in _other_stages(pipe, sampling):
+        progress.log(line)
+
+
+def _other_stages(pipe: Pipeline, sampling: Sampling) -> Iterator[str]:
+    """Yield what a stage before the last, as a prior is, does not take from the options."""
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(pipe.__call__).parameters.items()
+    }
+    suffix = f"_{_STEPS}"
+    for stage in [name.removesuffix(suffix) for name in defaults if name.endswith(suffix)]:
+        for option_name, name in (("--steps", _STEPS), ("--guidance-scale", "guidance_scale")):
+            own = f"{stage}_{name}"
+            if getattr(sampling, name) is not None and name in defaults and own in defaults:
+                yield (
+                    f"{option_name} does not reach the {stage} of {type(pipe).__name__}, whose "
+                    f"{own} stays at {defaults[own]}"
+                )
 
 
 def draw_stills(

@@ -54,6 +54,7 @@ def report_run(
     """
     if evaluation is None:
         run.require()
+    run.refuse_read_only(directory)
     result = Evaluation.load(evaluation or run.evaluation)
     with run.lock(directory, create=True):
         return write_report(

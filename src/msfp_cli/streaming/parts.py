@@ -20,9 +20,11 @@ from msfp_cli.errors import CheckpointError, MsfpError
 from msfp_cli.files.atomic import clean, delete
 from msfp_cli.files.documents import (
     Json,
+    damaged,
     open_tensors,
     read_header,
     read_json,
+    require_file,
     write_json,
     write_tensors,
 )
@@ -129,6 +131,27 @@ def refuse_damaged(directory: Path, variant: str | None, progress: Progress) -> 
         for stored in tensors:
             refuse_not_finite(stored.name, _read(stored))
             step(stored.count)
+
+
+def refuse_unreadable(directory: Path) -> None:
+    """Look whether the files of a component that are no weights can be read, and are whole.
+
+    They are copied, or read, after what takes long.
+
+    Raises:
+        RunError: a file may not be read, or is a link that leads nowhere.
+        CheckpointError: a JSON file is damaged.
+    """
+    redo = "download the model again"
+    for path in sorted(directory.iterdir()):
+        if not path.is_file() and not path.is_symlink():
+            continue
+        require_file(path, redo=redo)
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise damaged(path, error, redo=redo) from None
 
 
 def _read(stored: StoredTensor) -> Tensor:

@@ -25,7 +25,7 @@ from msfp_cli.pipelines.denoiser import denoiser_names
 from msfp_cli.pipelines.loading import ModelSource, fetch_pipeline, pipeline_class
 from msfp_cli.progress import SILENT, Progress
 from msfp_cli.streaming.component import ComponentSize, DenoiserJob
-from msfp_cli.streaming.parts import refuse_damaged
+from msfp_cli.streaming.parts import refuse_damaged, refuse_unreadable
 from msfp_cli.streaming.recipe import QuantizeRecipe
 from msfp_cli.streaming.text_component import TextEncoderJob
 
@@ -85,6 +85,8 @@ def quantize_pipeline(
             index = {**index, "_class_name": pipeline_class(source.pipeline).__name__}
         jobs = _jobs(source, place, index, recipe, work)
         others = [name for name in _components(index) if name not in jobs]
+        for name in _components(index):
+            refuse_unreadable(place / name)
         for name in others:
             refuse_damaged(place / name, source.variant, progress)
         start = time.monotonic()

@@ -621,6 +621,26 @@ def test_kernel_that_refuses_every_layer_says_so() -> None:
     assert prepare_(nn.Sequential(nn.Linear(2, 2)), "cpu") == {}
 
 
+def test_kernel_of_the_environment_that_refuses_every_layer_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MSFP_KERNEL", "cpu")
+    net = nn.Sequential(linear(), linear())
+    with pytest.raises(
+        UsageError,
+        match="MSFP_KERNEL=cpu in the environment can run none of the 2 layers; 0: cpu: the input "
+        "is in floating point; unset MSFP_KERNEL",
+    ):
+        prepare_(net)
+    assert net[0].kernel is None
+    prepare_(net, "simulated")  # somebody says which
+    assert set(prepare_(net, may_be_refused=True).values()) == {
+        ("simulated", "cpu: the input is in floating point")
+    }
+    able = nn.Sequential(linear(grid=grid_of(INPUTS["ue2m2"])), linear())
+    assert [name for name, _ in prepare_(able).values()] == ["cpu", "simulated"]
+
+
 def test_every_format_is_run_or_refused() -> None:
     for bits in range(2, 9):
         for signed in (True, False):

@@ -58,6 +58,18 @@ def choose_kernel(layer: QuantizedLayer, name: str = AUTO) -> tuple[type[Kernel]
     return Simulated, "; ".join(refusals)
 
 
+def words_for(asked: str) -> tuple[str, str, str]:
+    """Return the kernel that is asked for, how a message calls it, and how to ask for none.
+
+    Arguments:
+        asked: as in `choose_kernel`; only the environment takes the place of ``auto``.
+    """
+    override = os.environ.get(_OVERRIDE) if asked == AUTO else None
+    if override:
+        return override, f"{_OVERRIDE}={override} in the environment", f"unset {_OVERRIDE}"
+    return asked, f"kernel {asked!r}", f"choose {AUTO!r}"
+
+
 def _refusal(kernel: type[Kernel], layer: QuantizedLayer) -> str | None:
     """Say why a kernel cannot run a layer; the one place that asks for its kind."""
     if kernel.kinds is not None and layer.kind not in kernel.kinds:
