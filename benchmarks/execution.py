@@ -235,7 +235,8 @@ def load_peer(path: Path, name: str, row: str) -> nn.Module:
 
 def load_openvino(path: Path, name: str, row: str) -> nn.Module:
     """Load the float32 denoiser, or ours, and let OpenVINO run it."""
-    from msfp_cli.engines.openvino import NAME, attach_
+    from msfp_cli.engines.openvino import attach_
+    from msfp_cli.engines.package import NAME
 
     engine = row.partition(",")[0]
     kind = "msfp" if row.startswith("msfp") else "float32"
@@ -263,7 +264,7 @@ class Compiled(nn.Module):
 
 def load_nncf(path: Path, name: str, row: str) -> nn.Module:
     """Quantize the converted float32 denoiser with NNCF, unless that was done, and compile it."""
-    from msfp_cli.engines.openvino import core, import_openvino
+    from msfp_cli.engines.package import core, import_openvino
 
     config = CLASSES[name].load_config(path / f"{name}-float32")
     kept = path / f"{name}-nncf" / "model.xml"

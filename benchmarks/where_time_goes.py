@@ -22,7 +22,7 @@ from execution import CLASSES, TITLES, inputs_of, load_msfp
 from torch import Tensor
 
 from msfp_cli.engines.arguments import Call
-from msfp_cli.engines.openvino import core
+from msfp_cli.engines.package import core
 
 ATTENTION = "attention"
 EVERYTHING = "everything else"

@@ -11,7 +11,6 @@ from conftest import Chained, Finetuned, Invoke, only_line
 from msfp_cli.checkpoint.convert import convert_export
 from msfp_cli.checkpoint.pipeline import MSFPPipeline
 from msfp_cli.checkpoint.reseal import reseal
-from msfp_cli.engines import openvino as engine
 from msfp_cli.errors import MsfpError, UsageError
 from msfp_cli.files.seal import MARK
 from msfp_cli.pipelines.sampling import Sampling, call_pipeline
@@ -111,11 +110,11 @@ def test_no_conversion_is_left_of_a_killed_one(
 ) -> None:
     export = copied(tiny_chained.export)
 
-    def stop(self: object, call: object, path: Path) -> None:
+    def stop(denoiser: object, call: object, path: Path) -> None:
         path.write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.Engine, "_save", stop)
+    monkeypatch.setattr("msfp_cli.engines.openvino.write_converted", stop)
     with pytest.raises(KeyboardInterrupt):
         convert_export(export, "openvino")
     assert not list((export / "openvino").iterdir())

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from layers.kernels.test_kernels import draw
-from msfp_cli.engines import openvino as engine
 from msfp_cli.engines.attention import round_attention_, zero_where_masked_
+from msfp_cli.engines.package import core, import_openvino
 
 pytest.importorskip("openvino")
-openvino = engine.import_openvino()
+openvino = import_openvino()
 QUERY = draw(2, 3, 6, 16, seed=0)
 KEY = draw(2, 3, 9, 16, seed=1)
 VALUE = draw(2, 3, 9, 5, seed=2)
@@ -57,7 +57,7 @@ def compiled(
     zero_where_masked_(model, openvino.opset13)
     count = round_attention_(model, openvino.opset13) if rounds else 0
     settings = {"INFERENCE_PRECISION_HINT": "f32"}
-    return count, engine.core().compile_model(model, "CPU", settings)
+    return count, core().compile_model(model, "CPU", settings)
 
 
 def run(model: Any, inputs: tuple[Tensor, ...]) -> Tensor:  # noqa: ANN401

@@ -29,13 +29,14 @@ from layers.kernels.test_kernels import (
     unet,
 )
 from msfp_cli.engines import openvino as engine
+from msfp_cli.engines.package import core, import_openvino
 from msfp_cli.engines.traced import Traced
 from msfp_cli.errors import UsageError
 from msfp_cli.layers.kernels.arithmetic import refusal_of_integers
 from msfp_cli.layers.prepare import prepare_
 
 pytest.importorskip("openvino")
-openvino = engine.import_openvino()
+openvino = import_openvino()
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def in_openvino(layers: list[Any], inputs: list[Tensor]) -> tuple[list[Tensor], 
         model = openvino.convert_model(graph, example_input=tuple(inputs))
     model.reshape({i: list(x.shape) for i, x in enumerate(inputs)})
     settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-    compiled = engine.core().compile_model(model, "CPU", settings)
+    compiled = core().compile_model(model, "CPU", settings)
     outputs = [torch.from_numpy(y.copy()) for y in compiled([x.numpy() for x in inputs]).values()]
     return outputs, Counter(primitives(compiled))
 

@@ -7,14 +7,8 @@ from pathlib import Path
 import torch
 
 from msfp_cli.engines.conversions import FOLDER
-from msfp_cli.engines.openvino import (
-    NAME,
-    NAMES,
-    attach_,
-    engine_of,
-    import_openvino,
-    refuse_offloading_,
-)
+from msfp_cli.engines.openvino import NAMES, attach_, engine_of, refuse_offloading_
+from msfp_cli.engines.package import NAME, import_openvino
 from msfp_cli.errors import UsageError
 from msfp_cli.files.seal import SealedFile
 from msfp_cli.pipelines.loading import Pipeline

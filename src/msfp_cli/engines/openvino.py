@@ -11,24 +11,21 @@ member follows the timestep of each call.
 import copy
 import functools
 import inspect
-import sys
 import threading
-import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from msfp_cli.engines import conversions
 from msfp_cli.engines.arguments import Call
-from msfp_cli.engines.attention import round_attention_, zero_where_masked_
-from msfp_cli.engines.mapped import giving_back
-from msfp_cli.engines.traced import Traced
+from msfp_cli.engines.compilation import CPU, compile_model, read_model
+from msfp_cli.engines.package import NAME, Compiled, Model, core
+from msfp_cli.engines.tracing import floating_layers, write_converted
 from msfp_cli.errors import UsageError
 from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.progress import SILENT, Progress
@@ -36,16 +33,9 @@ from msfp_cli.progress import SILENT, Progress
 Denoiser: TypeAlias = Any  # a model of diffusers, which is untyped
 Pipeline: TypeAlias = Any  # one of its pipelines
 Output: TypeAlias = Any  # what a denoiser returns: a tuple, or an output class
-OpenVino: TypeAlias = Any  # the package, which may be missing
-Core: TypeAlias = Any  # an openvino.Core
-Model: TypeAlias = Any  # an openvino.Model
-Compiled: TypeAlias = Any  # an openvino.CompiledModel
-NAME = "openvino"
 QK8 = "openvino-qk8"  # the same with queries and keys of attention at 8 bits
 NAMES = (NAME, QK8)
-DEVICE = "CPU"
 _MOST_COMPILED = 2
-_PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # What would change layers that no longer run, or what is traced, or take the denoiser apart.
 _CHANGES = (
     "load_lora_adapter",
@@ -62,40 +52,6 @@ _OFFLOADS = (
     "enable_sequential_cpu_offload",
     "enable_group_offload",
 )
-
-
-def import_openvino() -> OpenVino:
-    """Return the package OpenVINO, without the part of it that reports its use to Intel.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # means: missing
-    try:
-        import openvino
-    except ImportError:
-        raise UsageError(
-            f"kernel {NAME!r} needs OpenVINO; install it with `pip install 'msfp[openvino]'`"
-        ) from None
-    return openvino
-
-
-def core() -> Core:
-    """Return OpenVINO's core, one for the whole process and until its end.
-
-    A core that runs on the CPU gives the thread a stack for signals, and puts back the one before
-    when it goes. With two cores that is the stack of the first one, which may be gone by then, and
-    the next signal, Ctrl-C for one, would end the process with a segmentation fault.
-
-    Raises:
-        UsageError: OpenVINO is not installed.
-    """
-    return _core_of(import_openvino())
-
-
-@functools.cache
-def _core_of(openvino: OpenVino) -> Core:
-    return openvino.Core()
 
 
 def attach_(
@@ -122,7 +78,7 @@ def attach_(
     Raises:
         UsageError: OpenVINO is not installed, or does not have the device.
     """
-    device = device or DEVICE
+    device = device or CPU
     devices = core().available_devices
     if device.partition(".")[0] not in {name.partition(".")[0] for name in devices}:
         raise UsageError(
@@ -188,7 +144,6 @@ class Engine:
         layers = quantized_layers(denoiser).items()
         self._loaded = [(name, layer, layer.settings()) for name, layer in layers]
         self._attention = _attention_processors(denoiser)
-        self._core = core()
         self._places = places
         self._progress = progress
         self._lock = threading.Lock()
@@ -223,16 +178,10 @@ class Engine:
         assert denoiser is not None, "it is running, or somebody asks about it"
         return denoiser
 
-    def floating(self) -> dict[str, str]:
-        """Return why layers that multiply are computed in floating point, by name."""
-        layers = quantized_layers(self.denoiser)
-        reasons = {name: Traced.reason(layer) for name, layer in layers.items()}
-        return {name: reason for name, reason in reasons.items() if reason is not None}
-
     def describe(self) -> str:
         """Return where the denoiser runs, and which layers are not products of bytes there."""
-        floating = self.floating()
-        count = len(quantized_layers(self.denoiser)) - len(floating)
+        floating = floating_layers(self.denoiser)
+        count = len(self._loaded) - len(floating)
         names = f"; in floating point: {', '.join(floating)}" if floating else ""
         return f"{self._kernel} on {self.device} ({count} layers in bytes{names})"
 
@@ -286,26 +235,14 @@ class Engine:
         if name not in self._compiled:
             while len(self._compiled) >= _MOST_COMPILED:
                 self._compiled.popitem(last=False)
-            model, path = self._model(call, shapes)
-            zero_where_masked_(model, import_openvino().opset13)
-            if self._kernel == QK8:
-                round_attention_(model, import_openvino().opset13)
-            settings = self._settings() if self.device == DEVICE else {}
-            with giving_back(path.with_suffix(".bin")):  # the model keeps it mapped
-                self._compiled[name] = self._core.compile_model(model, self.device, settings)
+            self._compiled[name] = compile_model(
+                *self._model(call, shapes),
+                device=self.device,
+                dtype=self.denoiser.dtype,
+                rounds_attention=self._kernel == QK8,
+            )
         self._compiled.move_to_end(name)
         return self._compiled[name]
-
-    def _settings(self) -> dict[str, Any]:
-        """Return what the CPU is told: threads, and the type of what is not in bytes.
-
-        It would round inputs of layers with nothing but weights in bytes on its own account.
-        """
-        return {
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-            "INFERENCE_PRECISION_HINT": _PRECISIONS[self.denoiser.dtype],
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        }
 
     def _model(self, call: Call, shapes: list[list[int]]) -> tuple[Model, Path]:
         """Return the converted denoiser for these shapes, and the file that it was read from.
@@ -314,14 +251,11 @@ class Engine:
         those that it was made with, they get their own.
         """
         path = self._convert(call)
-        model = self._core.read_model(path)
         try:
-            model.reshape(dict(enumerate(shapes)))
+            return read_model(path, shapes), path
         except RuntimeError:
             path = self._convert(call, shapes)
-            model = self._core.read_model(path)
-            model.reshape(dict(enumerate(shapes)))
-        return model, path
+            return read_model(path, shapes), path
 
     def _convert(self, call: Call, shapes: list[list[int]] | None = None) -> Path:
         """Return the file of a conversion, which is made unless there is one.
@@ -334,7 +268,7 @@ class Engine:
         path = conversions.find(key, self._places)
         if path is not None:
             return path
-        save = functools.partial(self._save, call)
+        save = functools.partial(write_converted, self.denoiser, call)
         with self._progress.task("Converting for OpenVINO", None):
             return conversions.write(self._places[-1], key, save)
 
@@ -342,17 +276,6 @@ class Engine:
         """Return what tells the denoiser from others: its types, too, which round its weights."""
         types = dict.fromkeys((self._dtype, self.denoiser.dtype))
         return " ".join([self._content, *map(str, types)])
-
-    def _save(self, call: Call, path: Path) -> None:
-        """Trace and convert the denoiser, and write it; weights of bytes stay bytes."""
-        with traceable(self.denoiser) as denoiser, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer's, that Python's branches are fixed
-            module = _Flat(denoiser, call)
-            traced = torch.jit.trace(
-                module, tuple(call.tensors.values()), strict=False, check_trace=False
-            )
-            model = _converted(traced, tuple(call.tensors.values()))
-            import_openvino().save_model(model, path, compress_to_fp16=False)
 
 
 class _Forward:
@@ -392,56 +315,3 @@ def _wrap(sample: Tensor) -> Output:
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     return Transformer2DModelOutput(sample=sample)
-
-
-def _converted(traced: torch.jit.ScriptModule, inputs: tuple[Tensor, ...]) -> Model:
-    """Convert what was traced.
-
-    Raises:
-        UsageError: OpenVINO has no such operator, or cannot tell its types.
-    """
-    try:
-        return import_openvino().convert_model(traced, example_input=inputs)
-    except Exception as error:  # whose classes are no RuntimeErrors
-        summary = str(error).partition("Summary:")[2] or str(error)
-        said = next((line for line in summary.splitlines() if line.strip()), "")
-        raise UsageError(
-            f"OpenVINO cannot convert the denoiser ({said.strip(' -')}); choose another kernel"
-        ) from error
-
-
-@contextmanager
-def traceable(denoiser: Denoiser) -> Iterator[Denoiser]:
-    """Give a denoiser its own forward, float32 and traceable layers while the context is open."""
-    forward = denoiser.__dict__.pop("forward")
-    dtype = denoiser.dtype
-    layers = quantized_layers(denoiser).values()
-    try:
-        if dtype != torch.float32:
-            denoiser.float()
-        for layer in layers:
-            layer.restore_()
-            layer.take_kernel_(Traced(layer))
-        with torch.no_grad():
-            yield denoiser
-    finally:
-        for layer in layers:
-            layer.restore_()
-        if dtype != torch.float32:
-            denoiser.to(dtype)
-        denoiser.forward = forward
-
-
-class _Flat(nn.Module):
-    """A denoiser whose arguments are a list of tensors."""
-
-    def __init__(self, denoiser: Denoiser, call: Call) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.call = call
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """Return the denoiser's output without what it is wrapped in."""
-        named = dict(zip(self.call.tensors, tensors, strict=True))
-        output: Tensor = self.denoiser(**self.call.arguments(named), return_dict=False)[0]
-        return output

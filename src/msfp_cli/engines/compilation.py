@@ -1,0 +1,55 @@
+"""Compile a converted denoiser for the shapes of a call, and for a device."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msfp_cli.engines.attention import round_attention_, zero_where_masked_
+from msfp_cli.engines.mapped import giving_back
+from msfp_cli.engines.package import Compiled, Model, core, import_openvino
+
+CPU = "CPU"
+_PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def read_model(path: Path, shapes: list[list[int]]) -> Model:
+    """Read a conversion, for arguments of these shapes.
+
+    Raises:
+        RuntimeError: it does not fit them.
+    """
+    model = core().read_model(path)
+    model.reshape(dict(enumerate(shapes)))
+    return model
+
+
+def compile_model(
+    model: Model, path: Path, *, device: str, dtype: torch.dtype, rounds_attention: bool
+) -> Compiled:
+    """Compile a model that was read.
+
+    Arguments:
+        path: the file that it was read from, which it keeps mapped.
+        dtype: of what is not in bytes.
+        rounds_attention: whether queries and keys are rounded to 8 bits.
+    """
+    operators = import_openvino().opset13
+    zero_where_masked_(model, operators)
+    if rounds_attention:
+        round_attention_(model, operators)
+    settings = _settings(dtype) if device == CPU else {}
+    with giving_back(path.with_suffix(".bin")):
+        return core().compile_model(model, device, settings)
+
+
+def _settings(dtype: torch.dtype) -> dict[str, Any]:
+    """Return what the CPU is told: threads, and the type of what is not in bytes.
+
+    It would round inputs of layers with nothing but weights in bytes on its own account.
+    """
+    return {
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
