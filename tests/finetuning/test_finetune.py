@@ -25,7 +25,7 @@ from msfp_cli.commands.console import stop_on_interrupt
 from msfp_cli.files.documents import write_json
 from msfp_cli.finetuning.load import settings_of, shared_evenly
 from msfp_cli.finetuning.recipe import FinetuneRecipe
-from msfp_cli.finetuning.result import FinetuneState
+from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.finetuning.trainer import Trainer
 from msfp_cli.options import Options
 from msfp_cli.pipelines.loading import ModelSource
@@ -561,13 +561,18 @@ def test_model_that_cannot_checkpoint_gradients_says_so(
     assert not state(run).exists()
 
 
-def test_unknown_denoising_factor_asks_for_the_plain_loss(
+def test_loss_is_plain_where_the_denoising_factor_is_not_known(
     fresh_run: FreshRun, msfp: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fresh_run()
+    run = fresh_run()
     monkeypatch.setattr(Recording, "factors", lambda recording, component: None)
-    assert only_line(msfp("finetune", *OPTIONS), 1).endswith("is not known; use --loss plain")
-    assert msfp("finetune", *OPTIONS, "--loss", "plain").exit_code == 0
+    refused = only_line(msfp("finetune", *OPTIONS, "--loss", "dfa"), 1)
+    assert refused.endswith("is not known; use --loss plain")
+    done = msfp("finetune", *OPTIONS)
+    assert done.exit_code == 0
+    assert "so all timesteps weigh alike in the loss" in done.stderr
+    (tuned,) = load_finetunings(run, Calibration.load(run.calibration)).values()
+    assert tuned.recipe.loss == "plain"
 
 
 def test_interrupted_command_says_how_far_it_got_and_how_to_go_on(

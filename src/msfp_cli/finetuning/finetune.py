@@ -68,6 +68,7 @@ def finetune_run(
             with _explain_memory():
                 trainer = _trainer(run, material, component, denoiser, recipe, accelerator)
                 _say_rank(component, recipe.rank, trainer.student.largest_rank, progress)
+                _say_factor(component, material, progress)
                 # Only now: a --restart that one of the checks above refuses keeps the old states.
                 if restart and not reports:
                     _delete_states(run, material, accelerator)
@@ -113,6 +114,15 @@ def _say_rank(component: str, rank: int, largest: int, progress: Progress) -> No
     if rank > max(largest, FinetuneRecipe().rank):
         progress.log(
             f"{component}: no weight has a rank of {rank}; {largest} is the largest that is trained"
+        )
+
+
+def _say_factor(component: str, material: Material, progress: Progress) -> None:
+    """Say that the denoising factor is not known, where it is not."""
+    if material.recording.factors(component) is None:
+        progress.log(
+            f"{component}: the denoising factor of its scheduler is not known, so all timesteps "
+            "weigh alike in the loss"
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from msfp_cli.calibration.result import Calibration
-from msfp_cli.errors import RunError
+from msfp_cli.errors import MsfpError, RunError
 from msfp_cli.finetuning.recipe import FinetuneRecipe
 from msfp_cli.finetuning.result import FinetuneState, load_finetunings
 from msfp_cli.pipelines.denoiser import find_denoisers, fingerprint
@@ -61,6 +61,8 @@ def settings_of(
 ) -> tuple[FinetuneRecipe, bool]:
     """Return the settings of a state to go on from, or else the defaults, with changes.
 
+    Where a denoising factor is not known, the loss is ``plain`` by default.
+
     Arguments:
         change: puts what the user typed in place of other settings.
         resume: whether to go on from a state; None goes on if there is one.
@@ -79,10 +81,20 @@ def settings_of(
         raise RunError(
             f"{run.directory} holds no fine-tuning to go on with; leave --resume out to begin"
         )
-    fresh = shared_evenly(FinetuneRecipe(), processes)
+    fresh = shared_evenly(_defaults(run, calibration), processes)
     recipe = change(next((state.recipe for state in states.values()), fresh))
     done = [state for state in states.values() if state.finished and state.recipe == recipe]
     return recipe, len(done) == len(calibration.tunable())
+
+
+def _defaults(run: Run, calibration: Calibration) -> FinetuneRecipe:
+    """Return the default settings for what was recorded."""
+    recording = Recording(run.recording)
+    try:
+        factors = [recording.factors(component) for component in calibration.tunable()]
+    except MsfpError:  # what is wrong with the recording is said when it is loaded
+        factors = []
+    return FinetuneRecipe(loss="plain") if None in factors else FinetuneRecipe()
 
 
 def shared_evenly(recipe: FinetuneRecipe, processes: int) -> FinetuneRecipe:

@@ -64,7 +64,7 @@ class FinetuneRecipe(Recipe):
     loss: str = option(
         "dfa",
         "Weight of each timestep in the loss: dfa weights by the denoising factor, plain weights "
-        "all alike.",
+        "all alike, and is the default where that factor is not known.",
         choices=LOSSES,
     )
     loss_power: float = option(
