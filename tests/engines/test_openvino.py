@@ -249,6 +249,7 @@ def test_denoiser_is_freed_with_its_last_user() -> None:
         gc.enable()
 
 
+@pytest.mark.slow
 def test_copy_runs_by_itself_when_the_original_is_gone() -> None:
     denoiser = attached()
     expected = call(denoiser, 20)
@@ -268,6 +269,7 @@ class Cumulative(nn.Module):
         return x.cumprod(-1)
 
 
+@pytest.mark.slow
 def test_operator_that_openvino_lacks_is_named_with_what_to_do(cache: Path) -> None:
     denoiser = attached()
     denoiser.conv_act = Cumulative()
@@ -278,6 +280,7 @@ def test_operator_that_openvino_lacks_is_named_with_what_to_do(cache: Path) -> N
     assert len(list(cache.glob("*/model.xml"))) == 1
 
 
+@pytest.mark.slow
 def test_weights_rounded_by_another_type_are_not_kept_for_others() -> None:
     rounded = attached().to(torch.bfloat16)
     sample, text = draw(1, 4, 16, 16), draw(1, 5, rounded.config.cross_attention_dim)
