@@ -10,7 +10,8 @@ wide attention are far smaller than the greatest, and would be rounded to nothin
 import math
 from typing import Any, TypeAlias
 
-Model: TypeAlias = Any  # an openvino.Model
+from msfp_cli.engines.package import Model
+
 Node: TypeAlias = Any  # one of its operators
 Output: TypeAlias = Any  # what an operator gives
 Operators: TypeAlias = Any  # the module openvino.opset13

@@ -143,7 +143,11 @@ class Engine:
         self._weak = weakref.ref(denoiser)
         layers = quantized_layers(denoiser).items()
         self._loaded = [(name, layer, layer.settings()) for name, layer in layers]
-        self._attention = _attention_processors(denoiser)
+        self._attentions = [
+            (name, module, type(module.processor))
+            for name, module in denoiser.named_modules()
+            if hasattr(module, "processor")
+        ]
         self._places = places
         self._progress = progress
         self._lock = threading.Lock()
@@ -167,6 +171,7 @@ class Engine:
         vars(made).update(vars(self))
         made._weak = weakref.ref(denoiser)
         made._loaded = copy.deepcopy(self._loaded, memo_)
+        made._attentions = copy.deepcopy(self._attentions, memo_)
         made._lock = threading.Lock()
         made._compiled = OrderedDict()
         return made
@@ -220,9 +225,8 @@ class Engine:
 
         A conversion would ignore it, or keep it for every later pipeline.
         """
-        processors = _attention_processors(self.denoiser)
-        for name in processors.keys() | self._attention.keys():
-            if processors.get(name) is not self._attention.get(name):
+        for name, attention, processor in self._attentions:
+            if type(attention.processor) is not processor:
                 raise UsageError(
                     f"the attention processor of {name} was changed, but kernel {NAME!r} runs "
                     "the denoiser as it was loaded; load the pipeline with another kernel"
@@ -295,15 +299,6 @@ class _Forward:
 
     def __reduce__(self) -> NoReturn:
         _refuse("pickle")
-
-
-def _attention_processors(denoiser: Denoiser) -> dict[str, type]:
-    """Return the class of what computes each attention, by the attention's name."""
-    return {
-        name: type(module.processor)
-        for name, module in denoiser.named_modules()
-        if hasattr(module, "processor")
-    }
 
 
 def _needs_gradient(value: object) -> bool:

@@ -45,7 +45,8 @@ def choose_kernel(layer: QuantizedLayer, name: str = AUTO) -> tuple[type[Kernel]
         if override:
             raise UsageError(f"{_OVERRIDE}={name} in the environment is not one of {names}")
         raise UsageError(
-            f"unknown kernel {name!r}; choose one of {names}, or load the pipeline with openvino"
+            f"unknown kernel {name!r}; choose one of {names}, or load the pipeline with openvino "
+            "or openvino-qk8"
         )
     if _refusal(Lookup, layer) is None:
         return Lookup, ""
