@@ -104,14 +104,18 @@ PEERS = ("sdnq", "torchao", "quanto")
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
-def inputs_of(name: str, denoiser: Any) -> Arguments:  # noqa: ANN401 (a diffusers model)
+def inputs_of(
+    name: str,
+    denoiser: Any,  # noqa: ANN401 (a diffusers model)
+    dtype: torch.dtype = torch.float32,
+) -> Arguments:
     """Return the arguments of one call, drawn with seed 0."""
     generator = torch.Generator().manual_seed(0)
     config = denoiser.config
     rows = 16 if name == "built-in" else 2
     sample = torch.randn(
         rows, config.in_channels, config.sample_size, config.sample_size, generator=generator
-    )
+    ).to(dtype)
     if name == "dit-xl":
         return {
             "hidden_states": sample,
@@ -119,7 +123,7 @@ def inputs_of(name: str, denoiser: Any) -> Arguments:  # noqa: ANN401 (a diffuse
             "class_labels": torch.arange(rows),
             "return_dict": False,
         }
-    text = torch.randn(rows, 77, config.cross_attention_dim, generator=generator)
+    text = torch.randn(rows, 77, config.cross_attention_dim, generator=generator).to(dtype)
     return {
         "sample": sample,
         "timestep": torch.tensor(500),
@@ -359,10 +363,7 @@ def measure(path: Path, name: str, row: str, calls: int) -> Arguments:
     denoiser = load_row(path, name, row)
     loading = time.perf_counter() - start
     loaded = peak_bytes()
-    arguments = inputs_of(name, denoiser)
-    for key, value in arguments.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            arguments[key] = value.to(dtype_of(row))
+    arguments = inputs_of(name, denoiser, dtype_of(row))
     called: Callable[..., Any] = (
         torch.compile(denoiser, fullgraph=True) if "compiled" in row else denoiser
     )

@@ -1,6 +1,6 @@
 """Show where the time of a denoiser's call goes, with our kernel and in OpenVINO.
 
-    python benchmarks/where_time_goes.py --work DIR [--model sd15] [--threads 1]
+    python benchmarks/where_time_goes.py --work DIR [--model sd15] [--threads 1] [--dtype bfloat16]
 
 DIR is the directory of `execution.py`, with the models that it made there. The kernel `cpu` is
 observed by torch's profiler, and OpenVINO by its own counters: our engine, and what NNCF made of
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from msfp_cli.engines.arguments import Call
 from msfp_cli.engines.package import core
+from msfp_cli.formats.rounding import Grid
 
 ATTENTION = "attention"
 EVERYTHING = "everything else"
@@ -47,19 +48,19 @@ OF_OPENVINO = {
 @contextmanager
 def named_rounding() -> Iterator[None]:
     """Let the profiler see the rounding of inputs as one thing."""
-    from msfp_cli.layers.kernels import cpu
+    from msfp_cli.layers.kernels.cpu import Cpu
 
-    plain = cpu.round_to_bytes
+    plain = Cpu.round
 
-    def named(*arguments: Any) -> list[Tensor]:  # noqa: ANN401
+    def named(kernel: Cpu, x: Tensor, grid: Grid) -> list[Tensor]:
         with torch.profiler.record_function("msfp: rounding inputs"):
-            return plain(*arguments)
+            return plain(kernel, x, grid)
 
-    cpu.round_to_bytes = named  # type: ignore[assignment]
+    Cpu.round = named  # type: ignore[method-assign]
     try:
         yield
     finally:
-        cpu.round_to_bytes = plain
+        Cpu.round = plain  # type: ignore[method-assign]
 
 
 def kind_of(name: str, kinds: Mapping[str, tuple[str, ...]]) -> str:
@@ -68,10 +69,10 @@ def kind_of(name: str, kinds: Mapping[str, tuple[str, ...]]) -> str:
 
 
 @torch.no_grad()
-def seconds_of_kernel(work: Path, model: str) -> dict[str, float]:
+def seconds_of_kernel(work: Path, model: str, dtype: torch.dtype) -> dict[str, float]:
     """Return the seconds of one call with the kernel `cpu`, by kind of work."""
-    denoiser = load_msfp(work, model, "cpu")
-    arguments = inputs_of(model, denoiser)
+    denoiser = load_msfp(work, model, "cpu", dtype)
+    arguments = inputs_of(model, denoiser, dtype)
     denoiser(**arguments)
     with (
         named_rounding(),
@@ -87,18 +88,21 @@ def seconds_of_kernel(work: Path, model: str) -> dict[str, float]:
     return {**seconds, EVERYTHING: total - sum(seconds.values()), CALL: total}
 
 
-def seconds_of_openvino(path: Path, inputs: Mapping[str, Tensor]) -> dict[str, float]:
+def seconds_of_openvino(
+    path: Path, inputs: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, float]:
     """Return the seconds of one call of a converted model, by kind of work.
 
     Arguments:
         path: its ``model.xml``.
+        dtype: what it computes in around the products of bytes.
     """
     model = core().read_model(path)
     model.reshape({i: list(tensor.shape) for i, tensor in enumerate(inputs.values())})
     settings = {
         "PERF_COUNT": True,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     compiled = core().compile_model(model, "CPU", settings)
@@ -146,18 +150,21 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where execution.py keeps models")
     parser.add_argument("--model", choices=tuple(CLASSES), default="sd15")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     work, model = arguments.work, arguments.model
-    title = f"{TITLES[model]}, threads: {arguments.threads}"
-    print(table(f"kernel `cpu`, {title}", seconds_of_kernel(work, model)))
+    dtype: torch.dtype = getattr(torch, arguments.dtype)
+    title = f"{TITLES[model]}, {arguments.dtype}, threads: {arguments.threads}"
+    print(table(f"kernel `cpu`, {title}", seconds_of_kernel(work, model, dtype)))
     denoiser = CLASSES[model].from_pretrained(work / f"{model}-msfp")
     given = inputs_of(model, denoiser)
     del given["return_dict"]
     inputs = Call.of(given, "timestep").tensors
     for name, pattern in (("msfp", f"{model}-msfp-openvino/*"), ("NNCF int8", f"{model}-nncf")):
         for path in sorted(work.glob(f"{pattern}/model.xml"))[:1]:
-            print(f"\n{table(f'{name} in OpenVINO, {title}', seconds_of_openvino(path, inputs))}")
+            seconds = seconds_of_openvino(path, inputs, dtype)
+            print(f"\n{table(f'{name} in OpenVINO, {title}', seconds)}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,12 @@ from msfp_cli.formats.transform import InputTransform
 from msfp_cli.layers.kernels.cpu import Cpu
 from msfp_cli.layers.kernels.geometry import Geometry
 from msfp_cli.layers.kernels.registry import AUTO, KERNELS, choose_kernel
-from msfp_cli.layers.kernels.to_bytes import round_to_bytes
+from msfp_cli.layers.kernels.to_bytes import (
+    can_be_looked_up,
+    look_up_bytes,
+    round_to_bytes,
+    tables_of_bytes,
+)
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.layers.quantized import QuantConv2d, QuantLinear
 from msfp_cli.layers.replace import find_layers, quantized_layers, replace_layers_
@@ -299,6 +304,19 @@ def test_kernels_agree_on_shorter_types(dtype: torch.dtype, transform: InputTran
     assert outputs[0].dtype == dtype and torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("name", list(INPUTS))
+def test_bfloat16_is_the_float32_result_rounded_once(name: str) -> None:
+    grid = grid_of(INPUTS[name])
+    for layer, x in (
+        (layer_of(nn.Linear, 48, 37, grid=grid), draw(5, 48)),
+        (conv(grid=grid, padding=1), draw(2, 4, 9, 6)),
+        (conv(grid=grid), draw(2, 4, 9, 6).contiguous(memory_format=torch.channels_last)),
+    ):
+        short = x.bfloat16()
+        layer.prepare_("cpu")
+        assert torch.equal(layer(short), layer(short.float()).bfloat16())
+
+
 @pytest.mark.parametrize("fmt", ["e2m1", "ue2m2", "ue2m6"])
 def test_sums_are_exact(fmt: str) -> None:
     grid = Grid(INPUTS[fmt], 1.0)
@@ -322,9 +340,24 @@ def test_bytes_are_the_integers_of_the_codes(name: str) -> None:
     assert torch.equal(sum(plane.int() << 8 * i for i, plane in enumerate(planes)), expected.int())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", list(INPUTS))
+def test_every_value_of_a_shorter_type_is_looked_up_as_it_is_rounded(
+    name: str, dtype: torch.dtype
+) -> None:
+    grid = grid_of(INPUTS[name])
+    shift = grid.format.largest if grid.format.signed else 0
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    numbers = x[~x.isnan()].repeat(2)  # more than fit into one piece
+    planes = look_up_bytes(numbers, tables_of_bytes(dtype, grid, shift))
+    expected = round_to_bytes(numbers.float(), grid, shift)
+    assert len(planes) == len(expected) and all(map(torch.equal, planes, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["rows", "channels last", "sliced", "transposed"])
-def test_bytes_keep_their_places_in_any_layout(layout: str) -> None:
-    x = draw(2, 6, 5, 4)
+def test_bytes_keep_their_places_in_any_layout(layout: str, dtype: torch.dtype) -> None:
+    x = draw(2, 6, 5, 4).to(dtype)
     laid = {
         "rows": x,
         "channels last": x.contiguous(memory_format=torch.channels_last),
@@ -332,7 +365,11 @@ def test_bytes_keep_their_places_in_any_layout(layout: str) -> None:
         "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
     }[layout]
     grid = grid_of(INPUTS["ue2m2"])
-    assert torch.equal(round_to_bytes(laid, grid, 0)[0], round_to_bytes(x, grid, 0)[0])
+    planes = round_to_bytes(laid, grid, 0)
+    if can_be_looked_up(dtype):
+        planes += look_up_bytes(laid, tables_of_bytes(dtype, grid, 0))
+    for plane in planes:
+        assert torch.equal(plane, round_to_bytes(x.float(), grid, 0)[0])
 
 
 def test_edges_are_right_for_every_size_of_picture_and_every_member() -> None:

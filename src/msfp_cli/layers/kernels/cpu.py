@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from msfp_cli.formats.rounding import Grid
 from msfp_cli.layers.base import Kernel, QuantizedLayer
 from msfp_cli.layers.kernels.arithmetic import (
     BYTE,
@@ -28,7 +29,13 @@ from msfp_cli.layers.kernels.geometry import Strip, frame_of, subtract_frame_
 from msfp_cli.layers.kernels.onednn import Operands, is_taken, multiply_bytes, prepack
 from msfp_cli.layers.kernels.reference import run_reference
 from msfp_cli.layers.kernels.simulated import input_grids, is_lifted, simulate
-from msfp_cli.layers.kernels.to_bytes import round_compiled, round_to_bytes
+from msfp_cli.layers.kernels.to_bytes import (
+    can_be_looked_up,
+    look_up_bytes,
+    round_compiled,
+    round_to_bytes,
+    tables_of_bytes,
+)
 
 _MAX_FRAMES = 8  # of a layer, each of a variant and a size of picture
 _INT16 = 2**15 - 1
@@ -58,6 +65,7 @@ class Cpu(Kernel):
         self.holds_weight = not keep_packed
         self.weights: list[Tensor] = []
         self._frames: dict[tuple[int | Tensor, torch.Size], list[Strip]] = {}
+        self._tables: dict[tuple[Grid, torch.dtype], list[Tensor]] = {}
         if self.holds_weight:
             packed = [prepack(each, self.arithmetic.geometry) for each in integers]
             self.weights = list(map(of_one_shape, packed))
@@ -82,11 +90,22 @@ class Cpu(Kernel):
             member = torch.as_tensor(layer.member())
             y: Tensor = multiply_bytes(*self._operands(layer, planes, variant, member))
         else:
-            planes = round_to_bytes(x.detach(), grids[0], self.arithmetic.shift)
+            planes = self.round(x.detach(), grids[0])
             operands = self._operands(layer, planes, variant, layer.member())
-            y = operands._replace(frame=None).multiply()
+            dtype = x.dtype if operands.writes(x.dtype) else torch.float32
+            y = operands._replace(frame=None).multiply(dtype)
             subtract_frame_(y, self._frame(operands.frame, variant, x.shape[2:]))
         return y.to(x.dtype)
+
+    def round(self, x: Tensor, grid: Grid) -> list[Tensor]:
+        """Round an input to bytes; where its type allows it, by a table that is remembered."""
+        if not can_be_looked_up(x.dtype):
+            return round_to_bytes(x, grid, self.arithmetic.shift)
+        tables = self._tables.get((grid, x.dtype))
+        if tables is None:
+            tables = tables_of_bytes(x.dtype, grid, self.arithmetic.shift)
+            self._tables[grid, x.dtype] = tables
+        return look_up_bytes(x, tables)
 
     def _frame(
         self, taps: Tensor | None, variant: int | Tensor, size: torch.Size

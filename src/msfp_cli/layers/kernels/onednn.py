@@ -74,19 +74,28 @@ class Operands(NamedTuple):
     frame: Tensor | None
     geometry: Sequence[int]
 
-    def multiply(self) -> Tensor:
-        """Multiply bytes, and return ``factor * (sum - shift) + constant`` in float32."""
+    def multiply(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Multiply bytes, and return ``factor * (sum - shift) + constant``.
+
+        Arguments:
+            dtype: of the output, to which the result is rounded once from float32; see `writes`.
+        """
         geometry = Geometry.from_flat(self.geometry)
         weight = self.weights[int(self.member) if len(self.weights) > 1 else 0]
         packed = weight if weight.is_mkldnn else prepack(weight, geometry)
         low, *further = self.planes
-        y = _product(low, self.shift & BYTE, packed, self.factor, self.constant, geometry)
+        y = _product(low, self.shift & BYTE, packed, self.factor, self.constant, geometry, dtype)
         for plane in further:
             factor = self.factor * (BYTE + 1)
-            y.add_(_product(plane, self.shift >> 8, packed, factor, None, geometry))
+            y.add_(_product(plane, self.shift >> 8, packed, factor, None, geometry, dtype))
         if self.frame is not None and geometry is not None:
             subtract_frame_(y, frame_of(self.frame, geometry, low.shape[2], low.shape[3]))
         return y
+
+    def writes(self, dtype: torch.dtype) -> bool:
+        """Whether `multiply` can write a type, with no sum to follow that needs float32."""
+        is_final = len(self.planes) == 1 and self.frame is None
+        return is_final and dtype == torch.bfloat16 and writes_bfloat16()
 
     def output(self) -> Tensor:
         """Return a tensor with the shape and layout of what `multiply` returns."""
@@ -103,6 +112,12 @@ class Operands(NamedTuple):
         )
 
 
+@lru_cache(maxsize=1)
+def writes_bfloat16() -> bool:
+    """Whether oneDNN can write bfloat16 on this CPU: it rounds to it as torch does, in AVX-512."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @lru_cache(maxsize=256)
 def _zeros(size: int) -> Tensor:
     """Return the zero points of a weight, which has none."""
@@ -116,6 +131,7 @@ def _product(
     factor: Tensor,
     constant: Tensor | None,
     geometry: Geometry | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Call oneDNN for one plane of bytes; where `constant` is None nothing is added.
 
@@ -123,7 +139,7 @@ def _product(
     by the product of both scales.
     """
     operands = (1.0, shift, weight, factor, _zeros(len(factor)), constant)
-    output: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+    output: tuple[Any, ...] = (1.0, 0, dtype, "none", [], "")
     if geometry is None:
         rows = plane.reshape(-1, plane.shape[-1])
         y: Tensor = torch.ops.onednn.qlinear_pointwise(rows, *operands, *output)
