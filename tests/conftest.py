@@ -170,20 +170,25 @@ def record_few(
     return pipe, denoiser, list(recording.calls(component))
 
 
-def settle(tuned: FinetuneState, num_layers: int = 5) -> FinetuneState:
-    """Return a state whose router takes one member, not the same, for each of the first layers."""
-    best = tuned.tensors_of("best")
-    bias = best["router.logits.bias"].clone().view(-1, tuned.recipe.hub_size)
+def settle(tuned: FinetuneState, kind: str = "best", num_layers: int = 5) -> FinetuneState:
+    """Return a state whose router takes one member, not the same, for each of the first layers.
+
+    Arguments:
+        kind: "best", or "now" for the last update, whether or not the held-out error fell.
+    """
+    tensors = tuned.tensors_of(kind)
+    bias = tensors["router.logits.bias"].clone().view(-1, tuned.recipe.hub_size)
     for layer in range(num_layers):
         bias[layer, layer % tuned.recipe.hub_size] += 1000
+    best = {f"best/{name}": tensor.clone() for name, tensor in tensors.items()}
     return dataclasses.replace(
-        tuned, tensors=tuned.tensors | {"best/router.logits.bias": bias.view(-1)}
+        tuned, tensors=tuned.tensors | best | {"best/router.logits.bias": bias.view(-1)}
     )
 
 
-def finetune(run: Run, recipe: FinetuneRecipe = FEW_UPDATES) -> Finetuned:
+def finetune(run: Run, recipe: FinetuneRecipe = FEW_UPDATES, *, kind: str = "best") -> Finetuned:
     """Fine-tune and export a calibrated run that has one denoiser, most of whose layers switch."""
-    tuned = settle(train(run, recipe, restart=True))
+    tuned = settle(train(run, recipe, restart=True), kind)
     calibration = Calibration.load(run.calibration)
     tuned.save(run.finetuned(*calibration.layers))
     return Finetuned(run, calibration, tuned, export_run(run, overwrite=True))
@@ -318,7 +323,9 @@ def prompted_tuned(
     """Fine-tune and export a tiny text-to-image model. Not to be changed: see `copied`."""
     directory = tmp_path_factory.mktemp("prompted-tuned") / "run"
     run = Run(shutil.copytree(prompted_chained.run.directory, directory))
-    return finetune(run, dataclasses.replace(FEW_UPDATES, steps=2, evaluate_every=2))
+    recipe = dataclasses.replace(FEW_UPDATES, steps=2, evaluate_every=2)
+    # Two updates of random weights lower the held-out error on some processors only.
+    return finetune(run, recipe, kind="now")
 
 
 @pytest.fixture(scope="session")

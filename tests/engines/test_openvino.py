@@ -29,6 +29,7 @@ from layers.kernels.test_kernels import (
     unet,
 )
 from msfp_cli.engines import openvino as engine
+from msfp_cli.engines.convolution import keep_first_column_
 from msfp_cli.engines.package import core, import_openvino
 from msfp_cli.engines.traced import Traced
 from msfp_cli.errors import UsageError
@@ -66,6 +67,7 @@ def in_openvino(layers: list[Any], inputs: list[Tensor]) -> tuple[list[Tensor], 
         graph = torch.jit.trace(Several(layers), tuple(inputs), check_trace=False)
         model = openvino.convert_model(graph, example_input=tuple(inputs))
     model.reshape({i: list(x.shape) for i, x in enumerate(inputs)})
+    keep_first_column_(model, openvino.opset13)
     settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     compiled = core().compile_model(model, "CPU", settings)
     outputs = [torch.from_numpy(y.copy()) for y in compiled([x.numpy() for x in inputs]).values()]
@@ -107,6 +109,24 @@ def test_sums_are_those_of_the_reference_in_every_format() -> None:
 def test_sums_are_those_of_the_reference_in_every_convolution(name: str) -> None:
     layers = [conv(grid=grid_of(INPUTS[name]), **options) for options in CONVOLUTIONS.values()]
     compare(layers, [draw(2, 4, 9, 7, seed=i) for i in range(len(layers))])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolution_one_pixel_wide_slides_by_1(groups: int) -> None:
+    layer = nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=groups)
+    x = draw(1, 4, 6, 2)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = torch.jit.trace(layer, x, check_trace=False)
+        model = openvino.convert_model(graph, example_input=x)
+        expected = layer(x)
+    for width, count in ((4, 0), (2, 1)):
+        model.reshape({0: [1, 4, 6, width]})
+        assert keep_first_column_(model, openvino.opset13) == count
+    (convolution,) = (op for op in model.get_ops() if "Convolution" in op.get_type_name())
+    assert list(convolution.get_attributes()["strides"]) == [2, 1]
+    compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    torch.testing.assert_close(torch.from_numpy(compiled([x.numpy()])[0]), expected)
 
 
 def attached(hub: int = 1, *, rounds_inputs: bool = True, **options: Any) -> Any:  # noqa: ANN401

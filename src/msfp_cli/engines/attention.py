@@ -10,11 +10,10 @@ wide attention are far smaller than the greatest, and would be rounded to nothin
 import math
 from typing import Any, TypeAlias
 
-from msfp_cli.engines.package import Model
+from msfp_cli.engines.package import Model, Operators
 
 Node: TypeAlias = Any  # one of its operators
 Output: TypeAlias = Any  # what an operator gives
-Operators: TypeAlias = Any  # the module openvino.opset13
 _KIND = "ScaledDotProductAttention"
 _LOWEST = -128
 _HIGHEST = 127

@@ -9,6 +9,7 @@ from msfp_cli.errors import UsageError
 OpenVino: TypeAlias = Any  # the package, which may be missing
 Core: TypeAlias = Any  # an openvino.Core
 Model: TypeAlias = Any  # an openvino.Model
+Operators: TypeAlias = Any  # the module openvino.opset13
 Compiled: TypeAlias = Any  # an openvino.CompiledModel
 NAME = "openvino"
 
