@@ -60,6 +60,7 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "oblong": {"kernel_size": (1, 5), "padding": (0, 2)},
     "wide padding": {"padding": (4, 3)},
     "window of padding": {"padding": (5, 1)},
+    "windows of padding": {"kernel_size": (4, 1), "stride": (1, 3), "padding": 4, "dilation": 2},
     "even": {"kernel_size": 2, "padding": 1, "stride": 2},
     "patches": {"kernel_size": 2, "stride": 2},
     "one window a row": {"kernel_size": (1, 4), "stride": (1, 4)},
