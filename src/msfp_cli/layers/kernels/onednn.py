@@ -24,7 +24,7 @@ def is_taken(x: Tensor, geometry: Geometry | None, channels: int) -> bool:
 
     Its AMX convolution reads outside of the input where a window sees nothing but padding, and
     wrong rows where the output is one pixel wide and the stride is not 1 (oneDNN of torch 2.13;
-    7,800 random shapes without these are exact).
+    20,104 random shapes without these are exact, written as float32 and as bfloat16).
     """
     if x.numel() == 0 or geometry is None:
         return x.numel() > 0 and x.ndim > 0 and x.shape[-1] == channels
