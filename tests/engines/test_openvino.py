@@ -29,7 +29,7 @@ from layers.kernels.test_kernels import (
     unet,
 )
 from msfp_cli.engines import openvino as engine
-from msfp_cli.engines.convolution import keep_first_column_
+from msfp_cli.engines.convolution import mend_convolutions_
 from msfp_cli.engines.package import core, import_openvino
 from msfp_cli.engines.traced import Traced
 from msfp_cli.errors import UsageError
@@ -67,7 +67,7 @@ def in_openvino(layers: list[Any], inputs: list[Tensor]) -> tuple[list[Tensor], 
         graph = torch.jit.trace(Several(layers), tuple(inputs), check_trace=False)
         model = openvino.convert_model(graph, example_input=tuple(inputs))
     model.reshape({i: list(x.shape) for i, x in enumerate(inputs)})
-    keep_first_column_(model, openvino.opset13)
+    mend_convolutions_(model, openvino.opset13)
     settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     compiled = core().compile_model(model, "CPU", settings)
     outputs = [torch.from_numpy(y.copy()) for y in compiled([x.numpy() for x in inputs]).values()]
@@ -111,22 +111,45 @@ def test_sums_are_those_of_the_reference_in_every_convolution(name: str) -> None
     compare(layers, [draw(2, 4, 9, 7, seed=i) for i in range(len(layers))])
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_convolution_one_pixel_wide_slides_by_1(groups: int) -> None:
-    layer = nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=groups)
-    x = draw(1, 4, 6, 2)
+def converted(layer: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
+    """Return a layer of torch's in OpenVINO, for this shape, and its output in torch."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graph = torch.jit.trace(layer, x, check_trace=False)
         model = openvino.convert_model(graph, example_input=x)
-        expected = layer(x)
+        model.reshape({0: list(x.shape)})
+        return model, layer(x)
+
+
+def outputs_of(model: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+    compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return torch.from_numpy(compiled([x.numpy()])[0].copy())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolution_one_pixel_wide_slides_by_1(groups: int) -> None:
+    layer = nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=groups)
+    x = draw(1, 4, 6, 2)
+    model, expected = converted(layer, x)
     for width, count in ((4, 0), (2, 1)):
         model.reshape({0: [1, 4, 6, width]})
-        assert keep_first_column_(model, openvino.opset13) == count
+        assert mend_convolutions_(model, openvino.opset13) == count
     (convolution,) = (op for op in model.get_ops() if "Convolution" in op.get_type_name())
     assert list(convolution.get_attributes()["strides"]) == [2, 1]
-    compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    torch.testing.assert_close(torch.from_numpy(compiled([x.numpy()])[0]), expected)
+    torch.testing.assert_close(outputs_of(model, x), expected)
+
+
+def test_padding_that_a_window_fits_into_becomes_zeros() -> None:
+    layer = nn.Conv2d(4, 8, (4, 1), stride=(1, 3), padding=(7, 4), dilation=2)
+    x = draw(1, 4, 9, 7)
+    model, expected = converted(layer, x)
+    assert mend_convolutions_(model, openvino.opset13) == 1
+    (facts,) = (
+        op.get_attributes() for op in model.get_ops() if op.get_type_name() == "Convolution"
+    )
+    assert list(facts["pads_begin"]) == list(facts["pads_end"]) == [6, 0]
+    assert mend_convolutions_(model, openvino.opset13) == 0
+    torch.testing.assert_close(outputs_of(model, x), expected)
 
 
 def attached(hub: int = 1, *, rounds_inputs: bool = True, **options: Any) -> Any:  # noqa: ANN401

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from msfp_cli.engines.attention import round_attention_, zero_where_masked_
-from msfp_cli.engines.convolution import keep_first_column_
+from msfp_cli.engines.convolution import mend_convolutions_
 from msfp_cli.engines.mapped import giving_back
 from msfp_cli.engines.package import Compiled, Model, core, import_openvino
 
@@ -37,7 +37,7 @@ def compile_model(
     """
     operators = import_openvino().opset13
     zero_where_masked_(model, operators)
-    keep_first_column_(model, operators)
+    mend_convolutions_(model, operators)
     if rounds_attention:
         round_attention_(model, operators)
     settings = _settings(dtype) if device == CPU else {}

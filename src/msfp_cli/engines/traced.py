@@ -213,14 +213,8 @@ def _product(codes: Tensor, weight: Tensor, factor: Tensor, geometry: Geometry |
     scaled = weight.float() * per_channel(factor, weight.ndim)
     if geometry is None:
         return functional.linear(codes, scaled)
-    # oneDNN's convolution for AMX may crash where a window sees nothing but padding.
-    kernel, stride, padding, dilation, groups = geometry
-    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    within = [min(p, r) for p, r in zip(padding, reach, strict=True)]
-    up, left = (p - w for p, w in zip(padding, within, strict=True))
-    if up or left:
-        codes = functional.pad(codes, (left, left, up, up))
-    return functional.conv2d(codes, scaled, None, stride, within, dilation, groups)
+    _, stride, padding, dilation, groups = geometry
+    return functional.conv2d(codes, scaled, None, stride, padding, dilation, groups)
 
 
 def _outside(x: Tensor, taps: Tensor, geometry: Geometry) -> Tensor:
