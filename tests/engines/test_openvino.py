@@ -29,10 +29,12 @@ from layers.kernels.test_kernels import (
     unet,
 )
 from msfp_cli.engines import openvino as engine
+from msfp_cli.engines.compilation import compile_model
 from msfp_cli.engines.convolution import mend_convolutions_
 from msfp_cli.engines.package import core, import_openvino
-from msfp_cli.engines.traced import Traced
+from msfp_cli.engines.traced import Traced, integers_of
 from msfp_cli.errors import UsageError
+from msfp_cli.formats.rounding import Grid
 from msfp_cli.layers.kernels.arithmetic import refusal_of_integers
 from msfp_cli.layers.prepare import prepare_
 
@@ -111,8 +113,35 @@ def test_sums_are_those_of_the_reference_in_every_convolution(name: str) -> None
     compare(layers, [draw(2, 4, 9, 7, seed=i) for i in range(len(layers))])
 
 
-def converted(layer: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
-    """Return a layer of torch's in OpenVINO, for this shape, and its output in torch."""
+class Rounded(nn.Module):
+    """Rounds its input to each grid."""
+
+    def __init__(self, grids: list[Grid]) -> None:
+        super().__init__()
+        self.grids = grids
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(integers_of(x, grid) for grid in self.grids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_inputs_are_rounded_in_float32_whatever_the_denoiser_is_in(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    grids = [grid_of(fmt) for fmt in INPUTS.values() if fmt.bits == 4]
+    x = draw(1 << 12).bfloat16().float() * 2
+    model, expected = converted(Rounded(grids), x)
+    compiled = compile_model(
+        model, tmp_path / "model.xml", device="CPU", dtype=dtype, rounds_attention=False
+    )
+    outputs = compiled([x.numpy()])
+    assert len(outputs) == len(grids) > 1
+    for got, integers in zip(outputs.values(), expected, strict=True):
+        assert torch.equal(torch.from_numpy(got.copy()), integers)
+
+
+def converted(layer: nn.Module, x: Tensor) -> tuple[Any, Any]:
+    """Return a module in OpenVINO, for this shape, and its output in torch."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graph = torch.jit.trace(layer, x, check_trace=False)

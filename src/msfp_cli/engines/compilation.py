@@ -11,7 +11,8 @@ from msfp_cli.engines.mapped import giving_back
 from msfp_cli.engines.package import Compiled, Model, core, import_openvino
 
 CPU = "CPU"
-_PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+# Other devices would compute in 16 bits by default, and rounding needs the mantissa of float32.
+_ELSEWHERE = {"EXECUTION_MODE_HINT": "ACCURACY"}
 
 
 def read_model(path: Path, shapes: list[list[int]]) -> Model:
@@ -32,7 +33,8 @@ def compile_model(
 
     Arguments:
         path: the file that it was read from, which it keeps mapped.
-        dtype: of what is not in bytes.
+        dtype: of what is not in bytes; float32 in place of float16, and on devices other than the
+            CPU.
         rounds_attention: whether queries and keys are rounded to 8 bits.
     """
     operators = import_openvino().opset13
@@ -40,7 +42,7 @@ def compile_model(
     mend_convolutions_(model, operators)
     if rounds_attention:
         round_attention_(model, operators)
-    settings = _settings(dtype) if device == CPU else {}
+    settings = _settings(dtype) if device == CPU else _ELSEWHERE
     with giving_back(path.with_suffix(".bin")):
         return core().compile_model(model, device, settings)
 
@@ -48,10 +50,11 @@ def compile_model(
 def _settings(dtype: torch.dtype) -> dict[str, Any]:
     """Return what the CPU is told: threads, and the type of what is not in bytes.
 
-    It would round inputs of layers with nothing but weights in bytes on its own account.
+    With "bf16" single elements are computed in float32, as rounding needs it; with "f16" they are
+    not. It would round inputs of layers with nothing but weights in bytes on its own account.
     """
     return {
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-        "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }

@@ -26,7 +26,7 @@ _MODEL = "model.xml"
 CONVERSIONS = tuple(f"{FOLDER}/*/{name}" for name in (_MODEL, "model.bin", MARK))
 _MOST = 6  # conversions that the cache keeps
 _NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
-_SCHEMA = 1  # of what is traced; a change makes older conversions useless
+_SCHEMA = 2  # of what is traced; a change makes older conversions useless
 
 
 def cache_directory() -> Path:

@@ -5,9 +5,9 @@ before a product whose weight is a constant of bytes times a scale. They make on
 units of it, which sums exactly in int32. The formula is that of `kernels.arithmetic`: the weight is
 given as ``q_w factor``, so that the factor is applied to the finished sum.
 
-The integers of an input are found without looking at bits, which OpenVINO cannot do: comparisons
-with the octaves' borders give the step at each value, and the value is rounded to a multiple of it.
-All of this becomes one pass over the input, which ends in bytes.
+The integers of an input are found without looking at bits, which OpenVINO cannot do: the rounding
+of float32 itself is used, at the step that each value has in its format (`_to_fewer_bits`). All of
+this becomes one pass over the input, which ends in bytes.
 
 The products of all members of a hub are computed, and one result is selected, because OpenVINO lays
 a weight out once, when it compiles. An input that is lifted at some timesteps is rounded both ways,
@@ -36,6 +36,8 @@ from msfp_cli.layers.kernels.simulated import is_lifted
 
 _SIGNED = (-128, 127)
 _UNSIGNED = (0, BYTE)
+_MANTISSA_BITS = 23  # of a float32
+_ALTERNATING = 26214.0  # 0.4 * 2^16: in units of 2^n and rounded, it is odd where n is, up to 2^16
 
 
 class Traced(Kernel):
@@ -162,28 +164,33 @@ def integers_of(x: Tensor, grid: Grid) -> Tensor:
     fmt = grid.format
     steps = (x - grid.zero_point) / grid.scale
     inside = steps.clamp(-fmt.largest if fmt.signed else 0, fmt.largest)
-    size = inside.abs() if fmt.signed else inside
-    if not fmt.mantissa_bits:
-        return _power_of(size, fmt) * (inside.sign() if fmt.signed else 1)
-    inverse: Tensor | float = 1.0
-    for octave in range(1, 2**fmt.exponent_bits - 1):
-        is_in_it = size >= 2.0 ** (fmt.mantissa_bits + octave)
-        inverse = torch.where(is_in_it, 2.0**-octave, inverse)
-    return (inside * inverse).round() / inverse
+    return inside.round() if fmt.is_uniform else _to_fewer_bits(inside, fmt)
 
 
-def _power_of(size: Tensor, fmt: FloatFormat) -> Tensor:
-    """Round to 0, 1, 2, 4 ...; a tie goes to the even exponent.
+def _to_fewer_bits(steps: Tensor, fmt: FloatFormat) -> Tensor:
+    """Round multiples of the smallest step to a format's mantissa; a tie goes to the even code.
+
+    A float32 that is 2^(23-m) times as large as a value has the step of the value's octave for its
+    last bit: subtracting the value rounds it, and the second difference is exact (Veltkamp's
+    splitting; Dekker 1971, doi:10.1007/BF01397083). Both have the same sign, so the first
+    difference may leave the octave at its lower end only, next to a power of two, which the finer
+    step holds, too. Small values share the step of the subnormals: for them it is a constant.
+
+    Without a mantissa, ties lie between powers of two, and the code is even for every second one:
+    there the last bit of the large number has to alternate from octave to octave.
 
     Arguments:
-        size: float32, not negative.
+        steps: float32, at most the largest magnitude.
     """
-    power = torch.zeros_like(size)
-    for code in range(1, len(fmt.magnitudes)):
-        middle = (fmt.magnitudes[code - 1] + fmt.magnitudes[code]) / 2
-        is_above = size > middle if code % 2 else size >= middle
-        power = torch.where(is_above, float(fmt.magnitudes[code]), power)
-    return power
+    constant = 1.5 * 2**fmt.mantissa_bits
+    if fmt.signed:
+        share = torch.where(steps.abs() >= constant, steps, constant)
+    else:
+        share = steps.clamp_min(constant)
+    large = share * 2.0 ** (_MANTISSA_BITS - fmt.mantissa_bits)
+    if not fmt.mantissa_bits:
+        large = large + _ALTERNATING
+    return large - (large - steps)
 
 
 def _range_of(fmt: FloatFormat) -> tuple[int, int]:
