@@ -8,7 +8,9 @@ import sys
 import warnings
 import weakref
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +33,7 @@ from layers.kernels.test_kernels import (
 from msfp_cli.engines import openvino as engine
 from msfp_cli.engines.compilation import compile_model
 from msfp_cli.engines.convolution import mend_convolutions_
+from msfp_cli.engines.devices import refuse_inexact
 from msfp_cli.engines.package import core, import_openvino
 from msfp_cli.engines.traced import Traced, integers_of
 from msfp_cli.errors import UsageError
@@ -267,6 +270,32 @@ def test_stored_conversion_equals_a_fresh_one_and_serves_other_shapes(cache: Pat
 def test_unknown_device_is_named_with_those_that_there_are() -> None:
     with pytest.raises(UsageError, match="no device 'XPU' here; choose one of CPU"):
         attached(device="XPU")
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_device_that_rounds_in_fewer_bits_is_refused(
+    monkeypatch: pytest.MonkeyPatch, is_exact: bool
+) -> None:
+    """The CPU takes the place of a device, and computes no octaves where that has too few bits."""
+    plain = core().compile_model
+    asked = []
+
+    def compiled(model: Any, device: str, settings: dict[str, Any]) -> Any:  # noqa: ANN401
+        asked.append((device, settings))
+        if not is_exact:
+            for node in model.get_ops():
+                if node.get_type_name() == "Subtract":
+                    node.output(0).replace(node.input_value(1))
+        return plain(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    fake = SimpleNamespace(compile_model=compiled)
+    monkeypatch.setattr("msfp_cli.engines.devices.core", lambda: fake)
+    refuse_inexact.cache_clear()
+    expected = nullcontext() if is_exact else pytest.raises(UsageError, match="'NPU' computes with")
+    with expected:
+        refuse_inexact("NPU")
+    refuse_inexact.cache_clear()
+    assert asked == [("NPU", {"EXECUTION_MODE_HINT": "ACCURACY"})]
 
 
 def test_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,6 @@ from msfp_cli.engines.mapped import giving_back
 from msfp_cli.engines.package import Compiled, Model, core, import_openvino
 
 CPU = "CPU"
-# Other devices would compute in 16 bits by default, and rounding needs the mantissa of float32.
-_ELSEWHERE = {"EXECUTION_MODE_HINT": "ACCURACY"}
 
 
 def read_model(path: Path, shapes: list[list[int]]) -> Model:
@@ -42,17 +40,19 @@ def compile_model(
     mend_convolutions_(model, operators)
     if rounds_attention:
         round_attention_(model, operators)
-    settings = _settings(dtype) if device == CPU else _ELSEWHERE
     with giving_back(path.with_suffix(".bin")):
-        return core().compile_model(model, device, settings)
+        return core().compile_model(model, device, settings_of(device, dtype))
 
 
-def _settings(dtype: torch.dtype) -> dict[str, Any]:
-    """Return what the CPU is told: threads, and the type of what is not in bytes.
+def settings_of(device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what a device is told: of the CPU its threads, and the type of what is not in bytes.
 
-    With "bf16" single elements are computed in float32, as rounding needs it; with "f16" they are
-    not. It would round inputs of layers with nothing but weights in bytes on its own account.
+    With "bf16" the CPU computes single elements in float32, as rounding needs it; with "f16" it
+    does not, and neither do other devices by default. The CPU would round inputs of layers with
+    nothing but weights in bytes on its own account.
     """
+    if device != CPU:
+        return {"EXECUTION_MODE_HINT": "ACCURACY"}
     return {
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",

@@ -24,6 +24,7 @@ from torch import Tensor
 from msfp_cli.engines import conversions
 from msfp_cli.engines.arguments import Call
 from msfp_cli.engines.compilation import CPU, compile_model, read_model
+from msfp_cli.engines.devices import refuse_inexact
 from msfp_cli.engines.package import NAME, Compiled, Model, core
 from msfp_cli.engines.tracing import floating_layers, write_converted
 from msfp_cli.errors import UsageError
@@ -76,7 +77,7 @@ def attach_(
         place: where to write a new one; None for the user's cache.
 
     Raises:
-        UsageError: OpenVINO is not installed, or does not have the device.
+        UsageError: OpenVINO is not installed, or the device is missing or does not round exactly.
     """
     device = device or CPU
     devices = core().available_devices
@@ -84,6 +85,7 @@ def attach_(
         raise UsageError(
             f"OpenVINO has no device {device!r} here; choose one of {', '.join(devices)}"
         )
+    refuse_inexact(device)
     place = place or conversions.cache_directory()
     places = [place] if stored is None else [stored, place]
     engine = Engine(denoiser, device, content, places, progress, time, kernel)
