@@ -15,7 +15,15 @@ def main() -> None:
     keep_torch_quiet()
     from msfp_cli.commands.app import app  # takes long enough for an impatient user
 
-    app(prog_name="msfp")
+    try:
+        app(prog_name="msfp")
+    except OSError as error:  # help and version are printed by no command
+        from msfp_cli.commands.console import is_debugging, say_error, unwritten
+
+        if is_debugging():
+            raise
+        say_error(unwritten(error))
+        sys.exit(1)
 
 
 def _stop_before_the_start(number: int, frame: FrameType | None) -> None:

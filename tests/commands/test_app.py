@@ -699,6 +699,23 @@ def test_reader_that_has_enough_is_not_an_error_to_explain(
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("options", [("--version",), ("--help",), ("status", "-h"), ("status",)])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="it takes the place of a full disk")
+def test_stdout_that_is_full_is_named_in_one_line(
+    options: tuple[str, ...], unbuffered: str, tiny_chained: Chained
+) -> None:
+    run = ("--run", str(tiny_chained.run.directory)) if options == ("status",) else ()
+    command = [sys.executable, "-m", "msfp_cli", *options, *run]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert re.fullmatch("error: standard output cannot be written .No space.*\n", done.stderr)
+
+
 CLOSED = """
 import os, sys
 for number in range(3):

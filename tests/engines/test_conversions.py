@@ -55,6 +55,21 @@ def test_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_clock_that_was_put_back_costs_the_conversions_from_the_future(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversions, "_MOST", 3)
+    for key in ("0a", "0b", "0c"):
+        conversions.write(tmp_path, key, save)
+    year = 3.2e7
+    os.utime(tmp_path / "0a", times=(time.time() - year,) * 2)
+    for key in ("0b", "0c"):
+        os.utime(tmp_path / key, times=(time.time() + year,) * 2)
+    assert conversions.write(tmp_path, "0d", save).exists()
+    conversions.write(tmp_path, "0e", save)
+    assert {path.name for path in tmp_path.iterdir()} == {"0a", "0d", "0e"}
+
+
 def test_cache_keeps_those_that_were_used_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,10 @@
 import copy
 import ctypes
 import gc
+import os
 import pickle
+import shutil
+import signal
 import sys
 import warnings
 import weakref
@@ -388,6 +391,46 @@ def test_weights_rounded_by_another_type_are_not_kept_for_others() -> None:
     with torch.no_grad():
         rounded(sample.bfloat16(), 20, text.bfloat16())
     same_at_size(attached(), 16, 16)
+
+
+def test_conversion_that_was_deleted_meanwhile_is_made_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser = attached()
+    plain = engine.read_model
+
+    def read(path: Path, shapes: list[list[int]]) -> Any:  # noqa: ANN401
+        if not denoiser.forward.engine._compiled and len(reads) == 0:
+            shutil.rmtree(path.parent)  # as another process does that tidies up
+        reads.append(path)
+        return plain(path, shapes)
+
+    reads: list[Path] = []
+    monkeypatch.setattr(engine, "read_model", read)
+    call(denoiser, 20)
+    assert len(reads) == 2 and reads[0] == reads[1]
+
+
+@pytest.mark.parametrize("answer", ["fails", "succeeds"])
+def test_ctrl_c_during_the_conversion_is_not_taken_for_a_failure(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, answer: str
+) -> None:
+    """OpenVINO swallows the exception of Ctrl-C and may raise one of its own."""
+    plain = openvino.convert_model
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        os.kill(os.getpid(), signal.SIGINT)
+        if answer == "fails":
+            raise RuntimeError("Check 'false' failed")
+        return plain(*args, **kwargs)
+
+    denoiser = attached()
+    monkeypatch.setattr(openvino, "convert_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(denoiser, 20)
+    assert not list(cache.glob("*/model.xml"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
 
 
 def test_pickling_is_refused() -> None:

@@ -29,6 +29,7 @@ from msfp_cli.layers.clock import TRAINING_CLOCK
 from msfp_cli.layers.prepare import prepare_
 from msfp_cli.pipelines.denoiser import call_with, find_denoisers
 from msfp_cli.pipelines.loading import load_pipeline
+from msfp_cli.progress import NoProgress
 from msfp_cli.recording.compare import OutputError, output_error
 from msfp_cli.recording.result import Recording
 from msfp_cli.run import Run
@@ -151,6 +152,24 @@ def test_crashed_run_goes_on_from_what_it_saved_last(
         patch.setattr(Trainer, "_backward", crash_in_the_sixth)
         train(run)
     assert saved_step(run.finetuned("transformer")) == 4
+    assert_same(train(run), uninterrupted)
+
+
+class NobodyReads(NoProgress):
+    """A pipe whose reader leaves when something is said of an update."""
+
+    def log(self, line: str) -> None:
+        if line.startswith("update"):
+            raise BrokenPipeError
+
+
+def test_measurement_is_saved_before_somebody_has_to_read_of_it(
+    uninterrupted: FinetuneState, fresh_run: FreshRun
+) -> None:
+    run = fresh_run()
+    with pytest.raises(BrokenPipeError):
+        train(run, progress=NobodyReads())
+    assert saved_step(run.finetuned("transformer")) == uninterrupted.history[1].step
     assert_same(train(run), uninterrupted)
 
 

@@ -48,7 +48,7 @@ app = typer.Typer(
 
 def _print_version(is_set: bool) -> None:
     if is_set:
-        print(f"msfp {__version__}")
+        typer.echo(f"msfp {__version__}")
         raise typer.Exit()
 
 

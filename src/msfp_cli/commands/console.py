@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,8 +62,29 @@ def stderr() -> Console:
 
 
 def result(text: str, data: dict[str, Any], *, as_json: bool) -> None:
-    """Print a command's result on stdout, as text or as JSON."""
-    typer.echo(json.dumps(data, indent=1) if as_json else text)
+    """Print a command's result on stdout, as text or as JSON.
+
+    Raises:
+        RunError: stdout cannot be written, other than because nobody reads it any more.
+    """
+    try:
+        typer.echo(json.dumps(data, indent=1) if as_json else text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RunError(unwritten(error)) from None
+
+
+def unwritten(error: OSError) -> str:
+    """Say that stdout cannot be written, and let what is left of it lead nowhere.
+
+    Python would try once more as it ends.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return (
+        f"standard output cannot be written ({error.strerror}); send it elsewhere, "
+        "what was finished is kept"
+    )
 
 
 def note(text: str) -> None:
@@ -140,7 +162,7 @@ def guarded(command: F) -> F:
         except (typer.Exit, BrokenPipeError):  # whoever reads has enough: typer ends quietly
             raise
         except (Exception, KeyboardInterrupt) as error:
-            if os.environ.get(_DEBUG):
+            if is_debugging():
                 raise
             if "WORLD_SIZE" in os.environ and _GONE.search(str(error)):
                 if LAUNCHED not in os.environ:  # else the launcher shows what that one said
@@ -205,6 +227,11 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 def show_tracebacks() -> None:
     """Let errors through with their traceback, in this process and in those it starts."""
     os.environ[_DEBUG] = "1"
+
+
+def is_debugging() -> bool:
+    """Whether errors are shown with their traceback."""
+    return bool(os.environ.get(_DEBUG))
 
 
 def _errno_of(error: BaseException) -> int | None:

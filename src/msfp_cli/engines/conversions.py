@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -91,21 +92,30 @@ def write(place: Path, key: str, save: Callable[[Path], None]) -> Path:
             f"the conversion for OpenVINO cannot be written to {place} ({error.strerror}); set "
             "MSFP_CACHE to a directory of yours, or store it with `msfp export --engine openvino`"
         ) from None
-    _delete_oldest(place)
+    _delete_oldest(place, directory)
     return directory / _MODEL
 
 
-def _delete_oldest(place: Path) -> None:
-    """Keep `_MOST` conversions, as far as other processes and users do not tidy up as well."""
-    found = sorted(place.glob("[0-9a-f]*"), key=_last_used)
-    for old in found[:-_MOST]:
+def _delete_oldest(place: Path, new: Path) -> None:
+    """Keep `_MOST` conversions, as far as other processes and users do not tidy up as well.
+
+    Arguments:
+        new: the one that was just written, which stays whatever the clock says.
+    """
+    others = sorted(set(place.glob("[0-9a-f]*")) - {new}, key=_last_used)
+    for old in others[: max(0, len(others) + 1 - _MOST)]:
         with suppress(OSError):
             remove(old)
 
 
 def _last_used(conversion: Path) -> float:
-    """Return when a conversion was last used; one that is gone goes first."""
+    """Return when a conversion was last used.
+
+    One that is gone goes first, and so does one from the future: since the clock was put back, it
+    has not been used.
+    """
     try:
-        return conversion.stat().st_mtime
+        used = conversion.stat().st_mtime
     except FileNotFoundError:
         return 0.0
+    return used if used <= time.time() else 0.0

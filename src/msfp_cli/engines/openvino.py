@@ -260,7 +260,7 @@ class Engine:
         try:
             return read_model(path, shapes), path
         except RuntimeError:
-            path = self._convert(call, shapes)
+            path = self._convert(call, shapes if path.exists() else None)  # else it was deleted
             return read_model(path, shapes), path
 
     def _convert(self, call: Call, shapes: list[list[int]] | None = None) -> Path:

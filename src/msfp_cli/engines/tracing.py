@@ -1,9 +1,12 @@
 """Trace a quantized denoiser and convert it, each layer as `traced` writes it."""
 
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
@@ -47,13 +50,40 @@ def _converted(traced: torch.jit.ScriptModule, inputs: tuple[Tensor, ...]) -> Mo
         UsageError: OpenVINO has no such operator, or cannot tell its types.
     """
     try:
-        return import_openvino().convert_model(traced, example_input=inputs)
+        with _interrupt_later():
+            return import_openvino().convert_model(traced, example_input=inputs)
     except Exception as error:  # whose classes are no RuntimeErrors
         summary = str(error).partition("Summary:")[2] or str(error)
         said = next((line for line in summary.splitlines() if line.strip()), "")
         raise UsageError(
             f"OpenVINO cannot convert the denoiser ({said.strip(' -')}); choose another kernel"
         ) from error
+
+
+@contextmanager
+def _interrupt_later() -> Iterator[None]:
+    """Let Ctrl-C wait until the context ends: OpenVINO would call it a failure of its own.
+
+    The second one interrupts at once. Where signals are not heard, nothing changes.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    asked: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if asked:
+            before(number, frame)
+        asked.append(number)
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if asked:
+            before(asked[0], None)
 
 
 @contextmanager

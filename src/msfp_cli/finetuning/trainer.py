@@ -92,19 +92,20 @@ class Trainer:
         """
         if not self.history:
             with self.student.as_calibrated():
-                self._evaluate(progress)
+                line = self._evaluate()
             self._save()
+            progress.log(line)
         with progress.task("Fine-tuning", self.recipe.steps) as advance:
             advance(self.step)
             stopping = False
             while self.step < self.recipe.steps and not stopping:
                 loss, stopping = self.update(stop())
                 advance(1, f"loss {loss:.1e}, error {self.history[-1].error:.5f}")
-                evaluating = self._is_time_to_evaluate()
-                if evaluating:
-                    self._evaluate(progress)
-                if evaluating or stopping or self.step % SAVE_EVERY == 0:
+                line = self._evaluate() if self._is_time_to_evaluate() else ""
+                if line or stopping or self.step % SAVE_EVERY == 0:
                     self._save()
+                if line:  # whoever reads it may be gone
+                    progress.log(line)
         return self.step == self.recipe.steps
 
     def _is_time_to_evaluate(self) -> bool:
@@ -178,8 +179,12 @@ class Trainer:
                 "Give a --learning-rate a third of this one, and --restart"
             )
 
-    def _evaluate(self, progress: Progress) -> None:
-        """Measure the held-out error, and keep the parameters if they are the best so far."""
+    def _evaluate(self) -> str:
+        """Measure the held-out error, and keep the parameters if they are the best so far.
+
+        Returns:
+            A line that says so.
+        """
         error = shared_error(self.accelerator, self.student.output_error, self.task.held_out)
         if not self.history:
             self._share_out(error.absolute())
@@ -189,7 +194,7 @@ class Trainer:
         self.history.append(measurement)
         loss = measurement.loss
         start = "before" if loss is None else f"update {self.step}: loss {loss:.2e},"
-        progress.log(f"{start} held-out error {measurement.error:.5f}")
+        return f"{start} held-out error {measurement.error:.5f}"
 
     def _share_out(self, squared: Mapping[float, float]) -> None:
         """Share out the rows among the timesteps, and the timesteps among the members of the hubs.

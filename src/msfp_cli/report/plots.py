@@ -3,6 +3,7 @@
 They need matplotlib, which the extra ``report`` brings.
 """
 
+import logging
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +25,7 @@ def draw_plots(document: dict[str, Any], directory: Path) -> list[Path]:
     Raises:
         UsageError: matplotlib is not installed.
     """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a cache that it cannot write
     try:
         from matplotlib.figure import Figure
     except ImportError:
