@@ -46,7 +46,7 @@ IMPORTS = {name: imports_of(path, MODULES) - {name} for name, path in MODULES.it
 def test_the_walk_sees_the_imports_it_is_to_judge() -> None:
     assert {"errors", "files.documents"} <= IMPORTS["run"]
     assert "checkpoint.quantizer" in IMPORTS["checkpoint.registration"]  # inside of a function
-    assert IMPORTS["__main__"] == {"commands.app"}
+    assert IMPORTS["__main__"] == {"commands.app", "commands.console"}
     assert upward({"formats.search": {"layers.scheme", "errors"}}) == [
         ("formats.search", "layers.scheme")
     ]

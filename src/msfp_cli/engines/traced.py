@@ -170,11 +170,12 @@ def integers_of(x: Tensor, grid: Grid) -> Tensor:
 def _to_fewer_bits(steps: Tensor, fmt: FloatFormat) -> Tensor:
     """Round multiples of the smallest step to a format's mantissa; a tie goes to the even code.
 
-    A float32 that is 2^(23-m) times as large as a value has the step of the value's octave for its
-    last bit: subtracting the value rounds it, and the second difference is exact (Veltkamp's
-    splitting; Dekker 1971, doi:10.1007/BF01397083). Both have the same sign, so the first
-    difference may leave the octave at its lower end only, next to a power of two, which the finer
-    step holds, too. Small values share the step of the subnormals: for them it is a constant.
+    With m bits of mantissa, a float32 that is 2^(23-m) times as large as a value has the step of
+    the value's octave for its last bit: subtracting the value rounds it, and the second difference
+    is exact (Veltkamp's splitting; Dekker 1971, doi:10.1007/BF01397083). Both have the same sign,
+    so the first difference may leave the octave at its lower end only, next to a power of two,
+    which the finer step holds, too. Small values share the step of the subnormals: for them it is
+    a constant.
 
     Without a mantissa, ties lie between powers of two, and the code is even for every second one:
     there the last bit of the large number has to alternate from octave to octave.
