@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from conftest import CHEAP, SIX_PICTURES, Chained
+from conftest import CHEAP, SIX_PICTURES, Chained, Invoke, only_line
 from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.checkpoint.export import export_run
 from msfp_cli.errors import CheckpointError, RunError
 from msfp_cli.files.lock import only_writer
 from msfp_cli.pipelines.loading import ModelSource
-from msfp_cli.run import Run
+from msfp_cli.run import Run, refuse_stage
 from msfp_cli.status import next_command, status_of
 
 
@@ -31,6 +31,30 @@ def test_missing_run_directory_says_how_to_make_one(tmp_path: Path) -> None:
         ):
             use(run)
     assert not run.directory.exists()
+
+
+@pytest.mark.parametrize("stage", ["recording", "calibration", "report"])
+def test_place_of_another_stage_is_no_output(tmp_path: Path, stage: str) -> None:
+    run = tmp_path / "run"
+    refuse_stage(run / stage)  # there is no run yet
+    Run(run).remember_calibration("msfp calibrate")
+    refuse_stage(run / stage, stage)
+    refuse_stage(run / "other")
+    with pytest.raises(RunError, match=f"{stage} is where a run keeps its {stage}; choose another"):
+        refuse_stage(run / "." / stage, "export")
+
+
+@pytest.mark.parametrize("command", ["export", "sample --prompt a", "quantize {model}"])
+def test_commands_do_not_replace_what_they_read(
+    command: str, tiny_chained: Chained, msfp: Invoke, tmp_path: Path
+) -> None:
+    run = shutil.copytree(tiny_chained.run.directory, tmp_path / "copy")
+    before = sorted(path.name for path in (run / "calibration").iterdir())
+    words = command.format(model=tiny_chained.calibration.source.model).split()
+    where = [] if words[0] == "quantize" else ["--run", str(run)]
+    done = msfp(*words, *where, "--out", str(run / "calibration"), "--overwrite")
+    assert "is where a run keeps its calibration" in only_line(done, 1)
+    assert sorted(path.name for path in (run / "calibration").iterdir()) == before
 
 
 def test_run_without_an_export_says_how_to_make_one(tmp_path: Path) -> None:

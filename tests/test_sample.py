@@ -187,3 +187,12 @@ def test_type_that_the_pipeline_cannot_turn_into_pictures_is_explained(
     assert result.exit_code == 1
     assert len(result.stderr.splitlines()) == 1
     assert "--dtype float32" in result.stderr
+
+
+@pytest.mark.parametrize(("prompt", "name"), [("猫", "000-seed0"), ("A cat!", "000-a-cat-seed0")])
+def test_files_are_named_by_the_latin_letters_of_the_prompt(
+    prompt: str, name: str, tmp_path: Path
+) -> None:
+    sheets = [Sheet(title="MSFP", works=[Image.new("RGB", (8, 8))])]
+    save_pictures(sheets, [prompt], Sampling(seed=0), tmp_path / "out", overwrite=False)
+    assert (tmp_path / "out" / f"{name}.png").exists()

@@ -38,6 +38,9 @@ T = TypeVar("T")
 
 DEFAULT_DIRECTORY = Path("msfp-run")
 # A command that a line says to type, and that works in a run.
+_MEMORY = "run.json"
+# Where a run keeps what commands make.
+_STAGES = ("recording", "held-out", "calibration", "finetune", "export", "evaluation", "report")
 _COMMAND = re.compile(
     r"`msfp\s(calibrate|finetune|inspect|export|sample|evaluate|report|status)\b(?![^`]*--reseal)"
 )
@@ -202,7 +205,7 @@ class Run:
     def _remember(self, key: str, fact: str) -> None:
         memory = self._memory()
         if memory.get(key, "") != fact:
-            write_json(self.directory / "run.json", {**memory, key: fact})
+            write_json(self.directory / _MEMORY, {**memory, key: fact})
 
     def name_of(self, path: Path) -> str:
         """Return what the run's files call a path: relative inside the run, so that it can move."""
@@ -250,7 +253,7 @@ class Run:
 
     def _memory(self) -> dict[str, str]:
         """Return what ``run.json`` holds."""
-        path = self.directory / "run.json"
+        path = self.directory / _MEMORY
         if not path.exists():
             return {}
         redo = "delete it; `msfp export --overwrite` writes it again"
@@ -303,3 +306,19 @@ def describe_sizes(directory: Path) -> str:
     for path in sorted(directory.glob("*/*.safetensors")):
         sizes[path.parent.name] = sizes.get(path.parent.name, 0) + path.stat().st_size
     return ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in sizes.items())
+
+
+def refuse_stage(directory: Path, own: str | None = None) -> None:
+    """Refuse an output in the place where a run keeps something else.
+
+    Arguments:
+        own: the stage that is written, as its directory is called; None if it is no stage.
+
+    Raises:
+        RunError: it is such a place.
+    """
+    place = directory.resolve()
+    if place.name in _STAGES and place.name != own and (place.parent / _MEMORY).exists():
+        raise RunError(
+            f"{directory} is where a run keeps its {place.name}; choose another path for --out"
+        )

@@ -17,9 +17,10 @@ from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
 from msfp_cli.pipelines.media import Work, sample_rate_of, save, still
 from msfp_cli.pipelines.sampling import Sampling, call_pipeline, refuse_untaken, say_conditions
 from msfp_cli.progress import SILENT, Progress
-from msfp_cli.run import Run
+from msfp_cli.run import Run, refuse_stage
 
 _TITLE_HEIGHT = 24  # pixels above a row of a contact sheet
+_FULL = "full precision"  # a title
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,7 @@ def sample_run(
     run.refuse_read_only(directory)
     config = next(iter(read_denoisers(export).values()))
     with nullcontext(directory) if directory else run.new_samples() as place:
+        refuse_stage(place)
         refuse_existing(place, overwrite=overwrite)
         pipe = MSFPPipeline.from_pretrained(
             export,
@@ -108,8 +110,7 @@ def sample_run(
         if compare:
             source = ModelSource(**config.source)
             full = load_pipeline(replace(source, dtype=dtype or source.dtype), device)
-            title = "full precision"
-            sheet = make_pictures(full, conditions, sampling, title=title, progress=progress)
+            sheet = make_pictures(full, conditions, sampling, title=_FULL, progress=progress)
             sheets.insert(0, sheet)
         path = save_pictures(sheets, conditions, sampling, place, overwrite=overwrite)
         return Samples(sheet=path, num_pictures=len(conditions))
@@ -155,7 +156,8 @@ def save_pictures(
             suffix = f"-{_slug(sheet.title)}" if several else ""
             for i, work in enumerate(sheet.works):
                 condition = conditions[i]
-                prompt = "" if condition is None else f"{_slug(condition)[:40]}-"
+                slug = "" if condition is None else _slug(condition)[:40]
+                prompt = f"{slug}-" if slug else ""
                 name = f"{i:03d}-{prompt}seed{sampling.seed + i}{suffix}"
                 save(work, temporary / name, sheet.sample_rate)
         titles = [sheet.title for sheet in sheets] if several else []

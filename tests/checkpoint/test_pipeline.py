@@ -242,8 +242,9 @@ def test_config_that_is_no_config_is_refused(
 
 
 def test_float_pipeline_is_no_export(tiny: Callable[[str], Path]) -> None:
-    with pytest.raises(ModelError, match="msfp did not export it; run `msfp calibrate`"):
-        MSFPPipeline.from_pretrained(tiny("DDIMPipeline"))
+    model = tiny("DDIMPipeline")
+    with pytest.raises(ModelError, match=f"msfp did not export it; run `msfp calibrate {model}`"):
+        MSFPPipeline.from_pretrained(model)
 
 
 def test_directory_without_an_index_is_no_export(tmp_path: Path) -> None:

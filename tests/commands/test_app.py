@@ -454,7 +454,7 @@ _EXPORTED, _CALIBRATED = "sample", "export"
         (
             None,
             "sample {unconditional}",
-            "but msfp did not export it; run `msfp calibrate` and `msfp export`",
+            "/DDIMPipeline` and `msfp export`",
             1,
         ),
         (

@@ -99,6 +99,17 @@ class KilledError(Exception):
     """Stands for a signal."""
 
 
+def test_class_whose_components_the_model_lacks_is_refused(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = ModelSource(
+        model=str(tiny("StableDiffusionPipeline")), pipeline="StableDiffusionControlNetPipeline"
+    )
+    with pytest.raises(UsageError, match="needs controlnet, which the model does not have"):
+        quantize_pipeline(source, tmp_path / "no", QuantizeRecipe())
+    assert not (tmp_path / "no").exists()
+
+
 def test_killed_command_goes_on_and_ends_with_the_same_bytes(
     tiny: Callable[[str], Path],
     tmp_path: Path,

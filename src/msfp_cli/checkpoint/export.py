@@ -24,7 +24,7 @@ from msfp_cli.layers.replace import quantized_layers
 from msfp_cli.memory import read_size
 from msfp_cli.pipelines.denoiser import find_denoisers
 from msfp_cli.pipelines.loading import Pipeline, load_pipeline
-from msfp_cli.run import Run
+from msfp_cli.run import Run, refuse_stage
 
 MAX_SHARD_SIZE = "10GB"  # of a file of weights, which is diffusers' own default
 
@@ -169,6 +169,7 @@ def export_run(
     run.require()
     run.refuse_read_only(directory)
     directory = directory or run.export
+    refuse_stage(directory, "export")
     with run.lock(None if run.is_writable else directory):
         calibration = Calibration.load(run.calibration)
         finetunings = load_finetunings(run, calibration) if with_finetuning else {}

@@ -1,5 +1,6 @@
 """`MSFPPipeline`: an exported checkpoint as a pipeline, with what only we know about it."""
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache
@@ -59,7 +60,7 @@ def _read_components(directory: Path) -> dict[str, tuple[MSFPConfig, bool]]:
         _refuse_lost_files(directory)
         raise ModelError(
             f"{directory} is a pipeline, but msfp did not export it; "
-            "run `msfp calibrate` and `msfp export`"
+            f"run `msfp calibrate {shlex.quote(str(directory))}` and `msfp export`"
         )
     return components
 

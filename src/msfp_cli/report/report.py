@@ -10,7 +10,7 @@ from msfp_cli.files.documents import Json
 from msfp_cli.report.document import gather, say_changed
 from msfp_cli.report.page import render
 from msfp_cli.report.plots import draw_plots
-from msfp_cli.run import Run
+from msfp_cli.run import Run, refuse_stage
 
 PAGE = "report.html"
 
@@ -74,6 +74,7 @@ def write_report(
     Raises:
         RunError: the directory exists and `overwrite` is not set.
     """
+    refuse_stage(directory, "report")
     refuse_existing(directory, overwrite=overwrite)
     document = gather(run, evaluation, pictures)
     plots: tuple[Path, ...] = ()

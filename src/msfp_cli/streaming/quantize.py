@@ -5,6 +5,7 @@ transformers loads them, and all other components are copied. At no time is a co
 full precision.
 """
 
+import inspect
 import json
 import time
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from msfp_cli.files.weight_files import copy_component
 from msfp_cli.pipelines.denoiser import denoiser_names
 from msfp_cli.pipelines.loading import ModelSource, fetch_pipeline, pipeline_class
 from msfp_cli.progress import SILENT, Progress
+from msfp_cli.run import refuse_stage
 from msfp_cli.streaming.component import ComponentSize, DenoiserJob
 from msfp_cli.streaming.parts import refuse_damaged, refuse_unreadable
 from msfp_cli.streaming.recipe import QuantizeRecipe
@@ -75,6 +77,7 @@ def quantize_pipeline(
             class that diffusers has not.
         RunError: the directory exists and `overwrite` is not set.
     """
+    refuse_stage(directory)
     work = beside(directory).with_name(f".{directory.name}.msfp-parts")
     refuse_existing(directory, overwrite=overwrite, work=work)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,7 @@ def quantize_pipeline(
         place = fetch_pipeline(source)
         index = read_json(place / "model_index.json", dict, redo="download the model again")
         if source.pipeline is not None:
-            index = {**index, "_class_name": pipeline_class(source.pipeline).__name__}
+            index = {**index, "_class_name": _fitting_class(source.pipeline, index)}
         jobs = _jobs(source, place, index, recipe, work)
         others = [name for name in _components(index) if name not in jobs]
         for name in _components(index):
@@ -141,6 +144,25 @@ def _jobs(
 
 def _is_text_encoder(name: str, entry: Any) -> bool:  # noqa: ANN401 (a value of JSON)
     return name.startswith("text_encoder") and entry[0] == "transformers"
+
+
+def _fitting_class(name: str, index: Mapping[str, Any]) -> str:
+    """Return the name of a pipeline's class, which the model has the components for.
+
+    Raises:
+        UsageError: diffusers has no such class, or the model lacks components that it needs.
+    """
+    found = pipeline_class(name)
+    parameters = inspect.signature(found.__init__).parameters.values()
+    optional = {"self", *found._optional_components, *_components(index)}
+    needed = (each for each in parameters if each.default is each.empty)
+    named = (each.name for each in needed if each.kind is each.POSITIONAL_OR_KEYWORD)
+    if missing := [each for each in named if each not in optional]:
+        raise UsageError(
+            f"--pipeline {name} needs {', '.join(missing)}, which the model does not have; give "
+            "another class, or none to take the model's own"
+        )
+    return str(found.__name__)
 
 
 def _components(index: Mapping[str, Any]) -> list[str]:
