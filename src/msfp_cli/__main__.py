@@ -17,12 +17,12 @@ def main() -> None:
 
     try:
         app(prog_name="msfp")
-    except OSError as error:  # help and version are printed by no command
-        from msfp_cli.commands.console import is_debugging, say_error, unwritten
+    except OSError as error:  # help, version and completion are no commands of ours
+        from msfp_cli.commands.console import explain_outside, is_debugging, say_error
 
         if is_debugging():
             raise
-        say_error(unwritten(error))
+        say_error(explain_outside(error))
         sys.exit(1)
 
 

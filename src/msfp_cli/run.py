@@ -37,10 +37,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 DEFAULT_DIRECTORY = Path("msfp-run")
-# A command that a line says to type, and that works in a run.
 _MEMORY = "run.json"
 # Where a run keeps what commands make.
 _STAGES = ("recording", "held-out", "calibration", "finetune", "export", "evaluation", "report")
+# A command that a line says to type, and that works in a run.
 _COMMAND = re.compile(
     r"`msfp\s(calibrate|finetune|inspect|export|sample|evaluate|report|status)\b(?![^`]*--reseal)"
 )

@@ -454,7 +454,7 @@ _EXPORTED, _CALIBRATED = "sample", "export"
         (
             None,
             "sample {unconditional}",
-            "/DDIMPipeline` and `msfp export`",
+            "but msfp did not export it; run `msfp calibrate {unconditional}` and `msfp export`",
             1,
         ),
         (
@@ -531,12 +531,13 @@ def test_wrong_input_is_one_helpful_line(
         Path("msfp-run").mkdir()
     Path("empty.txt").write_text(" \n")
     before = sorted(Path(".").rglob("*"))
-    filled = command.format(
-        unconditional=tiny("DDIMPipeline"),
-        classes=tiny("DiTPipeline"),
-        unconditional_export=tiny_chained.export,
-    )
-    assert message in only_line(msfp(*shlex.split(filled)), exit_code)
+    places = {
+        "unconditional": tiny("DDIMPipeline"),
+        "classes": tiny("DiTPipeline"),
+        "unconditional_export": tiny_chained.export,
+    }
+    done = msfp(*shlex.split(command.format(**places)))
+    assert message.format(**places) in only_line(done, exit_code)
     files = [
         path
         for path in sorted(Path(".").rglob("*"))
@@ -714,6 +715,20 @@ def test_stdout_that_is_full_is_named_in_one_line(
         )
     assert done.returncode == 1
     assert re.fullmatch("error: standard output cannot be written .No space.*\n", done.stderr)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it is the completion of bash")
+def test_completion_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / ".bashrc").mkdir()
+    environment = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+    }
+    command = [sys.executable, "-m", "msfp_cli", "--install-completion", "bash"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path / '.bashrc'}: Is a directory; check the path")
 
 
 CLOSED = """

@@ -72,10 +72,10 @@ def result(text: str, data: dict[str, Any], *, as_json: bool) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise RunError(unwritten(error)) from None
+        raise RunError(_unwritten(error)) from None
 
 
-def unwritten(error: OSError) -> str:
+def _unwritten(error: OSError) -> str:
     """Say that stdout cannot be written, and let what is left of it lead nowhere.
 
     Python would try once more as it ends.
@@ -252,6 +252,11 @@ def _explain_errno(number: int, error: BaseException) -> str:
         f"{place}{getattr(error, 'strerror', None) or os.strerror(number)}; check the path, its "
         "disk and your rights to it, and run the same command to go on"
     )
+
+
+def explain_outside(error: OSError) -> str:
+    """Return one line for an error outside of a command: of stdout, unless it names a file."""
+    return _unwritten(error) if error.filename is None else _explain(error)[0]
 
 
 def _explain(error: BaseException) -> tuple[str, int]:

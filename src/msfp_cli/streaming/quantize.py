@@ -154,7 +154,7 @@ def _fitting_class(name: str, index: Mapping[str, Any]) -> str:
     """
     found = pipeline_class(name)
     parameters = inspect.signature(found.__init__).parameters.values()
-    optional = {"self", *found._optional_components, *_components(index)}
+    optional = {"self", *found._optional_components, *index}
     needed = (each for each in parameters if each.default is each.empty)
     named = (each.name for each in needed if each.kind is each.POSITIONAL_OR_KEYWORD)
     if missing := [each for each in named if each not in optional]:
