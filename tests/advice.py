@@ -315,7 +315,7 @@ TROUBLES = (
         SAMPLE,
     ),
     Trouble(
-        "run `msfp calibrate` and `msfp export`",
+        "run `msfp calibrate model` and `msfp export`",
         ("sample", str(MODEL), "--out", "pictures"),
         (),
         (OVERWRITE, EXPORT),
