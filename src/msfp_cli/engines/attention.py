@@ -88,12 +88,12 @@ def _rounded(attention: Node, ops: Operators) -> Node:
     query, key, value, *others = (attention.input_value(i) for i in range(count))
     width = query.get_partial_shape()[-1].get_length()
     factor = others[1] if len(others) > 1 else _number(width**-0.5, query, ops)
-    queries, query_scales = _to_8_bits(ops.multiply(query, factor).output(0), ops)
+    queries, query_scales = _to_8_bits(query, ops)
     keys, key_scales = _to_8_bits(key, ops)
     products = ops.matmul(queries, keys, False, True)
     # One factor after the other: both as one would be a matrix of the products' size.
     by_key = ops.multiply(products, _transposed(key_scales, ops))
-    scores = ops.multiply(by_key, query_scales)
+    scores = ops.multiply(by_key, ops.multiply(query_scales, factor))
     if others:
         scores = ops.add(scores, _summand(others[0], scores, ops))
     return ops.matmul(ops.softmax(scores, -1), value, False, False)
