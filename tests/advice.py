@@ -328,6 +328,7 @@ ELSEWHERE = {
     "choose another path for --out": "tests/test_run.py",
     "is a pipeline, but msfp did not export it": "tests/commands/test_app.py",
     "which the model does not have; give another class": "tests/streaming/test_quantize.py",
+    "has no use for the model's": "tests/streaming/test_quantize.py",
     "may only be read; give a directory of yours with --out": "tests/checkpoint/test_export.py",
     "give another --run": "tests/commands/test_wrong_inputs.py",
     "--input-lift": "tests/calibration/test_input_lift.py",

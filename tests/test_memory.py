@@ -3,7 +3,7 @@
 import pytest
 
 from msfp_cli.errors import UsageError
-from msfp_cli.memory import peak_bytes, read_size
+from msfp_cli.memory import peak_bytes, read_size, write_size
 
 SIZES = {"8GiB": 8 * 2**30, "500MB": 500_000_000, "8g": 8 * 2**30, "1.5 KiB": 1536, "4096": 4096}
 
@@ -11,6 +11,11 @@ SIZES = {"8GiB": 8 * 2**30, "500MB": 500_000_000, "8g": 8 * 2**30, "1.5 KiB": 15
 @pytest.mark.parametrize("text", SIZES)
 def test_sizes_are_read_in_the_units_that_they_name(text: str) -> None:
     assert read_size(text) == SIZES[text]
+
+
+@pytest.mark.parametrize("text", ["8GiB", "1025TiB", "1536KiB", "500000001"])
+def test_sizes_are_written_as_they_are_read(text: str) -> None:
+    assert write_size(read_size(text)) == text
 
 
 @pytest.mark.parametrize("text", ["", "much", "-1GiB", "0", "8 pears", "nan"])

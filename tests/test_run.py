@@ -37,7 +37,7 @@ def test_missing_run_directory_says_how_to_make_one(tmp_path: Path) -> None:
 def test_place_of_another_stage_is_no_output(tmp_path: Path, stage: str) -> None:
     run = tmp_path / "run"
     refuse_stage(run / stage)  # there is no run yet
-    Run(run).remember_calibration("msfp calibrate")
+    Run(run).remember_calibration(["msfp", "calibrate"])
     refuse_stage(run / stage, stage)
     refuse_stage(run / "other")
     with pytest.raises(RunError, match=f"{stage} is where a run keeps its {stage}; choose another"):
@@ -163,8 +163,11 @@ def test_calibration_that_is_refused_is_not_remembered(
 def test_command_of_the_calibration_is_remembered(tmp_path: Path) -> None:
     run = Run(tmp_path)
     assert next_command(run) == f"msfp calibrate --run {tmp_path}"
-    run.remember_calibration("msfp calibrate model --steps 3")
-    assert next_command(run) == f"msfp calibrate model --steps 3 --run {tmp_path}"
+    run.remember_calibration(["msfp", "calibrate", "a model", "--steps", "3"])
+    assert next_command(run) == f"msfp calibrate 'a model' --steps 3 --run {tmp_path}"
+    run.remember_calibration(["msfp", "calibrate", "model"], device="cuda:1", max_memory=8 << 30)
+    command = "msfp calibrate model --device cuda:1 --max-memory 8GiB"
+    assert next_command(run) == f"{command} --run {tmp_path}"
 
 
 def test_pictures_of_the_calibration_are_remembered_while_they_are_there(tmp_path: Path) -> None:
@@ -172,14 +175,14 @@ def test_pictures_of_the_calibration_are_remembered_while_they_are_there(tmp_pat
     run.directory.mkdir()
     photos.mkdir()
     assert run.sampling() == {}
-    run.remember_calibration("msfp calibrate model --images photos", photos)
+    run.remember_calibration(["msfp", "calibrate", "model", "--images", "photos"], photos)
     assert run.sampling() == {"images": photos}
     assert run.say_lost_images() == ""
     photos.rename(tmp_path / "away")
     assert run.sampling() == {}
     assert run.say_lost_images().startswith(f"{photos}, the --images of the calibration, is not")
     (tmp_path / "away").rename(photos)
-    run.remember_calibration("msfp calibrate model")
+    run.remember_calibration(["msfp", "calibrate", "model"])
     assert run.sampling() == {}
     assert run.say_lost_images() == ""
 

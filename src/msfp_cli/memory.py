@@ -26,6 +26,15 @@ def read_size(text: str) -> int:
     return size
 
 
+def write_size(size: int) -> str:
+    """Write a number of bytes as `read_size` takes it, in the largest unit that it is whole in."""
+    for unit in "TGMK":
+        bytes_ = 1024 ** _POWERS[unit.lower()]
+        if size % bytes_ == 0:
+            return f"{size // bytes_}{unit}iB"
+    return str(size)
+
+
 def peak_bytes() -> int:
     """Return the largest resident size of this process so far.
 

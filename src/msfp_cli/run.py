@@ -18,7 +18,7 @@ A `Run` is a set of paths. What lies there is loaded by the module that also wri
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -32,6 +32,7 @@ from msfp_cli.files.documents import read_json, write_json
 from msfp_cli.files.lock import beside, only_writer, remove_stale_in
 from msfp_cli.files.seal import MARK
 from msfp_cli.files.typed import read_value
+from msfp_cli.memory import write_size
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -119,7 +120,7 @@ class Run:
         """Refuse a run directory that does not exist.
 
         Raises:
-            RunError: it does not exist, or is a file.
+            RunError: it does not exist, or is a file or a pipeline.
         """
         if self.directory.is_file():
             raise RunError(f"{self} is a file and not a run directory; give another --run")
@@ -127,6 +128,8 @@ class Run:
             raise RunError(
                 f"no run directory {self.directory} here; `msfp calibrate` makes one, or give --run"
             )
+        if (self.directory / "model_index.json").exists():
+            raise RunError(f"{self} is a pipeline and not a run directory; give another --run")
 
     def refuse_read_only(self, place: Path | None) -> None:
         """Refuse to write to a run that may only be read, before any work is done for it.
@@ -176,13 +179,23 @@ class Run:
         """Note where an export was written, so that later commands find it."""
         self._remember("export", self.name_of(export))
 
-    def remember_calibration(self, command: str, images: Path | None = None) -> None:
+    def remember_calibration(
+        self,
+        command: Sequence[str],
+        images: Path | None = None,
+        device: str | None = None,
+        max_memory: int | None = None,
+    ) -> None:
         """Note the command of the latest calibration, finished or not, so that it can be told.
 
         Arguments:
+            command: its words.
             images: the folder of pictures that it is given.
+            device, max_memory: what it runs on, where that was said.
         """
-        self._remember("calibrate", command)
+        means = [] if device is None else ["--device", device]
+        means += [] if max_memory is None else ["--max-memory", write_size(max_memory)]
+        self._remember("calibrate", shlex.join([*command, *means]))
         self._remember("images", "" if images is None else self.name_of(images))
 
     def sampling(self) -> dict[str, Path]:

@@ -73,7 +73,7 @@ def test_recordings_take_their_samples_and_outputs_on_disk(tiny_source: ModelSou
 )
 def test_a_long_one_names_the_option_that_lowers_it(longest: str, advice: str) -> None:
     seconds = {"recording": 60.0, "measuring layers alone": 60.0, "rounding": 60.0, longest: 8000.0}
-    found = Estimate(seconds=seconds, disk=2**31, memory=2**34, is_bounded=False)
+    found = Estimate(seconds=seconds, disk=2**31, memory=2**34, max_memory=None)
     total, most, sizes = found.lines()
     assert total.startswith("this will take about 2.3 h: ")
     assert most.startswith(f"most of it is {longest}: ") and advice in most
@@ -82,8 +82,19 @@ def test_a_long_one_names_the_option_that_lowers_it(longest: str, advice: str) -
     )
 
 
+@pytest.mark.parametrize("seconds", [1.0, 8000.0])
+def test_what_a_bound_cannot_hold_is_said(seconds: float) -> None:
+    options = {"seconds": {"recording": seconds}, "disk": 1, "memory": 2**31}
+    first, *_ = Estimate(**options, max_memory=500_000_000).lines()
+    assert first == (
+        "--max-memory 500000000 is too little: calling the model and rounding one layer at a time "
+        "takes about 2.0 GiB"
+    )
+    assert not any("too little" in line for line in Estimate(**options, max_memory=2**31).lines())
+
+
 def test_a_short_one_says_nothing() -> None:
-    found = Estimate(seconds={"recording": 100.0}, disk=1, memory=1, is_bounded=False)
+    found = Estimate(seconds={"recording": 100.0}, disk=1, memory=1, max_memory=None)
     assert list(found.lines()) == []
 
 

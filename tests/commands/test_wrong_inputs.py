@@ -57,6 +57,8 @@ def wrong(
             "no run directory nowhere here; `msfp calibrate --run nowhere` makes one, or give",
         ),
         ("export --run afile", 1, NO_RUN),
+        ("status --run {model}", 1, "a pipeline and not a run directory; give another --run"),
+        ("calibrate {model} --run {model}", 1, "a pipeline and not a run directory"),
         ("inspect --run afile", 1, NO_RUN),
         ("sample --run afile --prompt cat", 1, NO_RUN),
         ("evaluate --run afile", 1, NO_RUN),

@@ -99,13 +99,19 @@ class KilledError(Exception):
     """Stands for a signal."""
 
 
-def test_class_whose_components_the_model_lacks_is_refused(
-    tiny: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("StableDiffusionControlNetPipeline", "needs controlnet, which the model does not have"),
+        ("StableDiffusionXLPipeline", "needs text_encoder_2, tokenizer_2, which the model does"),
+        ("DDPMPipeline", "has no use for the model's text_encoder, tokenizer, vae"),
+    ],
+)
+def test_class_of_other_components_than_the_model_has_is_refused(
+    name: str, message: str, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    source = ModelSource(
-        model=str(tiny("StableDiffusionPipeline")), pipeline="StableDiffusionControlNetPipeline"
-    )
-    with pytest.raises(UsageError, match="needs controlnet, which the model does not have"):
+    source = ModelSource(model=str(tiny("StableDiffusionPipeline")), pipeline=name)
+    with pytest.raises(UsageError, match=message):
         quantize_pipeline(source, tmp_path / "no", QuantizeRecipe())
     assert not (tmp_path / "no").exists()
 

@@ -5,7 +5,6 @@ every layer, `compensate` rounds the weights, and the whole is quantized and mea
 calls.
 """
 
-import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -182,7 +181,7 @@ def calibrate_run(
         recipes = record_recipes(pipe, source, options)
         for line in estimate(pipe, *recipes, recipe, max_memory, processes.count).lines():
             progress.log(line)
-        command = shlex.join(["msfp", "calibrate", source.model, *words])
+        command = ["msfp", "calibrate", source.model, *words]
         recording, held_out = record_both(
             pipe,
             run,
@@ -190,7 +189,7 @@ def calibrate_run(
             options,
             overwrite=overwrite,
             processes=processes,
-            accepted=partial(run.remember_calibration, command, options.images),
+            accepted=partial(run.remember_calibration, command, options.images, device, max_memory),
         )
         work = run.unfinished_codes
         calibration = _calibrate_checked(

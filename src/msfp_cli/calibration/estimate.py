@@ -21,6 +21,7 @@ from msfp_cli.calibration.recipe import CalibrateRecipe
 from msfp_cli.calibration.samples import expected_groups
 from msfp_cli.errors import UsageError
 from msfp_cli.layers.replace import find_layers, quantized_layers
+from msfp_cli.memory import peak_bytes, write_size
 from msfp_cli.pipelines.denoiser import (
     find_denoisers,
     likely_denoisers,
@@ -53,18 +54,23 @@ class Estimate:
         seconds: by stage.
         disk: bytes of the recordings.
         memory: bytes of each process.
-        is_bounded: whether weights stay in their files.
+        max_memory: bytes that it may take; None if weights do not stay in their files.
         num_processes: those that share the work.
     """
 
     seconds: Mapping[str, float]
     disk: int
     memory: int
-    is_bounded: bool
+    max_memory: int | None
     num_processes: int = 1
 
     def lines(self) -> Iterator[str]:
         """Yield what to say, and which options would lower it; nothing if it is little."""
+        if self.max_memory is not None and self.memory > self.max_memory:
+            yield (
+                f"--max-memory {write_size(self.max_memory)} is too little: calling the model and "
+                f"rounding one layer at a time takes about {self.memory / 2**30:.1f} GiB"
+            )
         total = sum(self.seconds.values())
         if total < _LONG:
             return
@@ -74,7 +80,7 @@ class Estimate:
         longest = max(self.seconds, key=lambda stage: self.seconds[stage])
         if advice := _LOWER.get(longest):
             yield f"most of it is {longest}: {advice}"
-        advice = "" if self.is_bounded else "; --max-memory bounds it"
+        advice = "; --max-memory bounds it" if self.max_memory is None else ""
         yield (
             f"recordings take about {self.disk / 2**30:.1f} GiB on disk; memory "
             f"{self.memory / 2**30:.1f} GiB{' in each' if shared else ''}{advice}"
@@ -132,11 +138,12 @@ def estimate(
     seconds["rounding"] += math.ceil(groups / num_processes) * observing
     if recipe.rounding == "nearest":
         seconds["rounding"] = 0.0
+        memory = peak_bytes()
     return Estimate(
         seconds=seconds,
         disk=num_runs * cost.num_bytes,
         memory=memory,
-        is_bounded=max_memory is not None,
+        max_memory=max_memory,
         num_processes=num_processes,
     )
 

@@ -31,6 +31,9 @@ from msfp_cli.streaming.parts import refuse_damaged, refuse_unreadable
 from msfp_cli.streaming.recipe import QuantizeRecipe
 from msfp_cli.streaming.text_component import TextEncoderJob
 
+# How the components are called that tell families of pipelines apart.
+_MAIN = ("text_encoder", "tokenizer", "transformer", "unet", "vae")
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeReport:
@@ -147,20 +150,33 @@ def _is_text_encoder(name: str, entry: Any) -> bool:  # noqa: ANN401 (a value of
 
 
 def _fitting_class(name: str, index: Mapping[str, Any]) -> str:
-    """Return the name of a pipeline's class, which the model has the components for.
+    """Return the name of a pipeline's class, which fits the components of the model.
 
     Raises:
-        UsageError: diffusers has no such class, or the model lacks components that it needs.
+        UsageError: diffusers has no such class, the model lacks components that it needs, or the
+            class has no use for one of the model's main ones.
     """
     found = pipeline_class(name)
-    parameters = inspect.signature(found.__init__).parameters.values()
-    optional = {"self", *found._optional_components, *index}
-    needed = (each for each in parameters if each.default is each.empty)
-    named = (each.name for each in needed if each.kind is each.POSITIONAL_OR_KEYWORD)
-    if missing := [each for each in named if each not in optional]:
+    parameters = inspect.signature(found.__init__).parameters
+    own: Any = getattr(diffusers, str(index.get("_class_name")), None)
+    usual = {"self"} if own is None else {*inspect.signature(own.__init__).parameters}
+    optional = {each for each in found._optional_components if not each.startswith(_MAIN)}
+    needed = [
+        each.name
+        for each in parameters.values()
+        if each.kind is each.POSITIONAL_OR_KEYWORD
+        and (each.default is each.empty or each.name.startswith(_MAIN))
+    ]
+    if missing := [each for each in needed if each not in {*optional, *usual, *index}]:
         raise UsageError(
             f"--pipeline {name} needs {', '.join(missing)}, which the model does not have; give "
             "another class, or none to take the model's own"
+        )
+    unused = [each for each in _components(index) if each not in parameters]
+    if unused := [each for each in unused if each.startswith(_MAIN)]:
+        raise UsageError(
+            f"--pipeline {name} has no use for the model's {', '.join(unused)}; give another "
+            "class, or none to take the model's own"
         )
     return str(found.__name__)
 
