@@ -377,11 +377,11 @@ def test_configs_are_read_by_component(prompted_chained: Chained) -> None:
 
 
 @torch.no_grad()
-def test_half_precision_leaves_codes_and_scales_alone(tiny_chained: Chained) -> None:
+@pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
+def test_half_precision_leaves_codes_and_scales_alone(argument: str, tiny_chained: Chained) -> None:
     full = MSFPPipeline.from_pretrained(tiny_chained.export, device="cpu")
-    pipe = MSFPPipeline.from_pretrained(
-        tiny_chained.export, dtype=torch.bfloat16, device="cpu"
-    ).pipe
+    half = {argument: torch.bfloat16}
+    pipe = MSFPPipeline.from_pretrained(tiny_chained.export, device="cpu", **half).pipe
     layers = {
         n: m for n, m in pipe.unet.named_modules() if isinstance(m, QuantLinear | QuantConv2d)
     }

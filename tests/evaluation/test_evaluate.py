@@ -48,10 +48,12 @@ from msfp_cli.evaluation.metrics.table import METRICS, compute_metrics
 from msfp_cli.evaluation.recipe import EvaluateRecipe
 from msfp_cli.evaluation.result import Evaluation, Measurements, SetSizes
 from msfp_cli.evaluation.resume import begin
+from msfp_cli.pipelines import media
 from msfp_cli.pipelines.loading import BUILT_IN, ModelSource, default_prompts, load_pipeline
 from msfp_cli.pipelines.sampling import Sampling
 from msfp_cli.recording.compare import layer_errors, output_error
 from msfp_cli.recording.result import Recording
+from msfp_cli.report.report import write_report
 from msfp_cli.run import Run
 from tiny_pipelines import BUILDERS
 
@@ -284,6 +286,24 @@ def test_single_picture_has_no_distance_and_needs_no_note(
     assert len(found.models[-1].per_picture["psnr"]) == 1
     assert found.notes == ()
     assert Evaluation.load(found.directory) == found
+
+
+def test_figures_of_pixels_are_left_out_where_the_model_makes_sound(
+    tiny_chained: Chained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works_of = media.works_of
+
+    def sounds_of(result: object) -> list[np.ndarray]:
+        return [np.asarray(work, np.float32).ravel() / 255 for work in works_of(result)]
+
+    monkeypatch.setattr(media, "works_of", sounds_of)
+    found = again(tiny_chained, tmp_path / "sound", replace(THREE, compare=()))
+    (note,) = found.notes
+    assert note.startswith("the model makes sound or embeddings, which are drawn here; what")
+    export = found.models[-1]
+    assert export.per_picture == {} and "frechet_full" not in export.values
+    assert 0 < export.values["latents"] and 0 < export.values["output"]
+    assert write_report(tiny_chained.run, found, tmp_path / "page", overwrite=False)
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline", "DiTPipeline"])

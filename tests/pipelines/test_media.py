@@ -10,7 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from msfp_cli.pipelines.media import one_for_each, sample_rate_of, save, still, works_of
+from msfp_cli.pipelines.media import (
+    is_drawing,
+    one_for_each,
+    sample_rate_of,
+    save,
+    still,
+    works_of,
+)
 
 RED, BLUE = (Image.new("RGB", (6, 4), color) for color in ("red", "blue"))
 TONE = np.sin(np.linspace(0, 60, 4000)).astype(np.float32)
@@ -56,6 +63,7 @@ def test_sound_is_saved_as_wave(sound: Any, tmp_path: Path) -> None:  # noqa: AN
         first = np.frombuffer(file.readframes(4000), "<i2")[:: file.getnchannels()]
     assert abs(first / 32767 - TONE).max() < 1e-4
     assert np.asarray(still(work)).min() == 0
+    assert is_drawing(still(work))
 
 
 def test_embedding_is_shown_as_the_mean_of_its_channels(tmp_path: Path) -> None:
@@ -65,6 +73,8 @@ def test_embedding_is_shown_as_the_mean_of_its_channels(tmp_path: Path) -> None:
     mean = values.mean(axis=0)
     shown = np.asarray(picture, np.float32) / 255
     assert abs(shown - (mean - mean.min()) / np.ptp(mean)).max() < 0.01
+    assert is_drawing(still(picture))
+    assert not any(is_drawing(still(work)) for work in works_of(([RED, pixels(4, 6, 3)],)))
 
 
 def test_a_tuple_holds_what_was_made() -> None:

@@ -165,6 +165,7 @@ class MSFPPipeline:
         directory: str | Path,
         *,
         dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         kernel: str = AUTO,
         keep_packed: bool = False,
@@ -177,6 +178,7 @@ class MSFPPipeline:
         Arguments:
             dtype: of everything that is not quantized; None chooses float32 on a CPU and bfloat16
                 elsewhere.
+            torch_dtype: diffusers' name for the same.
             device: where to put it; None takes an accelerator if there is one.
             kernel: how to run the layers of its denoiser, a name in `registry.KERNELS`; ``auto``
                 takes the fastest that can. ``openvino`` and ``openvino:DEVICE`` run the denoiser as
@@ -196,6 +198,7 @@ class MSFPPipeline:
         directory = Path(directory)
         device = device_of(kernel, device)
         _read_components(directory)  # which says best what is damaged
+        dtype = torch_dtype if dtype is None else dtype
         name = None if dtype is None else str(dtype).removeprefix("torch.")
         with checked(directory, redo=REDO) if check else unchecked():
             components = _read_components(directory)  # of the very files that are loaded

@@ -165,6 +165,11 @@ def _measure_all(
 def _notes(models: Sequence[Measurements], plan: EvaluationPlan) -> tuple[str, ...]:
     """Say what limits the values, and whether the export is slower than full precision."""
     notes = []
+    if models and plan.gallery("full").holds_drawings():
+        notes.append(
+            "the model makes sound or embeddings, which are drawn here; what compares pixels is "
+            "left out, and the final latents' error says how close the model comes"
+        )
     uncertain = list[int]()
     for model in models:
         uncertain += [min(sizes.num_pictures) for sizes in model.sets.values() if sizes.few]

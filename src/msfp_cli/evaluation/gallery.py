@@ -4,7 +4,8 @@ Layout of a gallery directory::
 
     gallery.json            the recipe, which model drew it, digests of the files beside it and of
                             the pictures that it was given
-    00000.safetensors ...   ``latents``, ``pictures`` (uint8, NCHW), and a digest in the header
+    00000.safetensors ...   ``latents``, ``pictures`` (uint8, NCHW), and in the header a digest, and
+                            whether the pictures are drawings of sound or embeddings
 
 Picture i is drawn with ``seed + i`` whatever the batch, so galleries of two models pair up. A batch
 is there whole or not at all, and an interrupted gallery goes on with the first that is missing.
@@ -41,7 +42,9 @@ from msfp_cli.recording.recipe import RecordRecipe
 
 _MANIFEST = "gallery.json"
 _REDO = "delete it and run the same `msfp evaluate` again"
-_HEADER = "gallery"  # of a batch: the key under which it says what it is
+# Of a batch: the keys under which it says what it is, and that its pictures are drawings.
+_HEADER = "gallery"
+_DRAWINGS = "drawings"
 
 
 @dataclass(frozen=True)
@@ -130,13 +133,16 @@ class Gallery:
                 first = index * recipe.batch_size
                 conditions = recipe.conditions[first : first + recipe.batch_size]
                 with watch_samples(pipe) as samples:
-                    pictures = draw_stills(pipe, conditions, recipe, first=first)
+                    pictures, are_drawings = draw_stills(pipe, conditions, recipe, first=first)
                 stacked = torch.from_numpy(np.stack([np.asarray(each) for each in pictures]))
                 tensors = {
                     "latents": samples[-1].detach().float().cpu().contiguous(),
                     "pictures": stacked.permute(0, 3, 1, 2).contiguous(),
                 }
-                write_tensors(self.path(index), tensors, {_HEADER: self._header(index, tensors)})
+                header = {_HEADER: self._header(index, tensors)}
+                if are_drawings:
+                    header[_DRAWINGS] = "true"
+                write_tensors(self.path(index), tensors, header)
                 advance(len(conditions))
 
     def latents(self) -> Tensor:
@@ -146,6 +152,11 @@ class Gallery:
     def pictures(self) -> Tensor:
         """Return all pictures, uint8 ``(pictures, 3, height, width)``."""
         return torch.cat([self._read(index, "pictures") for index in range(self.recipe.num_shards)])
+
+    def holds_drawings(self) -> bool:
+        """Whether its pictures are drawings of what is none: of sound or embeddings."""
+        with open_tensors(self.path(0), redo=_REDO) as file:
+            return _DRAWINGS in (file.metadata() or {})
 
     def _header(self, index: int, tensors: Mapping[str, Tensor]) -> str:
         """Return what a batch says of itself: its pictures, where they belong, and their digest."""

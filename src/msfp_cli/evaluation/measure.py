@@ -85,7 +85,11 @@ def _gather(
 
 def _picture_set(plan: EvaluationPlan, key: str) -> PictureSet:
     gallery = plan.gallery(key)
-    return PictureSet(pictures=gallery.pictures(), latents=gallery.latents())
+    return PictureSet(
+        pictures=gallery.pictures(),
+        latents=gallery.latents(),
+        are_drawings=gallery.holds_drawings(),
+    )
 
 
 def _prompts(plan: EvaluationPlan) -> tuple[str, ...] | None:

@@ -1,7 +1,8 @@
 """What a pipeline makes: pictures, videos as lists of frames, or sound.
 
 Each is shown as a picture (`still`) and saved as what it is (`save`): PNG, GIF or WAV. diffusers
-returns videos as frames of Pillow where it can, and sound as waves of -1 to 1.
+returns videos as frames of Pillow where it can, and sound as waves of -1 to 1. Sound and embeddings
+are drawn, and such a picture says so (`is_drawing`): its pixels tell little of what was made.
 """
 
 import wave
@@ -23,6 +24,7 @@ Work: TypeAlias = Image.Image | list[Image.Image] | np.ndarray
 _SAMPLE_RATE = 44_100  # of sound whose pipeline does not say
 _FRAME_MILLISECONDS = 125
 _WAVE_SIZE = (256, 64)  # pixels of a drawn wave
+_DRAWING = "msfp: drawing"  # a key of what a picture says of itself
 
 
 def works_of(result: Made) -> list[Work]:
@@ -78,11 +80,19 @@ def _picture(made: Made) -> Image.Image:
     values = np.asarray(made, dtype=np.float32)
     if values.shape[0] in (1, 3) and values.shape[-1] not in (1, 3):
         values = values.transpose(1, 2, 0)
-    if values.shape[-1] not in (1, 3):  # an embedding of a picture
+    is_embedding = values.shape[-1] not in (1, 3)
+    if is_embedding:
         values = np.nan_to_num(values.mean(axis=0, keepdims=True).transpose(1, 2, 0))
         values = (values - values.min()) / max(np.ptp(values), np.finfo(np.float32).tiny)
     pixels = (values.clip(0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+    picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+    picture.info[_DRAWING] = is_embedding
+    return picture
+
+
+def is_drawing(picture: Image.Image) -> bool:
+    """Whether a picture shows what is none: sound or an embedding."""
+    return bool(picture.info.get(_DRAWING, False))
 
 
 def still(work: Work) -> Image.Image:
@@ -106,6 +116,7 @@ def _drawn(sound: np.ndarray) -> Image.Image:
     """Draw a wave as a line for each column of pixels, from its least to its greatest value."""
     width, height = _WAVE_SIZE
     picture = Image.new("RGB", _WAVE_SIZE, "white")
+    picture.info[_DRAWING] = True
     draw = ImageDraw.Draw(picture)
     mono = np.nan_to_num(np.atleast_2d(sound).mean(axis=0))
     for x, piece in enumerate(np.array_split(mono, width)):

@@ -198,11 +198,16 @@ def _other_stages(pipe: Pipeline, sampling: Sampling) -> Iterator[str]:
 
 def draw_stills(
     pipe: Pipeline, conditions: Sequence[str | None], sampling: Sampling, *, first: int = 0
-) -> "list[Image]":
-    """Run the pipeline once for a batch and return a picture that shows each thing it made."""
-    from msfp_cli.pipelines.media import still
+) -> "tuple[list[Image], bool]":
+    """Run the pipeline once for a batch.
 
-    return [still(work) for work in call_pipeline(pipe, conditions, sampling, first=first)]
+    Returns:
+        A picture that shows each thing it made, and whether these are drawings of what is none.
+    """
+    from msfp_cli.pipelines.media import is_drawing, still
+
+    stills = [still(work) for work in call_pipeline(pipe, conditions, sampling, first=first)]
+    return stills, any(map(is_drawing, stills))
 
 
 def call_pipeline(

@@ -80,6 +80,14 @@ def test_metric_without_evidence_is_absent(evidence: Evidence) -> None:
     assert compute_metrics(least) == ({"size": 1.0}, {})
 
 
+def test_what_looks_at_pixels_is_left_out_where_pictures_are_drawings(evidence: Evidence) -> None:
+    own = replace(evidence.own, are_drawings=True)
+    values, per_picture = compute_metrics(replace(evidence, own=own))
+    assert values.keys() == {"output", "latents", "size", "seconds", "memory"}
+    assert per_picture == {}
+    assert replace(evidence, own=own).set_sizes() == {}
+
+
 def test_metrics_are_shown_as_numbers_with_their_digits() -> None:
     model = Measurements(
         key="export",

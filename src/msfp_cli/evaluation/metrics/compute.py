@@ -93,7 +93,7 @@ def between_sets(
 
 def agreement(evidence: Evidence, which: Literal[0, 1]) -> float | None:
     """Return the share of pictures with the right garment (0) or colour (1), in percent."""
-    if evidence.extractor != "fashion" or evidence.prompts is None:
+    if evidence.extractor != "fashion" or evidence.prompts is None or evidence.own.are_drawings:
         return None
     pictures = evidence.own.pictures.float() / 255
     share = fashion.agreement(fashion.load_classifier(), pictures, evidence.prompts)[which]
@@ -102,7 +102,7 @@ def agreement(evidence: Evidence, which: Literal[0, 1]) -> float | None:
 
 def clip(evidence: Evidence) -> float | None:
     """Return the CLIP score, if a CLIP model is given."""
-    if evidence.clip is None or evidence.prompts is None:
+    if evidence.clip is None or evidence.prompts is None or evidence.own.are_drawings:
         return None
     return clip_score(evidence.clip, evidence.own.pictures, evidence.prompts, evidence.device)
 

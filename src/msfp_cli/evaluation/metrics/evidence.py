@@ -17,10 +17,12 @@ class PictureSet:
     Arguments:
         pictures: uint8 ``(pictures, 3, height, width)``.
         latents: the final samples behind them, float32.
+        are_drawings: whether the pictures only show what was made: sound or embeddings.
     """
 
     pictures: Tensor
     latents: Tensor
+    are_drawings: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,12 @@ class Evidence:
     cost: Cost | None = None
 
     def set_sizes(self) -> dict[str, SetSizes]:
-        """Return the sizes of the sets that can be compared: a single picture is not a set."""
+        """Return the sizes of the sets that can be compared.
+
+        A single picture is not a set, and of drawings no distance is computed.
+        """
+        if self.own.are_drawings:
+            return {}
         num_pictures, dimensions = self.features.shape
         sizes = {}
         for name, features in self.feature_sets.items():

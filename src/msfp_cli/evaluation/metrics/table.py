@@ -30,7 +30,8 @@ class Metric:
         key, title: its name, for programs and for people.
         help: what it tells, in one sentence.
         kind: ``picture`` (one value for each picture), ``model`` (one value), or ``sets`` (a
-            distance between two sets of pictures, which few pictures make uncertain).
+            distance between two sets of pictures, which few pictures make uncertain). Where
+            pictures are only drawings of something else, neither they nor their sets are compared.
         better: which values are better; None if neither is.
         digits: after the point.
         json_only: whether it is left out of tables.
@@ -60,6 +61,8 @@ def compute_metrics(evidence: Evidence) -> tuple[dict[str, float], dict[str, Per
     values = dict[str, float]()
     per_picture = dict[str, PerPicture]()
     for metric in METRICS:
+        if evidence.own.are_drawings and metric.kind != "model":
+            continue
         value = metric.compute(evidence)
         if isinstance(value, tuple):
             per_picture[metric.key] = value
