@@ -65,8 +65,7 @@ class Option:
         if value is None:
             return
         for bound in self._broken_bounds(value):
-            shown = f"{value:g}" if isinstance(value, float) else value
-            raise UsageError(f"{self.name} must be {bound}, got {shown}")
+            raise UsageError(f"{self.name} must be {bound}, got {_written(value)}")
         for item in value if isinstance(value, tuple) else (value,):
             if self.choices and item not in self.choices:
                 allowed = ", ".join(self.choices)
@@ -79,11 +78,15 @@ class Option:
             return
         is_finite = math.isfinite(value)
         if self.at_least is not None and not (is_finite and value >= self.at_least):
-            yield f"at least {self.at_least:g}"
+            yield f"at least {_written(self.at_least)}"
         if self.above is not None and not (is_finite and value > self.above):
-            yield "positive" if self.above == 0 else f"above {self.above:g}"
+            yield "positive" if self.above == 0 else f"above {_written(self.above)}"
         if self.at_most is not None and not (is_finite and value <= self.at_most):
-            yield f"at most {self.at_most:g}"
+            yield f"at most {_written(self.at_most)}"
+
+
+def _written(value: Json) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def option(default: Json, help: str, **details: Json) -> Any:  # noqa: ANN401 (as dataclasses.field)

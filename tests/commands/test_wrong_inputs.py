@@ -73,6 +73,10 @@ def wrong(
             for value in ("nan", "0", "-1", "inf")
         ),
         ("calibrate {model} --device meta", 1, "device 'meta' cannot be used here"),
+        ("calibrate {model} --device mps", 1, "from the 'MPS' backend); try --device cpu"),
+        (f"calibrate {{model}} --seed {2**63}", 2, f"--seed must be at most {2**62}, got {2**63}"),
+        ("sample --run {run} --prompt cat --kernel openvino:", 2, "unknown kernel 'openvino:'; ch"),
+        ("export --run {run} --out new --engine openvino:", 2, "unknown --engine 'openvino:'"),
         ("sample --run {run} --prompt cat --device meta", 1, "device 'meta' cannot be used here"),
         (
             "calibrate {model} --device gpu",

@@ -19,7 +19,8 @@ __all__ = ["FOLDER", "attach_engine_", "device_of", "engine_of", "is_engine", "r
 
 def is_engine(kernel: str) -> bool:
     """Whether a kernel's name is that of an engine, which runs a whole denoiser."""
-    return kernel.partition(":")[0] in NAMES
+    name, colon, device = kernel.partition(":")
+    return name in NAMES and bool(device) == bool(colon)
 
 
 def require_engine(name: str) -> None:
@@ -28,7 +29,8 @@ def require_engine(name: str) -> None:
     Raises:
         UsageError: the message says which there are, or how to install it.
     """
-    if name.partition(":")[0] != NAME:  # what it stores serves every kernel of the engine
+    # What it stores serves every kernel of the engine.
+    if not is_engine(name) or name.partition(":")[0] != NAME:
         raise UsageError(f"unknown --engine {name!r}; choose {NAME}")
     import_openvino()
 

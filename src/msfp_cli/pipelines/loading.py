@@ -122,7 +122,7 @@ def choose_device(device: "str | torch.device | None") -> str:
         torch.zeros(1, device=device).item()  # the device "meta" holds no values
     except (RuntimeError, AssertionError) as error:
         is_unknown = "device type at start" in str(error)
-        reason = "torch knows no such device" if is_unknown else str(error).splitlines()[0]
+        reason = "torch knows no such device" if is_unknown else re.split(r"\. |\n", str(error))[0]
         raise ModelError(
             f"device {str(device)!r} cannot be used here ({reason}); try --device cpu"
         ) from None
