@@ -44,8 +44,8 @@ _NO_THREAD = "can't start new thread"
 # What the system refuses whatever the path is, by its number.
 _LIMITS = {
     errno.ENOSPC: "the disk is full; free some space and run the same command to go on",
-    errno.ENOMEM: "out of memory; give a smaller --batch-size or smaller pictures, or calibrate with "
-    "--max-memory",
+    errno.ENOMEM: "out of memory; give a smaller --batch-size or smaller pictures, or calibrate "
+    "with --max-memory",
     errno.EMFILE: "too many open files; raise their limit, as with `ulimit -n 4096`, and run the "
     "same command to go on",
     errno.EAGAIN: "no more threads or processes may be started; raise their limit, as with "
