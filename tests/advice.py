@@ -331,6 +331,7 @@ ELSEWHERE = {
     "has no use for the model's": "tests/streaming/test_quantize.py",
     "may only be read; give a directory of yours with --out": "tests/checkpoint/test_export.py",
     "give another --run": "tests/commands/test_wrong_inputs.py",
+    "use --overwrite to begin again, or choose another path": "tests/test_sample.py",
     "--input-lift": "tests/calibration/test_input_lift.py",
     "write NAME:weights=BITS": "tests/calibration/test_also.py",
     "is quantized already; load it in full precision": "tests/calibration/test_also.py",

@@ -32,7 +32,7 @@ ORDER = (
     "streaming",
     "evaluation",
     "report",
-    "sample status demo options",
+    "picture_files sample status demo options",
     "commands",
     "__init__ __main__",
 )

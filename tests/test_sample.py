@@ -1,6 +1,9 @@
 """Pictures: how many, from which seeds, under which names, and beside which others."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,10 +11,13 @@ import torch
 from PIL import Image
 from typer.testing import Result
 
-from conftest import Chained, Invoke
+from conftest import Chained, Invoke, files_of, only_line
+from msfp_cli.files.seal import MARK
+from msfp_cli.picture_files import PictureFiles
 from msfp_cli.pipelines.loading import load_pipeline
-from msfp_cli.pipelines.sampling import Sampling
-from msfp_cli.sample import Sheet, contact_sheet, save_pictures
+from msfp_cli.pipelines.media import still
+from msfp_cli.pipelines.sampling import call_pipeline
+from msfp_cli.sample import _names, _sheet_of, contact_sheet
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -130,14 +136,116 @@ def test_grey_and_large_pictures_fit_a_contact_sheet() -> None:
     assert contact_sheet([[Image.new("L", (300, 200), 7)]]).size == (308, 208)
 
 
-def test_sheets_of_different_models_do_not_overwrite_each_other(tmp_path: Path) -> None:
-    sheets = [
-        Sheet(title=title, works=[Image.new("RGB", (8, 8))])
-        for title in ("signed FP4", "MSFP W4A4")
-    ]
-    save_pictures(sheets, (None,), Sampling(seed=2), tmp_path / "out", overwrite=False)
-    names = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
-    assert names == ["000-seed2-msfp-w4a4.png", "000-seed2-signed-fp4.png", "sheet.png"]
+def test_contact_sheet_has_eight_columns_and_the_first_64_pictures(tmp_path: Path) -> None:
+    files = PictureFiles(tmp_path / "out", {})
+    files.begin(overwrite=False)
+    names = [f"{i:03d}" for i in range(70)]
+    for i, name in enumerate(names):
+        files.add(name, Image.new("RGB", (128, 128), (i, 0, 0)), 0)
+    one = np.asarray(_sheet_of(files, {"MSFP": names}))
+    assert one.shape == (8 * 132 + 4, 8 * 132 + 4, 3)
+    assert one[4 + 7 * 132, 4 + 7 * 132, 0] == 63
+    two = np.asarray(_sheet_of(files, {"a": names[:10], "b": names[20:30]}))
+    assert two.shape == (4 * 156 + 4, 8 * 132 + 4, 3)
+    firsts = [two[4 + 24 + 156 * y, 4, 0] for y in range(4)]
+    assert firsts == [0, 20, 8, 28]
+
+
+def test_what_is_no_picture_is_kept_as_what_it_is_and_shown(tmp_path: Path) -> None:
+    files = PictureFiles(tmp_path / "out", {})
+    files.begin(overwrite=False)
+    video = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    sound = np.sin(np.linspace(0, 60, 4000)).astype(np.float32)
+    for name, work in (("video", video), ("sound", sound)):
+        files.add(name, work, 16_000)
+        assert np.array_equal(np.asarray(files.still(name)), np.asarray(still(work)))
+    files.finish(["video", "sound"], Image.new("RGB", (8, 8)), overwrite=False)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"video.gif", "sound.wav", "sheet.png", MARK}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[int]]:
+    """Return a function that lets so many batches be drawn, and returns the list of the drawn."""
+
+    def stop(count: float) -> list[int]:
+        drawn = list[int]()
+
+        def call(*arguments: Any, first: int, **options: Any) -> object:  # noqa: ANN401
+            if len(drawn) >= count:
+                raise KeyboardInterrupt
+            drawn.append(first)
+            return call_pipeline(*arguments, first=first, **options)
+
+        monkeypatch.setattr("msfp_cli.sample.call_pipeline", call)
+        return drawn
+
+    return stop
+
+
+FIVE = ("--prompt", "a cat", "--num-images", 5, "--batch-size", 2, "--run", "run")
+
+
+@pytest.mark.parametrize("compare", [(), ("--compare",)])
+def test_stopped_command_keeps_its_pictures_and_goes_on_with_the_others(
+    compare: tuple[str, ...],
+    msfp: Invoke,
+    prompted_chained: Chained,
+    stop_after: Callable[[float], list[int]],
+) -> None:
+    command = ("sample", prompted_chained.export, *FIVE, *compare)
+    assert msfp(*command, "--out", "whole").exit_code == 0
+    stop_after(2)
+    assert msfp(*command).exit_code == 1
+    begun = Path("run/samples/001-unfinished")
+    kept = {path.name: path.read_bytes() for path in begun.glob("*.png")}
+    assert [name[:3] for name in sorted(kept)] == ["000", "001", "002", "003"]
+    drawn = stop_after(math.inf)
+    result = msfp(*command)
+    assert result.stdout == "run/samples/001/sheet.png\n"
+    assert drawn == [4, 0, 2, 4] if compare else [4]
+    assert "4 of 5 pictures by MSFP are in run/samples/001-unfinished already" in result.stderr
+    assert [path.name for path in Path("run/samples").iterdir()] == ["001"]
+    assert files_of(Path("run/samples/001")) == files_of(Path("whole"))
+
+
+def test_other_command_begins_another_directory(
+    msfp: Invoke, prompted_chained: Chained, stop_after: Callable[[float], list[int]]
+) -> None:
+    command = ("sample", prompted_chained.export, *FIVE)
+    stop_after(1)
+    assert msfp(*command).exit_code == 1
+    drawn = stop_after(math.inf)
+    other = msfp(*command, "--seed", 7)
+    assert other.stdout == "run/samples/002/sheet.png\n" and drawn == [0, 2, 4]
+    assert msfp(*command).stdout == "run/samples/001/sheet.png\n" and drawn == [0, 2, 4, 2, 4]
+    assert msfp(*command).stdout == "run/samples/003/sheet.png\n"
+
+
+def test_directory_that_was_begun_with_other_settings_is_refused(
+    msfp: Invoke, prompted_chained: Chained, stop_after: Callable[[float], list[int]]
+) -> None:
+    command = ("sample", prompted_chained.export, *FIVE, "--out", "mine")
+    stop_after(1)
+    assert msfp(*command).exit_code == 1
+    drawn = stop_after(math.inf)
+    line = only_line(msfp(*command, "--seed", 7), 1)
+    assert line.startswith("mine-unfinished holds pictures that were begun with other settings; ")
+    assert drawn == [] and not Path("mine").exists()
+    assert msfp(*command, "--seed", 7, "--overwrite").exit_code == 0
+    assert drawn == [0, 2, 4] and not Path("mine-unfinished").exists()
+
+
+def test_directory_of_the_users_own_is_not_written_to(
+    msfp: Invoke, prompted_chained: Chained
+) -> None:
+    Path("mine-unfinished").mkdir()
+    Path("mine-unfinished/thesis.txt").write_text("mine")
+    for more in ((), ("--overwrite",)):
+        line = only_line(msfp("sample", prompted_chained.export, *FIVE, "--out", "mine", *more), 1)
+        assert line.startswith("mine-unfinished/thesis.txt was not written by msfp and is not")
+    assert files_of(Path("mine-unfinished")) == {"thesis.txt": b"mine"}
 
 
 def test_directories_of_samples_are_numbered(msfp: Invoke, prompted_chained: Chained) -> None:
@@ -189,10 +297,15 @@ def test_type_that_the_pipeline_cannot_turn_into_pictures_is_explained(
     assert "--dtype float32" in result.stderr
 
 
-@pytest.mark.parametrize(("prompt", "name"), [("猫", "000-seed0"), ("A cat!", "000-a-cat-seed0")])
+@pytest.mark.parametrize(
+    ("prompt", "title", "name"),
+    [
+        ("猫", "", "000-seed2"),
+        ("A cat!", "", "000-a-cat-seed2"),
+        (None, "MSFP W4A4", "000-seed2-msfp-w4a4"),
+    ],
+)
 def test_files_are_named_by_the_latin_letters_of_the_prompt(
-    prompt: str, name: str, tmp_path: Path
+    prompt: str | None, title: str, name: str
 ) -> None:
-    sheets = [Sheet(title="MSFP", works=[Image.new("RGB", (8, 8))])]
-    save_pictures(sheets, [prompt], Sampling(seed=0), tmp_path / "out", overwrite=False)
-    assert (tmp_path / "out" / f"{name}.png").exists()
+    assert _names([prompt], 2, title) == [name]

@@ -10,7 +10,7 @@ A `Run` is a set of paths. What lies there is loaded by the module that also wri
         calibration/     the chosen formats
         finetune/        LoRA hubs and router, one file per denoiser
         export/          the checkpoint (unless --out put it elsewhere)
-        samples/         pictures
+        samples/         pictures, a directory for each `msfp sample`
         evaluation/      figures and pictures, against full precision
         report/          the page about it
 """
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from msfp_cli.errors import RunError
-from msfp_cli.files.atomic import clean
+from msfp_cli.files.atomic import clean, remove
 from msfp_cli.files.documents import read_json, write_json
 from msfp_cli.files.lock import beside, only_writer, remove_stale_in
 from msfp_cli.files.seal import MARK
@@ -39,6 +39,7 @@ T = TypeVar("T")
 
 DEFAULT_DIRECTORY = Path("msfp-run")
 _MEMORY = "run.json"
+_UNFINISHED = "-unfinished"
 # Where a run keeps what commands make.
 _STAGES = ("recording", "held-out", "calibration", "finetune", "export", "evaluation", "report")
 # A command that a line says to type, and that works in a run.
@@ -273,26 +274,38 @@ class Run:
         return read_json(path, partial(read_value, dict[str, str]), redo=redo)
 
     @contextmanager
-    def new_samples(self) -> Iterator[Path]:
+    def new_samples(self, fits: Callable[[Path], bool] = lambda directory: True) -> Iterator[Path]:
         """Yield a new directory for pictures: ``samples/001``, ``samples/002`` and so on.
 
         No other process gets the same one while the context is open.
+
+        Arguments:
+            fits: whether what was begun for a directory, if anything, can be gone on with.
         """
-        numbers = [int(path.name) for path in self.samples.glob("[0-9]*") if path.name.isdecimal()]
         self.samples.mkdir(parents=True, exist_ok=True)
         remove_stale_in(self.samples)
-        for number in count(max(numbers, default=0) + 1):
-            directory = self.samples / f"{number:03d}"
+        for directory in self._places_for_samples():
             with ExitStack() as stack:
                 stack.callback(_remove_if_empty, self.samples)
                 try:
                     stack.enter_context(only_writer(directory, beside(directory)))
                 except RunError:  # another process makes pictures for it
                     continue
-                if directory.exists():
+                if directory.exists():  # and what was left as it got its name goes
+                    remove(unfinished_of(directory))
                     continue
-                yield directory
-                return
+                if fits(directory):
+                    yield directory
+                    return
+
+    def _places_for_samples(self) -> Iterator[Path]:
+        """Yield directories for pictures: those that were begun, then new ones."""
+        for path in sorted(self.samples.glob(f"*{_UNFINISHED}*")):  # hidden ones are half deleted
+            yield self.samples / path.name.lstrip(".").partition(_UNFINISHED)[0]
+        names = (path.name for path in self.samples.glob("[0-9]*"))
+        numbers = map(int, filter(str.isdecimal, names))
+        for number in count(max(numbers, default=0) + 1):
+            yield self.samples / f"{number:03d}"
 
 
 def locked(
@@ -306,6 +319,11 @@ def locked(
             return function(run, *args, **kwargs)
 
     return wrapper
+
+
+def unfinished_of(directory: Path) -> Path:
+    """Return where pictures for a directory are until all are there."""
+    return directory.with_name(f"{directory.name}{_UNFINISHED}")
 
 
 def _remove_if_empty(directory: Path) -> None:

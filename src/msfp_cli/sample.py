@@ -1,41 +1,28 @@
 """Make pictures with an export, and beside them those of the full-precision model."""
 
 import re
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from msfp_cli.checkpoint.pipeline import MSFPPipeline, read_denoisers
-from msfp_cli.files.directories import refuse_existing, replace_directory
+from msfp_cli.checkpoint.pipeline import load_export, read_denoisers
+from msfp_cli.picture_files import CONTACT_SHEET, PictureFiles, identity_of_files, picture_files
 from msfp_cli.pipelines.conditions import conditioning_of, expand_conditions
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
-from msfp_cli.pipelines.media import Work, sample_rate_of, save, still
+from msfp_cli.pipelines.media import sample_rate_of
 from msfp_cli.pipelines.sampling import Sampling, call_pipeline, refuse_untaken, say_conditions
 from msfp_cli.progress import SILENT, Progress
-from msfp_cli.run import Run, refuse_stage
+from msfp_cli.run import Run
 
 _TITLE_HEIGHT = 24  # pixels above a row of a contact sheet
-_FULL = "full precision"  # a title
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sheet:
-    """What one model made, in the order of the conditions: pictures, videos or sound.
-
-    Arguments:
-        title: of the model.
-        works: one for each condition.
-        sample_rate: of sound, in Hertz.
-    """
-
-    title: str
-    works: Sequence[Work]
-    sample_rate: int = 0
+_COLUMNS = 8  # of it
+_MOST_SHOWN = 64  # pictures of each model on it
+_MSFP = "MSFP"  # a title, as the next
+_FULL = "full precision"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,84 +78,83 @@ def sample_run(
     export = export or run.latest_export()
     run.refuse_read_only(directory)
     config = next(iter(read_denoisers(export).values()))
-    with nullcontext(directory) if directory else run.new_samples() as place:
-        refuse_stage(place)
-        refuse_existing(place, overwrite=overwrite)
-        pipe = MSFPPipeline.from_pretrained(
-            export,
-            dtype=None if dtype is None else getattr(torch, dtype),
-            device=device,
-            kernel=kernel,
-            keep_packed=keep_packed,
-            progress=progress,
-        ).pipe
+    settled = sampling.or_else({**config.sampling, **defaults})
+    asked = [list(prompts), num_images, compare, kernel, keep_packed, dtype, device]
+    settings = {
+        "export": identity_of_files(export),
+        "sampling": [settled.to_json(), settled.digest_of_images()],
+        "asked": asked,
+    }
+    with picture_files(run, directory, settings, overwrite=overwrite) as files:
+        typed = ModelSource(model=str(export), dtype=dtype)
+        pipe = load_export(typed, device, kernel, keep_packed=keep_packed, progress=progress)
         refuse_untaken(pipe, sampling)
-        sampling = sampling.or_else({**config.sampling, **defaults})
         conditions = expand_conditions(prompts, num_images, conditioning_of(pipe))
-        say_conditions(pipe, conditions, sampling, progress)
-        sheets = [make_pictures(pipe, conditions, sampling, title="MSFP", progress=progress)]
+        say_conditions(pipe, conditions, settled, progress)
+        files.begin(overwrite=overwrite)
+        task = _Task(conditions, settled, files, progress, compare)
+        rows = {_MSFP: task.make(pipe, _MSFP)}
         if compare:
+            del pipe
             source = ModelSource(**config.source)
             full = load_pipeline(replace(source, dtype=dtype or source.dtype), device)
-            sheet = make_pictures(full, conditions, sampling, title=_FULL, progress=progress)
-            sheets.insert(0, sheet)
-        path = save_pictures(sheets, conditions, sampling, place, overwrite=overwrite)
-        return Samples(sheet=path, num_pictures=len(conditions))
+            rows = {_FULL: task.make(full, _FULL), **rows}
+        files.finish(chain(*rows.values()), _sheet_of(files, rows), overwrite=overwrite)
+    sheet = (directory or files.directory) / CONTACT_SHEET
+    return Samples(sheet=sheet, num_pictures=len(conditions))
 
 
-def make_pictures(
-    pipe: Pipeline,
-    conditions: Sequence[str | None],
-    sampling: Sampling,
-    *,
-    title: str,
-    progress: Progress = SILENT,
-) -> Sheet:
-    """Make one picture per condition; picture i is drawn with seed ``sampling.seed + i``."""
-    works: list[Work] = []
-    with progress.task(f"Sampling {title}", len(conditions)) as advance:
-        for first in range(0, len(conditions), sampling.batch_size):
-            batch = conditions[first : first + sampling.batch_size]
-            works.extend(call_pipeline(pipe, batch, sampling, first=first))
-            advance(len(batch))
-    return Sheet(title=title, works=works, sample_rate=sample_rate_of(pipe))
+def _names(conditions: Sequence[str | None], seed: int, title: str) -> list[str]:
+    """Return the names of pictures: number, prompt and seed, and the model where there are two."""
+    names = []
+    for i, condition in enumerate(conditions):
+        slug = "" if condition is None else _slug(condition)[:40]
+        parts = [f"{i:03d}", slug, f"seed{seed + i}", _slug(title)]
+        names.append("-".join(filter(None, parts)))
+    return names
 
 
-def save_pictures(
-    sheets: Sequence[Sheet],
-    conditions: Sequence[str | None],
-    sampling: Sampling,
-    directory: Path,
-    *,
-    overwrite: bool,
-) -> Path:
-    """Write all that was made, as PNG, GIF or WAV, and a contact sheet with one row per model.
+class _Task(NamedTuple):
+    """Pictures that are to be made by one model or by two, picture i with seed ``seed + i``."""
 
-    Returns:
-        The path of the contact sheet.
+    conditions: Sequence[str | None]
+    sampling: Sampling
+    files: PictureFiles
+    progress: Progress
+    compare: bool
 
-    Raises:
-        RunError: the directory exists and `overwrite` is not set.
+    def make(self, pipe: Pipeline, title: str) -> list[str]:
+        """Make those by a model that are missing, and return the names of all."""
+        count = len(self.conditions)
+        rate = sample_rate_of(pipe)
+        names = _names(self.conditions, self.sampling.seed, title if self.compare else "")
+        there = sum(self.files.find(name) is not None for name in names)
+        if there:
+            place = self.files.work
+            self.progress.log(f"{there} of {count} pictures by {title} are in {place} already")
+        with self.progress.task(f"Sampling {title}", count) as advance:
+            for first in range(0, count, self.sampling.batch_size):
+                batch = slice(first, first + self.sampling.batch_size)
+                if None in map(self.files.find, names[batch]):
+                    part = self.conditions[batch]
+                    works = call_pipeline(pipe, part, self.sampling, first=first)
+                    for name, work in zip(names[batch], works, strict=False):
+                        self.files.add(name, work, rate)
+                advance(len(names[batch]))
+        return [name for name in names if self.files.find(name)]
+
+
+def _sheet_of(files: PictureFiles, rows: Mapping[str, Sequence[str]]) -> Image.Image:
+    """Return the contact sheet of the first pictures, one model's below the other's.
+
+    Arguments:
+        rows: names of the pictures, by the title of their model.
     """
-    several = len(sheets) > 1
-    with replace_directory(directory, overwrite=overwrite) as temporary:
-        for sheet in sheets:
-            suffix = f"-{_slug(sheet.title)}" if several else ""
-            for i, work in enumerate(sheet.works):
-                condition = conditions[i]
-                slug = "" if condition is None else _slug(condition)[:40]
-                prompt = f"{slug}-" if slug else ""
-                name = f"{i:03d}-{prompt}seed{sampling.seed + i}{suffix}"
-                save(work, temporary / name, sheet.sample_rate)
-        titles = [sheet.title for sheet in sheets] if several else []
-        contact = contact_sheet([_stills(sheet) for sheet in sheets], titles=titles)
-        contact.save(temporary / "sheet.png")
-    return directory / "sheet.png"
-
-
-def _stills(sheet: Sheet) -> list[Image.Image]:
-    """Return a picture of each work."""
-    return [still(work) for work in sheet.works]
+    count = min(len(names) for names in rows.values())
+    starts = range(0, min(count, _MOST_SHOWN), _COLUMNS)
+    parts = [names[start : start + _COLUMNS] for start in starts for names in rows.values()]
+    pictures = [[files.still(name) for name in part] for part in parts]
+    return contact_sheet(pictures, titles=[*rows] * len(starts) if len(rows) > 1 else ())
 
 
 def contact_sheet(

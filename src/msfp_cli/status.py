@@ -132,7 +132,8 @@ class _Contents:
 
     def is_unseen(self) -> bool:
         """Whether nobody has looked at an export of this run yet."""
-        return self.figures is None and not self.run.samples.is_dir()
+        made = (path for path in self.run.samples.glob("[0-9]*") if path.name.isdecimal())
+        return self.figures is None and next(made, None) is None
 
 
 # What to type next is the command of the first row whose condition holds.

@@ -137,11 +137,22 @@ def kernels_of(
     return kernels
 
 
-def load_export(source: ModelSource, device: str | None, kernel: str) -> Pipeline:
+def load_export(
+    source: ModelSource,
+    device: str | None,
+    kernel: str,
+    *,
+    keep_packed: bool = False,
+    progress: Progress = SILENT,
+) -> Pipeline:
     """Load an export as a stock pipeline whose denoisers run by a kernel."""
-    dtype = None if source.dtype is None else getattr(torch, source.dtype)
     return MSFPPipeline.from_pretrained(
-        source.model, dtype=dtype, device=device, kernel=kernel
+        source.model,
+        dtype=None if source.dtype is None else getattr(torch, source.dtype),
+        device=device,
+        kernel=kernel,
+        keep_packed=keep_packed,
+        progress=progress,
     ).pipe
 
 

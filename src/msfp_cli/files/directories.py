@@ -139,7 +139,7 @@ def refuse_existing(directory: Path, *, overwrite: bool, work: Path | None = Non
     if _is_there(directory) and not overwrite:
         remove_stale(beside(directory))
         if work is not None and not _is_later(work, directory):
-            delete(work)
+            remove(work)
         raise RunError(
             f"{directory} exists already; use --overwrite to replace it, or choose another path"
         )

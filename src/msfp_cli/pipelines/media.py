@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from msfp_cli.files.atomic import replace_file
 from msfp_cli.pipelines.loading import Pipeline
 
 Made: TypeAlias = Any  # an output class of diffusers, or what it holds of one thing
@@ -21,6 +22,7 @@ Made: TypeAlias = Any  # an output class of diffusers, or what it holds of one t
 # samples)``.
 Work: TypeAlias = Image.Image | list[Image.Image] | np.ndarray
 
+ENDINGS = (".png", ".gif", ".wav")  # of files: of pictures, videos and sound
 _SAMPLE_RATE = 44_100  # of sound whose pipeline does not say
 _FRAME_MILLISECONDS = 125
 _WAVE_SIZE = (256, 64)  # pixels of a drawn wave
@@ -127,23 +129,33 @@ def _drawn(sound: np.ndarray) -> Image.Image:
 
 
 def save(work: Work, path: Path, sample_rate: int = _SAMPLE_RATE) -> Path:
-    """Write it as what it is, and return the path with its ending.
+    """Write it as what it is, whole or not at all, and return the path with its ending.
 
     Arguments:
         path: without an ending.
         sample_rate: of sound, in Hertz.
     """
+    picture, video, sound = ENDINGS
     if isinstance(work, np.ndarray):
-        target = path.with_name(f"{path.name}.wav")
-        _save_sound(work, target, sample_rate)
+        target = path.with_name(f"{path.name}{sound}")
+        with replace_file(target) as temporary:
+            _save_sound(work, temporary, sample_rate)
     elif isinstance(work, Image.Image):
-        target = path.with_name(f"{path.name}.png")
-        work.save(target)
+        target = path.with_name(f"{path.name}{picture}")
+        with replace_file(target) as temporary:
+            work.save(temporary, "PNG")
     else:
-        target = path.with_name(f"{path.name}.gif")
-        first, *rest = [frame.convert("RGB") for frame in work]
-        first.save(target, save_all=True, append_images=rest, duration=_FRAME_MILLISECONDS, loop=0)
+        target = path.with_name(f"{path.name}{video}")
+        with replace_file(target) as temporary:
+            _save_video(work, temporary)
     return target
+
+
+def _save_video(frames: Sequence[Image.Image], path: Path) -> None:
+    """Write frames as GIF that is shown again and again."""
+    first, *rest = [frame.convert("RGB") for frame in frames]
+    options = {"duration": _FRAME_MILLISECONDS, "loop": 0}
+    first.save(path, "GIF", save_all=True, append_images=rest, **options)
 
 
 def _save_sound(sound: np.ndarray, path: Path, sample_rate: int) -> None:
