@@ -109,6 +109,7 @@ def test_help_lists_every_command_and_says_how_to_begin() -> None:
     assert "msfp calibrate MODEL" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_example_of_the_help_works(
     example: str, msfp: Invoke, stage: Callable[..., Path], quick: None
