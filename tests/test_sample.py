@@ -216,6 +216,7 @@ def test_other_command_begins_another_directory(
     command = ("sample", prompted_chained.export, *FIVE)
     stop_after(1)
     assert msfp(*command).exit_code == 1
+    Path("run/samples/my-unfinished").mkdir()
     drawn = stop_after(math.inf)
     other = msfp(*command, "--seed", 7)
     assert other.stdout == "run/samples/002/sheet.png\n" and drawn == [0, 2, 4]

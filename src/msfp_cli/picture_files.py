@@ -4,9 +4,9 @@ A stopped command loses no picture: they lie in a directory beside the one that 
 all are there and become that one. The same command goes on with those that are missing. Layout::
 
     002-unfinished/
-        sample.json         what makes them: the export, the prompts, the settings
-        000-a-cat-seed0.png each picture, video or sound, whole or not at all
-        stills/             pictures that show what is none
+        sample.json           what makes them: the export, the prompts, the settings
+        000-a-cat-seed0.png   each picture, video or sound, whole or not at all
+        stills/               pictures that show videos and sound
 """
 
 import hashlib
@@ -139,8 +139,9 @@ def picture_files(
         yield PictureFiles(place, settings)
 
 
-def identity_of_files(export: Path) -> list[str | None]:
-    """Return what tells an export from others: its path, and a digest of all of its files."""
+def identity_of_files(export: Path) -> str:
+    """Return what tells an export from others: a digest of all of its files, else its path."""
     seal = export / MARK
-    digest = hashlib.sha256(seal.read_bytes()).hexdigest() if seal.exists() else None
-    return [str(export.resolve()), digest]
+    if not seal.exists():
+        return str(export.resolve())
+    return hashlib.sha256(seal.read_bytes()).hexdigest()

@@ -300,9 +300,11 @@ class Run:
 
     def _places_for_samples(self) -> Iterator[Path]:
         """Yield directories for pictures: those that were begun, then new ones."""
-        for path in sorted(self.samples.glob(f"*{_UNFINISHED}*")):  # hidden ones are half deleted
-            yield self.samples / path.name.lstrip(".").partition(_UNFINISHED)[0]
-        names = (path.name for path in self.samples.glob("[0-9]*"))
+        names = [path.name for path in sorted(self.samples.glob("*"))]
+        for name in names:
+            begun, mark, _ = name.lstrip(".").partition(_UNFINISHED)  # hidden ones are half gone
+            if mark and begun.isdecimal():
+                yield self.samples / begun
         numbers = map(int, filter(str.isdecimal, names))
         for number in count(max(numbers, default=0) + 1):
             yield self.samples / f"{number:03d}"
