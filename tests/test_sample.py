@@ -277,6 +277,18 @@ def test_unconditional_export_needs_no_prompt(msfp: Invoke, tiny_chained: Chaine
     ]
 
 
+@pytest.mark.parametrize("options", [(), ("--prompt", "a cat", "--num-images", 0)])
+def test_missing_prompt_is_said_before_anything_is_loaded(
+    options: tuple[object, ...],
+    msfp: Invoke,
+    prompted_chained: Chained,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("msfp_cli.sample.load_export", lambda *rest, **more: pytest.fail("loaded"))
+    line = only_line(msfp("sample", prompted_chained.export, *options, "--out", "pictures"), 2)
+    assert line.startswith("--num-images must be at least 1" if options else "no prompt; give at")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_type_to_compute_in_is_an_option(sample: Invoke, dtype: str) -> None:
     sample("--prompt", "a cat", "--out", "default")

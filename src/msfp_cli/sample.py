@@ -11,7 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from msfp_cli.checkpoint.pipeline import load_export, read_denoisers
 from msfp_cli.picture_files import CONTACT_SHEET, PictureFiles, identity_of_files, picture_files
-from msfp_cli.pipelines.conditions import conditioning_of, expand_conditions
+from msfp_cli.pipelines.conditions import (
+    conditioning_of,
+    expand_conditions,
+    refuse_missing_prompt,
+)
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, load_pipeline
 from msfp_cli.pipelines.media import sample_rate_of
 from msfp_cli.pipelines.sampling import Sampling, call_pipeline, refuse_untaken, say_conditions
@@ -78,12 +82,12 @@ def sample_run(
     export = export or run.latest_export()
     run.refuse_read_only(directory)
     config = next(iter(read_denoisers(export).values()))
+    refuse_missing_prompt(export, prompts, num_images)
     settled = sampling.or_else({**config.sampling, **defaults})
-    asked = [list(prompts), num_images, compare, kernel, keep_packed, dtype, device]
     settings = {
         "export": identity_of_files(export),
         "sampling": [settled.to_json(), settled.digest_of_images()],
-        "asked": asked,
+        "asked": [list(prompts), num_images, compare, kernel, keep_packed, dtype, device],
     }
     with picture_files(run, directory, settings, overwrite=overwrite) as files:
         typed = ModelSource(model=str(export), dtype=dtype)

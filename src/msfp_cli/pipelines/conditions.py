@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from msfp_cli.errors import UsageError
+from msfp_cli.files.documents import read_json
+from msfp_cli.files.seal import REDO
 from msfp_cli.pipelines.loading import ModelSource, Pipeline, default_prompts
 from msfp_cli.progress import Progress
 
@@ -33,6 +35,23 @@ def example_option(pipeline: str) -> str:
     if "prompt" in parameters:
         return " --prompt 'a red dress'"
     return " --prompt 1" if "class_labels" in parameters else ""
+
+
+def refuse_missing_prompt(directory: Path, prompts: Sequence[str], num_images: int) -> None:
+    """Refuse what `expand_conditions` will refuse, before a pipeline that takes prompts is loaded.
+
+    Arguments:
+        directory: the pipeline.
+
+    Raises:
+        UsageError: a prompt is missing, or there are too few or too many pictures.
+    """
+    import diffusers
+
+    name = read_json(directory / "model_index.json", dict, redo=REDO).get("_class_name")
+    found = getattr(diffusers, str(name), None)
+    if found is not None and "prompt" in inspect.signature(found.__call__).parameters:
+        expand_conditions(prompts, num_images, "prompt")
 
 
 def _num_classes(pipe: Pipeline) -> int:
