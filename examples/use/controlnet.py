@@ -26,7 +26,7 @@ def main() -> None:
     arguments = parser.parse_args()
     assert msfp_cli.__version__  # its import registers the format with diffusers
     full = DiffusionPipeline.from_pretrained(arguments.against)
-    channels = [8] * 2 if full.vae_scale_factor == 2 else [8] * 4  # halves the picture as the VAE
+    channels = [8] * full.vae_scale_factor.bit_length()  # all but the first halve, as in the VAE
     controlnet = ControlNetModel.from_unet(full.unet, conditioning_embedding_out_channels=channels)
     pipe = DiffusionPipeline.from_pretrained(arguments.export)
     beside = StableDiffusionControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
