@@ -269,7 +269,12 @@ def test_two_processes_calibrate_to_the_bytes_of_one(
 
     ends = run_together(work, tmp_path)
     assert [end.code for end in ends] == [0, 0], ends
-    assert files_of(tmp_path / "run") == files_of_one
+    made = files_of(tmp_path / "run")
+    memory, memory_of_one = made.pop("run.json"), files_of_one["run.json"]
+    assert made == {name: data for name, data in files_of_one.items() if name != "run.json"}
+    # What the run remembers is the command, with the bound.
+    assert (memory == memory_of_one) == (max_memory is None)
+    assert (b"--max-memory 8GiB" in memory) == (max_memory is not None)
 
 
 @pytest.mark.slow
