@@ -29,9 +29,9 @@ def read_size(text: str) -> int:
 def write_size(size: int) -> str:
     """Write a number of bytes as `read_size` takes it, in the largest unit that it is whole in."""
     for unit in "TGMK":
-        bytes_ = 1024 ** _POWERS[unit.lower()]
-        if size % bytes_ == 0:
-            return f"{size // bytes_}{unit}iB"
+        count, rest = divmod(size, 1024 ** _POWERS[unit.lower()])
+        if not rest:
+            return f"{count}{unit}iB"
     return str(size)
 
 

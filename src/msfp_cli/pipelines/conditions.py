@@ -28,10 +28,7 @@ def example_option(pipeline: str) -> str:
     Arguments:
         pipeline: name of the class; nothing is known of one that is not in diffusers.
     """
-    import diffusers
-
-    found = getattr(diffusers, pipeline, None)
-    parameters = inspect.signature(found.__call__).parameters if found else {}
+    parameters = _parameters_of(pipeline)
     if "prompt" in parameters:
         return " --prompt 'a red dress'"
     return " --prompt 1" if "class_labels" in parameters else ""
@@ -46,12 +43,17 @@ def refuse_missing_prompt(directory: Path, prompts: Sequence[str], num_images: i
     Raises:
         UsageError: a prompt is missing, or there are too few or too many pictures.
     """
+    index = read_json(directory / "model_index.json", dict, redo=REDO)
+    if "prompt" in _parameters_of(str(index.get("_class_name"))):
+        expand_conditions(prompts, num_images, "prompt")
+
+
+def _parameters_of(pipeline: str) -> Mapping[str, inspect.Parameter]:
+    """Return what a class of pipelines is called with; nothing if diffusers has no such class."""
     import diffusers
 
-    name = read_json(directory / "model_index.json", dict, redo=REDO).get("_class_name")
-    found = getattr(diffusers, str(name), None)
-    if found is not None and "prompt" in inspect.signature(found.__call__).parameters:
-        expand_conditions(prompts, num_images, "prompt")
+    found = getattr(diffusers, pipeline, None)
+    return inspect.signature(found.__call__).parameters if found else {}
 
 
 def _num_classes(pipe: Pipeline) -> int:

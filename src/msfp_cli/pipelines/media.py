@@ -6,7 +6,8 @@ are drawn, and such a picture says so (`is_drawing`): its pixels tell little of 
 """
 
 import wave
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -137,17 +138,16 @@ def save(work: Work, path: Path, sample_rate: int = _SAMPLE_RATE) -> Path:
     """
     picture, video, sound = ENDINGS
     if isinstance(work, np.ndarray):
-        target = path.with_name(f"{path.name}{sound}")
-        with replace_file(target) as temporary:
-            _save_sound(work, temporary, sample_rate)
-    elif isinstance(work, Image.Image):
-        target = path.with_name(f"{path.name}{picture}")
-        with replace_file(target) as temporary:
-            work.save(temporary, "PNG")
-    else:
-        target = path.with_name(f"{path.name}{video}")
-        with replace_file(target) as temporary:
-            _save_video(work, temporary)
+        return _write(path, sound, partial(_save_sound, work, sample_rate=sample_rate))
+    if isinstance(work, Image.Image):
+        return _write(path, picture, partial(work.save, format="PNG"))
+    return _write(path, video, partial(_save_video, work))
+
+
+def _write(path: Path, ending: str, write: Callable[[Path], None]) -> Path:
+    target = path.with_name(f"{path.name}{ending}")
+    with replace_file(target) as temporary:
+        write(temporary)
     return target
 
 
