@@ -129,6 +129,9 @@ class Run:
             raise RunError(
                 f"no run directory {self.directory} here; `msfp calibrate` makes one, or give --run"
             )
+        self._refuse_pipeline()
+
+    def _refuse_pipeline(self) -> None:
         if (self.directory / "model_index.json").exists():
             raise RunError(f"{self} is a pipeline and not a run directory; give another --run")
 
@@ -281,7 +284,11 @@ class Run:
 
         Arguments:
             fits: whether what was begun for a directory, if anything, can be gone on with.
+
+        Raises:
+            RunError: the run directory is a pipeline, which is not written to.
         """
+        self._refuse_pipeline()
         self.samples.mkdir(parents=True, exist_ok=True)
         remove_stale_in(self.samples)
         for directory in self._places_for_samples():

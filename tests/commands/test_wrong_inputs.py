@@ -59,6 +59,7 @@ def wrong(
         ("export --run afile", 1, NO_RUN),
         ("status --run {model}", 1, "a pipeline and not a run directory; give another --run"),
         ("calibrate {model} --run {model}", 1, "a pipeline and not a run directory"),
+        ("sample {run}/export --prompt cat --run {model}", 1, "a pipeline and not a run directory"),
         ("inspect --run afile", 1, NO_RUN),
         ("sample --run afile --prompt cat", 1, NO_RUN),
         ("evaluate --run afile", 1, NO_RUN),

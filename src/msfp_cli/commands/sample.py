@@ -21,6 +21,8 @@ from msfp_cli.pipelines.sampling import Sampling
 
 HELP = """Make pictures with the latest export, or with any exported directory.
 
+Each is written as soon as it is made. A command that was stopped goes on when it is given again.
+
 Examples:
 
     msfp sample --prompt "a red dress"
