@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from conftest import CHEAP, SIX_PICTURES, Chained, Invoke, only_line
 from msfp_cli.calibration.calibrate import calibrate_run
 from msfp_cli.checkpoint.export import export_run
 from msfp_cli.errors import CheckpointError, RunError
-from msfp_cli.files.lock import only_writer
 from msfp_cli.pipelines.loading import ModelSource
 from msfp_cli.run import Run, refuse_stage
 from msfp_cli.status import next_command, status_of
@@ -118,35 +116,6 @@ def test_memory_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, conte
         Run(tmp_path).latest_export()
 
 
-def test_samples_are_numbered_on(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    with run.new_samples() as first:
-        assert first == tmp_path / "samples" / "001"
-    assert not run.samples.exists()
-    for name in ("001", "007", "mine", "100 best"):
-        (tmp_path / "samples" / name).mkdir(parents=True)
-    with run.new_samples() as directory:
-        assert directory.name == "008"
-
-
-def test_samples_are_numbered_beyond_three_digits(tmp_path: Path) -> None:
-    for name in ("999", "1000"):
-        (tmp_path / "samples" / name).mkdir(parents=True)
-    with Run(tmp_path).new_samples() as directory:
-        assert directory.name == "1001"
-
-
-def test_locks_of_killed_samples_go_and_a_held_one_stays(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.samples.mkdir()
-    (run.samples / ".001.msfp-lock").touch()
-    (run.samples / "001").mkdir()
-    (run.samples / ".007.msfp-lock").touch()
-    with only_writer(run.samples, run.samples / ".mine.msfp-lock"), run.new_samples():
-        names = sorted(path.name for path in run.samples.glob(".*"))
-    assert names == [".002.msfp-lock", ".mine.msfp-lock"]
-
-
 def test_calibration_that_is_refused_is_not_remembered(
     fresh_run: Callable[..., Run], tiny: Callable[[str], Path]
 ) -> None:
@@ -185,12 +154,6 @@ def test_pictures_of_the_calibration_are_remembered_while_they_are_there(tmp_pat
     run.remember_calibration(["msfp", "calibrate", "model"])
     assert run.sampling() == {}
     assert run.say_lost_images() == ""
-
-
-def test_two_who_make_samples_get_directories_of_their_own(tmp_path: Path) -> None:
-    with Run(tmp_path).new_samples() as first, ThreadPoolExecutor(1) as other:
-        second = other.submit(lambda: Run(tmp_path).new_samples().__enter__()).result()
-    assert (first.name, second.name) == ("001", "002")
 
 
 def test_export_without_run_json_is_found(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from PIL import Image
 from typer.testing import Result
 
 from conftest import Chained, Invoke, files_of, only_line
+from msfp_cli.files.lock import only_writer
 from msfp_cli.files.seal import MARK
-from msfp_cli.picture_files import PictureFiles
+from msfp_cli.picture_files import PictureFiles, new_samples
 from msfp_cli.pipelines.loading import load_pipeline
 from msfp_cli.pipelines.media import still
 from msfp_cli.pipelines.sampling import call_pipeline
+from msfp_cli.run import Run
 from msfp_cli.sample import _names, _sheet_of, contact_sheet
 
 
@@ -247,6 +250,41 @@ def test_directory_of_the_users_own_is_not_written_to(
         line = only_line(msfp("sample", prompted_chained.export, *FIVE, "--out", "mine", *more), 1)
         assert line.startswith("mine-unfinished/thesis.txt was not written by msfp and is not")
     assert files_of(Path("mine-unfinished")) == {"thesis.txt": b"mine"}
+
+
+def test_samples_are_numbered_on(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with new_samples(run) as first:
+        assert first == tmp_path / "samples" / "001"
+    assert not run.samples.exists()
+    for name in ("001", "007", "mine", "100 best"):
+        (tmp_path / "samples" / name).mkdir(parents=True)
+    with new_samples(run) as directory:
+        assert directory.name == "008"
+
+
+def test_samples_are_numbered_beyond_three_digits(tmp_path: Path) -> None:
+    for name in ("999", "1000"):
+        (tmp_path / "samples" / name).mkdir(parents=True)
+    with new_samples(Run(tmp_path)) as directory:
+        assert directory.name == "1001"
+
+
+def test_locks_of_killed_samples_go_and_a_held_one_stays(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.samples.mkdir()
+    (run.samples / ".001.msfp-lock").touch()
+    (run.samples / "001").mkdir()
+    (run.samples / ".007.msfp-lock").touch()
+    with only_writer(run.samples, run.samples / ".mine.msfp-lock"), new_samples(run):
+        names = sorted(path.name for path in run.samples.glob(".*"))
+    assert names == [".002.msfp-lock", ".mine.msfp-lock"]
+
+
+def test_two_who_make_samples_get_directories_of_their_own(tmp_path: Path) -> None:
+    with new_samples(Run(tmp_path)) as first, ThreadPoolExecutor(1) as other:
+        second = other.submit(lambda: new_samples(Run(tmp_path)).__enter__()).result()
+    assert (first.name, second.name) == ("001", "002")
 
 
 def test_directories_of_samples_are_numbered(msfp: Invoke, prompted_chained: Chained) -> None:

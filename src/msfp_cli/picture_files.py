@@ -11,25 +11,27 @@ all are there and become that one. The same command goes on with those that are 
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from PIL import Image
 
 from msfp_cli.errors import RunError
-from msfp_cli.files.atomic import clean, delete, remove, temporary_of
+from msfp_cli.files.atomic import clean, delete, remove, remove_if_empty, temporary_of
 from msfp_cli.files.directories import behind, claim, refuse_existing, replace_directory
 from msfp_cli.files.documents import Json, read_json, write_json
-from msfp_cli.files.lock import beside, only_writer
+from msfp_cli.files.lock import beside, only_writer, remove_stale_in
 from msfp_cli.files.seal import MARK
 from msfp_cli.pipelines.media import ENDINGS, Work, save, still
-from msfp_cli.run import Run, refuse_stage, unfinished_of
+from msfp_cli.run import Run, refuse_stage
 
 CONTACT_SHEET = "sheet.png"
 _SETTINGS = "sample.json"
 _STILLS = "stills"
+_UNFINISHED = "-unfinished"
 _PATTERNS = (_SETTINGS, *(f"*{ending}" for ending in ENDINGS), f"{_STILLS}/*.png")
 _REDO = "delete the directory and run the same command again"
 
@@ -126,7 +128,7 @@ def picture_files(
         RunError: the directory exists and `overwrite` is not set, or another process writes it.
     """
     if directory is None:
-        with run.new_samples(lambda place: PictureFiles(place, settings).fits()) as place:
+        with new_samples(run, lambda place: PictureFiles(place, settings).fits()) as place:
             yield PictureFiles(place, settings)
         return
     refuse_stage(directory)
@@ -137,6 +139,53 @@ def picture_files(
         delete(temporary_of(work))
         refuse_existing(directory, overwrite=overwrite, work=work)
         yield PictureFiles(place, settings)
+
+
+@contextmanager
+def new_samples(run: Run, fits: Callable[[Path], bool] = lambda directory: True) -> Iterator[Path]:
+    """Yield a new directory of a run for pictures: ``samples/001``, ``samples/002`` and so on.
+
+    No other process gets the same one while the context is open.
+
+    Arguments:
+        fits: whether what was begun for a directory, if anything, can be gone on with.
+
+    Raises:
+        RunError: the run directory is a pipeline, which is not written to.
+    """
+    run.refuse_pipeline()
+    run.samples.mkdir(parents=True, exist_ok=True)
+    remove_stale_in(run.samples)
+    for directory in _places_in(run.samples):
+        with ExitStack() as stack:
+            stack.callback(remove_if_empty, run.samples)
+            try:
+                stack.enter_context(only_writer(directory, beside(directory)))
+            except RunError:  # another process makes pictures for it
+                continue
+            if directory.exists():  # and what was left as it got its name goes
+                remove(unfinished_of(directory))
+                continue
+            if fits(directory):
+                yield directory
+                return
+
+
+def _places_in(samples: Path) -> Iterator[Path]:
+    """Yield directories for pictures: those that were begun, then new ones."""
+    names = [path.name for path in sorted(samples.glob("*"))]
+    for name in names:
+        begun, mark, _ = name.lstrip(".").partition(_UNFINISHED)  # hidden ones are half gone
+        if mark and begun.isdecimal():
+            yield samples / begun
+    numbers = map(int, filter(str.isdecimal, names))
+    for number in count(max(numbers, default=0) + 1):
+        yield samples / f"{number:03d}"
+
+
+def unfinished_of(directory: Path) -> Path:
+    """Return where pictures for a directory are until all are there."""
+    return directory.with_name(f"{directory.name}{_UNFINISHED}")
 
 
 def identity_of_files(export: Path) -> str:

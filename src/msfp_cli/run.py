@@ -19,17 +19,17 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
-from itertools import compress, count
+from itertools import compress
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from msfp_cli.errors import RunError
-from msfp_cli.files.atomic import clean, remove
+from msfp_cli.files.atomic import clean, remove_if_empty
 from msfp_cli.files.documents import read_json, write_json
-from msfp_cli.files.lock import beside, only_writer, remove_stale_in
+from msfp_cli.files.lock import beside, only_writer
 from msfp_cli.files.seal import MARK
 from msfp_cli.files.typed import read_value
 from msfp_cli.memory import write_size
@@ -39,7 +39,6 @@ T = TypeVar("T")
 
 DEFAULT_DIRECTORY = Path("msfp-run")
 _MEMORY = "run.json"
-_UNFINISHED = "-unfinished"
 # Where a run keeps what commands make.
 _STAGES = ("recording", "held-out", "calibration", "finetune", "export", "evaluation", "report")
 # A command that a line says to type, and that works in a run.
@@ -129,9 +128,14 @@ class Run:
             raise RunError(
                 f"no run directory {self.directory} here; `msfp calibrate` makes one, or give --run"
             )
-        self._refuse_pipeline()
+        self.refuse_pipeline()
 
-    def _refuse_pipeline(self) -> None:
+    def refuse_pipeline(self) -> None:
+        """Refuse a directory that is a pipeline, to which no run is written.
+
+        Raises:
+            RunError: it is one.
+        """
         if (self.directory / "model_index.json").exists():
             raise RunError(f"{self} is a pipeline and not a run directory; give another --run")
 
@@ -167,7 +171,7 @@ class Run:
             self.directory.mkdir(parents=True, exist_ok=True)
         self.require()
         with ExitStack() as stack:
-            stack.callback(_remove_if_empty, self.directory)
+            stack.callback(remove_if_empty, self.directory)
             lock = only_writer(self.directory, self.directory / ".msfp-lock")
             if stack.enter_context(lock):
                 self._clean()
@@ -276,46 +280,6 @@ class Run:
         redo = "delete it; `msfp export --overwrite` writes it again"
         return read_json(path, partial(read_value, dict[str, str]), redo=redo)
 
-    @contextmanager
-    def new_samples(self, fits: Callable[[Path], bool] = lambda directory: True) -> Iterator[Path]:
-        """Yield a new directory for pictures: ``samples/001``, ``samples/002`` and so on.
-
-        No other process gets the same one while the context is open.
-
-        Arguments:
-            fits: whether what was begun for a directory, if anything, can be gone on with.
-
-        Raises:
-            RunError: the run directory is a pipeline, which is not written to.
-        """
-        self._refuse_pipeline()
-        self.samples.mkdir(parents=True, exist_ok=True)
-        remove_stale_in(self.samples)
-        for directory in self._places_for_samples():
-            with ExitStack() as stack:
-                stack.callback(_remove_if_empty, self.samples)
-                try:
-                    stack.enter_context(only_writer(directory, beside(directory)))
-                except RunError:  # another process makes pictures for it
-                    continue
-                if directory.exists():  # and what was left as it got its name goes
-                    remove(unfinished_of(directory))
-                    continue
-                if fits(directory):
-                    yield directory
-                    return
-
-    def _places_for_samples(self) -> Iterator[Path]:
-        """Yield directories for pictures: those that were begun, then new ones."""
-        names = [path.name for path in sorted(self.samples.glob("*"))]
-        for name in names:
-            begun, mark, _ = name.lstrip(".").partition(_UNFINISHED)  # hidden ones are half gone
-            if mark and begun.isdecimal():
-                yield self.samples / begun
-        numbers = map(int, filter(str.isdecimal, names))
-        for number in count(max(numbers, default=0) + 1):
-            yield self.samples / f"{number:03d}"
-
 
 def locked(
     function: Callable[Concatenate[Run, P], T],
@@ -328,16 +292,6 @@ def locked(
             return function(run, *args, **kwargs)
 
     return wrapper
-
-
-def unfinished_of(directory: Path) -> Path:
-    """Return where pictures for a directory are until all are there."""
-    return directory.with_name(f"{directory.name}{_UNFINISHED}")
-
-
-def _remove_if_empty(directory: Path) -> None:
-    with suppress(OSError):
-        directory.rmdir()
 
 
 def describe_sizes(directory: Path) -> str:

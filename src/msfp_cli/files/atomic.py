@@ -121,6 +121,12 @@ def clean(directory: Path) -> None:
         delete(path)
 
 
+def remove_if_empty(directory: Path) -> None:
+    """Delete a directory with nothing in it; leave any other."""
+    with suppress(OSError):
+        directory.rmdir()
+
+
 def delete(path: Path) -> None:
     """Delete a file or a directory, if there is one."""
     if path.is_dir() and not path.is_symlink():
